@@ -1,0 +1,296 @@
+"""The vocabulary of a run: `Modality`, `Source`, `Task`, `Model`, `Optim` and `Train`, as frozen records.
+
+A record only states what is wanted. `__post_init__` checks and never changes; numbers that follow from others are properties.
+A field's docstring is its line in `polyvit-fast train NAME --help`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Protocol
+
+import numpy as np
+import tyro
+from torch import Tensor
+
+from polyvit_fast.media import Media, Sample
+
+
+class Decoder(Protocol):
+    """Turns media into grids; built once per task and split, called with at most its batch size of samples.
+
+    The result for one sample depends on that sample and its generator alone, never on its neighbours in the batch.
+    """
+
+    def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> Tensor:
+        """Grids `[sample, view, frames, rows, columns, channels]`, uint8 or float32. Raises on a broken file."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality(ABC):
+    """A kind of input: the grid that a sample becomes, how it is cut into tokens, how files are decoded into it."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int, int, int]:
+        """(frames, rows, columns, channels) of one view. An image has one frame; a spectrogram is a picture."""
+
+    @property
+    @abstractmethod
+    def tubelet(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) that become one token."""
+
+    @property
+    @abstractmethod
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std), one number each per channel, in the units of the grid that the decoder returns."""
+
+    @property
+    @abstractmethod
+    def eval_views(self) -> int:
+        """Evenly spaced views of one sample whose logits are averaged in evaluation."""
+
+    @abstractmethod
+    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+        """Files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one view, class token included."""
+        counts = [size // step for size, step in zip(self.grid, self.tubelet, strict=False)]
+        return counts[0] * counts[1] * counts[2] + 1
+
+    def check_grid(self) -> None:
+        """Raise ValueError when the tubelet does not divide the grid."""
+        for axis, size, step in zip(("frames", "rows", "columns"), self.grid, self.tubelet, strict=False):
+            if size <= 0 or step <= 0 or size % step:
+                raise ValueError(f"{self.name}: {axis} = {size} does not divide by the tubelet's {step}; change one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """Where the samples of one split come from."""
+
+    @abstractmethod
+    def samples(self, task: Task) -> Sequence[Sample]:
+        """Every sample, in an order that is the same on every machine. Raises ValueError or OSError with the cause."""
+
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+        """What turns these samples into grids: the modality's own decoder, unless the source brings one."""
+        return task.modality.decoder(batch=batch, train=train, num_threads=num_threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """All that is particular to one dataset. No fact about it stands anywhere else."""
+
+    modality: Modality
+    train: Source
+    val: Source
+    num_classes: int
+    """Outputs of this task's head."""
+    steps: int
+    """U_j: steps that this task has alone; the schedule's weight (the paper's tuned hyper-parameter)."""
+    batch: int = 64
+    """Examples per step."""
+    micro_batches: int = 1
+    """Pieces that a batch is computed in, one after the other, to fit memory; the gradient is the same mean."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: cross-entropy, mean over the batch. sigmoid: binary cross-entropy, summed over classes, mean over the batch."""
+    multi_label: bool = False
+    """Whether an example may have any number of classes; then the metric is mAP instead of accuracy."""
+    lr_scale: float = 1.0
+    """c_j: multiplies the learning rate on this task's steps."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution that mixes each batch with its reverse; 0 switches it off."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over all classes."""
+    drop_path_rate: float = 0.0
+    """Chance to skip a residual branch in the last block; falls linearly to 0 in the first."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "steps", "batch", "micro_batches"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.batch % self.micro_batches:
+            raise ValueError(f"batch = {self.batch} does not divide into micro_batches = {self.micro_batches}")
+        if self.multi_label and self.loss != "sigmoid":
+            raise ValueError("multi_label = True needs loss = sigmoid")
+        for name in ("label_smoothing", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1)")
+        if self.mixup < 0 or self.lr_scale < 0:
+            raise ValueError("mixup and lr_scale must not be negative")
+        self.modality.check_grid()
+
+    @property
+    def metric(self) -> str:
+        """Name of the number that this task is judged by."""
+        return "mAP" if self.multi_label else "top1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The shared Vision Transformer."""
+
+    dim: int = 768
+    """Width of a token."""
+    depth: int = 12
+    """Transformer blocks that an input passes, adaptors included."""
+    num_heads: int = 12
+    """Attention heads."""
+    mlp_dim: int = 3072
+    """Width of the MLP's hidden layer."""
+    num_adaptor_layers: int = 0
+    """L_adapt: how many of the blocks belong to each modality alone, before the shared ones."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """tanh: as the paper's JAX code; erf: exact, as timm and Hugging Face ViT."""
+    dropout: float = 0.0
+    """After the positions, the attention projection and both MLP layers."""
+    rescale_drop_path: bool = False
+    """Divide kept residual branches by their chance to be kept (timm does, the paper's code does not)."""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.depth, self.num_heads, self.mlp_dim) <= 0:
+            raise ValueError("dim, depth, num_heads and mlp_dim must be at least 1")
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim = {self.dim} does not divide by num_heads = {self.num_heads}")
+        if not 0 <= self.num_adaptor_layers <= self.depth:
+            raise ValueError(f"num_adaptor_layers = {self.num_adaptor_layers} must lie between 0 and depth = {self.depth}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+
+MODELS: dict[str, Model] = {  # arXiv 2010.11929, table 1; Ti and S from arXiv 2106.04560, table 2
+    "Ti": Model(dim=192, depth=12, num_heads=3, mlp_dim=768),
+    "S": Model(dim=384, depth=12, num_heads=6, mlp_dim=1536),
+    "B": Model(dim=768, depth=12, num_heads=12, mlp_dim=3072),
+    "L": Model(dim=1024, depth=24, num_heads=16, mlp_dim=4096),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """One optimizer over all tasks; parameters that a step does not use still move by their momentum."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd: momentum, as in the paper; adamw: for training from scratch."""
+    lr: float = 1.0
+    """Peak learning rate, before a task's lr_scale."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0; a cosine brings it back to 0 at the end."""
+    momentum: float = 0.9
+    """Of sgd."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw."""
+    eps: float = 1e-8
+    """Of adamw."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw, added to the gradient for sgd; weight matrices only, not biases, norms, positions, class tokens."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient over all parameters; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights and evaluate that; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr = {self.lr} must be positive")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
+        for name, value in (("momentum", self.momentum), ("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} = {value} must be in [0, 1)")
+
+
+Plan = list[tuple[str, ...]]
+"""The tasks of every step, known before step 0: one name, or several whose gradients are averaged."""
+Schedule = Callable[["Train"], Plan]
+"""A rule that turns a configuration into a plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A whole run."""
+
+    tasks: dict[str, Task]
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Annotated[str | Schedule, tyro.conf.arg(constructor=str, metavar="NAME")] = "weighted"
+    """task-by-task | alternating | uniform | weighted | accumulating (or, in a file, any function Train -> list of task tuples)."""
+    out: str = ""
+    """Run folder; empty: runs/NAME."""
+    seed: int = 0
+    """Everything random follows from it: weights, task order, sample order, augmentation, dropout."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model computes; files are decoded on the CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward and backward under autocast; parameters and optimizer stay fp32."""
+    capture: bool = False
+    """Record each task's step as a CUDA graph. Not in this version: must be False."""
+    num_threads: int = 2
+    """CPU threads that decode files."""
+    prefetch: int = 4
+    """Batches that are decoded ahead along the schedule."""
+    decode_timeout_seconds: float = 120.0
+    """A batch that takes longer to decode ends the run with the name of the file at fault."""
+    max_bad_ratio: float = 0.01
+    """Share of a task's files that may be broken (each is replaced by another of its task) before the run stops."""
+    nonfinite_patience: int = 10
+    """Steps in a row with a non-finite loss or gradient (each is skipped) before the run stops."""
+    log_every_steps: int = 20
+    """Interval of log lines, metrics and TensorBoard points."""
+    eval_every_steps: int = 0
+    """Interval of evaluation; 0: only at the end."""
+    save_every_steps: int = 500
+    """Interval of checkpoints; there is always one at the end and on Ctrl-C or SIGTERM."""
+    keep: int = 2
+    """Newest checkpoints that stay, beside the best one."""
+    resume: bool = True
+    """Go on from the run folder's newest checkpoint when there is one and the configuration agrees."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty: a run needs at least one")
+        for name in self.tasks:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
+        if self.capture:
+            raise ValueError("capture = True: CUDA graphs are not in this version; leave it False")
+        for name in ("num_threads", "prefetch", "log_every_steps", "save_every_steps", "keep", "nonfinite_patience"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.eval_every_steps < 0 or not 0 <= self.max_bad_ratio <= 1 or self.decode_timeout_seconds <= 0:
+            raise ValueError("eval_every_steps >= 0, 0 <= max_bad_ratio <= 1 and decode_timeout_seconds > 0 are needed")
+        self._check_shared_modalities()
+
+    def _check_shared_modalities(self) -> None:
+        first: dict[str, str] = {}
+        for name, task in self.tasks.items():
+            other = first.setdefault(task.modality.name, name)
+            ours, theirs = task.modality, self.tasks[other].modality
+            if (ours.grid, ours.tubelet) != (theirs.grid, theirs.tubelet):
+                raise ValueError(
+                    f"tasks {other} and {name} share the modality {ours.name}, hence one tokenizer, but {other} has the grid "
+                    f"{theirs.grid} in tubelets {theirs.tubelet} and {name} has {ours.grid} in {ours.tubelet}; make them equal"
+                )
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """The modalities in use, each once, by name."""
+        return {task.modality.name: task.modality for task in self.tasks.values()}
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out)

@@ -1,0 +1,1 @@
+"""PolyViT: a tokenizer per modality, one shared trunk, a head per task."""
