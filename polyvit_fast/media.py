@@ -6,7 +6,6 @@ import io
 import os
 import stat
 from dataclasses import dataclass
-from typing import BinaryIO
 
 
 class MediaError(Exception):
@@ -27,7 +26,7 @@ class Media:
         """What messages call it: `path`, or `shard.tar:member`."""
         return f"{self.path}:{self.member}" if self.member else self.path
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """A seekable stream over exactly these bytes. Raises MediaError when the file is missing, special or empty."""
         try:
             status = os.stat(self.path)
@@ -63,7 +62,7 @@ class Sample:
 class _Span(io.RawIOBase):
     """Bytes `offset` to `offset + size` of an open file, as a file of its own."""
 
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
         self.file, self.offset, self.size, self.position = file, offset, size, 0
 
     def readable(self) -> bool:

@@ -1,0 +1,58 @@
+# Each target first makes .venv when it is missing. Python 3.11 or newer, gcc and git are all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := polyvit_fast kernels tests benchmarks setup.py
+
+.PHONY: help demo test check test-gpu bench wheel clean
+help:
+	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 4 min on 2 cores)"
+	@echo "make test      every test that needs no GPU (under 10 minutes on 2 cores)"
+	@echo "make check     format, lint, types, import contracts, laws of the architecture (1 minute)"
+	@echo "make bench     throughput against peers, small sizes on a CPU"
+	@echo "make test-gpu  the tests that need an NVIDIA GPU"
+	@echo "make wheel     build dist/*.whl"
+
+demo: .venv/installed
+	@echo "== co-training the five demo tasks (about 4 minutes on 2 cores; Ctrl-C saves, 'make demo' resumes)"
+	$(BIN)/polyvit-fast train demo
+
+test: .venv/installed-tests
+	@echo "== tests without a GPU (under 10 minutes on 2 cores)"
+	$(BIN)/pytest -q
+
+check: .venv/installed-tests
+	@echo "== format, lint, types, import contracts, laws (about 1 minute)"
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/test_architecture.py
+
+test-gpu: .venv/installed-tests
+	$(BIN)/pytest -q -m gpu
+
+bench: .venv/installed-tests
+	$(BIN)/pytest -q benchmarks
+
+wheel: .venv/installed
+	$(BIN)/pip wheel -q --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/pip:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "== making .venv"
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/pip pyproject.toml setup.py constraints.txt
+	@echo "== installing polyvit-fast with the versions of constraints.txt (about 2 minutes, mostly PyTorch and DALI)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-tests: .venv/installed
+	@echo "== installing what the tests and checks need (about 1 minute)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,check]"
+	@touch $@

@@ -1,0 +1,271 @@
+"""Batches along the schedule. Which samples a step sees, and how each is augmented, are pure functions of (seed, task, step).
+
+There is nothing to save: whoever knows the step knows the data. A `Loader` turns a task's step into a batch; `prefetch` runs loaders
+ahead of the training loop in a thread; a broken file is replaced by another of its task, always the same one, with its own label.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from queue import Empty, Full, Queue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyvit_fast.config import Plan, Task, Train
+from polyvit_fast.media import Sample
+from polyvit_fast.randomness import generator, key, permutation
+
+
+class DataError(RuntimeError):
+    """Training data that cannot go on: too many broken files, or a decoder that hangs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One task's examples for one step, or some of its validation examples."""
+
+    grid: Tensor
+    """[batch, frames, rows, columns, channels] in training, [batch, views, frames, …] in evaluation; uint8 or float32."""
+    labels: Tensor
+    """int64 [batch], or float32 multi-hot [batch, num_classes] of a multi-label task."""
+    mixup_ratio: float = 1.0
+    """Weight of each example against its mirror image in the reversed batch; 1 mixes nothing."""
+
+
+@lru_cache(maxsize=64)
+def _epoch_order(seed: int, task: str, epoch: int, num_samples: int) -> np.ndarray:
+    return permutation(num_samples, seed, "order", task, epoch)
+
+
+def sample_index(seed: int, task: str, position: int, num_samples: int) -> int:
+    """The sample at `position` of a task's endless sequence, in which every epoch holds every sample exactly once."""
+    epoch, offset = divmod(position, num_samples)
+    return int(_epoch_order(seed, task, epoch, num_samples)[offset])
+
+
+def label_tensor(task: Task, samples: Sequence[Sample]) -> Tensor:
+    """The labels of `samples` in the form of `Batch.labels`."""
+    if not task.multi_label:
+        return torch.tensor([sample.labels[0] for sample in samples], dtype=torch.int64)
+    labels = torch.zeros(len(samples), task.num_classes)
+    for row, sample in zip(labels, samples, strict=True):
+        row[list(sample.labels)] = 1
+    return labels
+
+
+class Loader:
+    """The batches of one task: training batches by step, validation batches in order.
+
+    `rank` of `world_size` loads its share of every training batch; the shares of all ranks together are the batch of one process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Train,
+        *,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        report: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.name, self.config, self.task, self.report = name, config, config.tasks[name], report
+        if self.task.batch % world_size:
+            raise ValueError(f"tasks.{name}.batch = {self.task.batch} does not divide by the {world_size} processes")
+        self.source = self.task.train if train else self.task.val
+        self.samples = self.source.samples(self.task)
+        if not self.samples:
+            raise ValueError(f"tasks.{name}: {self.source} has no samples")
+        share = self.task.batch // world_size
+        self.first, self.size = rank * share, share if train else max(1, share // self.task.modality.eval_views)
+        self.decoder = self.source.decoder(self.task, batch=self.size, train=train, num_threads=config.num_threads)
+        self.broken: dict[int, str] = {}
+
+    def positions(self, step: int) -> range:
+        """The places in the task's endless sequence that its `step`-th batch covers on this rank."""
+        start = step * self.task.batch + self.first
+        return range(start, start + self.size)
+
+    def step_samples(self, step: int) -> list[Sample]:
+        """The samples that the schedule names for the task's `step`-th batch, before broken ones are replaced."""
+        return [self.samples[sample_index(self.config.seed, self.name, p, len(self.samples))] for p in self.positions(step)]
+
+    def load(self, step: int) -> Batch:
+        """The task's `step`-th training batch. Raises DataError when more than `max_bad_ratio` of the files are broken."""
+        positions = self.positions(step)
+        indices = [self._usable(sample_index(self.config.seed, self.name, p, len(self.samples))) for p in positions]
+        try:
+            grid = self._decode(indices, positions)
+        except Exception:
+            grid = torch.cat([self._decode_or_replace(indices, i, position) for i, position in enumerate(positions)])
+        mixup = self.task.mixup
+        ratio = generator(self.config.seed, "mixup", self.name, step).beta(mixup, mixup) if mixup else 1.0
+        return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in indices]), ratio)
+
+    def load_validation(self, start: int) -> Batch:
+        """Up to `size` samples from `start`, all views of each; broken files are left out and reported."""
+        indices = list(range(start, min(start + self.size, len(self.samples))))
+        try:
+            return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
+        except Exception:
+            grids, good = [], []
+            for index in indices:
+                try:
+                    grids.append(self._decode([index], [index]))
+                    good.append(index)
+                except Exception as error:
+                    self._mark_broken(index, error)
+            samples = [self.samples[i] for i in good]
+            return Batch(torch.cat(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
+
+    def _no_grid(self) -> Tensor:
+        return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)
+
+    def _decode(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
+        rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
+        return self.decoder([self.samples[i].media for i in indices], rngs)
+
+    def _decode_or_replace(self, indices: list[int], i: int, position: int) -> Tensor:
+        while True:
+            try:
+                return self._decode([indices[i]], [position])
+            except Exception as error:
+                self._mark_broken(indices[i], error)
+                indices[i] = self._usable(indices[i])
+
+    def _usable(self, index: int) -> int:
+        """`index`, or when it is known to be broken the sample that always stands in for it."""
+        attempt, candidate = 0, index
+        while candidate in self.broken:
+            candidate = key(self.config.seed, "replace", self.name, index, attempt) % len(self.samples)
+            attempt += 1
+        return candidate
+
+    def _mark_broken(self, index: int, error: Exception) -> None:
+        name = self.samples[index].media.name
+        self.broken[index] = str(error).strip() or type(error).__name__
+        self.report(f"task {self.name}: broken file {name}: {self.broken[index]}")
+        ratio = self.config.max_bad_ratio
+        if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0):
+            raise DataError(
+                f"task {self.name}: {len(self.broken)} of {len(self.samples)} files are broken, more than max_bad_ratio = {ratio} "
+                f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch to be made: whose, which, and how."""
+
+    loader: Loader
+    step: int
+    samples: Callable[[], list[Sample]]
+    run: Callable[[], Batch]
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.loader.name
+
+
+def training_jobs(loaders: dict[str, Loader], plan: Plan, first_step: int) -> Iterator[Job]:
+    """The batches of the plan's steps from `first_step` on, in order."""
+    counts = dict.fromkeys(loaders, 0)
+    for step, names in enumerate(plan):
+        for name in names:
+            if step >= first_step:
+                yield _training_job(loaders[name], counts[name])
+            counts[name] += 1
+
+
+def _training_job(loader: Loader, step: int) -> Job:
+    return Job(loader, step, lambda: loader.step_samples(step), lambda: loader.load(step))
+
+
+def validation_jobs(loader: Loader) -> Iterator[Job]:
+    """Every validation sample of a task exactly once."""
+    for start in range(0, len(loader.samples), loader.size):
+        yield Job(
+            loader,
+            start,
+            lambda start=start: list(loader.samples[start : start + loader.size]),
+            lambda start=start: loader.load_validation(start),
+        )
+
+
+def prefetch(jobs: Iterable[Job], *, depth: int, timeout_seconds: float) -> Iterator[tuple[str, Batch]]:
+    """(task, batch) of each job in order, up to `depth` of them made ahead in a thread.
+
+    Raises what a job raised, in its place in the order, and DataError with the file's name when a job takes over `timeout_seconds`.
+    """
+    worker = _Worker(jobs, depth)
+    try:
+        while True:
+            item = worker.next(timeout_seconds)
+            if item is None:
+                return
+            yield item
+    finally:
+        worker.stopped.set()
+
+
+class _Worker:
+    """The thread behind `prefetch`."""
+
+    def __init__(self, jobs: Iterable[Job], depth: int) -> None:
+        self.queue: Queue[tuple[str, Batch] | Exception | None] = Queue(maxsize=depth)
+        self.stopped = threading.Event()
+        self.running: tuple[Job, float] | None = None
+        threading.Thread(target=self._work, args=(jobs,), daemon=True, name="prefetch").start()
+
+    def next(self, timeout_seconds: float) -> tuple[str, Batch] | None:
+        """The next batch; None after the last."""
+        while True:
+            try:
+                item = self.queue.get(timeout=min(1.0, timeout_seconds))
+            except Empty:
+                running = self.running
+                if running and time.monotonic() - running[1] > timeout_seconds:
+                    raise DataError(_name_the_hung(running[0], timeout_seconds)) from None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            return item
+
+    def _work(self, jobs: Iterable[Job]) -> None:
+        try:
+            for job in jobs:
+                self.running = (job, time.monotonic())
+                batch = job.run()
+                self.running = None
+                self._put((job.task, batch))
+                if self.stopped.is_set():
+                    return
+            self._put(None)
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: tuple[str, Batch] | Exception | None) -> None:
+        while not self.stopped.is_set():
+            with suppress(Full):
+                self.queue.put(item, timeout=0.2)
+                return
+
+
+def _name_the_hung(job: Job, timeout_seconds: float) -> str:
+    """What to tell when a batch does not end: each of its files is tried alone, in a process that can be killed."""
+    from polyvit_fast.data.check import find_broken
+
+    verdicts = find_broken(job.task, job.loader.task, job.samples(), deadline_seconds=timeout_seconds)
+    guilty = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
+    return (
+        f"task {job.task}: its batch {job.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({guilty}). "
+        "Take the file out (`polyvit-fast check` writes a clean manifest) and start again: the run resumes"
+    )

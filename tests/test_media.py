@@ -1,0 +1,53 @@
+import io
+import os
+import tarfile
+
+import pytest
+
+from polyvit_fast.media import Media, MediaError
+
+
+def test_a_file_of_its_own(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"hello")
+    assert Media(str(path)).read() == b"hello"
+    assert Media(str(path)).name == str(path)
+
+
+def test_a_tar_member_reads_and_seeks_within_its_bounds(tmp_path):
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(f"{name[0]}1234".encode()))
+    with tarfile.open(shard) as tar:
+        members = {m.name: Media(str(shard), m.offset_data, m.size, m.name) for m in tar}
+    media = members["b.txt"]
+    assert media.name == f"{shard}:b.txt"
+    assert media.read() == b"b1234"
+    with media.open() as stream:
+        assert stream.seek(-2, os.SEEK_END) == 3
+        assert stream.read(100) == b"34"
+        assert stream.seek(1) == 1
+        assert stream.read(2) == b"12"
+        assert stream.seek(1, os.SEEK_CUR) == 4
+        assert stream.read() == b"4"
+        assert stream.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "the file is missing"),
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to(path), "the file cannot be read: Too many levels of symbolic links"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path, make, reason):
+    path = tmp_path / "x"
+    make(path)
+    with pytest.raises(MediaError, match=reason):
+        Media(str(path)).read()
