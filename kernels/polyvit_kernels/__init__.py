@@ -1,0 +1,5 @@
+"""The operations of a Vision Transformer as functions on tensors, for anybody's model; `reference` states their mathematics."""
+
+from polyvit_kernels.ops import adamw_, attention, layer_norm, linear_gelu, mlp, patch_embed, sgd_
+
+__all__ = ["adamw_", "attention", "layer_norm", "linear_gelu", "mlp", "patch_embed", "sgd_"]
