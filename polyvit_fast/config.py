@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import tyro
@@ -19,6 +19,7 @@ from torch import Tensor
 from polyvit_fast.media import Media, Sample
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Turns media into grids; built once per task and split, called with at most its batch size of samples.
 

@@ -1,0 +1,125 @@
+"""PolyViT: a tokenizer per modality, one trunk that all tasks share, a linear head per task (arXiv 2111.12993, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from polyvit_fast.config import Modality, Model, Train
+from polyvit_fast.model.modules import Block, LayerNorm, drop_path_ramp
+from polyvit_fast.model.tokenizer import Grid, Tokenizer
+from polyvit_fast.randomness import generator
+
+
+class PolyViT(nn.Module):
+    """One Vision Transformer for the tasks of several modalities; a call serves one task.
+
+    `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone.
+    """
+
+    def __init__(self, model: Model, modalities: dict[str, Modality], heads: dict[str, tuple[str, int]], *, seed: int = 0) -> None:
+        super().__init__()
+        _check_names([*modalities, *heads])
+        unknown = {modality for modality, _ in heads.values()} - modalities.keys()
+        if unknown:
+            raise ValueError(f"heads of the modalities {sorted(unknown)}, but there are only {sorted(modalities)}")
+        self.depth = model.depth
+        self.modality_of = {task: modality for task, (modality, _) in heads.items()}
+        self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model) for name, modality in modalities.items()})
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.depth - model.num_adaptor_layers))
+        self.norm = LayerNorm(model.dim)
+        self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
+        initialise(self, seed)
+
+    @classmethod
+    def from_config(cls, train: Train) -> PolyViT:
+        """The model of a run, with its first weights."""
+        heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
+        return cls(train.model, train.modalities, heads, seed=train.seed)
+
+    def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0) -> Float[Tensor, "batch num_classes"]:
+        """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises.
+
+        In training a residual branch of the last block is left out with the chance `drop_path_rate`; the chance falls linearly to 0 in
+        the first. Raises ValueError for an unknown task or a grid of another size.
+        """
+        if task not in self.modality_of:
+            raise ValueError(f"the model has no task {task!r}; it has {', '.join(self.modality_of)}")
+        x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate)
+        rates = drop_path_ramp(self.depth, drop_path_rate)[self.depth - len(self.blocks) :]
+        for block, rate in zip(self.blocks, rates, strict=True):
+            x = block(x, rate)
+        # The head reads the class token alone, and the norm takes each token by itself.
+        return self.heads[task](self.norm(x[:, 0]))
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"a task or modality cannot be called {name!r}, which torch.nn.ModuleDict needs for itself; choose another name"
+            )
+
+
+@torch.no_grad()
+def initialise(model: PolyViT, seed: int) -> None:
+    """Set every parameter from `seed` and its own name alone: a model with more tasks has the same trunk.
+
+    | parameter | law |
+    |---|---|
+    | tokenizers.*.weight, heads.*.weight | truncated normal of variance 1 / fan_in (LeCun), cut at two deviations |
+    | tokenizers.*.pos_embed | normal, deviation 0.02 |
+    | *.attn.qkv.weight | uniform of variance 2 / (fan_in + fan_out) (Xavier), for query, key and value each by itself |
+    | *.attn.proj.weight, *.mlp.fc1.weight, *.mlp.fc2.weight | the same, as one matrix |
+    | *.mlp.fc1.bias, *.mlp.fc2.bias | normal, deviation 1e-6 |
+    | *.norm1.weight, *.norm2.weight, norm.weight | 1 |
+    | all other biases, tokenizers.*.cls_token | 0 |
+
+    These are the laws of the paper's code, with two choices: there the heads of videos and sounds start at zero and those of images as
+    here; and a clip's tubelets, which it copies from an image model, are drawn like all others. Parameters on the meta device stay as
+    they are.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            parameter.copy_(_initial_values(name.split("."), parameter.shape, generator(seed, "weights", name)))
+
+
+def _initial_values(name: list[str], shape: torch.Size, rng: np.random.Generator) -> Tensor:
+    match name:
+        case ["tokenizers" | "heads", _, "weight"]:
+            return _truncated_normal(shape, 1 / math.sqrt(shape[1:].numel()), rng)
+        case ["tokenizers", _, "pos_embed"]:
+            return _normal(shape, 0.02, rng)
+        case [*_, "attn", "qkv", "weight"]:
+            return _uniform(shape, math.sqrt(6 / (shape[1] + shape[0] // 3)), rng)
+        case [*_, "proj" | "fc1" | "fc2", "weight"]:
+            return _uniform(shape, math.sqrt(6 / (shape[1] + shape[0])), rng)
+        case [*_, "mlp", "fc1" | "fc2", "bias"]:
+            return _normal(shape, 1e-6, rng)
+        case [*_, "norm1" | "norm2" | "norm", "weight"]:
+            return torch.ones(shape)
+        case [*_, "bias" | "cls_token"]:
+            return torch.zeros(shape)
+        case _:
+            raise ValueError(f"parameter {'.'.join(name)} has no initial law")
+
+
+def _uniform(shape: torch.Size, bound: float, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.random(shape, dtype=np.float32)).mul_(2 * bound).sub_(bound)
+
+
+def _normal(shape: torch.Size, deviation: float, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).mul_(deviation)
+
+
+def _truncated_normal(shape: torch.Size, deviation: float, rng: np.random.Generator) -> Tensor:
+    """Values of the given deviation from a normal law that is cut at twice its own deviation."""
+    share = math.erf(2 / math.sqrt(2))  # of an uncut normal that lies within two deviations
+    shrinkage = math.sqrt(1 - 4 * math.exp(-2) / (share * math.sqrt(2 * math.pi)))  # of the deviation, by the cut
+    uniform = torch.from_numpy(rng.random(shape, dtype=np.float32)).mul_(2 * share).sub_(share)
+    return torch.erfinv(uniform).mul_(math.sqrt(2) * deviation / shrinkage)

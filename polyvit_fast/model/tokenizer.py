@@ -1,0 +1,50 @@
+"""From a grid to tokens: the part of the model that belongs to one modality."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from polyvit_fast.config import Modality, Model
+from polyvit_fast.model.modules import Block, drop_path_ramp
+from polyvit_kernels import ops
+
+Grid = UInt8[Tensor, "batch frames rows columns channels"] | Float[Tensor, "batch frames rows columns channels"]
+
+
+class Tokenizer(nn.Module):
+    """Normalise, cut into tubelets, project, add class token and positions; then the modality's own blocks (adaptors), if any.
+
+    `weight` is a convolution's kernel, its stride being its size, with the channels last as in the grid. All parameters but those of
+    the adaptors start at zero: `polyvit.initialise` sets them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, modality: Modality, model: Model) -> None:
+        super().__init__()
+        channels = modality.grid[3]
+        self.dropout = model.dropout
+        self.weight = nn.Parameter(torch.zeros(model.dim, *modality.tubelet, channels))
+        self.bias = nn.Parameter(torch.zeros(model.dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, model.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, modality.num_tokens, model.dim))
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.num_adaptor_layers))
+        for name, values in zip(("mean", "std"), modality.normalisation, strict=True):
+            if len(values) != channels:
+                raise ValueError(f"{modality.name}: the {name} has {len(values)} numbers for {channels} channels")
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+
+    def forward(self, grid: Grid, drop_path_rate: float = 0.0) -> Float[Tensor, "batch tokens dim"]:
+        """Tokens, the class token first, then tubelets in the order (frames, rows, columns). Raises ValueError for another grid size.
+
+        The adaptors have a ramp of drop-path rates of their own, from 0 to the full rate, as in the paper's code.
+        """
+        x = ops.patch_embed(grid, self.weight, self.bias, self.cls_token, self.pos_embed, self.mean, self.std)
+        x = functional.dropout(x, self.dropout, self.training)
+        for block, rate in zip(self.blocks, drop_path_ramp(len(self.blocks), drop_path_rate), strict=True):
+            x = block(x, rate)
+        return x

@@ -1,0 +1,168 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from grids import PAPER, PAPER_HEADS, SMALL, Picture, task
+
+from polyvit_fast.config import MODELS, Model, Train
+from polyvit_fast.model.cost import num_parameters
+from polyvit_fast.model.polyvit import PolyViT
+
+MODEL = Model(dim=32, depth=4, num_heads=4, mlp_dim=64)
+HEADS = {"pets": ("picture", 3), "birds": ("picture", 4), "motion": ("clip", 5), "words": ("sound", 6)}
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def polyvit(model=MODEL, heads=HEADS, seed=0):
+    return PolyViT(model, {name: SMALL[name] for name, _ in heads.values()}, heads, seed=seed)
+
+
+def spec_model(size, num_adaptor_layers=0, heads=PAPER_HEADS):
+    model = replace(MODELS[size], num_adaptor_layers=num_adaptor_layers)
+    with torch.device("meta"):
+        return PolyViT(model, {name: PAPER[name] for name, _ in heads.values()}, heads)
+
+
+COUNTS = {  # trunk, tokenizers of picture, clip, sound, heads; all nine tasks with no, half and only adaptors
+    "Ti": ((5_338_752, 258_624, 891_456, 224_832, 534_031), (7_247_695, 12_586_063, 17_924_431)),
+    "S": ((21_294_336, 517_248, 1_782_912, 449_664, 1_065_295), (25_109_455, 46_403_023, 67_696_591)),
+    "B": ((85_056_000, 1_034_496, 3_565_824, 899_328, 2_127_823), (92_683_471, 177_737_935, 262_792_399)),
+    "L": ((302_311_424, 1_379_328, 4_754_432, 1_199_104, 2_836_175), (312_480_463, 614_789_839, 917_099_215)),
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameter_counts_of_the_nine_task_model(size):
+    parts, totals = COUNTS[size]
+    model = spec_model(size)
+    trunk = num_parameters(model.blocks) + num_parameters(model.norm)
+    assert (trunk, *(num_parameters(model.tokenizers[name]) for name in PAPER), num_parameters(model.heads)) == parts
+    depth = MODELS[size].depth
+    assert tuple(num_parameters(spec_model(size, layers)) for layers in (0, depth // 2, depth)) == totals
+
+
+def test_parameter_counts_of_the_single_modality_models():
+    counts = []
+    for modality in PAPER:
+        heads = {task: head for task, head in PAPER_HEADS.items() if head[0] == modality}
+        counts.append(num_parameters(spec_model("B", heads=heads)))
+    assert counts == [87_007_144, 89_190_115, 86_598_212]
+
+
+@pytest.mark.parametrize("num_adaptor_layers", [0, 2, 4])
+def test_one_modality_alone_is_the_same_model(num_adaptor_layers):
+    model = replace(MODEL, num_adaptor_layers=num_adaptor_layers)
+    whole, alone = polyvit(model).eval(), polyvit(model, {"motion": ("clip", 5)}).eval()
+    grid = normal(2, *SMALL["clip"].grid)
+    assert torch.equal(whole(grid, "motion"), alone(grid, "motion"))
+    alone.load_state_dict({name: value for name, value in whole.state_dict().items() if name in alone.state_dict()})
+    assert torch.equal(whole(grid, "motion"), alone(grid, "motion"))
+
+
+def test_logits_are_written_out():
+    model = polyvit(replace(MODEL, num_adaptor_layers=1))
+    grid = normal(2, *SMALL["picture"].grid)
+    x = model.tokenizers["picture"](grid)
+    assert (len(model.tokenizers["picture"].blocks), len(model.blocks)) == (1, 3)
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(model(grid, "birds"), model.heads["birds"](model.norm(x)[:, 0]))
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_task_uses_its_own_tokenizer_and_head_and_the_whole_trunk(task):
+    model = polyvit(replace(MODEL, num_adaptor_layers=1))
+    modality, num_classes = HEADS[task]
+    logits = model(normal(2, *SMALL[modality].grid), task)
+    assert logits.shape == (2, num_classes)
+    logits.square().sum().backward()
+    touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    roots = (f"tokenizers.{modality}.", f"heads.{task}.", "blocks.", "norm.")
+    assert touched == {name for name, _ in model.named_parameters() if name.startswith(roots)}
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_class_token_sees_every_tubelet():
+    grid = normal(1, *SMALL["clip"].grid).requires_grad_()
+    polyvit()(grid, "motion").sum().backward()
+    assert grid.grad.all()
+
+
+@pytest.mark.parametrize(
+    ("num_adaptor_layers", "rates"),
+    [(0, [0.0, 0.1, 0.2, 0.3]), (1, [0.0, 0.1, 0.2, 0.3]), (2, [0.0, 0.3, 0.2, 0.3]), (4, [0.0, 0.1, 0.2, 0.3])],
+)
+def test_drop_path_rates_of_adaptors_and_trunk(num_adaptor_layers, rates):
+    model, seen = polyvit(replace(MODEL, num_adaptor_layers=num_adaptor_layers)), []
+    for block in [*model.tokenizers["picture"].blocks, *model.blocks]:
+        block.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    model.train()(normal(2, *SMALL["picture"].grid), "pets", 0.3)
+    assert seen == pytest.approx(rates)
+
+
+def test_drop_path_acts_in_training_alone():
+    model, grid = polyvit(), normal(64, *SMALL["picture"].grid)
+    exact = model.eval()(grid, "pets")
+    assert torch.equal(model(grid, "pets", 0.9), exact)
+    assert torch.equal(model.train()(grid, "pets"), exact)
+    assert not torch.equal(model(grid, "pets", 0.9), exact)
+
+
+def test_two_builds_are_equal_whatever_torch_drew_before():
+    torch.manual_seed(1)
+    first = polyvit(seed=5).state_dict()
+    torch.manual_seed(2)
+    second, other = polyvit(seed=5).state_dict(), polyvit(seed=6).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first if first[name].std() > 1e-8)
+
+
+def test_initial_laws():
+    model = PolyViT(Model(dim=192, depth=4, num_heads=3, mlp_dim=768, num_adaptor_layers=1), SMALL, HEADS)
+    tensors = dict(model.named_parameters())
+    uniform = {"attn.qkv.weight": 192 + 192, "attn.proj.weight": 192 + 192, "mlp.fc1.weight": 192 + 768, "mlp.fc2.weight": 192 + 768}
+    for name, tensor in tensors.items():
+        law = name.split(".")
+        if ".".join(law[-3:]) in uniform:
+            bound = math.sqrt(6 / uniform[".".join(law[-3:])])
+            assert 0.99 * bound < tensor.abs().max() <= bound
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+        elif law[0] in ("tokenizers", "heads") and law[2:] == ["weight"]:
+            deviation = tensor[0].numel() ** -0.5
+            assert tensor.std().item() == pytest.approx(deviation, rel=0.1)
+            assert tensor.abs().max() <= 2 * deviation / 0.87962566103423978 * 1.0001
+        elif law[-1] == "pos_embed":
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.1)
+        elif law[-2] in ("fc1", "fc2"):
+            assert tensor.std().item() == pytest.approx(1e-6, rel=0.2)
+        else:
+            assert torch.equal(tensor, torch.ones_like(tensor) if "norm" in law[-2] and law[-1] == "weight" else torch.zeros_like(tensor))
+    assert {law for name in tensors for law in [name.split(".")[-1]]} == {"weight", "bias", "cls_token", "pos_embed"}
+
+
+def test_no_two_tensors_share_their_values():
+    model = polyvit()
+    drawn = [parameter.flatten()[:4] for parameter in model.parameters() if parameter.numel() >= 4 and parameter.std() > 1e-8]
+    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn) > 20
+
+
+def test_model_of_a_configuration():
+    tasks = {name: task(SMALL[modality], num_classes) for name, (modality, num_classes) in HEADS.items()}
+    model, again = PolyViT.from_config(Train(tasks=tasks, model=MODEL, seed=3)), polyvit(seed=3)
+    assert model.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert [name for name, _ in model.named_children()] == ["tokenizers", "blocks", "norm", "heads"]
+
+
+def test_unknown_task_and_modality_and_impossible_names():
+    with pytest.raises(ValueError, match="the model has no task 'cats'; it has pets, birds, motion, words"):
+        polyvit()(normal(1, 1, 16, 16, 3), "cats")
+    with pytest.raises(ValueError, match=r"heads of the modalities \['smell'\], but there are only \['picture'\]"):
+        PolyViT(MODEL, {"picture": Picture(size=16)}, {"pets": ("smell", 3)})
+    for name in ("values", "type", "a.b", ""):
+        with pytest.raises(ValueError, match=f"cannot be called {name!r}"):
+            PolyViT(MODEL, {"picture": Picture(size=16)}, {name: ("picture", 3)})

@@ -1,0 +1,93 @@
+from dataclasses import fields, replace
+
+import pytest
+import tyro
+from conftest import Tile, tile_task, tiny_config
+
+from polyvit_fast import config as vocabulary
+from polyvit_fast.config import MODELS, Model, Optim, Task, Train
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tile_task(steps=0), "steps = 0 must be at least 1"),
+        (lambda: tile_task(batch=-1), "batch = -1 must be at least 1"),
+        (lambda: tile_task(num_classes=0), "num_classes = 0"),
+        (lambda: tile_task(batch=10, micro_batches=3), "batch = 10 does not divide into micro_batches = 3"),
+        (lambda: tile_task(multi_label=True), "multi_label = True needs loss = sigmoid"),
+        (lambda: tile_task(drop_path_rate=1.0), r"drop_path_rate = 1.0 must be in \[0, 1\)"),
+        (lambda: tile_task(mixup=-0.1), "mixup"),
+        (lambda: tile_task(modality=Tile(size=20)), "tile: rows = 20 does not divide by the tubelet's 8; change one of the two"),
+        (lambda: Model(dim=100, num_heads=3), "dim = 100 does not divide by num_heads = 3"),
+        (lambda: Model(depth=4, num_adaptor_layers=5), "num_adaptor_layers = 5 must lie between 0 and depth = 4"),
+        (lambda: Optim(lr=0), "lr = 0 must be positive"),
+        (lambda: Optim(betas=(0.9, 1.0)), "betas = 1.0"),
+        (lambda: Train(tasks={}), "tasks is empty"),
+        (lambda: tiny_config(tasks={"a b": tile_task()}), "task name 'a b'"),
+        (lambda: tiny_config(log_every_steps=0), "log_every_steps = 0 must be at least 1"),
+        (lambda: tiny_config(capture=True), "CUDA graphs are not in this version"),
+        (lambda: tiny_config(max_bad_ratio=1.5), "max_bad_ratio"),
+    ],
+)
+def test_wrong_values_are_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_tasks_of_one_modality_must_have_one_grid():
+    with pytest.raises(ValueError, match="tasks a and b share the modality tile.*make them equal"):
+        tiny_config(tasks={"a": tile_task(), "b": tile_task(modality=Tile(size=24))})
+
+
+def test_model_table_is_that_of_the_papers():
+    table = {name: (m.dim, m.mlp_dim, m.depth, m.num_heads) for name, m in MODELS.items()}
+    assert table == {"Ti": (192, 768, 12, 3), "S": (384, 1536, 12, 6), "B": (768, 3072, 12, 12), "L": (1024, 4096, 24, 16)}
+
+
+def test_any_field_can_be_set_on_the_command_line(config):
+    flags = "--tasks.a.steps 5 --tasks.b.modality.size 16 --optim.lr 0.5 --schedule uniform --model.depth 3 --no-resume".split()
+    changed = tyro.cli(Train, default=config, args=flags)
+    assert (changed.tasks["a"].steps, changed.optim.lr, changed.schedule, changed.model.depth, changed.resume) == (
+        5,
+        0.5,
+        "uniform",
+        3,
+        False,
+    )
+    assert changed.tasks["b"] == config.tasks["b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--tasks.a.step 5", ["Unrecognized", "Perhaps you meant", "--tasks.a.steps"]),
+        ("--tasks.a.steps five", ["tasks.a.steps", "INT"]),
+        ("--tasks.a.steps 0", ["tasks.a", "steps = 0 must be at least 1"]),
+    ],
+)
+def test_wrong_flags_are_told(config, capsys, flags, words):
+    with pytest.raises(SystemExit):
+        tyro.cli(Train, default=config, args=flags.split())
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert all(word in told for word in words)
+
+
+def test_every_field_has_its_line_of_help():
+    source = open(vocabulary.__file__).read().splitlines()
+    for record in (Model, Optim, Train, Task):
+        for field in fields(record):
+            if field.name in {"tasks", "model", "optim", "modality", "train", "val"}:
+                continue
+            places = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
+            assert any(source[i + 1].startswith('    """') for i in places), f"{record.__name__}.{field.name}"
+
+
+def test_records_cannot_be_changed(config):
+    with pytest.raises(AttributeError):
+        config.seed = 3
+    assert replace(config, seed=3).seed == 3
+
+
+def test_token_count_includes_the_class_token():
+    assert Tile(size=24).num_tokens == 10
