@@ -1,0 +1,224 @@
+"""Images: any common file to a square uint8 grid.
+
+DALI decodes the rectangle that is wanted, and of a JPEG little else. PyTorch resamples it (bilinear with antialiasing, within one level
+of Pillow's) and numpy changes its colours: on a CPU that takes a third and a fifth of the time of DALI's own operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from polyvit_fast.config import Decoder, Modality
+from polyvit_fast.data.colour import jitter_colours
+from polyvit_fast.data.image_file import check_size, read_for_dali
+from polyvit_fast.data.rand_augment import rand_augment
+from polyvit_fast.data.threads import map_in_threads
+from polyvit_fast.media import Media, MediaError
+
+Box = tuple[int, int, int, int]
+"""(top, left, height, width) of a rectangle, in pixels of the upright picture."""
+CROP_ATTEMPTS = 10  # a 4:3 picture needs more than these once in 10^6 crops, a 2:1 picture once in 700
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+PIECE_PIXELS = 1 << 26  # 192 MiB; a batch of photographs by a telephone would be gigabytes before they are resampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Modality):
+    """Pictures: JPEG, PNG, WebP, BMP, TIFF and GIF (first frame), turned upright as their EXIF tag says, alpha dropped."""
+
+    name: ClassVar[str] = "image"
+    size: int = 224
+    """Rows and columns of the grid."""
+    patch: int = 16
+    """Rows and columns of one token."""
+    crop: Literal["inception", "resize_crop"] = "inception"
+    """In training. inception: a random rectangle, stretched to the grid; resize_crop: a random square."""
+    eval_crop: Literal["resize", "centre"] = "resize"
+    """In evaluation. resize: the whole picture, stretched to the grid (as the paper); centre: the square in the middle."""
+    min_area_ratio: float = 0.05
+    """Smallest share of the picture that an inception crop covers; its aspect ratio lies between 3/4 and 4/3."""
+    crop_ratio: float = 0.875
+    """Side of the resize_crop and centre squares, as a share of the picture's short side (224 of 256)."""
+    flip: bool = True
+    """Mirror every other training picture left to right."""
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation are each multiplied by a random factor up to this far from 1; 0 switches it off."""
+    hue_jitter_degrees: float = 0.0
+    """Hue is turned by up to this angle either way; 0 switches it off."""
+    rand_augment_ops: int = 0
+    """RandAugment's N: random operations on each training picture; 0 switches it off."""
+    rand_augment_magnitude: float = 9.0
+    """RandAugment's M: their strength, from 0 to 10."""
+    max_pixels: int = 89_478_485
+    """A larger picture counts as broken and is not decoded (the default is 256 MiB of RGB)."""
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """Subtracted from red, green and blue (0 to 255) before the model."""
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """Divides them afterwards."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_area_ratio", "crop_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0 and at most 1")
+        if not 0 <= self.colour_jitter <= 1 or not 0 <= self.hue_jitter_degrees <= 180:
+            raise ValueError("colour_jitter must lie in [0, 1] and hue_jitter_degrees in [0, 180]")
+        if self.rand_augment_ops < 0 or not 0 <= self.rand_augment_magnitude <= 10:
+            raise ValueError("rand_augment_ops must not be negative and rand_augment_magnitude must lie in [0, 10]")
+        if self.max_pixels <= 0 or min(self.std) <= 0:
+            raise ValueError("max_pixels and std must be positive")
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """One frame of `size` x `size` RGB pixels."""
+        return (1, self.size, self.size, 3)
+
+    @property
+    def tubelet(self) -> tuple[int, int, int]:
+        """One square patch."""
+        return (1, self.patch, self.patch)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) per channel, in levels of 0 to 255."""
+        return self.mean, self.std
+
+    @property
+    def eval_views(self) -> int:
+        """One: evaluation sees one fixed crop."""
+        return 1
+
+    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+        """Files to uint8 grids [sample, 1, 1, size, size, 3]; a batch with a broken file raises MediaError, the next one works."""
+        return _Decoder(self, batch, train, num_threads)
+
+
+class _Decoder:
+    def __init__(self, image: Image, batch: int, train: bool, num_threads: int) -> None:
+        self.image, self.train, self.num_threads = image, train, num_threads
+        self.headers = _header_pipeline(batch)
+        self.pixels = _pixel_pipeline(batch, num_threads)
+
+    def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample 1 1 size size 3"]:
+        contents = map_in_threads(self._read, media, self.num_threads)
+        sizes = self._sizes(contents)
+        boxes = [np.array(self._choose_box(height, width, rng), np.int32) for (height, width), rng in zip(sizes, rngs, strict=True)]
+        grid = np.empty((len(media), 1, *self.image.grid), np.uint8)
+        for piece in _pieces(boxes):
+            self._decode(contents[piece], boxes[piece], rngs[piece], grid[piece, 0, 0])
+        return torch.from_numpy(grid)
+
+    def _decode(self, contents: list[np.ndarray], boxes: list[np.ndarray], rngs: Sequence[np.random.Generator], out: np.ndarray) -> None:
+        [crops] = _run(self.pixels, "truncated or damaged: its header is good, its pixels cannot be decoded", content=contents, box=boxes)
+
+        def fill(i: int) -> None:
+            out[i] = self._finish(torch.from_dlpack(crops[i]), rngs[i])
+
+        map_in_threads(fill, range(len(contents)), self.num_threads)
+
+    def _read(self, media: Media) -> np.ndarray:
+        return np.frombuffer(read_for_dali(media, self.image.max_pixels), np.uint8)
+
+    def _sizes(self, contents: list[np.ndarray]) -> list[tuple[int, int]]:
+        begins = "" if len(contents) > 1 else f"; it begins with {bytes(contents[0][:16])!r}"
+        [shapes] = _run(self.headers, f"not an image that can be decoded{begins}", content=contents)
+        sizes = [(int(height), int(width)) for height, width, _ in shapes.as_array()]
+        for height, width in sizes:
+            check_size(height, width, self.image.max_pixels)
+        return sizes
+
+    def _choose_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        side = max(1, round(self.image.crop_ratio * min(height, width)))
+        if not self.train:
+            centre = ((height - side) // 2, (width - side) // 2, side, side)
+            return centre if self.image.eval_crop == "centre" else (0, 0, height, width)
+        if self.image.crop == "inception":
+            return _inception_box(height, width, self.image.min_area_ratio, rng)
+        return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side, side
+
+    def _finish(self, crop: UInt8[Tensor, "height width 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
+        # What follows the resampling is numpy: PyTorch's operators would each start threads of their own in these threads.
+        image = self.image
+        planes = crop[None].permute(0, 3, 1, 2)
+        resampled = functional.interpolate(planes, (image.size, image.size), mode="bilinear", antialias=True)
+        pixels = resampled[0].permute(1, 2, 0).numpy()
+        if not self.train:
+            return pixels
+        if image.flip and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        if image.colour_jitter or image.hue_jitter_degrees:
+            pixels = jitter_colours(pixels, rng, image.colour_jitter, image.hue_jitter_degrees)
+        if image.rand_augment_ops:
+            # In Pillow, not DALI: DALI's draws from a seed of its own, and takes twice as long on a CPU.
+            pixels = rand_augment(np.ascontiguousarray(pixels), rng, image.rand_augment_ops, image.rand_augment_magnitude)
+        return pixels
+
+
+def _pieces(boxes: list[np.ndarray]) -> Iterator[slice]:
+    """The batch in pieces whose decoded pixels fit into `PIECE_PIXELS` together."""
+    start = pixels = 0
+    for i, (_, _, height, width) in enumerate(boxes):
+        area = int(height) * int(width)
+        if i > start and pixels + area > PIECE_PIXELS:
+            yield slice(start, i)
+            start, pixels = i, 0
+        pixels += area
+    yield slice(start, len(boxes))
+
+
+def _inception_box(height: int, width: int, min_area_ratio: float, rng: np.random.Generator) -> Box:
+    """A random part of the picture (Szegedy et al. 2015): its area uniform, its aspect ratio log-uniform."""
+    areas = height * width * rng.uniform(min_area_ratio, 1, CROP_ATTEMPTS)
+    ratios = np.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]), CROP_ATTEMPTS))
+    heights, widths = np.sqrt(areas / ratios), np.sqrt(areas * ratios)
+    fits = np.flatnonzero((heights <= height) & (widths <= width))
+    if fits.size:
+        box_height, box_width = float(heights[fits[0]]), float(widths[fits[0]])
+    else:  # the picture is long and thin: the largest allowed rectangle
+        box_width = min(width, height * ASPECT_RATIOS[1])
+        box_height = min(height, box_width / ASPECT_RATIOS[0])
+    rows, columns = max(1, round(box_height)), max(1, round(box_width))
+    return int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1)), rows, columns
+
+
+def _header_pipeline(batch: int) -> Any:
+    """DALI graph from files to the sizes that their headers tell, EXIF rotation applied: it is what the other graph will decode."""
+    pipeline, fn, types = _dali(batch, 1)
+    with pipeline:
+        pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="content", dtype=types.UINT8, ndim=1)))
+    pipeline.build()
+    return pipeline
+
+
+def _pixel_pipeline(batch: int, num_threads: int) -> Any:
+    """DALI graph from files and boxes to the pixels in the boxes."""
+    pipeline, fn, types = _dali(batch, num_threads)
+    with pipeline:
+        content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
+        box = fn.external_source(name="box", dtype=types.INT32, ndim=1)
+        pipeline.set_outputs(fn.decoders.image_slice(content, start=box[:2], shape=box[2:], axes=[0, 1]))
+    pipeline.build()
+    return pipeline
+
+
+def _dali(batch: int, num_threads: int) -> tuple[Any, Any, Any]:
+    """An empty graph that runs when it is called and not ahead (the stream of batches does that), and DALI's `fn` and `types`."""
+    from nvidia.dali import fn, pipeline, types
+
+    return pipeline.Pipeline(batch_size=batch, num_threads=num_threads, device_id=None, prefetch_queue_depth=1), fn, types
+
+
+def _run(pipeline: Any, failure: str, **inputs: list[np.ndarray]) -> Any:
+    try:
+        return pipeline.run(**inputs)
+    except RuntimeError as error:
+        detail = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
+        raise MediaError(f"{failure} ({' '.join(detail.split()).rstrip(' :')})") from error

@@ -1,0 +1,202 @@
+import io
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tile_task, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+
+from polyvit_fast.config import Task, Train
+from polyvit_fast.data.image import Image
+from polyvit_fast.data.manifest import Folder
+from polyvit_fast.data.stream import DataError, Loader, prefetch, sample_index, training_jobs, validation_jobs
+
+COLOURS = [(230, 20, 20), (20, 230, 20), (20, 20, 230)]
+
+
+def colour_folders(path, per_class=8):
+    """JPEGs whose colour is their class, so that a label beside the wrong pixels shows."""
+    for label, colour in enumerate(COLOURS):
+        folder = path / f"class{label}"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            Pillow.new("RGB", (40 + i, 48), colour).save(folder / f"{i}.jpg", quality=95)
+    return path
+
+
+def colour_config(path, **changes) -> Train:
+    folder = Folder(path=str(path))
+    task = Task(modality=Image(size=32, patch=16), train=folder, val=folder, num_classes=3, steps=10, batch=6)
+    return Train(**({"tasks": {"colours": task}, "max_bad_ratio": 0.5} | changes))
+
+
+def colour_of(grid):
+    return grid.float().mean((-4, -3, -2)).argmax(-1)
+
+
+@given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 99))
+def test_every_epoch_holds_every_sample_once(num_samples, epoch, seed):
+    positions = range(epoch * num_samples, (epoch + 1) * num_samples)
+    assert sorted(sample_index(seed, "t", p, num_samples) for p in positions) == list(range(num_samples))
+
+
+def test_epochs_tasks_and_seeds_have_orders_of_their_own():
+    def order(seed, task, epoch):
+        return tuple(sample_index(seed, task, epoch * 20 + i, 20) for i in range(20))
+
+    assert len({order(0, "a", 0), order(0, "a", 1), order(0, "b", 0), order(1, "a", 0)}) == 4
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 70), st.integers(1, 6), st.integers(0, 60), st.sampled_from([1, 2, 4]))
+def test_ranks_together_see_the_batch_of_one_process(num_samples, quarter, step, world_size):
+    config = tiny_config(tasks={"t": tile_task(batch=quarter * 4)})
+    whole = Loader("t", config, train=True).positions(step)
+    shares = [Loader("t", config, train=True, rank=rank, world_size=world_size).positions(step) for rank in range(world_size)]
+    assert [p for share in shares for p in share] == list(whole)
+
+
+def test_batch_must_divide_by_the_ranks():
+    with pytest.raises(ValueError, match=r"tasks.t.batch = 8 does not divide by the 3 processes"):
+        Loader("t", tiny_config(tasks={"t": tile_task()}), train=True, world_size=3)
+
+
+def test_a_batch_is_a_pure_function_of_the_step(tmp_path):
+    config = colour_config(colour_folders(tmp_path))
+    forward, backward = Loader("colours", config, train=True), Loader("colours", replace(config, num_threads=1), train=True)
+    batches = [forward.load(step) for step in range(5)]
+    for step in reversed(range(5)):
+        again = backward.load(step)
+        assert torch.equal(again.grid, batches[step].grid)
+        assert torch.equal(again.labels, batches[step].labels)
+
+
+def test_labels_are_those_of_the_pixels(tmp_path):
+    loader = Loader("colours", colour_config(colour_folders(tmp_path)), train=True)
+    for step in range(4):
+        batch = loader.load(step)
+        assert batch.grid.shape == (6, 1, 32, 32, 3)
+        assert torch.equal(colour_of(batch.grid), batch.labels)
+
+
+BREAK = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:300]),
+    "text": lambda path: path.write_text("<html>not found</html>" * 20),
+}
+
+
+@pytest.mark.parametrize("kind", BREAK)
+def test_a_broken_file_is_replaced_by_its_own_task_with_its_own_label(tmp_path, kind):
+    path = colour_folders(tmp_path)
+    clean = Loader("colours", colour_config(path), train=True)
+    before = [clean.load(step) for step in range(4)]
+    told: list[str] = []
+    loader = Loader("colours", colour_config(path), train=True, report=told.append)
+    broken = path / "class1" / "3.jpg"
+    BREAK[kind](broken)
+    after = [loader.load(step) for step in range(4)]
+    same = [torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x.grid, y.grid, strict=True)]
+    assert same.count(False) == 1  # one epoch is 24 samples = 4 batches: all others are bit-equal
+    assert all(torch.equal(colour_of(batch.grid), batch.labels) for batch in after)
+    assert [str(broken) in line and line.startswith("task colours: broken file ") for line in told] == [True]
+    again = Loader("colours", colour_config(path), train=True)
+    assert torch.equal(again.load(3).grid, after[3].grid)  # the stand-in does not depend on what was loaded before
+
+
+def test_too_many_broken_files_stop_the_run(tmp_path):
+    path = colour_folders(tmp_path)
+    for i in range(4):
+        (path / "class0" / f"{i}.jpg").write_bytes(b"broken")
+    loader = Loader("colours", colour_config(path, max_bad_ratio=0.1), train=True)
+    with pytest.raises(DataError, match=r"task colours: 3 of 24 files are broken, more than max_bad_ratio = 0.1.*polyvit-fast check"):
+        for step in range(4):
+            loader.load(step)
+
+
+def test_validation_holds_every_sample_once_and_leaves_broken_ones_out(tmp_path):
+    path = colour_folders(tmp_path)
+    (path / "class2" / "0.jpg").write_bytes(b"broken")
+    config = colour_config(path)
+    loader = Loader("colours", config, train=False)
+    batches = [batch for _, batch in prefetch(validation_jobs(loader), depth=2, timeout_seconds=60)]
+    labels = torch.cat([batch.labels for batch in batches])
+    assert Counter(labels.tolist()) == {0: 8, 1: 8, 2: 7}
+    assert torch.equal(torch.cat([colour_of(batch.grid[:, 0]) for batch in batches]), labels)
+    assert list(loader.broken) == [16]
+
+
+def test_mixup_ratio_is_drawn_by_the_step():
+    loader = Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.3)}), train=True)
+    ratios = [loader.load(step).mixup_ratio for step in range(100)]
+    assert ratios == [loader.load(step).mixup_ratio for step in range(100)]
+    assert np.mean(ratios) == pytest.approx(0.5, abs=0.15)
+    assert Loader("t", tiny_config(tasks={"t": tile_task()}), train=True).load(0).mixup_ratio == 1.0
+
+
+def test_prefetch_follows_the_plan_from_any_step(config):
+    plan = [("a",), ("b",), ("a",), ("b", "a"), ("a",)]
+    loaders = {name: Loader(name, config, train=True) for name in config.tasks}
+    batches = list(prefetch(training_jobs(loaders, plan, 2), depth=2, timeout_seconds=60))
+    assert [name for name, _ in batches] == ["a", "b", "a", "a"]
+    for (name, batch), local in zip(batches, (1, 1, 2, 3), strict=True):
+        assert torch.equal(batch.grid, loaders[name].load(local).grid)
+
+
+def test_prefetch_works_ahead_and_ends_with_its_reader(config):
+    loader = Loader("a", config, train=True)
+    batches = prefetch(training_jobs({"a": loader}, [("a",)] * 1000, 0), depth=3, timeout_seconds=60)
+    next(batches)
+    thread = next(t for t in threading.enumerate() if t.name == "prefetch")
+    batches.close()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_prefetch_raises_in_its_place(tmp_path):
+    path = colour_folders(tmp_path)
+    config = colour_config(path, max_bad_ratio=0.0)
+    loader = Loader("colours", config, train=True)
+    bad_step = next(step for step in range(4) if any("class1/3" in s.media.name for s in loader.step_samples(step)))
+    (path / "class1" / "3.jpg").unlink()
+    batches = prefetch(training_jobs({"colours": loader}, [("colours",)] * 4, 0), depth=4, timeout_seconds=60)
+    for _ in range(bad_step):
+        next(batches)
+    with pytest.raises(DataError, match=r"class1/3.jpg \(the file is missing\)"):
+        next(batches)
+
+
+def test_a_decoder_that_takes_too_long_is_ended_with_the_files_name(tmp_path):
+    path = colour_folders(tmp_path, per_class=2)
+    noise = np.random.default_rng(0).integers(0, 255, (7000, 7000, 3), dtype=np.uint8)
+    Pillow.fromarray(noise).save(path / "class0" / "slow.png", compress_level=1)
+    config = colour_config(path, decode_timeout_seconds=0.3)
+    loader = Loader("colours", config, train=True)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"not decoded within decode_timeout_seconds = 0.3 .*slow.png"):
+        list(prefetch(training_jobs({"colours": loader}, [("colours",)] * 3, 0), depth=1, timeout_seconds=0.3))
+    assert time.monotonic() - started < 60
+
+
+def test_an_empty_source_is_told(tmp_path):
+    (tmp_path / "class0").mkdir()
+    with pytest.raises(ValueError, match="class0"):
+        Loader("colours", colour_config(tmp_path), train=True)
+
+
+def test_gif_and_jpeg_stand_side_by_side(tmp_path):
+    path = colour_folders(tmp_path, per_class=4)
+    content = io.BytesIO()
+    Pillow.new("RGB", (44, 48), COLOURS[2]).save(content, "GIF")
+    (path / "class2" / "0.jpg").write_bytes(content.getvalue())
+    loader = Loader("colours", colour_config(path), train=True)
+    for step in range(2):
+        batch = loader.load(step)
+        assert torch.equal(colour_of(batch.grid), batch.labels)
