@@ -1,0 +1,224 @@
+"""Frames of a video file by number, through PyAV (FFmpeg): every container and codec, on plain CPU threads.
+
+PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses (H.264, HEVC, AV1): it is as quick on the others
+(VP8, VP9, MJPEG), and one decoder means that colours are equal everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from polyvit_fast.media import Media, MediaError
+
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif"  # FFmpeg's demuxers; playlists, which name other files, stay shut
+SEEK_FRAMES = 250  # a gap this long holds a keyframe in nearly every file, so that seeking beats decoding on
+MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the wanted size
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    """Frame numbers from time stamps: frame k is the one shown k average frame times after the start.
+
+    In a file with a constant rate that is the k-th frame; in one with a variable rate, motion keeps its speed.
+    """
+
+    start: int
+    frames_per_tick: float
+    num_frames: int
+    first_dts: int
+    """The decoding time stamp of the first packet, from which on seeking is possible."""
+    stamped: bool = True
+    """Whether packets say when they are shown. Some AVI and MPEG files with B-frames do not; their k-th decoded frame is frame k."""
+
+    def number(self, pts: int) -> int:
+        return round((pts - self.start) * self.frames_per_tick)
+
+    def pts(self, number: int) -> int:
+        return self.start + round(number / self.frames_per_tick)
+
+
+def read_clips(
+    media: Media,
+    choose: Callable[[int], Int[np.ndarray, "clips frames"]],
+    *,
+    resize: Callable[[int, int], tuple[int, int]],
+    max_pixels: int,
+) -> UInt8[np.ndarray, "clips frames height width 3"]:
+    """The RGB frames whose numbers `choose` picks, given how many there are, in the (height, width) that `resize` gives for their own.
+
+    The file is opened once and decoded from the keyframe before the first wanted frame on. Frames are turned and mirrored as the file
+    says; non-square pixels are taken as square. Raises MediaError when the file is no video, is truncated, damaged or exceeds
+    `max_pixels`.
+    """
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    with media.open() as file, _open(file, max_pixels) as container:
+        try:
+            stream = _video_stream(container, max_pixels)
+            timeline = _header_timeline(container, stream) or _counted_timeline(container, stream)
+            numbers = choose(timeline.num_frames)
+            reader, converter = _Reader(container, stream, timeline), VideoReformatter()
+            clips = None
+            for number in np.unique(numbers):
+                frame = reader.frame(int(number))
+                if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
+                    _check_size(frame, max_pixels)
+                    clips = np.empty((*numbers.shape, *_resized(frame, resize), 3), np.uint8)
+                clips[numbers == number] = _picture(converter, frame, *clips.shape[2:4])
+            assert clips is not None
+            return clips
+        except av.FFmpegError as error:
+            raise MediaError(f"damaged: {error.strerror}") from None
+
+
+def _open(file: Any, max_pixels: int) -> Any:
+    import av
+
+    try:
+        return av.open(
+            file,
+            options={"max_pixels": str(max_pixels)},  # opening decodes frames already
+            container_options={"format_whitelist": FORMATS, "fflags": "-genpts"},  # time stamps made up by FFmpeg are wrong in AVI
+            metadata_errors="replace",
+        )
+    except av.ArgumentError:
+        raise MediaError(f"its format is none of {FORMATS}") from None
+    except av.FFmpegError as error:
+        raise MediaError(f"not a video that can be opened: {error.strerror}") from None
+
+
+def _video_stream(container: Any, max_pixels: int) -> Any:
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a sound file's cover is one
+    if not streams:
+        raise MediaError("there is no video stream in it")
+    stream = streams[0]
+    context = stream.codec_context
+    if context is None:
+        raise MediaError("its video codec is not supported")
+    _check_size(context, max_pixels)
+    context.options = {"max_pixels": str(max_pixels)}  # frames may grow in the middle of a stream
+    context.thread_count = 1  # files are decoded side by side instead
+    return stream
+
+
+def _check_size(picture: Any, max_pixels: int) -> None:
+    width, height = picture.width, picture.height
+    if not width * height:
+        raise MediaError("not one of its frames can be decoded")
+    if width * height > max_pixels:
+        raise MediaError(f"its frames have {width} x {height} pixels, more than max_pixels = {max_pixels}")
+    if not 1 / MAX_ASPECT <= width / height <= MAX_ASPECT:
+        raise MediaError(f"its frames have {width} x {height} pixels; more than {MAX_ASPECT} to 1 is refused")
+
+
+def _header_timeline(container: Any, stream: Any) -> _Timeline | None:
+    """From the header alone, where it holds the stream's own duration and an index of its frames (MP4, AVI)."""
+    index = stream.index_entries
+    if not (stream.frames and stream.duration and stream.average_rate and len(index) >= stream.frames):
+        return None
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        return None
+    if index[-1].pos + index[-1].size > container.size:
+        raise MediaError(f"truncated: its header places a frame at byte {index[-1].pos}, the file has {container.size}")
+    frames_per_tick = float(stream.average_rate * stream.time_base)
+    num_frames = max(1, round(stream.duration * frames_per_tick))
+    return _Timeline(stream.start_time or 0, frames_per_tick, num_frames, index[0].timestamp)
+
+
+def _counted_timeline(container: Any, stream: Any) -> _Timeline:
+    """From the time stamps of all packets: reads the file through, decodes nothing.
+
+    Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
+    """
+    packets, end_seconds = [], 0.0
+    for packet in container.demux():
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is None or packet.is_discard:
+            continue
+        end_seconds = max(end_seconds, float((stamp + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index:
+            packets.append((stamp, stamp if packet.dts is None else packet.dts, packet.pts is not None))
+    if not packets:
+        raise MediaError("there are no frames with time stamps in it")
+    promised_seconds = (container.duration or 0) / 1e6
+    if end_seconds < 0.95 * promised_seconds - 0.5:
+        raise MediaError(f"truncated: it ends after {end_seconds:.1f} of the {promised_seconds:.1f} seconds that its header promises")
+    stamps, decoded, stamped = zip(*packets, strict=True)
+    first, last = min(stamps), max(stamps)
+    frames_per_tick = (len(stamps) - 1) / (last - first) if last > first else 1.0
+    return _Timeline(first, frames_per_tick, len(stamps), min(decoded), all(stamped))
+
+
+class _Reader:
+    """The frames shown at ascending numbers."""
+
+    def __init__(self, container: Any, stream: Any, timeline: _Timeline) -> None:
+        self.container, self.stream, self.timeline = container, stream, timeline
+        self.shown: tuple[int, Any] | None = None
+        self.next: tuple[int, Any] | None = None
+        self.decoded: Iterator[tuple[int, Any]] = iter(())
+
+    def frame(self, number: int) -> Any:
+        """The last frame that is not later than `number`. Raises MediaError when the file ends far before it."""
+        if self.shown is None or (self.timeline.stamped and number - self.shown[0] > SEEK_FRAMES):
+            self._seek(number)
+        while self.next is not None and (self.shown is None or self.next[0] <= number):
+            self.shown, self.next = self.next, next(self.decoded, None)
+        if self.shown is None:
+            raise MediaError("not one of its frames can be decoded")
+        if self.next is None:
+            self._check_end(number)
+        return self.shown[1]
+
+    def _check_end(self, number: int) -> None:
+        last, frame = self.shown
+        last += max(0, round((frame.duration or 0) * self.timeline.frames_per_tick) - 1)
+        if number > last + max(2, 0.02 * self.timeline.num_frames):
+            promised = self.timeline.num_frames
+            raise MediaError(f"truncated: it ends after {last + 1} of the {promised} frames that its header promises")
+
+    def _seek(self, number: int) -> None:
+        # Containers seek by decoding time, which runs ahead of the time shown, so that the keyframe found may be too late.
+        for earlier in (number, number - 10, number - 50, number - SEEK_FRAMES):
+            if earlier > 0 and self.timeline.stamped:
+                self._start(self.timeline.pts(earlier))
+                if self.next is not None and self.next[0] <= number:
+                    return
+        self._start(self.timeline.first_dts)
+
+    def _start(self, timestamp: int) -> None:
+        self.container.seek(timestamp, stream=self.stream, backward=True)
+        self.decoded = self._decode_from_keyframe() if self.timeline.stamped else enumerate(self.container.decode(self.stream))
+        self.shown, self.next = None, next(self.decoded, None)
+
+    def _decode_from_keyframe(self) -> Iterator[tuple[int, Any]]:
+        first = None
+        for packet in self.container.demux(self.stream):
+            if first is None:
+                if not packet.is_keyframe or packet.pts is None:
+                    continue
+                first = packet
+            for frame in packet.decode():
+                # Frames shown before the keyframe that they follow in the file (open GOP) lack their references.
+                if frame.pts is not None and frame.pts >= first.pts:
+                    yield self.timeline.number(frame.pts), frame
+
+
+def _resized(frame: Any, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
+    turned = round(frame.rotation / 90) % 2
+    return resize(frame.width, frame.height) if turned else resize(frame.height, frame.width)
+
+
+def _picture(converter: Any, frame: Any, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    quarter_turns = round(frame.rotation / 90)
+    if quarter_turns % 2:
+        height, width = width, height
+    return np.rot90(converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray(), quarter_turns)
