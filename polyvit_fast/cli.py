@@ -90,7 +90,7 @@ def _train(arguments: list[str]) -> int:
     outcome = train(config, name, ["polyvit-fast", "train", *arguments])
     if outcome.signal:
         return {2: 130, 15: 75}[outcome.signal]
-    print_results(config, outcome.results)
+    print_results(outcome.results)
     _plot_curves(config.folder)
     return 0
 
@@ -110,10 +110,11 @@ def _eval(arguments: list[str]) -> int:
     options = _parse(Eval, flags, "eval RUN")
     recorded = _recorded(folder)
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.log import print_results
+    from polyvit_fast.train.log import evaluation_progress, print_evaluation
 
-    results = evaluate_run(Path(folder), recorded.config, options.checkpoint, options.tasks)
-    print_results(recorded.config, results)
+    with evaluation_progress() as progress:
+        rows = evaluate_run(Path(folder), recorded.config, options.checkpoint, options.tasks, progress)
+    print_evaluation(recorded.config, rows)
     return 0
 
 

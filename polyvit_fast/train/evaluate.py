@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +14,10 @@ from torch import Tensor
 from polyvit_fast.config import Train
 from polyvit_fast.data.stream import Loader, prefetch, validation_jobs
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train import checkpoint
 from polyvit_fast.train.metrics import Metrics
+
+Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -23,9 +29,7 @@ def view_logits(model: PolyViT, task: str, grid: Tensor, precision: str) -> Tens
     return logits.float().view(batch, views, -1).mean(1)
 
 
-def evaluate(
-    model: PolyViT, config: Train, loaders: dict[str, Loader], progress: Callable[[str, int, int], None]
-) -> dict[str, dict[str, float]]:
+def evaluate(model: PolyViT, config: Train, loaders: dict[str, Loader], progress: Progress) -> dict[str, dict[str, float]]:
     """The metrics of each task in `loaders`, with `num_examples`, `num_broken` files left out and `examples_per_second`.
 
     `progress(task, done, total)` is called after every batch.
@@ -38,7 +42,7 @@ def evaluate(
         model.train(was_training)
 
 
-def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Callable[[str, int, int], None]) -> dict[str, float]:
+def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress) -> dict[str, float]:
     started, metrics, done = time.monotonic(), Metrics(loader.task), 0
     batches = prefetch(validation_jobs(loader), depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds)
     for name, batch in batches:
@@ -52,3 +56,36 @@ def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Call
     seconds = time.monotonic() - started
     counts = {"num_examples": done, "num_broken": len(loader.broken), "examples_per_second": done / seconds}
     return metrics.compute() | counts
+
+
+def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], progress: Progress) -> dict[str, dict[str, float]]:
+    """The metrics of a run's checkpoint: its newest, its best, or that of a step; they are added to the run's evaluations.jsonl too.
+
+    Raises ValueError when there is no such checkpoint or task.
+    """
+    unknown = sorted(set(tasks) - config.tasks.keys())
+    if unknown:
+        raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
+    found = find_checkpoint(folder, which)
+    model = PolyViT.from_config(config)
+    model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
+    loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
+    rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress)
+    with open(folder / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
+    return rows
+
+
+def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
+    """The checkpoint called "newest", "best" or by its step. Raises ValueError that names those which are there."""
+    newest = checkpoint.newest(folder)
+    if newest is None:
+        raise ValueError(f"{folder} holds no whole checkpoint yet")
+    if which == "newest":
+        return newest
+    step = newest.state["best_step"] if which == "best" else which
+    for found in checkpoint.every(folder):
+        if str(found.step) == str(step):
+            return found
+    there = ", ".join(str(found.step) for found in checkpoint.every(folder))
+    raise ValueError(f"{folder} holds no checkpoint {which!r}; there are newest, best and the steps {there}")

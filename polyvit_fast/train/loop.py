@@ -17,7 +17,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.evaluate import evaluate
-from polyvit_fast.train.log import Log
+from polyvit_fast.train.log import Log, Result
 from polyvit_fast.train.record import describe_run, resume_differences, to_json
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
 from polyvit_fast.train.step import Step, TaskCounters
@@ -48,6 +48,8 @@ class Outcome:
     signal: int
     metrics: dict[str, dict[str, float]]
     """Of each task, at the last evaluation."""
+    results: list[Result]
+    """The same as the lines of a table."""
 
 
 @dataclass
@@ -67,8 +69,10 @@ class Run:
     best_step: int | None = None
     best_score: float = float("-inf")
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    task_seconds: dict[str, float] = field(default_factory=dict)
+    interval_seconds: dict[str, float] = field(default_factory=dict)
     """Time that each task took since the last log line."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that each task took in the whole run, waiting for its data included."""
 
 
 def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
@@ -89,7 +93,16 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
                 _save(run)
         if run.metrics_step < run.done and (stop.signal or _evaluate(run, stop)):
             _save(run, must=True)
-        return Outcome(run.done, stop.signal, run.metrics)
+        return Outcome(run.done, stop.signal, run.metrics, _results(run))
+
+
+def _results(run: Run) -> list[Result]:
+    steps, results = count_steps(run.plan[: run.done]), []
+    for name, row in run.metrics.items():
+        task = run.config.tasks[name]
+        speed = steps[name] * task.batch / run.seconds[name] if run.seconds[name] else float("nan")
+        results.append(Result(name, task.modality.name, task.metric, row[task.metric], steps[name], speed))
+    return results
 
 
 def _one_step(run: Run, batches: Iterator[tuple[str, Batch]]) -> None:
@@ -103,7 +116,8 @@ def _one_step(run: Run, batches: Iterator[tuple[str, Batch]]) -> None:
     run.done += 1
     seconds = (time.monotonic() - started) / len(names)
     for name in names:
-        run.task_seconds[name] += seconds
+        run.interval_seconds[name] += seconds
+        run.seconds[name] += seconds
         run.log.tick(run.done, name)
 
 
@@ -112,10 +126,10 @@ def _log_interval(run: Run) -> None:
     rows = {}
     for name, row in counters.items():
         if row.steps:
-            speed = row.steps * run.config.tasks[name].batch / max(run.task_seconds[name], 1e-9)
+            speed = row.steps * run.config.tasks[name].batch / max(run.interval_seconds[name], 1e-9)
             rows[name] = {"loss": row.loss, "accuracy": row.matches, "examples_per_second": speed, "steps": row.steps}
             rows[name] |= {"skipped": row.skipped, "broken_files": len(run.loaders[name].broken)}
-            run.task_seconds[name] = 0.0
+            run.interval_seconds[name] = 0.0
     run.log.interval(run.done, learning_rate(run.config, run.plan, run.done - 1), rows)
     _check_patience(run, counters)
 
@@ -163,6 +177,7 @@ def _save(run: Run, *, must: bool = False) -> None:
         "best_score": None if run.best_step is None else run.best_score,
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
+        "seconds": run.seconds,
     }
     try:
         keep, config = run.config.keep, to_json(run.config)
@@ -184,13 +199,22 @@ def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iter
     describe_run(config.folder, experiment, argv, config)
     first_step = found.step if found else 0
     totals = dict(count_steps(plan))
-    with Log(config.folder, totals, len(plan), first_step, dict(count_steps(plan[:first_step]))) as log:
+    with Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step])) as log:
         log.message(
             f"{experiment}: {_size(model)} parameters, {len(plan)} steps over {len(config.tasks)} tasks, run folder {config.folder}"
         )
         loaders = {name: Loader(name, config, train=True, report=log.message) for name in totals}
         validation = {name: Loader(name, config, train=False, report=log.message) for name in config.tasks}
-        run = Run(config, plan, step, loaders, validation, log, task_seconds=dict.fromkeys(config.tasks, 0.0))
+        run = Run(
+            config,
+            plan,
+            step,
+            loaders,
+            validation,
+            log,
+            interval_seconds=dict.fromkeys(config.tasks, 0.0),
+            seconds=dict.fromkeys(config.tasks, 0.0),
+        )
         if found:
             _restore(run, found)
             log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
@@ -222,6 +246,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
         step.parameters.load(step.optimizer.ema, found.load_tensors("ema"))
     step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
     run.done, run.metrics, run.metrics_step = found.step, found.state["metrics"], found.state["metrics_step"]
+    run.seconds.update(found.state["seconds"])
     if found.state["best_step"] is not None:
         run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
 

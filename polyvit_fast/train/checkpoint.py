@@ -1,0 +1,291 @@
+"""Checkpoints that outlive kills, full disks and flipped bits: a folder of safetensors and JSON files that is whole or not there.
+
+`save` writes under a temporary name, takes the SHA-256 of every byte on its way, syncs each file, writes the manifest last, and renames.
+`newest` believes nothing but what a manifest vouches for. No file of it can hold code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What the safetensors format calls each dtype."""
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be saved, or cannot be believed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which every byte has been checked."""
+
+    path: Path
+    step: int
+    """Steps done."""
+    state: dict[str, Any]
+    config: dict[str, Any]
+    names: tuple[str, ...]
+    """The groups of tensors that it holds: model, optimizer, …"""
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one group, on the CPU. Raises CheckpointError when there is none of that name."""
+        if name not in self.names:
+            raise CheckpointError(f"{self.path} holds no tensors named {name!r}; it has {', '.join(self.names)}")
+        return load_file(self.path / f"{name}.safetensors")
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    *,
+    keep: int,
+    best_step: int | None = None,
+) -> Path:
+    """Write `checkpoints/step_…` in the run folder, then delete all older ones but the newest `keep - 1` and that of `best_step`.
+
+    There must be one writer for a run folder. Raises CheckpointError when the disk is full or refuses; the older ones then stay.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep} must be at least 1")
+    home = folder / "checkpoints"
+    temporary = home / f".tmp-{_name(step)}-{uuid4().hex}"
+    texts = {"state.json": {**state, "step": step}, "config.json": config}
+    parts: dict[str, Iterable[bytes | memoryview]] = {name: [_json(value)] for name, value in texts.items()}
+    parts |= {f"{name}.safetensors": _safetensors(group) for name, group in tensors.items()}
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + (1 << 20)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        _remove_temporary(home)
+        _check_space(home, needed)
+        _write(temporary, step, parts)
+        _publish(temporary, home / _name(step))
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} was not saved in {home}: {error.strerror or error}; it needs {needed / 1e6:,.1f} MB, "
+            f"{_free_bytes(folder) / 1e6:,.1f} MB are free; the older checkpoints are untouched"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _remove_old(home, step, keep, best_step)
+    return home / _name(step)
+
+
+def newest(folder: Path, report: Callable[[str], None] = _logger.warning) -> Checkpoint | None:
+    """The checkpoint of the largest step in the run folder of which every byte is as it was written; None when there is none.
+
+    Each broken one is reported, with the file at fault, and passed over.
+    """
+    return next(every(folder, report), None)
+
+
+def every(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iterator[Checkpoint]:
+    """The whole checkpoints of a run folder, that of the largest step first; broken ones are reported and passed over."""
+    for path in reversed(_checkpoints(folder / "checkpoints")):
+        try:
+            checkpoint = read(path)
+        except CheckpointError as error:
+            report(f"broken checkpoint skipped: {error}")
+        else:
+            yield checkpoint
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in this folder, after its whole content was checked. Raises CheckpointError that names the file at fault."""
+    files = _manifest(path)
+    for name, (_, digest) in files.items():
+        _check_content(path / name, digest)
+    try:
+        state, config = (json.loads((path / name).read_bytes()) for name in ("state.json", "config.json"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    names = tuple(name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
+    return Checkpoint(path, _step(path), state, config, names)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file."""
+    # The library can write a file, or return it as bytes, but not show the bytes to a hash as they pass without a second copy of all.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # wide first keeps every tensor aligned
+    header, end = {}, 0
+    for name, tensor in ordered:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: a tensor of {tensor.dtype} cannot be stored")
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(folder: Path, step: int, parts: dict[str, Iterable[bytes | memoryview]]) -> None:
+    folder.mkdir()
+    files = {name: _write_file(folder / name, pieces) for name, pieces in parts.items()}
+    _write_file(folder / MANIFEST, [_json({"format": FORMAT, "step": step, "files": files})])
+    _sync_folder(folder)
+
+
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    digest, size, chunk = hashlib.sha256(), 0, 1 << 20  # a chunk stays in the cache between its hash and its write
+    with open(path, "xb") as file:
+        for piece in pieces:
+            for start in range(0, len(piece), chunk):
+                digest.update(piece[start : start + chunk])
+                size += file.write(piece[start : start + chunk])
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    if final.exists():
+        # Saved a second time at one step: the first stays findable under another name until the second is in its place.
+        replaced = final.with_name(final.name + ".replaced")
+        _remove(replaced)
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    _sync_folder(final.parent.parent)
+
+
+def _remove_old(home: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Delete what is older than `step` and not to be kept. Those of later steps, left by a run that was set back, are not ours."""
+    older = [path for path in reversed(_checkpoints(home)) if _step(path) < step]
+    whole = [path for path in older if _is_complete(path)]
+    kept = {*whole[: keep - 1], *(path for path in whole if _step(path) == best_step)}
+    for path in [home / f"{_name(step)}.replaced", *(path for path in older if path not in kept)]:
+        try:
+            _remove(path)
+        except OSError as error:
+            _logger.warning("the old checkpoint %s cannot be deleted: %s", path, error.strerror)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves a temporary folder, not half a checkpoint."""
+    if path.exists():
+        doomed = path.with_name(f".tmp-removed-{uuid4().hex}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_temporary(home: Path) -> None:
+    for path in home.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(home: Path) -> list[Path]:
+    """All checkpoints, broken ones too, by increasing step; one that was being replaced stands before its replacement."""
+    found = [path for path in home.glob("step_*") if re.fullmatch(r"step_\d+(\.replaced)?", path.name)]
+    return sorted(found, key=lambda path: (_step(path), not path.suffix))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step(path: Path) -> int:
+    digits = re.match(r"step_(\d+)", path.name)
+    return int(digits[1]) if digits else -1
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return bool(_manifest(path))
+    except CheckpointError:
+        return False
+
+
+def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of each file, after a look at the files' sizes."""
+    try:
+        content = json.loads((path / MANIFEST).read_bytes())
+        found = content["format"], content["step"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path / MANIFEST} is missing: the checkpoint was not finished") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is broken: {error!r}") from None
+    if found != (FORMAT, _step(path)):
+        raise CheckpointError(f"{path / MANIFEST} is of format {found[0]}, step {found[1]}; expected {FORMAT}, {_step(path)}")
+    for name in {"state.json", "config.json", *files}:
+        file = path / name
+        if name not in files or Path(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST} names {sorted(files)}; it needs state.json and config.json, and no other folder")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != files[name][0]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {files[name][0]}")
+    return files
+
+
+def _check_content(path: Path, digest: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            raise CheckpointError(f"{path}: the content differs from its SHA-256 in {MANIFEST}")
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # reads the header alone
+                pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+    except OSError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _check_space(home: Path, needed: int) -> None:
+    if _free_bytes(home) < needed:
+        raise OSError("not enough free disk space")
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,267 @@
+"""What a run tells while it runs: progress on the terminal, metrics.jsonl, TensorBoard, log.txt.
+
+Nothing here stops a training: when a disk is full or a folder is gone, that output ends with one warning and the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from polyvit_fast.config import Train
+
+Rows = Mapping[str, Mapping[str, int | float]]
+"""Numbers by task and name."""
+STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
+
+
+class Log:
+    """Where the training loop reports to; use it as a context manager.
+
+    `totals` are the steps of each task, `done` those already made when the run was resumed. On a terminal there is a bar for the run and
+    one for each task; elsewhere a line per interval. Lines of metrics.jsonl beyond
+    `resumed_step` are dropped, so that no step appears twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        totals: Mapping[str, int],
+        total_steps: int,
+        resumed_step: int = 0,
+        *,
+        done: Mapping[str, int] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, because it takes long to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.console = console or Console()
+        self.total_steps, self.first_step, self.started = total_steps, resumed_step, time.monotonic()
+        self.said = self.started
+        self.given_up: set[str] = set()
+        self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 - closed in __exit__
+        self.last = _drop_later_lines(folder / "metrics.jsonl", resumed_step)
+        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in __exit__
+        # TensorBoard hides the points of earlier writers from the purge step on.
+        purge_step = resumed_step + 1 if resumed_step else 0
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        self.progress = _progress(self.console)
+        self.eval_bar: TaskID | None = None
+        self.run_bar = self.progress.add_task("all tasks", total=total_steps, completed=resumed_step, numbers="")
+        self.task_bars = {
+            name: self.progress.add_task(name, total=total, completed=(done or {}).get(name, 0), numbers="")
+            for name, total in totals.items()
+        }
+
+    def __enter__(self) -> Log:
+        self.started = time.monotonic()
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.progress.stop()
+        for name, close in (("TensorBoard", self.tensorboard.close), ("metrics.jsonl", self.metrics.close), ("log.txt", self.text.close)):
+            self._attempt(name, close)
+            with suppress(OSError, ValueError):  # a second time, should the output have failed before
+                close()
+
+    def tick(self, step: int, task: str | Sequence[str]) -> None:
+        """Count one more step of `task` (or of all tasks of an accumulating step); `step` steps of the run are then done."""
+        self.progress.update(self.run_bar, completed=step)
+        for name in (task,) if isinstance(task, str) else task:
+            self.progress.advance(self.task_bars[name])
+
+    def interval(self, step: int, lr: float, rows: Rows) -> None:
+        """Report the means since the last interval: for each task that had a step its loss, accuracy, examples_per_second and steps."""
+        self._record("train", step, rows, lr=lr)
+        self.progress.update(self.run_bar, completed=step, numbers=f"lr {lr:.3g}")
+        for name, row in rows.items():
+            self.progress.update(self.task_bars[name], numbers=_numbers(row))
+        line = f"step {step:,}/{self.total_steps:,} ({step / max(1, self.total_steps):.0%}), {self._time_left(step)} left, lr {lr:.3g}"
+        line += "".join(f" | {name} {_numbers(row)}" for name, row in rows.items())
+        self._say(line, shown=not self.console.is_terminal)
+
+    def evaluating(self, task: str, done: int, total: int) -> None:
+        """Show how many of a task's held-out samples are evaluated: a bar, or a line every ten seconds."""
+        if self.eval_bar is None:
+            self.eval_bar = self.progress.add_task("", numbers="")
+        self.progress.update(self.eval_bar, description=f"evaluating {task}", completed=done, total=total)
+        if not self.console.is_terminal and time.monotonic() - self.said > 10:
+            self._say(f"evaluating {task}: {done:,} of {total:,}")
+
+    def evaluation(self, step: int, rows: Rows) -> None:
+        """Report each task's metrics on its held-out samples."""
+        if self.eval_bar is not None:
+            self.progress.remove_task(self.eval_bar)
+            self.eval_bar = None
+        self._record("eval", step, rows)
+        for name, row in rows.items():
+            self._say(f"step {step:,}: {name}: " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()))
+
+    def message(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        """Print a text above the bars and add it to log.txt."""
+        self._say(text if level == "info" else f"{level}: {text}", style=STYLES[level])
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table above the bars and add it to log.txt."""
+        self.progress.console.print(table)
+        plain = StringIO()
+        Console(file=plain, width=100).print(table)
+        self._attempt("log.txt", lambda: self.text.write(plain.getvalue()))
+
+    def _say(self, text: str, *, style: str = "", shown: bool = True) -> None:
+        if shown:
+            self.said = time.monotonic()
+            self.progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._attempt("log.txt", lambda: self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"))
+
+    def _record(self, kind: str, step: int, rows: Rows, **more: float) -> None:
+        if step <= self.last.get(kind, -1):
+            return
+        self.last[kind] = step
+        tasks = {name: {key: _finite(value) for key, value in row.items()} for name, row in rows.items()}
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **more, "tasks": tasks}
+        self._attempt("metrics.jsonl", lambda: self.metrics.write(json.dumps(line) + "\n"))
+        self._attempt("TensorBoard", lambda: self._add_scalars(kind, step, rows, more))
+
+    def _add_scalars(self, kind: str, step: int, rows: Rows, more: Mapping[str, float]) -> None:
+        points = {f"{task}/{kind}/{key}": value for task, row in rows.items() for key, value in row.items()}
+        for tag, value in {**more, **points}.items():
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def _attempt(self, name: str, write: Callable[[], Any]) -> None:
+        """Write, unless that output failed before; a first failure is told once."""
+        if name in self.given_up:
+            return
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            self.given_up.add(name)
+            self.message(f"{name} is not written any more: {error}", "warning")
+
+    def _time_left(self, step: int) -> timedelta:
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        return timedelta(seconds=round(per_step * (self.total_steps - step)))
+
+
+def _progress(console: Console) -> Progress:
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(compact=True),
+    ]
+    # A refresh takes the interpreter for about 4 ms with nine tasks: twice a second is enough.
+    return Progress(*columns, console=console, refresh_per_second=2, disable=not console.is_terminal)
+
+
+def _drop_later_lines(path: Path, step: int) -> dict[str, int]:
+    """Cut metrics.jsonl back to its lines up to `step`, and from the first broken one on; returns the last step of each kind."""
+    last: dict[str, int] = {}
+    kept = []
+    for text in path.read_text().splitlines() if path.is_file() and step else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["step"] <= step:
+            kept.append(text + "\n")
+            last[line["kind"]] = line["step"]
+    temporary = path.with_name(".metrics.jsonl.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+    return last
+
+
+def _numbers(row: Mapping[str, int | float]) -> str:
+    parts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
+    parts += [f"acc {row['accuracy']:.1%}"] if "accuracy" in row else []
+    parts += [f"{row['examples_per_second']:,.0f}/s"] if "examples_per_second" in row else []
+    # Counts of trouble, such as skipped steps, when there is any.
+    parts += [f"{key} {value}" for key, value in row.items() if key not in ("loss", "accuracy", "examples_per_second", "steps") and value]
+    return " ".join(parts)
+
+
+def _short(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _finite(value: int | float) -> int | float | None:
+    """JSON knows no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table at the end of a run."""
+
+    task: str
+    modality: str
+    metric: str
+    value: float
+    steps: int
+    examples_per_second: float
+
+
+def result_table(rows: Sequence[Result]) -> Table:
+    """The results as a table for `Console.print` or `Log.show`."""
+    table = Table(box=box.SIMPLE, show_edge=False)
+    table.add_column("task", overflow="fold")
+    for header in ("modality", "metric"):
+        table.add_column(header)
+    for header in ("value", "steps", "examples/s"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        speed = f"{row.examples_per_second:,.0f}" if math.isfinite(row.examples_per_second) else "-"
+        table.add_row(row.task, row.modality, row.metric, f"{row.value:.4f}", f"{row.steps:,}", speed)
+    return table
+
+
+def print_results(rows: Sequence[Result]) -> None:
+    """Print the table of results."""
+    Console().print(result_table(rows))
+
+
+def print_evaluation(config: Train, rows: Rows) -> None:
+    """Print each task's metrics as `evaluate` gives them, its own metric first."""
+    table = Table(box=box.SIMPLE, show_edge=False)
+    table.add_column("task", overflow="fold")
+    for header in ("modality", "metric"):
+        table.add_column(header)
+    for header in ("value", "top5", "loss", "examples", "broken", "examples/s"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        task = config.tasks[name]
+        numbers = [_short(row[key]) if key in row else "-" for key in (task.metric, "top5", "loss")]
+        counts = [f"{row[key]:,.0f}" for key in ("num_examples", "num_broken", "examples_per_second")]
+        table.add_row(name, task.modality.name, task.metric, *numbers, *counts)
+    Console().print(table)
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function to call with (task, done, total) of an evaluation: on a terminal it moves a bar for each task."""
+    bars: dict[str, TaskID] = {}
+    with _progress(Console()) as progress:
+
+        def show(task: str, done: int, total: int) -> None:
+            if task not in bars:
+                bars[task] = progress.add_task(f"evaluating {task}", numbers="")
+            progress.update(bars[task], completed=done, total=total)
+
+        yield show

@@ -1,0 +1,210 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tile_task, tiny_config
+from safetensors.torch import load_file
+
+from polyvit_fast import experiments
+from polyvit_fast.config import Decoder, Task, Train
+from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.train import checkpoint
+from polyvit_fast.train.log import Log
+from polyvit_fast.train.loop import NonFiniteError, train
+from polyvit_fast.train.schedule import make_plan
+
+
+def run(config: Train, folder: Path, **changes):
+    return train(replace(config, out=str(folder), **changes), "test", ["test"])
+
+
+@contextmanager
+def signal_at(step: int, number: int) -> Iterator[None]:
+    """Inside, this process receives a real signal while the given step ends, as from Ctrl-C or a cluster's scheduler."""
+    tick = Log.tick
+
+    def tick_and_signal(log: Log, done: int, task: str) -> None:
+        tick(log, done, task)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    Log.tick = tick_and_signal
+    try:
+        yield
+    finally:
+        Log.tick = tick
+
+
+def run_until(config: Train, folder: Path, step: int, number: int = signal.SIGTERM):
+    with signal_at(step, number):
+        return run(config, folder)
+
+
+def tensors(folder: Path):
+    newest = checkpoint.newest(folder)
+    assert newest
+    return {name: load_file(newest.path / f"{name}.safetensors") for name in ("model", "optimizer")}
+
+
+def assert_equal_weights(a: Path, b: Path):
+    for kind, ours in tensors(a).items():
+        theirs = tensors(b)[kind]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def losses(folder: Path):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], task, row["loss"]) for line in lines for task, row in line.get("tasks", {}).items() if "loss" in row]
+
+
+def test_smoke_loses_more_than_thirty_percent_of_its_loss(tmp_path):
+    run(experiments.load("smoke"), tmp_path / "run", log_every_steps=10)
+    rows = losses(tmp_path / "run")
+    for task in ("pictures", "clips", "sounds"):
+        curve = [loss for _, name, loss in rows if name == task]
+        assert curve[-1] < 0.7 * curve[0], (task, curve)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"schedule": "accumulating"},
+        {"schedule": "task-by-task", "optim_changes": {"name": "sgd", "lr": 0.01, "ema_decay": 0.9}},
+        {"model_changes": {"dropout": 0.2, "num_adaptor_layers": 1}, "task_changes": {"drop_path_rate": 0.3, "mixup": 0.3}},
+    ],
+    ids=["weighted", "accumulating", "sgd-ema", "dropout-adaptors-mixup"],
+)
+def test_twice_resumed_is_bitwise_the_straight_run(tmp_path, changes):
+    config = tiny_config()
+    changes = dict(changes)
+    config = replace(config, model=replace(config.model, **changes.pop("model_changes", {})))
+    config = replace(config, optim=replace(config.optim, **changes.pop("optim_changes", {})))
+    a = replace(config.tasks["a"], **changes.pop("task_changes", {}))
+    config = replace(config, tasks=config.tasks | {"a": a}, **changes)
+    total = len(make_plan(config))
+    straight = run(config, tmp_path / "straight")
+    assert run_until(config, tmp_path / "resumed", total // 3).step == total // 3  # 50 and 30 samples a task: amid an epoch
+    assert run_until(config, tmp_path / "resumed", total // 3 + 2, signal.SIGINT).step == total // 3 + 2
+    resumed = run(config, tmp_path / "resumed")
+    assert_equal_weights(tmp_path / "straight", tmp_path / "resumed")
+    for task, row in straight.metrics.items():
+        for name in ("loss", config.tasks[task].metric):
+            assert row[name] == resumed.metrics[task][name]
+    assert losses(tmp_path / "straight") == losses(tmp_path / "resumed")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, config):
+    first = run(config, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    second = run(config, tmp_path)
+    assert (second.step, second.metrics) == (first.step, first.metrics)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_another_configuration_is_refused_by_its_fields(tmp_path, config):
+    run(config, tmp_path)
+    other = replace(config, seed=5, tasks=config.tasks | {"a": replace(config.tasks["a"], batch=4)})
+    with pytest.raises(ValueError, match=r"tasks.a.batch: 8 -> 4; .*seed: 0 -> 5|seed: 0 -> 5; .*tasks.a.batch: 8 -> 4"):
+        run(other, tmp_path)
+    with pytest.raises(ValueError, match="resume is off"):
+        run(config, tmp_path, resume=False)
+
+
+def test_fields_that_change_no_number_may_differ(tmp_path, config):
+    run_until(config, tmp_path, 7)
+    assert run(config, tmp_path, log_every_steps=3, prefetch=1, num_threads=1).step == len(make_plan(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisoned(Synthetic):
+    """Synthetic samples of which some have no finite pixel."""
+
+    share: float = 1.0
+
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+        inner = super().decoder(task, batch=batch, train=train, num_threads=num_threads)
+
+        def decode(media, rngs):
+            numbers = [int("".join(c for c in m.name if c.isdigit())) for m in media]
+            grid = inner(media, rngs).float()
+            bad = torch.tensor([number < self.share * self.num_samples for number in numbers])
+            return torch.where(bad.view(-1, 1, 1, 1, 1, 1), float("nan"), grid)
+
+        return decode
+
+
+def test_endless_non_finite_losses_stop_with_task_step_and_files(tmp_path):
+    config = tiny_config(tasks={"a": tile_task(steps=40, train=Poisoned(num_samples=50)), "b": tile_task(steps=4)}, nonfinite_patience=5)
+    with pytest.raises(NonFiniteError, match=r"task a: the loss or gradient was not finite in \d+ of its steps in a row.*synthetic"):
+        run(config, tmp_path)
+
+
+def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
+    config = tiny_config(tasks={"a": tile_task(steps=30, batch=2, train=Poisoned(num_samples=50, share=0.1))})
+    outcome = run(config, tmp_path)
+    assert outcome.step == 30
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    skipped = max(line["tasks"]["a"].get("skipped", 0) for line in last)
+    assert 3 <= skipped <= 10
+    assert all(t.isfinite().all() for t in tensors(tmp_path)["model"].values())
+
+
+def test_best_checkpoint_stays(tmp_path, config):
+    run(config, tmp_path, eval_every_steps=4, save_every_steps=4, keep=1)
+    newest = checkpoint.newest(tmp_path)
+    assert newest
+    steps = {int(path.name.split("_")[1]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {20, newest.state["best_step"]}
+
+
+def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch):
+    # Only `statvfs` lies: the saving code itself meets a disk with no room, then a disk with room.
+    calls = []
+    real = os.statvfs
+
+    def full_at_first(path):
+        calls.append(path)
+        status = real(path)
+        return status if len(calls) > 1 else os.statvfs_result((*status[:3], 0, 0, *status[5:]))
+
+    monkeypatch.setattr(os, "statvfs", full_at_first)
+    outcome = run(config, tmp_path, save_every_steps=5)
+    assert outcome.step == 20
+    assert "Training goes on" in (tmp_path / "log.txt").read_text()
+    assert checkpoint.newest(tmp_path)
+
+
+def test_unwritable_run_folder_is_told(tmp_path, config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(config, tmp_path / "file" / "run")
+
+
+def test_sigterm_to_a_real_process_saves_and_resumes(tmp_path):
+    command = [sys.executable, "-m", "polyvit_fast", "train", "smoke", "--out", str(tmp_path / "run"), "--tasks.pictures.steps", "2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    for line in process.stdout:
+        if "step" in line and "loss" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait() == 75, output
+    watchdog.cancel()
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest
+    assert 0 < newest.step < 2024
+    assert "stopped by SIGTERM" in output

@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from polyvit_fast.config import Optim
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.optim import FlatParameters, Optimizer
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+
+
+def run(config, steps=50, finite=lambda step: True):
+    """Our optimizer and torch's own on twin nets, with the same gradients and rates; gives both nets."""
+    ours, theirs = small_net(), small_net()
+    flat = FlatParameters(ours)
+    optimizer = Optimizer(flat, config)
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    others = [p for p in theirs.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.name == "sgd":
+        reference: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1.0, momentum=config.momentum)
+    else:
+        reference = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.eps)
+    for step in range(steps):
+        x = torch.randn(16, 5, generator=torch.Generator().manual_seed(step)) * (1 + step % 3)
+        lr = 0.1 / (1 + step)
+        (ours(x) ** 2).mean().backward()
+        optimizer.update(torch.tensor(lr), torch.tensor(finite(step)))
+        if finite(step):
+            (theirs(x) ** 2).mean().backward()
+            if config.clip_norm:
+                torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip_norm)
+            for group in reference.param_groups:
+                group["lr"] = lr
+            reference.step()
+            reference.zero_grad(set_to_none=False)
+    return ours, theirs, optimizer
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fifty_steps_equal_torch(name, weight_decay, clip_norm):
+    ours, theirs, _ = run(Optim(name=name, weight_decay=weight_decay, clip_norm=clip_norm))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_non_finite_steps_leave_no_trace(name):
+    ours, theirs, optimizer = run(Optim(name=name), finite=lambda step: step % 5 != 3)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert optimizer.count.item() == 40
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_changes_nothing(name, poison):
+    ours, _, optimizer = run(Optim(name=name, ema_decay=0.9), steps=3)
+    buffers = [optimizer.parameters.values, *optimizer.moments.values(), optimizer.count, optimizer.ema]
+    before = [buffer.clone() for buffer in buffers]
+    optimizer.parameters.grads[5] = poison
+    _, done = optimizer.update(torch.tensor(0.1), torch.tensor(True))
+    assert not done
+    assert all(torch.equal(a, b) for a, b in zip(before, buffers, strict=True))
+    assert not optimizer.parameters.grads.any()
+
+
+def test_moving_average():
+    ours, _, optimizer = run(Optim(name="sgd", ema_decay=0.5), steps=1)
+    start = FlatParameters(small_net()).values
+    torch.testing.assert_close(optimizer.ema, 0.5 * start + 0.5 * optimizer.parameters.values)
+    now = ours[0].weight.detach().clone()
+    with optimizer.averaged():
+        assert not torch.equal(ours[0].weight, now)
+    assert torch.equal(ours[0].weight, now)
+
+
+def test_heads_of_absent_tasks_coast_on_their_momentum():
+    config = tiny_config()
+    model = PolyViT.from_config(config)
+    optimizer = Optimizer(FlatParameters(model), Optim(name="sgd", momentum=0.9, clip_norm=0.0))
+    lr, yes = torch.tensor(0.1), torch.tensor(True)
+    grid = torch.randn(2, 1, 16, 16, 3)
+    model(grid, "b").square().sum().backward()
+    gradient = model.heads["b"].weight.grad.clone()
+    optimizer.update(lr, yes)
+    before = model.heads["b"].weight.detach().clone()
+    for n in (1, 2):
+        model(grid, "a").square().sum().backward()
+        optimizer.update(lr, yes)
+        after = model.heads["b"].weight.detach().clone()
+        torch.testing.assert_close(after - before, -0.1 * 0.9**n * gradient, rtol=1e-4, atol=1e-6)
+        before = after
+
+
+def test_flat_parameters_are_the_models_own_and_aligned():
+    model = small_net()
+    shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flat = FlatParameters(model)
+    assert all(torch.equal(p, shadow[name]) for name, p in model.named_parameters())
+    assert all(p.data_ptr() % 256 == flat.values.data_ptr() % 256 for p in model.parameters())
+    flat.values.fill_(7)
+    assert all((p == 7).all() for p in model.parameters())
+
+
+def test_saved_tensors_restore_and_foreign_ones_are_refused():
+    _, _, optimizer = run(Optim(name="adamw"), steps=4)
+    saved = {name: t.clone() for name, t in optimizer.tensors().items()}
+    fresh = Optimizer(FlatParameters(small_net()), optimizer.config)
+    fresh.load(saved)
+    assert all(torch.equal(t, saved[name]) for name, t in fresh.tensors().items())
+    other = Optimizer(FlatParameters(nn.Sequential(nn.Linear(5, 8))), replace(optimizer.config))
+    with pytest.raises(ValueError, match=r"0.bias, 0.weight, 1.bias"):
+        other.load(saved)

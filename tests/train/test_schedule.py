@@ -1,0 +1,119 @@
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import groupby
+
+import pytest
+from conftest import tile_task, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan
+
+STEPS = {"a": 7, "b": 20, "c": 4}
+
+
+def three_tasks(schedule, **changes):
+    tasks = {name: tile_task(steps=steps, lr_scale=scale) for (name, steps), scale in zip(STEPS.items(), (1, 0.5, 0.1), strict=True)}
+    return tiny_config(tasks=tasks, schedule=schedule, **changes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "length", "counts"),
+    [
+        ("task-by-task", 31, STEPS),
+        ("alternating", 31, {"a": 11, "b": 10, "c": 10}),
+        ("uniform", 31, {"a": 11, "b": 10, "c": 10}),
+        ("weighted", 31, STEPS),
+        ("accumulating", 10, {"a": 10, "b": 10, "c": 10}),
+    ],
+)
+def test_exact_step_counts(schedule, length, counts):
+    plan = make_plan(three_tasks(schedule))
+    assert len(plan) == length
+    assert count_steps(plan) == counts
+
+
+def test_the_five_schedules_of_the_paper_are_there():
+    assert list(SCHEDULES) == ["task-by-task", "alternating", "uniform", "weighted", "accumulating"]
+
+
+def test_task_by_task_is_one_block_a_task():
+    blocks = [(names, len(list(steps))) for names, steps in groupby(make_plan(three_tasks("task-by-task")))]
+    assert sorted(blocks) == [(("a",), 7), (("b",), 20), (("c",), 4)]
+    orders = {tuple(names for names, _ in groupby(make_plan(three_tasks("task-by-task", seed=seed)))) for seed in range(20)}
+    assert len(orders) == 6
+
+
+def test_alternating_takes_turns():
+    assert make_plan(three_tasks("alternating"))[:4] == [("a",), ("b",), ("c",), ("a",)]
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "weighted"])
+def test_permuted_schedules_follow_the_seed(schedule):
+    plans = [make_plan(three_tasks(schedule, seed=seed)) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    assert Counter(plans[0]) == Counter(plans[2])
+
+
+def test_accumulating_takes_all_tasks_at_once():
+    assert set(make_plan(three_tasks("accumulating"))) == {("a", "b", "c")}
+
+
+def test_any_function_is_a_schedule():
+    config = three_tasks(lambda config: [("a",), ("a", "c")])
+    assert make_plan(config) == [("a",), ("a", "c")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("weigthed", "schedule = 'weigthed' is unknown; there are: task-by-task, .*weighted"),
+        (lambda config: [("a",), ("x",)], r"step 1 is \('x',\); it must name tasks among a, b, c"),
+        (lambda config: [], "plans no step"),
+    ],
+)
+def test_wrong_schedules_are_told(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(three_tasks(schedule))
+
+
+def rates(config):
+    plan = make_plan(config)
+    return [learning_rate(config, plan, step) for step in range(len(plan))]
+
+
+def test_learning_rate_follows_the_specification():
+    config = tiny_config(tasks={"a": tile_task(steps=1000)})
+    config = replace(config, optim=replace(config.optim, lr=2.0, warmup_steps=100))
+    rate = rates(config)
+    assert rate[0] == 0
+    assert rate[100] == 2.0
+    assert rate[50] == pytest.approx(1.0)
+    assert rate[550] == pytest.approx(1.0)
+    assert rate[999] < 1e-4  # scenic's cosine restarts here, at the full rate
+    assert rate[300] == pytest.approx(2 * 0.5 * (1 + math.cos(math.pi * 200 / 900)))
+
+
+def test_learning_rate_is_scaled_by_the_task():
+    config = three_tasks("alternating")
+    rate = rates(replace(config, optim=replace(config.optim, lr=1.0)))
+    assert rate[1] / rate[0] == pytest.approx(0.5, rel=0.01)
+    shared = three_tasks("accumulating")
+    assert rates(replace(shared, optim=replace(shared.optim, lr=1.0)))[0] == pytest.approx(1.6 / 3)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from(sorted(SCHEDULES)), st.integers(0, 99))
+def test_every_plan_keeps_the_promised_counts(steps, schedule, seed):
+    config = tiny_config(tasks={f"t{j}": tile_task(steps=u) for j, u in enumerate(steps)}, schedule=schedule, seed=seed)
+    total, num_tasks = sum(steps), len(steps)
+    if schedule == "accumulating" and total < num_tasks:
+        return
+    counts = count_steps(make_plan(config))
+    if schedule in ("weighted", "task-by-task"):
+        assert [counts[f"t{j}"] for j in range(num_tasks)] == steps
+    elif schedule == "accumulating":
+        assert set(counts.values()) == {total // num_tasks}
+    else:
+        assert sum(counts.values()) == total
+        assert max(counts[name] for name in config.tasks) - min(counts[name] for name in config.tasks) <= 1
