@@ -241,6 +241,8 @@ class Train:
     """Record each task's step as a CUDA graph. Not in this version: must be False."""
     num_threads: int = 2
     """CPU threads that decode files."""
+    compute_threads: int = 0
+    """CPU threads that the model computes with; 0: one less than there are cores, for one that waits for decoders stops all."""
     prefetch: int = 4
     """Batches that are decoded ahead along the schedule."""
     decode_timeout_seconds: float = 120.0
@@ -271,8 +273,10 @@ class Train:
         for name in ("num_threads", "prefetch", "log_every_steps", "save_every_steps", "keep", "nonfinite_patience"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.eval_every_steps < 0 or not 0 <= self.max_bad_ratio <= 1 or self.decode_timeout_seconds <= 0:
-            raise ValueError("eval_every_steps >= 0, 0 <= max_bad_ratio <= 1 and decode_timeout_seconds > 0 are needed")
+        if min(self.eval_every_steps, self.compute_threads) < 0:
+            raise ValueError("eval_every_steps and compute_threads must not be negative")
+        if not 0 <= self.max_bad_ratio <= 1 or self.decode_timeout_seconds <= 0:
+            raise ValueError("0 <= max_bad_ratio <= 1 and decode_timeout_seconds > 0 are needed")
         self._check_shared_modalities()
 
     def _check_shared_modalities(self) -> None:

@@ -137,7 +137,7 @@ class _Decoder:
         if (video.colour_jitter or video.hue_jitter_degrees) and rng.random() < video.colour_jitter_chance:
             clip = jitter_colours(clip, rng, video.colour_jitter, video.hue_jitter_degrees)
         if video.grey_chance and rng.random() < video.grey_chance:
-            clip = recolour(clip, brightness=1, contrast=1, saturation=0, hue_degrees=0)
+            clip = recolour(clip, brightness=1.0, contrast=1.0, saturation=0.0, hue_degrees=0.0)
         return clip
 
     def _even_clips(self, media: Media, rng: np.random.Generator, out: UInt8[np.ndarray, "view frames size size 3"]) -> None:
@@ -147,7 +147,7 @@ class _Decoder:
             places = np.linspace(0, 1, video.eval_clips) if video.eval_clips > 1 else np.array([0.5])
             return _numbers(video, count, np.rint(places * _last_start(video, count)).astype(int))
 
-        clips = read_clips(media, choose, resize=lambda *size: _scaled(video, size, (1, 1)), max_pixels=video.max_pixels)
+        clips = read_clips(media, choose, resize=lambda *size: _scaled(video, size, (1.0, 1.0)), max_pixels=video.max_pixels)
         places = (0.5,) if video.eval_crops == 1 else (0.0, 0.5, 1.0)
         spare = np.array(clips.shape[2:4]) - video.size
         along = np.array([spare[0] > spare[1], spare[0] <= spare[1]])
@@ -170,5 +170,5 @@ def _scaled(video: Video, size: tuple[int, ...], scales: Sequence[float] | np.nd
     return height, width
 
 
-def _square(clip: Clip, top: int, left: int, size: int) -> Clip:
+def _square(clip: Clip, top: int, left: int, size: int) -> UInt8[np.ndarray, "frames size size 3"]:
     return clip[:, top : top + size, left : left + size]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,17 @@ from polyvit_fast.train import checkpoint
 from polyvit_fast.train.metrics import Metrics
 
 Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def compute_threads(config: Train) -> Iterator[None]:
+    """Inside, PyTorch computes with the configuration's number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.compute_threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -70,7 +83,8 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     model = PolyViT.from_config(config)
     model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
     loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
-    rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress)
+    with compute_threads(config):
+        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress)
     with open(folder / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
     return rows
