@@ -30,7 +30,7 @@ def cells(text, title, task):
 
 def large_config(**changes):
     """ViT-L on pictures of 384 pixels, which no machine of ours could train."""
-    tasks = {name: tile_task(modality=Tile(size=192), batch=batch) for name, batch in (("small", 8), ("big", 96), ("bigger", 96))}
+    tasks = {name: tile_task(modality=Tile(size=192), batch=batch) for name, batch in (("small", 8), ("big", 720), ("bigger", 720))}
     return tiny_config(**({"tasks": tasks, "model": MODELS["L"]} | changes))
 
 
@@ -75,7 +75,18 @@ def test_tables_hold_the_numbers(capsys, monkeypatch):
 def test_evaluation_counts_every_view_and_time():
     report = plan_report(tiny_config(tasks={"a": tile_task(steps=75, modality=Tile(views=4))}, eval_every_steps=20))
     # 4 evaluations of 30 samples in 4 views against 75 steps of 8 examples, each three forward passes: 480 of 1800.
-    assert any("Evaluation (4 times) adds 26.7%" in note for note in report_notes(report))
+    assert any("Evaluation, 4 times, adds 26.7%" in note for note in report_notes(report))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    # Total FLOPs by hand: 3 x batch x steps x twice the GMACs of one view, summed; 1e14 of them a second.
+    [("vit_b16_imagenet", "3.41 EFLOP are 9.47 hours at"), ("polyvit_b16", "25.2 EFLOP are 2.92 days at"), ("smoke", "")],
+)
+def test_time_of_long_runs(name, words):
+    [note] = [note for note in report_notes(plan_report(experiments.load(name))) if note.startswith("FLOPs")]
+    assert words in note
+    assert ("sustained 100 TFLOP/s" in note) == bool(words)
 
 
 @pytest.mark.parametrize("optim", [Optim(name="sgd"), Optim(name="adamw", ema_decay=0.99)], ids=lambda optim: optim.name)
@@ -147,7 +158,7 @@ def test_gpus_get_the_least_micro_batches_that_fit(capsys, monkeypatch):
             peaks = {n: report.state_bytes + row.activation_bytes / n for n in pieces}
             assert cell == str(min(n for n, peak in peaks.items() if peak <= 0.8 * size * GIB))
     assert len({row.activation_bytes for row in report.tasks}) == 2
-    assert any("big needs the most memory (as do 1 more)" in note for note in report_notes(report))
+    assert any("big needs the most memory (like 1 more)" in note for note in report_notes(report))
 
 
 def test_a_gpu_that_one_example_overfills_gets_a_dash(capsys, monkeypatch):
