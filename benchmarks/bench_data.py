@@ -4,15 +4,23 @@ Run: pytest benchmarks/bench_data.py. Each contender makes the same grids (asser
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image as Pillow
+from scipy.signal import resample_poly
 from torch.utils.data import DataLoader, Dataset
+from transformers.audio_utils import mel_filter_bank
 
+from polyvit_fast.config import Modality
+from polyvit_fast.data.audio import Audio
 from polyvit_fast.data.image import Image
 from polyvit_fast.data.rand_augment import rand_augment
+from polyvit_fast.data.video import Video
 from polyvit_fast.media import Media
 from polyvit_fast.randomness import generator
 
@@ -23,6 +31,20 @@ def time_rate(benchmark, contender: str, run: Callable[[], object], amount: floa
     """Time `run`, which decodes `amount` units; the table at the end shows units per second."""
     benchmark.extra_info.update(contender=contender, amount=amount, unit=unit)
     benchmark.pedantic(run, rounds=5, iterations=1, warmup_rounds=1)
+
+
+def decode_all(modality: Modality, paths: list[str], batch: int) -> Callable[[], torch.Tensor]:
+    """A function that makes all training batches and gives the first."""
+    decoder = modality.decoder(batch=batch, train=True, num_threads=NUM_THREADS)
+
+    def run() -> torch.Tensor:
+        batches = []
+        for start in range(0, len(paths), batch):
+            media = [Media(path) for path in paths[start : start + batch]]
+            batches.append(decoder(media, [generator("bench", start + i) for i in range(len(media))]))
+        return batches[0]
+
+    return run
 
 
 # Images: the Inception crop and flip of ImageNet training, 224 x 224 uint8
@@ -71,25 +93,10 @@ class PillowImages(Dataset):
         return torch.from_numpy(pixels)
 
 
-def decode_images(image: Image, paths: list[str]) -> Callable[[], torch.Tensor]:
-    decoder = image.decoder(batch=IMAGE_BATCH, train=True, num_threads=NUM_THREADS)
-
-    def run() -> torch.Tensor:
-        first = None
-        for start in range(0, len(paths), IMAGE_BATCH):
-            media = [Media(path) for path in paths[start : start + IMAGE_BATCH]]
-            grid = decoder(media, [generator("bench", start + i) for i in range(len(media))])
-            first = grid if first is None else first
-        assert first is not None
-        return first
-
-    return run
-
-
 @pytest.mark.parametrize("group", IMAGES)
 def test_images_ours(benchmark, image_files, group):
     benchmark.group = group
-    run = decode_images(IMAGES[group], image_files)
+    run = decode_all(IMAGES[group], image_files, IMAGE_BATCH)
     expected = torch.stack([PillowImages(IMAGES[group], image_files)[i] for i in range(IMAGE_BATCH)])
     difference = (run().squeeze((1, 2)).double() - expected).abs()
     # One level apart before RandAugment may be several after it, where that stretches the contrast or inverts.
@@ -104,3 +111,146 @@ def test_images_dataloader(benchmark, image_files, group):
     loader = DataLoader(dataset, batch_size=IMAGE_BATCH, num_workers=NUM_THREADS, persistent_workers=True)
     assert torch.equal(next(iter(loader))[3], dataset[3])
     time_rate(benchmark, "DataLoader, Pillow", lambda: list(loader), NUM_IMAGES, "images")
+
+
+# Videos: 32 frames, every second one, from a random place, cropped to 224 x 224 uint8
+
+NUM_VIDEOS, VIDEO_BATCH = 16, 8
+VIDEOS = {"H.264": ("mp4", "libx264"), "VP9": ("webm", "libvpx-vp9")}
+VIDEO = Video()
+
+
+@pytest.fixture(scope="session")
+def video_files(tmp_path_factory) -> dict[str, list[str]]:
+    """Ten seconds of 340 x 256 pixels at 25 frames a second, as Kinetics' are: a drifting pattern with grain."""
+    folder = tmp_path_factory.mktemp("videos")
+    rng = generator("bench video")
+    y, x = np.mgrid[:320, :420]
+    pattern = 127 + 60 * np.stack([np.sin(x / 9 + y / 23), np.cos(x / 31) * np.sin(y / 7), np.sign(np.sin((x - y) / 19))], -1)
+    frames = [(pattern[i // 4 :][:256, i // 5 :][:, :340] + rng.normal(0, 6, (256, 340, 1))).clip(0, 255) for i in range(250)]
+    return {
+        codec: [_write_video(folder / f"{i}.{kind}", codec, frames) for i in range(2)] * (NUM_VIDEOS // 2)
+        for kind, codec in VIDEOS.values()
+    }
+
+
+def _write_video(path: Path, codec: str, frames: list[np.ndarray]) -> str:
+    with av.open(str(path), "w") as container:
+        fast = {"preset": "veryfast"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8"}
+        stream = container.add_stream(codec, rate=25, options=fast)
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return str(path)
+
+
+class PyAVVideos(Dataset):
+    """The clips that `Video` draws, made by PyAV and numpy."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        rng = generator("bench", index)
+        start, top, left = rng.random(3)
+        rng.uniform(1, 1, 2)
+        with av.open(self.paths[index]) as container:
+            stream = container.streams.video[0]
+            assert stream.time_base
+            first = int(start * (250 - 62))
+            wanted = set(range(first, first + 64, 2))
+            container.seek(round(first / 25 / stream.time_base), stream=stream)
+            clip = []
+            for frame in container.decode(stream):
+                assert frame.time is not None
+                if round(frame.time * 25) in wanted:
+                    clip.append(frame.to_ndarray(format="rgb24"))
+                if len(clip) == len(wanted):
+                    break
+        y, x = int(top * (256 - 224 + 1)), int(left * (340 - 224 + 1))
+        frames = np.stack(clip)[:, y : y + 224, x : x + 224]
+        return torch.from_numpy(frames[:, :, ::-1].copy() if rng.random() < 0.5 else np.ascontiguousarray(frames))
+
+
+@pytest.mark.parametrize("group", VIDEOS)
+def test_videos_ours(benchmark, video_files, group):
+    benchmark.group = f"videos, {group}"
+    paths = video_files[VIDEOS[group][1]]
+    run = decode_all(VIDEO, paths, VIDEO_BATCH)
+    expected = torch.stack([PyAVVideos(paths)[i] for i in range(VIDEO_BATCH)])
+    assert (run().squeeze(1).int() - expected.int()).abs().max() <= 1
+    time_rate(benchmark, "ours", run, NUM_VIDEOS, "clips")
+
+
+@pytest.mark.parametrize("group", VIDEOS)
+def test_videos_dataloader(benchmark, video_files, group):
+    benchmark.group = f"videos, {group}"
+    loader = DataLoader(PyAVVideos(video_files[VIDEOS[group][1]]), VIDEO_BATCH, num_workers=NUM_THREADS, persistent_workers=True)
+    time_rate(benchmark, "DataLoader, PyAV", lambda: list(loader), NUM_VIDEOS, "clips")
+
+
+# Sounds: eight of ten seconds, from a random place, as 800 x 128 log-mel energies
+
+NUM_SOUNDS, SOUND_BATCH = 128, 64
+SOUNDS = {"WAV, 16 kHz": ("wav", 16_000), "FLAC, 16 kHz": ("flac", 16_000), "FLAC, 44.1 kHz": ("flac", 44_100)}
+AUDIO = Audio(spectrogram="mbt", channels=1)
+
+
+@pytest.fixture(scope="session")
+def sound_files(tmp_path_factory) -> dict[str, list[str]]:
+    """Tones that glide, with noise: FLAC packs them to about half, as music."""
+    folder, files = tmp_path_factory.mktemp("sounds"), {}
+    for group, (kind, rate) in SOUNDS.items():
+        time, files[group] = np.arange(10 * rate) / rate, []
+        for i in range(NUM_SOUNDS):
+            rng = generator("bench sound", i)
+            tones = sum(np.sin(2 * np.pi * hz * (time + 0.02 * time**2)) for hz in rng.uniform(100, 3000, 3))
+            files[group].append(str(folder / f"{rate}-{i}.{kind}"))
+            soundfile.write(files[group][-1], 0.1 * tones + rng.normal(0, 0.01, len(time)), rate)
+    return files
+
+
+class SoundfileSounds(Dataset):
+    """The spectrograms that `Audio` makes, by soundfile, scipy's resampling, torch.stft and a matrix."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        self.window = torch.hamming_window(400)
+        bands = mel_filter_bank(257, 128, 0.0, 8000.0, 16_000, norm=None, mel_scale="htk")
+        self.bands = torch.from_numpy(bands).float()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        wave, rate = soundfile.read(self.paths[index], dtype="float32")
+        if rate != 16_000:
+            wave = resample_poly(wave, 160, 441).astype(np.float32)
+        start = int(generator("bench", index).integers(len(wave) - 128_240 + 1))
+        part = torch.from_numpy(wave[start : start + 128_240])
+        # torch.stft puts a window that is shorter than the transform in its middle: so many zeros go before and behind.
+        part = torch.nn.functional.pad(part, (56, 56))
+        spectrum = torch.stft(part, 512, 160, 400, self.window, center=False, return_complex=True)
+        return (spectrum.abs().square().T @ self.bands).clamp(min=1e-6).log()
+
+
+@pytest.mark.parametrize("group", SOUNDS)
+def test_sounds_ours(benchmark, sound_files, group):
+    benchmark.group = f"sounds, {group}"
+    run = decode_all(AUDIO, sound_files[group], SOUND_BATCH)
+    expected = torch.stack([SoundfileSounds(sound_files[group])[i] for i in range(SOUND_BATCH)])
+    difference = (run().squeeze((1, 2, 5)) - expected).abs()
+    # Two resamplers differ at the end of the spectrum.
+    assert difference.mean() < (0.05 if "44.1" in group else 1e-4)
+    time_rate(benchmark, "ours", run, 10 * NUM_SOUNDS, "seconds")
+
+
+@pytest.mark.parametrize("group", SOUNDS)
+def test_sounds_dataloader(benchmark, sound_files, group):
+    benchmark.group = f"sounds, {group}"
+    loader = DataLoader(SoundfileSounds(sound_files[group]), SOUND_BATCH, num_workers=NUM_THREADS, persistent_workers=True)
+    time_rate(benchmark, "DataLoader, soundfile", lambda: list(loader), 10 * NUM_SOUNDS, "seconds")

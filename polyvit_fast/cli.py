@@ -163,9 +163,9 @@ def _plan(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Decode every file of every task, in parallel, and name the broken ones."""
+    """Decode every file of every task, in parallel, and name the broken ones. All other flags are fields of the run, as of train."""
 
-    out: str = "clean-manifests"
+    manifests: str = "clean-manifests"
     """Folder for one clean manifest per task and split, and for broken.tsv."""
     num_workers: int = 2
     """Processes that decode."""
@@ -175,10 +175,11 @@ class Check:
 
 def _check(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "check EXPERIMENT")
-    options = _parse(Check, flags, "check EXPERIMENT")
+    options, flags = tyro.cli(Check, args=flags, prog=f"polyvit-fast check {name}", return_unknown_args=True)
+    config = _configured(name, flags, "check")
     from polyvit_fast.data.check import check_files
 
-    num_broken = check_files(experiments.load(name), Path(options.out), options.num_workers, options.deadline_seconds)
+    num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds)
     return 65 if num_broken else 0
 
 

@@ -1,4 +1,5 @@
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import tyro
@@ -36,7 +37,7 @@ def test_wrong_values_are_told(make, message):
 
 
 def test_tasks_of_one_modality_must_have_one_grid():
-    with pytest.raises(ValueError, match="tasks a and b share the modality tile.*make them equal"):
+    with pytest.raises(ValueError, match=r"tasks a and b share the modality tile.*make them equal"):
         tiny_config(tasks={"a": tile_task(), "b": tile_task(modality=Tile(size=24))})
 
 
@@ -46,8 +47,8 @@ def test_model_table_is_that_of_the_papers():
 
 
 def test_any_field_can_be_set_on_the_command_line(config):
-    flags = "--tasks.a.steps 5 --tasks.b.modality.size 16 --optim.lr 0.5 --schedule uniform --model.depth 3 --no-resume".split()
-    changed = tyro.cli(Train, default=config, args=flags)
+    flags = "--tasks.a.steps 5 --tasks.b.modality.size 16 --optim.lr 0.5 --schedule uniform --model.depth 3 --no-resume"
+    changed = tyro.cli(Train, default=config, args=flags.split())
     assert (changed.tasks["a"].steps, changed.optim.lr, changed.schedule, changed.model.depth, changed.resume) == (
         5,
         0.5,
@@ -74,7 +75,7 @@ def test_wrong_flags_are_told(config, capsys, flags, words):
 
 
 def test_every_field_has_its_line_of_help():
-    source = open(vocabulary.__file__).read().splitlines()
+    source = Path(vocabulary.__file__).read_text().splitlines()
     for record in (Model, Optim, Train, Task):
         for field in fields(record):
             if field.name in {"tasks", "model", "optim", "modality", "train", "val"}:

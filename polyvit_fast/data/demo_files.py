@@ -32,14 +32,15 @@ from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator
 
-VERSION = 1  # of the recipes below: files of another version are made anew
+VERSION = 2  # of the recipes below: files of another version are made anew
 PICTURE_SIZE = 72
 NUM_FRAMES, FRAMES_PER_SECOND = 12, 12
-SAMPLE_RATE_HZ, SOUND_SECONDS = 16_000, 1.05
+SAMPLE_RATE_HZ, SOUND_SECONDS = 8_000, 1.05
 VOICES_HZ = (233.0, 377.0, 610.0, 987.0, 1597.0, 2584.0)  # neighbours in the ratio 1.618: no harmonic of one is another
 VIDEO_ENCODERS = ("libx264", "mpeg4")
 
 _logger = logging.getLogger(__name__)
+Kind = Literal["shapes", "textures", "motion", "tones", "chords"]
 Rng = np.random.Generator
 Plane = Float[np.ndarray, "rows columns"]
 
@@ -48,7 +49,7 @@ Plane = Float[np.ndarray, "rows columns"]
 class DemoFiles(Source):
     """The demo's own files. Those that are missing are made first, from seeds: equal bytes everywhere, given equal encoder versions."""
 
-    kind: Literal["shapes", "textures", "motion", "tones", "chords"]
+    kind: Kind
     """What the files show."""
     split: Literal["train", "val"] = "train"
     """The two have no file in common."""
@@ -163,7 +164,7 @@ def _encode_picture(shape: str, texture: str, rng: Rng) -> bytes:
 def _draw_picture(shape: str, texture: str, rng: Rng) -> UInt8[np.ndarray, "rows columns 3"]:
     fine = 3  # drawn this much larger and then averaged, for smooth edges
     place = (np.arange(PICTURE_SIZE * fine) + 0.5) / fine - PICTURE_SIZE / 2
-    radius, angle, period = rng.uniform(20, 28), rng.uniform(-0.35, 0.35), rng.uniform(6, 10)
+    radius, angle, period = rng.uniform(20, 28), rng.uniform(-0.35, 0.35), rng.uniform(7, 12)
     left, up = rng.uniform(radius - 33, 33 - radius, 2)
     x, y = np.meshgrid(place - left, -place - up)
     turned = (x * np.cos(angle) + y * np.sin(angle)) / radius, (y * np.cos(angle) - x * np.sin(angle)) / radius
@@ -278,7 +279,7 @@ def _draw_tone(tone: str, rng: Rng) -> Int16[np.ndarray, " time"]:
     time = np.arange(round(SAMPLE_RATE_HZ * SOUND_SECONDS)) / SAMPLE_RATE_HZ
     octaves, loudness = TONES[tone](time, rng)
     octaves = octaves - octaves.mean()
-    pitch_hz = 2 ** (rng.uniform(np.log2(400), np.log2(1600)) + octaves)
+    pitch_hz = 2 ** (rng.uniform(np.log2(200), np.log2(700)) + octaves)  # its third harmonic stays below 4 kHz
     phase = 2 * np.pi * np.cumsum(pitch_hz) / SAMPLE_RATE_HZ
     sound = np.sin(phase) + rng.uniform(0, 0.7) * np.sin(2 * phase) + rng.uniform(0, 0.5) * np.sin(3 * phase)
     return _add_noise(sound * loudness, rng)
@@ -312,7 +313,7 @@ def _encode_flac(sound: Int16[np.ndarray, " time"]) -> bytes:
     import av
 
     file = io.BytesIO()
-    with av.open(file, "w", format="flac") as container:
+    with av.open(file, "w", format="flac", options={"metadata_header_padding": "0"}) as container:
         # Fixed predictors are whole numbers; fitted ones come from floating point, which may differ between processors.
         stream = container.add_stream("flac", rate=SAMPLE_RATE_HZ, layout="mono", options={"lpc_type": "fixed"})
         frame = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")

@@ -7,6 +7,7 @@ PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +52,9 @@ def read_clips(
 ) -> UInt8[np.ndarray, "clips frames height width 3"]:
     """The RGB frames whose numbers `choose` picks, given how many there are, in the (height, width) that `resize` gives for their own.
 
-    The file is opened once and decoded from the keyframe before the first wanted frame on. Frames are turned and mirrored as the file
-    says; non-square pixels are taken as square. Raises MediaError when the file is no video, is truncated, damaged or exceeds
-    `max_pixels`.
+    The file is opened once and decoded from the keyframe before the first wanted frame on. Frames are turned as the file's rotation
+    says; non-square pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, and
+    when the decoder reports damage on the way to a wanted frame.
     """
     import av
     from av.video.reformatter import VideoReformatter
@@ -67,14 +68,14 @@ def read_clips(
             clips = None
             for number in np.unique(numbers):
                 frame = reader.frame(int(number))
+                _check_size(frame, max_pixels)
                 if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
-                    _check_size(frame, max_pixels)
                     clips = np.empty((*numbers.shape, *_resized(frame, resize), 3), np.uint8)
                 clips[numbers == number] = _picture(converter, frame, *clips.shape[2:4])
             assert clips is not None
             return clips
-        except av.FFmpegError as error:
-            raise MediaError(f"damaged: {error.strerror}") from None
+        except (av.FFmpegError, OSError) as error:
+            raise MediaError(f"damaged: {error.strerror or error}") from None
 
 
 def _open(file: Any, max_pixels: int) -> Any:
@@ -83,14 +84,18 @@ def _open(file: Any, max_pixels: int) -> Any:
     try:
         return av.open(
             file,
-            options={"max_pixels": str(max_pixels)},  # opening decodes frames already
+            options=_decoder_limit(max_pixels),  # opening decodes frames already
             container_options={"format_whitelist": FORMATS, "fflags": "-genpts"},  # time stamps made up by FFmpeg are wrong in AVI
             metadata_errors="replace",
         )
     except av.ArgumentError:
         raise MediaError(f"its format is none of {FORMATS}") from None
-    except av.FFmpegError as error:
-        raise MediaError(f"not a video that can be opened: {error.strerror}") from None
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(f"not a video that can be opened: {error.strerror or error}") from None
+
+
+def _decoder_limit(max_pixels: int) -> dict[str, str]:
+    return {"max_pixels": str(2 * max_pixels + 100_000)}  # decoders count sides that are rounded up to multiples of 128
 
 
 def _video_stream(container: Any, max_pixels: int) -> Any:
@@ -104,7 +109,7 @@ def _video_stream(container: Any, max_pixels: int) -> Any:
     if context is None:
         raise MediaError("its video codec is not supported")
     _check_size(context, max_pixels)
-    context.options = {"max_pixels": str(max_pixels)}  # frames may grow in the middle of a stream
+    context.options = _decoder_limit(max_pixels)  # frames may grow in the middle of a stream
     context.thread_count = 1  # files are decoded side by side instead
     return stream
 
@@ -112,7 +117,7 @@ def _video_stream(container: Any, max_pixels: int) -> Any:
 def _check_size(picture: Any, max_pixels: int) -> None:
     width, height = picture.width, picture.height
     if not width * height:
-        raise MediaError("not one of its frames can be decoded")
+        raise MediaError(f"its frames cannot be decoded or have far more than max_pixels = {max_pixels}")
     if width * height > max_pixels:
         raise MediaError(f"its frames have {width} x {height} pixels, more than max_pixels = {max_pixels}")
     if not 1 / MAX_ASPECT <= width / height <= MAX_ASPECT:
@@ -138,23 +143,34 @@ def _counted_timeline(container: Any, stream: Any) -> _Timeline:
 
     Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
     """
-    packets, end_seconds = [], 0.0
-    for packet in container.demux():
+    stamps, dts, end_seconds, whole, stamped = [], [], 0.0, True, container.format.name != "mpeg"
+    for packet in _packets(container):
         stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is None or packet.is_discard:
-            continue
-        end_seconds = max(end_seconds, float((stamp + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index == stream.index:
-            packets.append((stamp, stamp if packet.dts is None else packet.dts, packet.pts is not None))
-    if not packets:
+        if stamp is not None:
+            end_seconds = max(end_seconds, float((stamp + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index and packet.size and not packet.is_discard:
+            stamps.append(stamp)
+            dts.append(stamp if packet.dts is None else packet.dts)
+            stamped &= packet.pts is not None
+            whole = not packet.is_corrupt
+    known = [stamp for stamp in stamps if stamp is not None]
+    if not known:
         raise MediaError("there are no frames with time stamps in it")
+    first, last, num_frames = min(known), max(known), len(stamps)
     promised_seconds = (container.duration or 0) / 1e6
     if end_seconds < 0.95 * promised_seconds - 0.5:
         raise MediaError(f"truncated: it ends after {end_seconds:.1f} of the {promised_seconds:.1f} seconds that its header promises")
-    stamps, decoded, stamped = zip(*packets, strict=True)
-    first, last = min(stamps), max(stamps)
-    frames_per_tick = (len(stamps) - 1) / (last - first) if last > first else 1.0
-    return _Timeline(first, frames_per_tick, len(stamps), min(decoded), all(stamped))
+    if max(num_frames, last - first) < 0.95 * stream.frames - 2:  # AVI counts in ticks, one a frame: empty ones are not stored
+        raise MediaError(f"truncated: it ends after {num_frames} of the {stream.frames} frames that its header promises")
+    if not whole:
+        raise MediaError("truncated: its last frame is incomplete")
+    frames_per_tick = (num_frames - 1) / (last - first) if last > first else 1.0
+    return _Timeline(first, frames_per_tick, num_frames, min(stamp for stamp in dts if stamp is not None), stamped)
+
+
+def _packets(container: Any, *streams: Any) -> Iterator[Any]:
+    with suppress(IndexError):  # PyAV's, after the last packet, of a file in which another stream begins late
+        yield from container.demux(*streams)
 
 
 class _Reader:
@@ -176,14 +192,15 @@ class _Reader:
             raise MediaError("not one of its frames can be decoded")
         if self.next is None:
             self._check_end(number)
+        if self.shown[1].is_corrupt:
+            raise MediaError(f"damaged: its frame {self.shown[0]} cannot be decoded completely")
         return self.shown[1]
 
     def _check_end(self, number: int) -> None:
         last, frame = self.shown
         last += max(0, round((frame.duration or 0) * self.timeline.frames_per_tick) - 1)
         if number > last + max(2, 0.02 * self.timeline.num_frames):
-            promised = self.timeline.num_frames
-            raise MediaError(f"truncated: it ends after {last + 1} of the {promised} frames that its header promises")
+            raise MediaError(f"damaged: none of its {self.timeline.num_frames} frames after frame {last} can be decoded")
 
     def _seek(self, number: int) -> None:
         # Containers seek by decoding time, which runs ahead of the time shown, so that the keyframe found may be too late.
@@ -196,12 +213,15 @@ class _Reader:
 
     def _start(self, timestamp: int) -> None:
         self.container.seek(timestamp, stream=self.stream, backward=True)
-        self.decoded = self._decode_from_keyframe() if self.timeline.stamped else enumerate(self.container.decode(self.stream))
+        self.decoded = self._decode_from_keyframe() if self.timeline.stamped else self._decode_and_count()
         self.shown, self.next = None, next(self.decoded, None)
+
+    def _decode_and_count(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(frame for packet in _packets(self.container, self.stream) for frame in packet.decode())
 
     def _decode_from_keyframe(self) -> Iterator[tuple[int, Any]]:
         first = None
-        for packet in self.container.demux(self.stream):
+        for packet in _packets(self.container, self.stream):
             if first is None:
                 if not packet.is_keyframe or packet.pts is None:
                     continue
@@ -212,13 +232,17 @@ class _Reader:
                     yield self.timeline.number(frame.pts), frame
 
 
+def _quarter_turns(frame: Any) -> int:
+    """Anticlockwise."""
+    return round(frame.rotation / 90) if abs(frame.rotation) <= 180 else 0  # else FFmpeg's number for a matrix of zeros
+
+
 def _resized(frame: Any, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
-    turned = round(frame.rotation / 90) % 2
-    return resize(frame.width, frame.height) if turned else resize(frame.height, frame.width)
+    return resize(frame.width, frame.height) if _quarter_turns(frame) % 2 else resize(frame.height, frame.width)
 
 
 def _picture(converter: Any, frame: Any, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    quarter_turns = round(frame.rotation / 90)
-    if quarter_turns % 2:
+    turns = _quarter_turns(frame)
+    if turns % 2:
         height, width = width, height
-    return np.rot90(converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray(), quarter_turns)
+    return np.rot90(converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray(), turns)

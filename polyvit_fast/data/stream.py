@@ -84,7 +84,8 @@ class Loader:
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         share = self.task.batch // world_size
-        self.first, self.size = rank * share, share if train else max(1, share // self.task.modality.eval_views)
+        pieces = self.task.modality.eval_views * self.task.micro_batches  # evaluation has to fit the same memory
+        self.first, self.size = rank * share, share if train else max(1, share // pieces)
         self.decoder = self.source.decoder(self.task, batch=self.size, train=train, num_threads=config.num_threads)
         self.broken: dict[int, str] = {}
 

@@ -9,6 +9,8 @@ from typing import Any
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:
     """The results of `function` for `items`, in order. Raises what the first failing item raised, after all have ended."""
+    if num_threads < 1:
+        raise ValueError(f"num_threads = {num_threads} must be at least 1")
     results: list[Any] = [None] * len(items)
     errors: dict[int, BaseException] = {}
     waiting = iter(range(len(items)))  # next() on a range iterator is atomic under Python's lock

@@ -23,8 +23,10 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def compute_threads(config: Train) -> Iterator[None]:
-    """Inside, PyTorch computes with the configuration's number of threads."""
+def on_device(config: Train) -> Iterator[None]:
+    """Inside, PyTorch computes with the configuration's number of threads. Raises ValueError when its device is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or look at what nvidia-smi says")
     before = torch.get_num_threads()
     torch.set_num_threads(config.compute_threads or max(1, len(os.sched_getaffinity(0)) - 1))
     try:
@@ -83,7 +85,7 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     model = PolyViT.from_config(config)
     model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
     loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
-    with compute_threads(config):
+    with on_device(config):
         rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress)
     with open(folder / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")

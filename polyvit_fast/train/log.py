@@ -243,12 +243,12 @@ def print_evaluation(config: Train, rows: Rows) -> None:
     table.add_column("task", overflow="fold")
     for header in ("modality", "metric"):
         table.add_column(header)
-    for header in ("value", "top5", "loss", "examples", "broken", "examples/s"):
+    for header in ("value", "top5", "loss", "files", "broken"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, row in rows.items():
         task = config.tasks[name]
         numbers = [_short(row[key]) if key in row else "-" for key in (task.metric, "top5", "loss")]
-        counts = [f"{row[key]:,.0f}" for key in ("num_examples", "num_broken", "examples_per_second")]
+        counts = [f"{row[key]:,.0f}" for key in ("num_examples", "num_broken")]
         table.add_row(name, task.modality.name, task.metric, *numbers, *counts)
     Console().print(table)
 

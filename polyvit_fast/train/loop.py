@@ -16,7 +16,7 @@ from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, trainin
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
 from polyvit_fast.train import checkpoint
-from polyvit_fast.train.evaluate import compute_threads, evaluate
+from polyvit_fast.train.evaluate import evaluate, on_device
 from polyvit_fast.train.log import Log, Result
 from polyvit_fast.train.record import describe_run, resume_differences, to_json
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
@@ -81,7 +81,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     Raises ValueError for a configuration or data list that cannot work, DataError, NonFiniteError, CheckpointError.
     """
     plan = make_plan(config)
-    with compute_threads(config), _opened(config, plan, experiment, argv) as run, _stop_on_signals(run) as stop:
+    with on_device(config), _opened(config, plan, experiment, argv) as run, _stop_on_signals(run) as stop:
         jobs = training_jobs(run.loaders, plan, run.done)
         batches = prefetch(jobs, depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds)
         while run.done < len(plan) and not stop.signal:

@@ -117,8 +117,7 @@ def test_too_many_broken_files_stop_the_run(tmp_path):
         (path / "class0" / f"{i}.jpg").write_bytes(b"broken")
     loader = Loader("colours", colour_config(path, max_bad_ratio=0.1), train=True)
     with pytest.raises(DataError, match=r"task colours: 3 of 24 files are broken, more than max_bad_ratio = 0.1.*polyvit-fast check"):
-        for step in range(4):
-            loader.load(step)
+        [loader.load(step) for step in range(4)]
 
 
 def test_validation_holds_every_sample_once_and_leaves_broken_ones_out(tmp_path):

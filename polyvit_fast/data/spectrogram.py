@@ -1,0 +1,78 @@
+"""Waveforms to log-mel spectrograms: windows of 25 ms every 10 ms, neither centred nor padded, in one of two forms.
+
+kaldi: Kaldi's `compute-fbank-feats` with a Hann window and no dither, as AST (arXiv 2104.01778) calls it.
+mbt: MBT (arXiv 2107.00135, section 4.2), Hamming windows; what the paper leaves open is as in TensorFlow's and librosa's HTK filters.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Form = Literal["kaldi", "mbt"]
+FRAMES_PER_SECOND = 100
+PRE_EMPHASIS = 0.97
+FLOORS = {"kaldi": 2.0**-23, "mbt": 1e-6}  # energies below are raised to it before the logarithm
+LOWEST_HZ = {"kaldi": 20.0, "mbt": 0.0}
+
+
+def num_samples(frames: int, sample_rate_hz: int) -> int:
+    """Samples that give exactly this many frames."""
+    return (frames - 1) * (sample_rate_hz // FRAMES_PER_SECOND) + _window_size(sample_rate_hz)
+
+
+def log_mel(
+    waves: Float[Tensor, "batch samples"], *, form: Form, sample_rate_hz: int, num_mel_bins: int
+) -> Float[Tensor, "batch frames mel"]:
+    """Natural logarithms of the energies in mel bands."""
+    window, bands = _window(form, sample_rate_hz), _bands(form, sample_rate_hz, num_mel_bins)
+    frames = waves.unfold(-1, len(window), sample_rate_hz // FRAMES_PER_SECOND)
+    padded = frames.new_zeros(*frames.shape[:-1], _fft_size(sample_rate_hz))
+    windowed = padded[..., : len(window)]
+    if form == "kaldi":
+        frames = frames - frames.mean(-1, keepdim=True)
+        torch.sub(frames[..., 1:], frames[..., :-1], alpha=PRE_EMPHASIS, out=windowed[..., 1:])
+        torch.mul(frames[..., 0], 1 - PRE_EMPHASIS, out=windowed[..., 0])
+        windowed *= window
+    else:
+        torch.mul(frames, window, out=windowed)
+    spectrum = torch.fft.rfft(padded)
+    energies = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+    return (energies @ bands).clamp_(min=FLOORS[form]).log_()
+
+
+def _window_size(sample_rate_hz: int) -> int:
+    return sample_rate_hz * 25 // 1000
+
+
+def _fft_size(sample_rate_hz: int) -> int:
+    return 1 << (_window_size(sample_rate_hz) - 1).bit_length()
+
+
+@cache
+def _window(form: Form, sample_rate_hz: int) -> Float[Tensor, " window"]:
+    size = _window_size(sample_rate_hz)
+    return torch.hann_window(size, periodic=False) if form == "kaldi" else torch.hamming_window(size)
+
+
+@cache
+def _bands(form: Form, sample_rate_hz: int, num_mel_bins: int) -> Float[Tensor, "frequency mel"]:
+    """Triangles with corners evenly spaced in mel. Kaldi's sides are straight in mel, the others' in Hz."""
+    hertz = np.arange(_fft_size(sample_rate_hz) // 2 + 1) * sample_rate_hz / _fft_size(sample_rate_hz)
+    lowest, highest = _mel(np.array([LOWEST_HZ[form], sample_rate_hz / 2]))
+    corners = np.linspace(lowest, highest, num_mel_bins + 2)
+    places = _mel(hertz) if form == "kaldi" else hertz
+    if form == "mbt":
+        corners = 700 * np.expm1(corners / 1127)
+    left, centre, right = corners[:-2], corners[1:-1], corners[2:]
+    rising, falling = (places[:, None] - left) / (centre - left), (right - places[:, None]) / (right - centre)
+    return torch.from_numpy(np.minimum(rising, falling).clip(0)).float()
+
+
+def _mel(hertz: Float[np.ndarray, " any"]) -> Float[np.ndarray, " any"]:
+    return 1127 * np.log1p(hertz / 700)

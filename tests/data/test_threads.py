@@ -1,0 +1,73 @@
+import threading
+import time
+
+import pytest
+
+from polyvit_fast.data.threads import map_in_threads
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5, 100])
+def test_results_are_in_the_order_of_the_items(num_threads):
+    def slow_first(item):
+        time.sleep(0.02 if item < 3 else 0)
+        return 10 * item
+
+    assert map_in_threads(slow_first, range(20), num_threads) == [10 * item for item in range(20)]
+
+
+def test_no_items_give_no_results():
+    assert map_in_threads(lambda item: 1 / 0, [], 4) == []
+
+
+def test_every_item_is_used_once():
+    used = []
+    map_in_threads(used.append, range(2000), 8)
+    assert sorted(used) == list(range(2000))
+
+
+def test_items_are_worked_on_side_by_side_on_as_many_threads_as_asked_for():
+    barrier = threading.Barrier(3)
+    names = map_in_threads(lambda item: (barrier.wait(10), threading.get_ident())[1], range(3), 3)
+    assert len(set(names)) == 3
+    assert threading.get_ident() not in names
+    assert len(set(map_in_threads(lambda item: threading.get_ident(), range(50), 1))) == 1
+    running, most = [], []
+
+    def count(item):
+        running.append(item)
+        most.append(len(running))
+        time.sleep(0.001)
+        running.remove(item)
+
+    map_in_threads(count, range(30), 2)
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_the_first_failing_items_error_is_raised_after_all_have_ended(num_threads):
+    ended = []
+
+    def fail(item):
+        if item == 2:
+            time.sleep(0.1)  # fails after item 5 has
+        ended.append(item)
+        if item in (2, 5):
+            raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 2"):
+        map_in_threads(fail, range(10), num_threads)
+    assert sorted(ended) == list(range(10))
+
+
+def test_an_exit_inside_an_item_is_not_lost():
+    def leave(item):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        map_in_threads(leave, [1], 1)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_without_threads_there_are_no_results(num_threads):
+    with pytest.raises(ValueError, match=f"num_threads = {num_threads} must be at least 1"):
+        map_in_threads(str, [1, 2], num_threads)
