@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int16, UInt8
@@ -240,7 +240,8 @@ def _encode_h264(frames: UInt8[np.ndarray, "frames rows columns 3"]) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # One thread: with more, the result depends on their number.
-        stream = container.add_stream(_video_encoder(), rate=FRAMES_PER_SECOND, options={"crf": "20", "preset": "veryfast", "threads": "1"})
+        options = {"crf": "20", "preset": "veryfast", "threads": "1"}
+        stream: Any = container.add_stream(_video_encoder(), rate=FRAMES_PER_SECOND, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

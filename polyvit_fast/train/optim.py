@@ -101,12 +101,14 @@ class Optimizer:
 
     def _update_part(self, part: slice, lr: Tensor, scale: Tensor, done: Tensor, weight_decay: float) -> None:
         values, grads, config = self.parameters.values[part], self.parameters.grads[part], self.config
-        moments = [moment[part] for moment in self.moments.values()]
+        moments = {name: moment[part] for name, moment in self.moments.items()}
         if config.name == "sgd":
-            ops.sgd_(values, grads, *moments, lr=lr, scale=scale, ok=done, momentum=config.momentum, weight_decay=weight_decay)
+            momentum = moments["momentum"]
+            ops.sgd_(values, grads, momentum, lr=lr, scale=scale, ok=done, momentum=config.momentum, weight_decay=weight_decay)
         else:
+            first, second = moments["exp_avg"], moments["exp_avg_sq"]
             more = {"betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}
-            ops.adamw_(values, grads, *moments, self.count, lr=lr, scale=scale, ok=done, **more)
+            ops.adamw_(values, grads, first, second, self.count, lr=lr, scale=scale, ok=done, **more)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ Both parts are functions of device tensors only. The host sends a batch and a le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
 from polyvit_fast.train.optim import FlatParameters, Optimizer
 
-COUNTERS = ("loss", "matches", "steps", "skipped", "skipped_in_a_row", "last_skipped_step")
-
 
 @dataclass(frozen=True)
 class TaskCounters:
-    """What happened to a task since the last reading (`loss`, `matches`, `steps`) and in the whole run (the others)."""
+    """A task since the last reading (`loss`, `matches`, `steps`) and in the whole run (the others): the columns of the counters."""
 
     loss: float
     matches: float
@@ -40,7 +38,7 @@ class Step:
         self.optimizer = Optimizer(self.parameters, config.optim)
         device = self.parameters.values.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}
-        self.counters = torch.zeros(len(self.rows), len(COUNTERS), dtype=torch.float64, device=device)
+        self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.lr = torch.zeros((), device=device)
 
@@ -54,8 +52,8 @@ class Step:
             grid = grid.float().lerp(grid.flip(0).float(), 1 - batch.mixup_ratio)
         row = self.counters[self.rows[name]]
         pieces = zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, mirrored)), strict=True)
-        for piece in pieces:
-            loss, right = self._loss(name, task, *piece, batch.mixup_ratio)
+        for grid_piece, labels_piece, mirrored_piece in pieces:
+            loss, right = self._loss(name, task, grid_piece, labels_piece, mirrored_piece, batch.mixup_ratio)
             (loss * (weight / task.micro_batches)).backward()
             with torch.no_grad():
                 self.finite &= loss.isfinite()
@@ -89,20 +87,8 @@ class Step:
         """The counters of every task: the one word from the device to the host. Interval sums start again."""
         values = self.counters.tolist()
         self.counters[:, :3] = 0
-        rows = {name: dict(zip(COUNTERS, values[row], strict=True)) for name, row in self.rows.items()}
-        return {name: _task_counters(row) for name, row in rows.items()}
-
-    def skipped(self) -> dict[str, list[float]]:
-        """The counters that a checkpoint keeps."""
-        return {name: self.counters[row, 3:].tolist() for name, row in self.rows.items()}
-
-    def load_skipped(self, values: dict[str, list[float]]) -> None:
-        """Restore what `skipped` gave."""
-        for name, row in self.rows.items():
-            self.counters[row, 3:] = torch.tensor(values[name], dtype=torch.float64)
+        return {name: _task_counters(*values[row]) for name, row in self.rows.items()}
 
 
-def _task_counters(row: dict[str, float]) -> TaskCounters:
-    steps = max(row["steps"], 1)
-    counts = (int(row[name]) for name in COUNTERS[2:])
-    return TaskCounters(row["loss"] / steps, row["matches"] / steps, *counts)
+def _task_counters(loss: float, matches: float, steps: float, *counts: float) -> TaskCounters:
+    return TaskCounters(loss / max(steps, 1), matches / max(steps, 1), int(steps), *map(int, counts))

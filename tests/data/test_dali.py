@@ -26,7 +26,7 @@ def test_batches_of_any_size_up_to_the_largest(decoding):
 
 
 def test_a_failure_gives_the_reason_and_the_next_run_works(decoding):
-    with pytest.raises(MediaError, match=r"^no picture \(.*nvImageCodec failure: '#\d+'.*[^\s:.]\)$"):
+    with pytest.raises(MediaError, match=r"^no picture \(nvImageCodec failure: '#\d+'\)$"):
         run(decoding, "no picture", content=[picture(9), np.frombuffer(b"no picture at all", np.uint8)])
     [pictures] = run(decoding, "no picture", content=[picture(9)])
     assert (pictures.at(0) == 9).all()
