@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 
 from polyvit_fast.config import Decoder, Modality, Model, Optim, Task, Train
 from polyvit_fast.data.synthetic import Synthetic
+
+# Small tensors gain nothing from more threads, and on a busy machine threads that wait for each other take ten times as long.
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from polyvit_fast.config import MODELS, Model, Optim, Task, Train
         (lambda: tile_task(modality=Tile(size=20)), "tile: rows = 20 does not divide by the tubelet's 8; change one of the two"),
         (lambda: Model(dim=100, num_heads=3), "dim = 100 does not divide by num_heads = 3"),
         (lambda: Model(depth=4, num_adaptor_layers=5), "num_adaptor_layers = 5 must lie between 0 and depth = 4"),
-        (lambda: Optim(lr=0), "lr = 0 must be positive"),
+        (lambda: Optim(lr=0.0), "lr = 0.0 must be positive"),
         (lambda: Optim(betas=(0.9, 1.0)), "betas = 1.0"),
         (lambda: Train(tasks={}), "tasks is empty"),
         (lambda: tiny_config(tasks={"a b": tile_task()}), "task name 'a b'"),
