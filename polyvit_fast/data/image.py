@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from polyvit_fast.config import Decoder, Modality
 from polyvit_fast.data.colour import jitter_colours
+from polyvit_fast.data.dali import new_pipeline, run
 from polyvit_fast.data.image_file import check_size, read_for_dali
 from polyvit_fast.data.rand_augment import rand_augment
 from polyvit_fast.data.threads import map_in_threads
-from polyvit_fast.media import Media, MediaError
+from polyvit_fast.media import Media
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) of a rectangle, in pixels of the upright picture."""
@@ -117,7 +118,7 @@ class _Decoder:
         return torch.from_numpy(grid)
 
     def _decode(self, contents: list[np.ndarray], boxes: list[np.ndarray], rngs: Sequence[np.random.Generator], out: np.ndarray) -> None:
-        [crops] = _run(self.pixels, "truncated or damaged: its header is good, its pixels cannot be decoded", content=contents, box=boxes)
+        [crops] = run(self.pixels, "truncated or damaged: its header is good, its pixels cannot be decoded", content=contents, box=boxes)
 
         def fill(i: int) -> None:
             out[i] = self._finish(torch.from_dlpack(crops[i]), rngs[i])
@@ -129,7 +130,7 @@ class _Decoder:
 
     def _sizes(self, contents: list[np.ndarray]) -> list[tuple[int, int]]:
         begins = "" if len(contents) > 1 else f"; it begins with {bytes(contents[0][:16])!r}"
-        [shapes] = _run(self.headers, f"not an image that can be decoded{begins}", content=contents)
+        [shapes] = run(self.headers, f"not an image that can be decoded{begins}", content=contents)
         sizes = [(int(height), int(width)) for height, width, _ in shapes.as_array()]
         for height, width in sizes:
             check_size(height, width, self.image.max_pixels)
@@ -191,7 +192,7 @@ def _inception_box(height: int, width: int, min_area_ratio: float, rng: np.rando
 
 def _header_pipeline(batch: int) -> Any:
     """DALI graph from files to the sizes that their headers tell, EXIF rotation applied: it is what the other graph will decode."""
-    pipeline, fn, types = _dali(batch, 1)
+    pipeline, fn, types = new_pipeline(batch, 1)
     with pipeline:
         pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="content", dtype=types.UINT8, ndim=1)))
     pipeline.build()
@@ -200,25 +201,10 @@ def _header_pipeline(batch: int) -> Any:
 
 def _pixel_pipeline(batch: int, num_threads: int) -> Any:
     """DALI graph from files and boxes to the pixels in the boxes."""
-    pipeline, fn, types = _dali(batch, num_threads)
+    pipeline, fn, types = new_pipeline(batch, num_threads)
     with pipeline:
         content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
         box = fn.external_source(name="box", dtype=types.INT32, ndim=1)
         pipeline.set_outputs(fn.decoders.image_slice(content, start=box[:2], shape=box[2:], axes=[0, 1]))
     pipeline.build()
     return pipeline
-
-
-def _dali(batch: int, num_threads: int) -> tuple[Any, Any, Any]:
-    """An empty graph that runs when it is called and not ahead (the stream of batches does that), and DALI's `fn` and `types`."""
-    from nvidia.dali import fn, pipeline, types
-
-    return pipeline.Pipeline(batch_size=batch, num_threads=num_threads, device_id=None, prefetch_queue_depth=1), fn, types
-
-
-def _run(pipeline: Any, failure: str, **inputs: list[np.ndarray]) -> Any:
-    try:
-        return pipeline.run(**inputs)
-    except RuntimeError as error:
-        detail = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
-        raise MediaError(f"{failure} ({' '.join(detail.split()).rstrip(' :')})") from error

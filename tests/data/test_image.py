@@ -215,7 +215,7 @@ def test_large_pictures_are_decoded_in_pieces(five, monkeypatch, limit, calls):
     whole = decoder(media, rngs(5))
     monkeypatch.setattr(module, "PIECE_PIXELS", limit)
     sizes = []
-    monkeypatch.setattr(module, "_run", lambda *args, run=module._run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
+    monkeypatch.setattr(module, "run", lambda *args, run=module.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
     assert torch.equal(decoder(media, rngs(5)), whole)
     assert len(sizes) == 1 + calls
     assert sum(sizes[1:]) == 5
