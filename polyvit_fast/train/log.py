@@ -50,8 +50,8 @@ class Log:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.console = console or Console()
-        self.total_steps, self.first_step, self.started = total_steps, resumed_step, time.monotonic()
-        self.said = self.started
+        self.total_steps, self.said = total_steps, time.monotonic()
+        self.first_tick: tuple[int, float] | None = None
         self.given_up: set[str] = set()
         self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 - closed in __exit__
         self.last = _drop_later_lines(folder / "metrics.jsonl", resumed_step)
@@ -68,7 +68,6 @@ class Log:
         }
 
     def __enter__(self) -> Log:
-        self.started = time.monotonic()
         self.progress.start()
         return self
 
@@ -81,6 +80,8 @@ class Log:
 
     def tick(self, step: int, task: str | Sequence[str]) -> None:
         """Count one more step of `task` (or of all tasks of an accumulating step); `step` steps of the run are then done."""
+        if self.first_tick is None:
+            self.first_tick = step, time.monotonic()
         self.progress.update(self.run_bar, completed=step)
         for name in (task,) if isinstance(task, str) else task:
             self.progress.advance(self.task_bars[name])
@@ -154,7 +155,9 @@ class Log:
             self.message(f"{name} is not written any more: {error}", "warning")
 
     def _time_left(self, step: int) -> timedelta:
-        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        # From the first step on: what comes before it, such as making the demo's files, does not come again.
+        first, started = self.first_tick or (step, time.monotonic())
+        per_step = (time.monotonic() - started) / max(1, step - first)
         return timedelta(seconds=round(per_step * (self.total_steps - step)))
 
 
