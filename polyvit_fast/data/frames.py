@@ -56,7 +56,7 @@ def read_clips(
     says; non-square pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, and
     when the decoder reports damage on the way to a wanted frame.
     """
-    import av
+    from av.error import FFmpegError
     from av.video.reformatter import VideoReformatter
 
     with media.open() as file, _open(file, max_pixels) as container:
@@ -71,15 +71,16 @@ def read_clips(
                 _check_size(frame, max_pixels)
                 if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
                     clips = np.empty((*numbers.shape, *_resized(frame, resize), 3), np.uint8)
-                clips[numbers == number] = _picture(converter, frame, *clips.shape[2:4])
+                clips[numbers == number] = _picture(converter, frame, clips.shape[-3], clips.shape[-2])
             assert clips is not None
             return clips
-        except (av.FFmpegError, OSError) as error:
+        except (FFmpegError, OSError) as error:
             raise MediaError(f"damaged: {error.strerror or error}") from None
 
 
 def _open(file: Any, max_pixels: int) -> Any:
     import av
+    from av.error import ArgumentError, FFmpegError
 
     try:
         return av.open(
@@ -88,9 +89,9 @@ def _open(file: Any, max_pixels: int) -> Any:
             container_options={"format_whitelist": FORMATS, "fflags": "-genpts"},  # time stamps made up by FFmpeg are wrong in AVI
             metadata_errors="replace",
         )
-    except av.ArgumentError:
+    except ArgumentError:
         raise MediaError(f"its format is none of {FORMATS}") from None
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise MediaError(f"not a video that can be opened: {error.strerror or error}") from None
 
 
@@ -143,7 +144,7 @@ def _counted_timeline(container: Any, stream: Any) -> _Timeline:
 
     Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
     """
-    stamps, dts, end_seconds, whole, stamped = [], [], 0.0, True, container.format.name != "mpeg"
+    stamps, dts, end_seconds, whole, stamped = [], [], 0.0, True, True
     for packet in _packets(container):
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is not None:
@@ -191,13 +192,12 @@ class _Reader:
         if self.shown is None:
             raise MediaError("not one of its frames can be decoded")
         if self.next is None:
-            self._check_end(number)
+            self._check_end(number, *self.shown)
         if self.shown[1].is_corrupt:
             raise MediaError(f"damaged: its frame {self.shown[0]} cannot be decoded completely")
         return self.shown[1]
 
-    def _check_end(self, number: int) -> None:
-        last, frame = self.shown
+    def _check_end(self, number: int, last: int, frame: Any) -> None:
         last += max(0, round((frame.duration or 0) * self.timeline.frames_per_tick) - 1)
         if number > last + max(2, 0.02 * self.timeline.num_frames):
             raise MediaError(f"damaged: none of its {self.timeline.num_frames} frames after frame {last} can be decoded")

@@ -101,11 +101,13 @@ class Loader:
     def load(self, step: int) -> Batch:
         """The task's `step`-th training batch. Raises DataError when more than `max_bad_ratio` of the files are broken."""
         positions = self.positions(step)
-        indices = [self._usable(sample_index(self.config.seed, self.name, p, len(self.samples))) for p in positions]
+        wanted = [sample_index(self.config.seed, self.name, p, len(self.samples)) for p in positions]
+        indices = [self._usable(index) for index in wanted]
         try:
             grid = self._decode(indices, positions)
         except Exception:
-            grid = torch.cat([self._decode_or_replace(indices, i, position) for i, position in enumerate(positions)])
+            grids = [self._decode_or_replace(index, position) for index, position in zip(wanted, positions, strict=True)]
+            grid, indices = torch.cat(grids), [self._usable(index) for index in wanted]
         mixup = self.task.mixup
         ratio = generator(self.config.seed, "mixup", self.name, step).beta(mixup, mixup) if mixup else 1.0
         return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in indices]), ratio)
@@ -133,13 +135,13 @@ class Loader:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
         return self.decoder([self.samples[i].media for i in indices], rngs)
 
-    def _decode_or_replace(self, indices: list[int], i: int, position: int) -> Tensor:
+    def _decode_or_replace(self, wanted: int, position: int) -> Tensor:
         while True:
+            index = self._usable(wanted)
             try:
-                return self._decode([indices[i]], [position])
+                return self._decode([index], [position])
             except Exception as error:
-                self._mark_broken(indices[i], error)
-                indices[i] = self._usable(indices[i])
+                self._mark_broken(index, error)
 
     def _usable(self, index: int) -> int:
         """`index`, or when it is known to be broken the sample that always stands in for it."""
@@ -154,7 +156,7 @@ class Loader:
         self.broken[index] = str(error).strip() or type(error).__name__
         self.report(f"task {self.name}: broken file {name}: {self.broken[index]}")
         ratio = self.config.max_bad_ratio
-        if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0):
+        if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0) or len(self.broken) == len(self.samples):
             raise DataError(
                 f"task {self.name}: {len(self.broken)} of {len(self.samples)} files are broken, more than max_bad_ratio = {ratio} "
                 f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest"

@@ -103,5 +103,5 @@ def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
     for found in checkpoint.every(folder):
         if str(found.step) == str(step):
             return found
-    there = ", ".join(str(found.step) for found in checkpoint.every(folder))
+    there = ", ".join(sorted((str(found.step) for found in checkpoint.every(folder)), key=int))
     raise ValueError(f"{folder} holds no checkpoint {which!r}; there are newest, best and the steps {there}")

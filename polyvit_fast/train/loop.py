@@ -66,6 +66,8 @@ class Run:
     """Steps behind us."""
     metrics_step: int = -1
     """Steps that were behind us at the last evaluation."""
+    saved: tuple[int, int] = (-1, -1)
+    """`done` and `metrics_step` at the last checkpoint."""
     best_step: int | None = None
     best_score: float = float("-inf")
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -91,7 +93,9 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
             evaluated = config.eval_every_steps and run.done % config.eval_every_steps == 0 and _evaluate(run, stop)
             if (evaluated or run.done % config.save_every_steps == 0) and run.done < len(plan):
                 _save(run)
-        if run.metrics_step < run.done and (stop.signal or _evaluate(run, stop)):
+        if run.metrics_step < run.done and not stop.signal:
+            _evaluate(run, stop)
+        if run.saved != (run.done, run.metrics_step):
             _save(run, must=True)
         return Outcome(run.done, stop.signal, run.metrics, _results(run))
 
@@ -182,6 +186,7 @@ def _save(run: Run, *, must: bool = False) -> None:
     try:
         keep, config = run.config.keep, to_json(run.config)
         checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
+        run.saved = done, run.metrics_step
     except checkpoint.CheckpointError as error:
         if must:
             raise
@@ -246,6 +251,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
         step.parameters.load(step.optimizer.ema, found.load_tensors("ema"))
     step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
     run.done, run.metrics, run.metrics_step = found.step, found.state["metrics"], found.state["metrics_step"]
+    run.saved = run.done, run.metrics_step
     run.seconds.update(found.state["seconds"])
     if found.state["best_step"] is not None:
         run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]

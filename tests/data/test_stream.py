@@ -3,6 +3,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,7 @@ def test_a_broken_file_is_replaced_by_its_own_task_with_its_own_label(tmp_path, 
     before = [clean.load(step) for step in range(4)]
     told: list[str] = []
     loader = Loader("colours", colour_config(path), train=True, report=told.append)
+    again = Loader("colours", colour_config(path), train=True)
     broken = path / "class1" / "3.jpg"
     BREAK[kind](broken)
     after = [loader.load(step) for step in range(4)]
@@ -107,8 +109,32 @@ def test_a_broken_file_is_replaced_by_its_own_task_with_its_own_label(tmp_path, 
     assert same.count(False) == 1  # one epoch is 24 samples = 4 batches: all others are bit-equal
     assert all(torch.equal(colour_of(batch.grid), batch.labels) for batch in after)
     assert [str(broken) in line and line.startswith("task colours: broken file ") for line in told] == [True]
-    again = Loader("colours", colour_config(path), train=True)
-    assert torch.equal(again.load(3).grid, after[3].grid)  # the stand-in does not depend on what was loaded before
+    for step in (3, 0, 2, 1):
+        assert torch.equal(again.load(step).grid, after[step].grid)  # the stand-in does not depend on what was loaded before
+
+
+def test_a_broken_stand_in_has_one_too_whenever_it_is_found(tmp_path):
+    config = colour_config(colour_folders(tmp_path), max_bad_ratio=0.5)
+    forward, backward = Loader("colours", config, train=True), Loader("colours", config, train=True)
+    first = 5
+    second = Loader("colours", config, train=True)
+    second.broken[first] = "test"
+    for index in (first, second._usable(first)):
+        Path(forward.samples[index].media.path).write_bytes(b"broken")
+    batches = [forward.load(step) for step in range(4)]
+    for step in reversed(range(4)):
+        assert torch.equal(backward.load(step).grid, batches[step].grid)
+    assert forward.broken.keys() == backward.broken.keys()
+    assert len(forward.broken) == 2
+
+
+def test_a_task_without_a_single_good_file_stops_the_run(tmp_path):
+    path = colour_folders(tmp_path)
+    loader = Loader("colours", colour_config(path, max_bad_ratio=1.0), train=True)
+    for sample in loader.samples:
+        Path(sample.media.path).write_bytes(b"broken")
+    with pytest.raises(DataError, match="24 of 24 files are broken"):
+        [loader.load(step) for step in range(4)]
 
 
 def test_too_many_broken_files_stop_the_run(tmp_path):

@@ -7,6 +7,7 @@ from conftest import Tile, tile_task, tiny_config
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.randomness import generator
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.evaluate import evaluate, evaluate_run, find_checkpoint, view_logits
 from polyvit_fast.train.loop import train
@@ -38,7 +39,8 @@ def test_every_sample_counts_once_whatever_the_batch(batch, views):
     model = untrained(config)
     loader = Loader("a", config, train=False)
     row = evaluate(model, config, {"a": loader}, quiet)["a"]
-    grids = loader.decoder([sample.media for sample in loader.samples][: loader.size], [None] * min(loader.size, 30))
+    media = [sample.media for sample in loader.samples][: loader.size]
+    grids = loader.decoder(media, [generator(i) for i in range(len(media))])
     assert grids.shape[:2] == (min(loader.size, 30), views)
     whole = Loader("a", replace(config, tasks={"a": replace(config.tasks["a"], batch=30 * views)}), train=False).load_validation(0)
     right = view_logits(model, "a", whole.grid, "fp32").argmax(1) == whole.labels

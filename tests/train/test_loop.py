@@ -160,6 +160,29 @@ def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
     assert all(t.isfinite().all() for t in tensors(tmp_path)["model"].values())
 
 
+@pytest.mark.parametrize("eval_every_steps", [0, 10])
+def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeypatch, eval_every_steps):
+    config = replace(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
+    straight = run(config, tmp_path / "straight")
+    evaluating = Log.evaluating
+
+    def signal_and_show(log: Log, *progress) -> None:
+        evaluating(log, *progress)
+        if log.progress.tasks[log.run_bar].completed == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "evaluating", signal_and_show)
+    assert run(config, tmp_path / "stopped").signal == signal.SIGTERM
+    newest = checkpoint.newest(tmp_path / "stopped")
+    assert newest
+    assert newest.step == 20
+    monkeypatch.setattr(Log, "evaluating", evaluating)
+    resumed = run(config, tmp_path / "stopped")
+    for task, row in straight.metrics.items():
+        assert resumed.metrics[task]["loss"] == row["loss"]
+    assert_equal_weights(tmp_path / "straight", tmp_path / "stopped")
+
+
 def test_best_checkpoint_stays(tmp_path, config):
     run(config, tmp_path, eval_every_steps=4, save_every_steps=4, keep=1)
     newest = checkpoint.newest(tmp_path)
@@ -201,8 +224,8 @@ def test_sigterm_to_a_real_process_saves_and_resumes(tmp_path):
         if "step" in line and "loss" in line:
             process.send_signal(signal.SIGTERM)
             break
-    output = process.stdout.read()
-    assert process.wait() == 75, output
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
     watchdog.cancel()
     newest = checkpoint.newest(tmp_path / "run")
     assert newest
