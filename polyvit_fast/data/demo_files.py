@@ -32,7 +32,7 @@ from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator
 
-VERSION = 3  # of the recipes below: files of another version are made anew
+VERSION = 1  # of the recipes below: files of another version are made anew
 PICTURE_SIZE = 72
 NUM_FRAMES, FRAMES_PER_SECOND = 12, 12
 SAMPLE_RATE_HZ, SOUND_SECONDS = 8_000, 1.05
@@ -164,7 +164,7 @@ def _encode_picture(shape: str, texture: str, rng: Rng) -> bytes:
 def _draw_picture(shape: str, texture: str, rng: Rng) -> UInt8[np.ndarray, "rows columns 3"]:
     fine = 2  # drawn this much larger and then averaged, for smooth edges
     place = (np.arange(PICTURE_SIZE * fine) + 0.5) / fine - PICTURE_SIZE / 2
-    radius, angle, period = rng.uniform(20, 28), rng.uniform(-0.35, 0.35), rng.uniform(7, 12)
+    radius, angle, period = rng.uniform(20, 28), rng.uniform(-0.35, 0.35), rng.uniform(8, 13)
     left, up = rng.uniform(radius - 33, 33 - radius, 2)
     x, y = np.meshgrid(place - left, -place - up)
     turned = (x * np.cos(angle) + y * np.sin(angle)) / radius, (y * np.cos(angle) - x * np.sin(angle)) / radius

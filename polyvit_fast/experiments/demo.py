@@ -5,6 +5,7 @@ Cost: about 4 minutes on two CPU cores, and 20 MB of files in demo-files/, made 
 Result: top-1 (of chords: mAP) above 90 % on held-out files of every task.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from polyvit_fast.config import Modality, Model, Optim, Task, Train
@@ -25,7 +26,7 @@ def demo_task(kind: Kind, modality: Modality, num_train: int, steps: int, loss: 
         train=DemoFiles(kind=kind, num_samples=num_train),
         val=DemoFiles(kind=kind, split="val", num_samples=300),
         num_classes=6,
-        batch=32,
+        batch=16,
         steps=steps,
         loss=loss,
         multi_label=loss == "sigmoid",
@@ -34,14 +35,14 @@ def demo_task(kind: Kind, modality: Modality, num_train: int, steps: int, loss: 
 
 config = Train(
     tasks={
-        "shapes": demo_task("shapes", PICTURE, num_train=1500, steps=750),
-        "textures": demo_task("textures", PICTURE, num_train=1500, steps=700),
-        "motion": demo_task("motion", CLIP, num_train=1200, steps=250),
-        "tones": demo_task("tones", SOUND, num_train=800, steps=300),
-        "chords": demo_task("chords", SOUND, num_train=400, steps=150, loss="sigmoid"),
+        "shapes": demo_task("shapes", replace(PICTURE, flip=True), num_train=2000, steps=1700),
+        "textures": demo_task("textures", PICTURE, num_train=1500, steps=1350),
+        "motion": demo_task("motion", CLIP, num_train=1200, steps=350),
+        "tones": demo_task("tones", SOUND, num_train=800, steps=420),
+        "chords": demo_task("chords", SOUND, num_train=400, steps=180, loss="sigmoid"),
     },
-    model=Model(dim=96, depth=4, num_heads=3, mlp_dim=384),
-    optim=Optim(name="adamw", lr=1e-3, warmup_steps=50, weight_decay=0.05),
-    log_every_steps=50,
-    eval_every_steps=500,
+    model=Model(dim=96, depth=4, num_heads=3, mlp_dim=192),
+    optim=Optim(name="adamw", lr=7e-4, warmup_steps=100, weight_decay=0.05),
+    log_every_steps=100,
+    eval_every_steps=1000,
 )

@@ -59,14 +59,28 @@ def silent_video():
     return file.getvalue()
 
 
+def write_video(path, sound_seconds, video_seconds, rate=48_000):
+    """An MP4 file with its table of contents in front, so that a part of it can be read."""
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as output:
+        picture = _add_picture(output)
+        stream = output.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(noise(sound_seconds, rate).T), "fltp", "mono")
+        frame.sample_rate = rate
+        _mux_picture(output, picture, 25 * video_seconds)
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
 def _add_picture(output):
     stream = output.add_stream("mpeg4", rate=25)
     stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
     return stream
 
 
-def _mux_picture(output, stream):
-    output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+def _mux_picture(output, stream, times=1):
+    for _ in range(times):
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
     output.mux(stream.encode())
 
 

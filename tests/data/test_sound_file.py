@@ -155,6 +155,7 @@ BAD = {
     "nan": (floats(np.nan), INFINITE),
     "infinity": (floats(-np.inf), INFINITE),
     "beyond float32": (floats(1e300), INFINITE),
+    "energy beyond float32": (floats(1e25), INFINITE),
     "too long": (encode(noise(101, 1000), 1000, ".wav"), "it lasts more than max_seconds = 100"),
     "too long, not wav": (encode(noise(101, 8000, amplitude=0), 8000, ".mp3"), "it lasts more than max_seconds = 100"),
     "flac that claims a month": (flac_that_claims(2**36 - 1, RATE, 1), "it lasts more than max_seconds = 100"),

@@ -1,7 +1,8 @@
+import av
 import numpy as np
 import pytest
 import soundfile
-from sounds import amplitude, encode, noise, silent_video, tone, write
+from sounds import amplitude, encode, noise, silent_video, tone, write, write_video
 
 from polyvit_fast.data.waves import decode, resample
 from polyvit_fast.media import Media, MediaError
@@ -102,6 +103,24 @@ def overwritten(content, num_bytes):
 def test_tags_and_small_damage_do_not_matter(tmp_path, content, seconds):
     (tmp_path / "a").write_bytes(content)
     assert len(decoded(tmp_path / "a")[1]) / RATE == pytest.approx(seconds, abs=0.1)
+
+
+def test_a_guessed_length_is_no_promise(tmp_path):
+    """By the bit rate of the silence that it begins with, this file would last half as long again."""
+    content = encode(np.concatenate([np.zeros((RATE, 1)), noise(4, RATE)]), RATE, ".mp3")
+    start = content.index(b"\xff\xfb", content.index(b"Xing") + 4)
+    (tmp_path / "a.mp3").write_bytes(content[start:])
+    with av.open(str(tmp_path / "a.mp3")) as container:
+        assert container.duration > 7e6
+    assert len(decoded(tmp_path / "a.mp3")[1]) / RATE == pytest.approx(5, abs=0.1)
+
+
+def test_the_sound_of_a_video_may_be_the_shorter_one_but_not_cut(tmp_path):
+    path = write_video(tmp_path / "a.mp4", sound_seconds=4, video_seconds=8)
+    assert len(decoded(path)[1]) / 48_000 == pytest.approx(4, abs=0.1)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(MediaError, match=r"truncated: it ends after [12]\.\d of the 4\.0 seconds that its header promises"):
+        decoded(path)
 
 
 BAD = {
