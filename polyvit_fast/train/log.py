@@ -117,6 +117,10 @@ class Log:
         """Print a text above the bars and add it to log.txt."""
         self._say(text if level == "info" else f"{level}: {text}", style=STYLES[level])
 
+    def note(self, text: str) -> None:
+        """Add a text to log.txt alone."""
+        self._say(text, shown=False)
+
     def show(self, table: RenderableType) -> None:
         """Print a table above the bars and add it to log.txt."""
         self.progress.console.print(table)

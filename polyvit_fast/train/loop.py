@@ -196,7 +196,10 @@ def _save(run: Run, *, must: bool = False) -> None:
 @contextmanager
 def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iterator[Run]:
     """The run, fresh or resumed, with its log open."""
-    config.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
     found = checkpoint.newest(config.folder)
     _check_resume(config, found)
     model = PolyViT.from_config(config).to(config.device).train()
@@ -206,7 +209,7 @@ def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iter
     totals = dict(count_steps(plan))
     with Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step])) as log:
         log.message(
-            f"{experiment}: {_size(model)} parameters, {len(plan)} steps over {len(config.tasks)} tasks, run folder {config.folder}"
+            f"{experiment}: {_size(model)} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}; run folder {config.folder}"
         )
         loaders = {name: Loader(name, config, train=True, report=log.message) for name in totals}
         validation = {name: Loader(name, config, train=False, report=log.message) for name in config.tasks}
@@ -226,7 +229,7 @@ def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iter
         try:
             yield run
         except (DataError, NonFiniteError) as error:
-            log.message(str(error), "error")
+            log.note(f"error: {error}")  # who catches it tells it on the terminal
             raise
 
 
