@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import tyro
 
@@ -58,6 +58,9 @@ def run(argv: list[str]) -> int:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"command {arguments[0]!r} is unknown; there are: {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print(f"polyvit-fast {arguments[0]}: stopped", file=sys.stderr)
+        return 130
     except Exception as error:
         if show_traceback:
             raise
@@ -103,18 +106,21 @@ class Eval:
     """newest, best, or a step."""
     tasks: tuple[str, ...] = ()
     """Only these tasks; none: all."""
+    device: Literal["as trained", "cpu", "cuda"] = "as trained"
+    """Where the model computes."""
 
 
 def _eval(arguments: list[str]) -> int:
     folder, flags = _subject(arguments, "eval RUN")
     options = _parse(Eval, flags, "eval RUN")
-    recorded = _recorded(folder)
+    config = _recorded(folder).config
+    config = config if options.device == "as trained" else replace(config, device=options.device)
     from polyvit_fast.train.evaluate import evaluate_run
     from polyvit_fast.train.log import evaluation_progress, print_evaluation
 
     with evaluation_progress() as progress:
-        rows = evaluate_run(Path(folder), recorded.config, options.checkpoint, options.tasks, progress)
-    print_evaluation(recorded.config, rows)
+        rows = evaluate_run(Path(folder), config, options.checkpoint, options.tasks, progress)
+    print_evaluation(config, rows)
     return 0
 
 
@@ -163,7 +169,7 @@ def _plan(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Decode every file of every task, in parallel, and name the broken ones. All other flags are fields of the run, as of train."""
+    """Decode of every file of every task what evaluation sees, in parallel, and name the broken ones. Other flags are those of train."""
 
     manifests: str = "clean-manifests"
     """Folder for one clean manifest per task and split, and for broken.tsv."""
@@ -171,6 +177,10 @@ class Check:
     """Processes that decode."""
     deadline_seconds: float = 30.0
     """A file that takes longer counts as broken."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers <= 0 or self.deadline_seconds <= 0:
+            raise ValueError("num_workers and deadline_seconds must be positive")
 
 
 def _check(arguments: list[str]) -> int:

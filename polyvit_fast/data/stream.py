@@ -6,12 +6,14 @@ ahead of the training loop in a thread; a broken file is replaced by another of 
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from queue import Empty, Full, Queue
 
 import numpy as np
@@ -25,6 +27,10 @@ from polyvit_fast.randomness import generator, key, permutation
 
 class DataError(RuntimeError):
     """Training data that cannot go on: too many broken files, or a decoder that hangs."""
+
+
+class Interrupted(Exception):  # noqa: N818 - no error
+    """The reader of batches was asked to stop while it waited for one."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,13 @@ class Loader:
         self.decoder = self.source.decoder(self.task, batch=self.size, train=train, num_threads=config.num_threads)
         self.broken: dict[int, str] = {}
 
+    def fingerprint(self) -> str:
+        """A word for all samples, their order and their labels: what a step sees follows from it, the seed and the step."""
+        digest = hashlib.blake2b(digest_size=16)
+        for sample in self.samples:
+            digest.update(f"{sample.media.name}\x1f{sample.labels}\x1e".encode(errors="surrogateescape"))
+        return f"{len(self.samples)} files, {digest.hexdigest()}"
+
     def positions(self, step: int) -> range:
         """The places in the task's endless sequence that its `step`-th batch covers on this rank."""
         start = step * self.task.batch + self.first
@@ -100,21 +113,28 @@ class Loader:
 
     def load(self, step: int) -> Batch:
         """The task's `step`-th training batch. Raises DataError when more than `max_bad_ratio` of the files are broken."""
-        positions = self.positions(step)
-        wanted = [sample_index(self.config.seed, self.name, p, len(self.samples)) for p in positions]
-        indices = [self._usable(index) for index in wanted]
+        positions = list(self.positions(step))
+        used = [sample_index(self.config.seed, self.name, p, len(self.samples)) for p in positions]
+        # A file that failed before is tried again, but alone: another part of it may be whole, and what a step sees must not depend on
+        # the steps before it.
+        trusted = [row for row, index in enumerate(used) if index not in self.broken]
         try:
-            grid = self._decode(indices, positions)
+            grids = dict(
+                zip(trusted, self._decode([used[row] for row in trusted], [positions[row] for row in trusted]).split(1), strict=True)
+            )
         except Exception:
-            grids = [self._decode_or_replace(index, position) for index, position in zip(wanted, positions, strict=True)]
-            grid, indices = torch.cat(grids), [self._usable(index) for index in wanted]
+            grids = {}
+        for row, position in enumerate(positions):
+            if row not in grids:
+                used[row], grids[row] = self._decode_or_replace(used[row], position)
+        grid = torch.cat([grids[row][:, 0] for row in range(len(positions))])
         mixup = self.task.mixup
         ratio = generator(self.config.seed, "mixup", self.name, step).beta(mixup, mixup) if mixup else 1.0
-        return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in indices]), ratio)
+        return Batch(grid, label_tensor(self.task, [self.samples[i] for i in used]), ratio)
 
     def load_validation(self, start: int) -> Batch:
         """Up to `size` samples from `start`, all views of each; broken files are left out and reported."""
-        indices = list(range(start, min(start + self.size, len(self.samples))))
+        indices = [i for i in range(start, min(start + self.size, len(self.samples))) if i not in self.broken]
         try:
             return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
         except Exception:
@@ -135,23 +155,22 @@ class Loader:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
         return self.decoder([self.samples[i].media for i in indices], rngs)
 
-    def _decode_or_replace(self, wanted: int, position: int) -> Tensor:
-        while True:
-            index = self._usable(wanted)
+    def _decode_or_replace(self, wanted: int, position: int) -> tuple[int, Tensor]:
+        """The sample at this position and its grid: the wanted one, or the first of its stand-ins that can be decoded there."""
+        for attempt in count():
+            index = self._stand_in(wanted, attempt)
             try:
-                return self._decode([index], [position])
+                return index, self._decode([index], [position])
             except Exception as error:
                 self._mark_broken(index, error)
+        raise AssertionError("unreachable")
 
-    def _usable(self, index: int) -> int:
-        """`index`, or when it is known to be broken the sample that always stands in for it."""
-        attempt, candidate = 0, index
-        while candidate in self.broken:
-            candidate = key(self.config.seed, "replace", self.name, index, attempt) % len(self.samples)
-            attempt += 1
-        return candidate
+    def _stand_in(self, wanted: int, attempt: int) -> int:
+        return key(self.config.seed, "replace", self.name, wanted, attempt) % len(self.samples) if attempt else wanted
 
     def _mark_broken(self, index: int, error: Exception) -> None:
+        if index in self.broken:
+            return
         name = self.samples[index].media.name
         self.broken[index] = str(error).strip() or type(error).__name__
         self.report(f"task {self.name}: broken file {name}: {self.broken[index]}")
@@ -203,12 +222,15 @@ def validation_jobs(loader: Loader) -> Iterator[Job]:
         )
 
 
-def prefetch(jobs: Iterable[Job], *, depth: int, timeout_seconds: float) -> Iterator[tuple[str, Batch]]:
+def prefetch(
+    jobs: Iterable[Job], *, depth: int, timeout_seconds: float, stop: Callable[[], object] = lambda: False
+) -> Iterator[tuple[str, Batch]]:
     """(task, batch) of each job in order, up to `depth` of them made ahead in a thread.
 
-    Raises what a job raised, in its place in the order, and DataError with the file's name when a job takes over `timeout_seconds`.
+    Raises what a job raised, in its place in the order; DataError with the file's name when a job takes over `timeout_seconds`; Interrupted
+    when `stop` becomes true while a batch is waited for.
     """
-    worker = _Worker(jobs, depth)
+    worker = _Worker(jobs, depth, stop)
     try:
         while True:
             item = worker.next(timeout_seconds)
@@ -217,16 +239,19 @@ def prefetch(jobs: Iterable[Job], *, depth: int, timeout_seconds: float) -> Iter
             yield item
     finally:
         worker.stopped.set()
+        worker.thread.join(2.0)  # Python must not end in the middle of a decoder
 
 
 class _Worker:
     """The thread behind `prefetch`."""
 
-    def __init__(self, jobs: Iterable[Job], depth: int) -> None:
+    def __init__(self, jobs: Iterable[Job], depth: int, stop: Callable[[], object]) -> None:
         self.queue: Queue[tuple[str, Batch] | Exception | None] = Queue(maxsize=depth)
         self.stopped = threading.Event()
         self.running: tuple[Job, float] | None = None
-        threading.Thread(target=self._work, args=(jobs,), daemon=True, name="prefetch").start()
+        self.stop = stop
+        self.thread = threading.Thread(target=self._work, args=(jobs,), daemon=True, name="prefetch")
+        self.thread.start()
 
     def next(self, timeout_seconds: float) -> tuple[str, Batch] | None:
         """The next batch; None after the last."""
@@ -234,6 +259,8 @@ class _Worker:
             try:
                 item = self.queue.get(timeout=min(1.0, timeout_seconds))
             except Empty:
+                if self.stop():
+                    raise Interrupted from None
                 running = self.running
                 if running and time.monotonic() - running[1] > timeout_seconds:
                     raise DataError(_name_the_hung(running[0], timeout_seconds)) from None
@@ -270,5 +297,6 @@ def _name_the_hung(job: Job, timeout_seconds: float) -> str:
     guilty = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
     return (
         f"task {job.task}: its batch {job.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({guilty}). "
-        "Take the file out (`polyvit-fast check` writes a clean manifest) and start again: the run resumes"
+        "Put a good file in its place and start again: the run resumes. Or leave it out (`polyvit-fast check` writes a clean manifest) and "
+        "start with another --out"
     )

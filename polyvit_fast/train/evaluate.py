@@ -100,6 +100,8 @@ def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
     if which == "newest":
         return newest
     step = newest.state["best_step"] if which == "best" else which
+    if step is None:
+        raise ValueError(f"{folder} was never evaluated, so no checkpoint of it is the best; take newest")
     for found in checkpoint.every(folder):
         if str(found.step) == str(step):
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from types import FrameType
 import torch
 
 from polyvit_fast.config import Plan, Train
-from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, training_jobs
+from polyvit_fast.data.stream import Batch, DataError, Interrupted, Loader, prefetch, training_jobs
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
 from polyvit_fast.train import checkpoint
@@ -66,8 +67,8 @@ class Run:
     """Steps behind us."""
     metrics_step: int = -1
     """Steps that were behind us at the last evaluation."""
-    saved: tuple[int, int] = (-1, -1)
-    """`done` and `metrics_step` at the last checkpoint."""
+    saved: int = -1
+    """Steps that were behind us at the last checkpoint."""
     best_step: int | None = None
     best_score: float = float("-inf")
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -85,17 +86,20 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     plan = make_plan(config)
     with on_device(config), _opened(config, plan, experiment, argv) as run, _stop_on_signals(run) as stop:
         jobs = training_jobs(run.loaders, plan, run.done)
-        batches = prefetch(jobs, depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds)
+        batches = prefetch(jobs, depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds, stop=lambda: stop.signal)
         while run.done < len(plan) and not stop.signal:
-            _one_step(run, batches)
+            try:
+                _one_step(run, batches)
+            except Interrupted:
+                break
             if run.done % config.log_every_steps == 0 or run.done == len(plan):
                 _log_interval(run)
             evaluated = config.eval_every_steps and run.done % config.eval_every_steps == 0 and _evaluate(run, stop)
             if (evaluated or run.done % config.save_every_steps == 0) and run.done < len(plan):
                 _save(run)
-        if run.metrics_step < run.done and not stop.signal:
-            _evaluate(run, stop)
-        if run.saved != (run.done, run.metrics_step):
+        if run.saved < run.done:
+            _save(run, must=True)
+        if run.metrics_step < run.done and not stop.signal and _evaluate(run, stop):
             _save(run, must=True)
         return Outcome(run.done, stop.signal, run.metrics, _results(run))
 
@@ -146,7 +150,7 @@ def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
             raise NonFiniteError(
                 f"task {name}: the loss or gradient was not finite in {row.skipped_in_a_row} of its steps in a row, the last one step "
                 f"{row.last_skipped_step} on {len(files)} files ({', '.join(files[:3])}, …). The weights are those before the first of "
-                f"them. Lower optim.lr or tasks.{name}.lr_scale, lengthen optim.warmup_steps, or look at these files; then start again"
+                f"them. Lower optim.lr or tasks.{name}.lr_scale, lengthen optim.warmup_steps, or look at these files; take another --out"
             )
 
 
@@ -162,7 +166,8 @@ def _evaluate(run: Run, stop: Stop) -> bool:
     except _Stopped:
         return False
     run.log.evaluation(run.done, run.metrics)
-    score = sum(run.metrics[name][task.metric] for name, task in run.config.tasks.items()) / len(run.metrics)
+    values = [run.metrics[name][task.metric] for name, task in run.config.tasks.items()]
+    score = sum(value for value in values if not math.isnan(value)) / len(values)
     if score > run.best_score:
         run.best_step, run.best_score = run.done, score
     return True
@@ -182,11 +187,13 @@ def _save(run: Run, *, must: bool = False) -> None:
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
+        "interval_seconds": run.interval_seconds,
+        "samples": {name: loader.fingerprint() for name, loader in run.loaders.items()},
     }
     try:
         keep, config = run.config.keep, to_json(run.config)
         checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
-        run.saved = done, run.metrics_step
+        run.saved = done
     except checkpoint.CheckpointError as error:
         if must:
             raise
@@ -196,6 +203,8 @@ def _save(run: Run, *, must: bool = False) -> None:
 @contextmanager
 def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iterator[Run]:
     """The run, fresh or resumed, with its log open."""
+    if not config.out:
+        raise ValueError("out is empty: it must name the run folder")
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -229,6 +238,8 @@ def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iter
         try:
             yield run
         except (DataError, NonFiniteError) as error:
+            if run.saved < run.done:
+                _save(run)
             log.note(f"error: {error}")  # who catches it tells it on the terminal
             raise
 
@@ -248,14 +259,22 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
 
 def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     step = run.step
+    for name, loader in run.loaders.items():
+        before, now = found.state["samples"].get(name), loader.fingerprint()
+        if before != now:
+            raise ValueError(
+                f"task {name}: its training files are not those of {found.path} (names and labels: {before}; now {now}), so their order "
+                "would change. Put them back to resume, or choose another --out"
+            )
     step.parameters.load(step.parameters.values, found.load_tensors("model"))
     step.optimizer.load(found.load_tensors("optimizer"))
     if step.optimizer.ema is not None:
         step.parameters.load(step.optimizer.ema, found.load_tensors("ema"))
     step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
     run.done, run.metrics, run.metrics_step = found.step, found.state["metrics"], found.state["metrics_step"]
-    run.saved = run.done, run.metrics_step
+    run.saved = run.done
     run.seconds.update(found.state["seconds"])
+    run.interval_seconds.update(found.state["interval_seconds"])
     if found.state["best_step"] is not None:
         run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
 

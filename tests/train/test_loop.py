@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Decoder, Task, Train
+from polyvit_fast.data.stream import DataError
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.log import Log
@@ -231,3 +232,48 @@ def test_sigterm_to_a_real_process_saves_and_resumes(tmp_path):
     assert newest
     assert 0 < newest.step < 2024
     assert "stopped by SIGTERM" in output
+
+
+def test_other_training_files_are_refused_on_resume(tmp_path, config):
+    run_until(config, tmp_path, 7)
+    with fewer_samples(config, 49), pytest.raises(ValueError, match="task a: its training files are not those of"):
+        run(config, tmp_path)
+
+
+@contextmanager
+def fewer_samples(config: Train, num_samples: int) -> Iterator[None]:
+    """Inside, task a's source has lost files, as a folder does from which some were deleted."""
+    samples = Synthetic.samples
+
+    def fewer(self, task):
+        return samples(self, task)[:num_samples] if self is config.tasks["a"].train else samples(self, task)
+
+    Synthetic.samples = fewer
+    try:
+        yield
+    finally:
+        Synthetic.samples = samples
+
+
+def test_too_many_broken_files_save_what_is_done(tmp_path):
+    config = tiny_config(tasks={"a": tile_task(steps=40, train=Failing(num_samples=50))}, save_every_steps=1000, prefetch=1)
+    with pytest.raises(DataError, match="more than max_bad_ratio"):
+        run(config, tmp_path)
+    newest = checkpoint.newest(tmp_path)
+    assert newest
+    assert newest.step > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(Synthetic):
+    """Synthetic samples of which the first three cannot be decoded."""
+
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+        inner = super().decoder(task, batch=batch, train=train, num_threads=num_threads)
+
+        def decode(media, rngs):
+            if any(one.path in ("synthetic:0", "synthetic:1", "synthetic:2") for one in media):
+                raise ValueError("damaged")
+            return inner(media, rngs)
+
+        return decode
