@@ -3,21 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := polyvit_fast kernels tests benchmarks setup.py
 
-.PHONY: help demo test check test-gpu bench wheel clean
+.PHONY: help demo test check bench wheel clean
 help:
-	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 4 min on 2 cores)"
-	@echo "make test      every test that needs no GPU (under 10 minutes on 2 cores)"
+	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
+	@echo "make test      every test that needs no GPU (about 4 minutes on 2 cores)"
 	@echo "make check     format, lint, types, import contracts, laws of the architecture (1 minute)"
 	@echo "make bench     throughput against peers, small sizes on a CPU"
-	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 	@echo "make wheel     build dist/*.whl"
 
 demo: .venv/installed
-	@echo "== co-training the five demo tasks (about 4 minutes on 2 cores; Ctrl-C saves, 'make demo' resumes)"
+	@echo "== co-training the five demo tasks (about 3 minutes on 2 cores; Ctrl-C saves, 'make demo' resumes)"
 	$(BIN)/polyvit-fast train demo
 
 test: .venv/installed-tests
-	@echo "== tests without a GPU (under 10 minutes on 2 cores)"
+	@echo "== tests without a GPU (about 4 minutes on 2 cores)"
 	$(BIN)/pytest -q
 
 check: .venv/installed-tests
@@ -28,13 +27,11 @@ check: .venv/installed-tests
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q tests/test_architecture.py
 
-test-gpu: .venv/installed-tests
-	$(BIN)/pytest -q -m gpu
-
 bench: .venv/installed-tests
 	$(BIN)/pytest -q benchmarks
 
 wheel: .venv/installed
+	@rm -rf build dist
 	$(BIN)/pip wheel -q --no-deps -w dist .
 	@ls dist/*.whl
 

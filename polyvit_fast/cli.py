@@ -28,7 +28,7 @@ HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos
   polyvit-fast list                                   the experiments that come with the package
 
 EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file; RUN is a run folder such as runs/demo.
-Start here:           polyvit-fast train demo     (makes its own files; about 4 minutes on two CPU cores)
+Start here:           polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
 Fields of a run:      polyvit-fast train demo --help
 Override any of them: polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
 Add --traceback to any command to see where in the code an error came from.

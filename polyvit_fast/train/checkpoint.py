@@ -123,6 +123,11 @@ def every(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iter
             yield checkpoint
 
 
+def any_left(folder: Path) -> bool:
+    """Whether the run folder has a checkpoint at all, whole or broken; one whose writing was cut short does not count."""
+    return bool(_checkpoints(folder / "checkpoints"))
+
+
 def read(path: Path) -> Checkpoint:
     """The checkpoint in this folder, after its whole content was checked. Raises CheckpointError that names the file at fault."""
     files = _manifest(path)

@@ -246,6 +246,8 @@ def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iter
 
 def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
     if found is None:
+        if checkpoint.any_left(config.folder):
+            raise ValueError(f"{config.folder} holds checkpoints, but not a single whole one; move it away, or choose another --out")
         return
     if not config.resume:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")

@@ -122,6 +122,15 @@ def test_another_configuration_is_refused_by_its_fields(tmp_path, config):
         run(config, tmp_path, resume=False)
 
 
+def test_a_run_without_a_whole_checkpoint_does_not_start_over(tmp_path, config):
+    run_until(config, tmp_path, 7)
+    [path] = (tmp_path / "checkpoints").iterdir()
+    (path / "model.safetensors").write_bytes(b"flipped")
+    with pytest.raises(ValueError, match="holds checkpoints, but not a single whole one; move it away"):
+        run(config, tmp_path)
+    assert path.exists()
+
+
 def test_fields_that_change_no_number_may_differ(tmp_path, config):
     run_until(config, tmp_path, 7)
     assert run(config, tmp_path, log_every_steps=3, prefetch=1, num_threads=1).step == len(make_plan(config))
