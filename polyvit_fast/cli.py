@@ -169,7 +169,7 @@ def _plan(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Decode of every file of every task what evaluation sees, in parallel, and name the broken ones. Other flags are those of train."""
+    """Decode every file of every task (of a video eight clips), in parallel, and name the broken ones. Other flags are those of train."""
 
     manifests: str = "clean-manifests"
     """Folder for one clean manifest per task and split, and for broken.tsv."""

@@ -61,6 +61,10 @@ class Modality(ABC):
     def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
         """Files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones."""
 
+    def thorough(self) -> Modality:
+        """The same, but evaluation sees as much of every file as it can: for checks. This one, when it does so already."""
+        return self
+
     @property
     def num_tokens(self) -> int:
         """Tokens of one view, class token included."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -203,6 +203,7 @@ def _work(pipe: Any, task: Task, split: Split) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its processes
     torch.set_num_threads(1)
     try:
+        task = replace(task, modality=task.modality.thorough())
         decoder = _source(task, split).decoder(task, batch=1, train=False, num_threads=1)
     except Exception as error:
         return pipe.send(f"{type(error).__name__}: {error}")

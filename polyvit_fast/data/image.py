@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -96,6 +96,10 @@ class Image(Modality):
     def eval_views(self) -> int:
         """One: evaluation sees one fixed crop."""
         return 1
+
+    def thorough(self) -> Image:
+        """With the whole picture."""
+        return replace(self, eval_crop="resize")
 
     def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
         """Files to uint8 grids [sample, 1, 1, size, size, 3]; a batch with a broken file raises MediaError, the next one works."""

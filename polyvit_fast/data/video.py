@@ -6,7 +6,7 @@ PyAV decodes and scales, also what DALI's CPU decoder cannot read (H.264, HEVC, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from polyvit_fast.data.frames import read_clips
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media
 
+THOROUGH_CLIPS = 8  # of 32 frames with stride 2 they are 20 seconds, twice the length of Kinetics' files
 Clip = UInt8[np.ndarray, "frames height width 3"]
 
 
@@ -98,6 +99,10 @@ class Video(Modality):
     def eval_views(self) -> int:
         """`eval_crops` of each of `eval_clips`."""
         return self.eval_clips * self.eval_crops
+
+    def thorough(self) -> Video:
+        """With clips from all over the file."""
+        return replace(self, eval_clips=max(self.eval_clips, THOROUGH_CLIPS))
 
     def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
         """Files to uint8 grids [sample, view, frames, size, size, 3]; a broken file raises MediaError, the next call works."""

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass
 from multiprocessing import active_children
 
+import av
+import numpy as np
 import pytest
 from conftest import Tile, tile_task, tiny_config
 from PIL import Image as Pillow
@@ -14,7 +16,9 @@ from polyvit_fast.data.image import Image
 from polyvit_fast.data.manifest import Folder, Manifest
 from polyvit_fast.data.shards import Shards
 from polyvit_fast.data.synthetic import Synthetic
-from polyvit_fast.media import MediaError
+from polyvit_fast.data.video import Video
+from polyvit_fast.media import Media, MediaError, Sample
+from polyvit_fast.randomness import generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +169,24 @@ def test_members_of_shards_and_odd_names_come_back(tmp_path):
     assert Manifest(path=str(tmp_path / "out" / "list.csv")).samples(task) == samples
     write_clean_manifest(tmp_path / "out" / "list.csv", task, samples, [Verdict(0, "", "broken"), Verdict(1, "", "")])
     assert Manifest(path=str(tmp_path / "out" / "list.csv")).samples(task) == samples[1:]
+
+
+def test_a_video_is_looked_at_all_over(tmp_path):
+    good = tmp_path / "good.mp4"
+    with av.open(str(good), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "10", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(100):
+            frame = np.random.default_rng(number).integers(0, 255, (48, 64, 3)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    content = bytearray(good.read_bytes())
+    start = content.index(b"mdat") + len(content) // 50
+    content[start : start + len(content) // 40] = bytes(len(content) // 40)  # in the first frames, far from the middle clip
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(content)
+    video = Video(size=32, short_side=32, frames=4, tubelet_frames=2)
+    assert video.decoder(batch=1, train=False, num_threads=1)([Media(str(damaged))], [generator(0)]).shape[0] == 1
+    samples = [Sample(Media(str(good)), (0,)), Sample(Media(str(damaged)), (1,))]
+    verdicts = find_broken("clips", tile_task(modality=video, train=Folder(path="unread")), samples, deadline_seconds=60.0, num_workers=1)
+    assert [(verdict.index, verdict.reason[:8]) for verdict in verdicts] == [(1, "damaged:")]
