@@ -115,22 +115,27 @@ class Loader:
         """The task's `step`-th training batch. Raises DataError when more than `max_bad_ratio` of the files are broken."""
         positions = list(self.positions(step))
         used = [sample_index(self.config.seed, self.name, p, len(self.samples)) for p in positions]
+        grid = self._decode_together(used, positions)
+        mixup = self.task.mixup
+        ratio = generator(self.config.seed, "mixup", self.name, step).beta(mixup, mixup) if mixup else 1.0
+        return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in used]), ratio)
+
+    def _decode_together(self, used: list[int], positions: Sequence[int]) -> Tensor:
+        """The grids of a batch; in `used`, the samples that are broken at their position give way to their stand-ins."""
         # A file that failed before is tried again, but alone: another part of it may be whole, and what a step sees must not depend on
         # the steps before it.
         trusted = [row for row, index in enumerate(used) if index not in self.broken]
         try:
-            grids = dict(
-                zip(trusted, self._decode([used[row] for row in trusted], [positions[row] for row in trusted]).split(1), strict=True)
-            )
+            together = self._decode([used[row] for row in trusted], [positions[row] for row in trusted])
+            if len(trusted) == len(used):
+                return together
+            grids = dict(zip(trusted, together.split(1), strict=True))
         except Exception:
             grids = {}
         for row, position in enumerate(positions):
             if row not in grids:
                 used[row], grids[row] = self._decode_or_replace(used[row], position)
-        grid = torch.cat([grids[row][:, 0] for row in range(len(positions))])
-        mixup = self.task.mixup
-        ratio = generator(self.config.seed, "mixup", self.name, step).beta(mixup, mixup) if mixup else 1.0
-        return Batch(grid, label_tensor(self.task, [self.samples[i] for i in used]), ratio)
+        return torch.cat([grids[row] for row in range(len(used))])
 
     def load_validation(self, start: int) -> Batch:
         """Up to `size` samples from `start`, all views of each; broken files are left out and reported."""
