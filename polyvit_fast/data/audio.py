@@ -1,7 +1,6 @@
 """Audio: any common sound file, or the sound of a video file, to a log-mel spectrogram: a float32 picture whose rows are times.
 
-DALI and PyAV decode, PyAV resamples, PyTorch makes the spectrogram. That is done sample by sample: a batch's would not fit the caches,
-and takes three times as long.
+DALI and PyAV decode, PyAV resamples, PyTorch makes the spectrogram. That is done sample by sample: a batch's would not fit the caches.
 """
 
 from __future__ import annotations

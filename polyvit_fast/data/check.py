@@ -55,7 +55,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
     with Progress(*columns, console=console, transient=True) as progress:
         for name, task, split in _splits(config):
             samples = _source(task, split).samples(task)
-            verdicts = _verdicts(name, task, split, samples, num_workers, deadline_seconds)
+            verdicts = scan(name, task, split, samples, num_workers, deadline_seconds)
             verdicts = list(progress.track(verdicts, len(samples), description=f"{name} {split}"))
             found = [(name, split, verdict.name, verdict.reason) for verdict in verdicts if verdict.reason]
             write_clean_manifest(out / f"{name}-{split}.csv", task, samples, verdicts)
@@ -68,19 +68,11 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
     return len(broken)
 
 
-def scan(task_name: str, task: Task, split: Split, *, num_workers: int, deadline_seconds: float) -> Iterator[Verdict]:
-    """The verdict on every sample of a split, in order, from `num_workers` processes.
-
-    A file that takes longer than `deadline_seconds` or brings the decoder down is named like any other broken one.
-    """
-    return _verdicts(task_name, task, split, _source(task, split).samples(task), num_workers, deadline_seconds)
-
-
 def find_broken(
     task_name: str, task: Task, samples: Sequence[Sample], *, deadline_seconds: float, num_workers: int = 2, split: Split = "train"
 ) -> list[Verdict]:
     """The verdicts on those of `samples` that are broken, hang or crash, each decoded alone."""
-    return [verdict for verdict in _verdicts(task_name, task, split, samples, num_workers, deadline_seconds) if verdict.reason]
+    return [verdict for verdict in scan(task_name, task, split, samples, num_workers, deadline_seconds) if verdict.reason]
 
 
 def write_clean_manifest(path: Path, task: Task, samples: Sequence[Sample], verdicts: Iterable[Verdict]) -> None:
@@ -110,10 +102,12 @@ def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]
     os.replace(temporary, path)
 
 
-def _verdicts(
-    name: str, task: Task, split: Split, samples: Sequence[Sample], num_workers: int, deadline_seconds: float
-) -> Iterator[Verdict]:
-    """In the order of the samples. Each thread waits for a process at a time; a few samples are handed out ahead."""
+def scan(name: str, task: Task, split: Split, samples: Sequence[Sample], num_workers: int, deadline_seconds: float) -> Iterator[Verdict]:
+    """The verdict on every sample, in order, from `num_workers` processes.
+
+    A file that takes longer than `deadline_seconds` or brings the decoder down is named like any other broken one.
+    """
+    # Each thread waits for a process at a time; a few samples are handed out ahead.
     workers = [_Worker(name, task, split) for _ in range(min(num_workers, len(samples)))]
     idle: SimpleQueue[_Worker] = SimpleQueue()
     for worker in workers:

@@ -1,7 +1,7 @@
 """Images: any common file to a square uint8 grid.
 
 DALI decodes the rectangle that is wanted, and of a JPEG little else. PyTorch resamples it (bilinear with antialiasing, within one level
-of Pillow's) and numpy changes its colours: on a CPU that takes a third and a fifth of the time of DALI's own operators.
+of Pillow's) and numpy changes its colours: on a CPU both are faster than DALI's own operators (benchmarks/bench_data.py).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class _Decoder:
         if image.colour_jitter or image.hue_jitter_degrees:
             pixels = jitter_colours(pixels, rng, image.colour_jitter, image.hue_jitter_degrees)
         if image.rand_augment_ops:
-            # In Pillow, not DALI: DALI's draws from a seed of its own, and takes twice as long on a CPU.
+            # In Pillow, not DALI: DALI's draws from a seed of its own, and is slower on a CPU (benchmarks/bench_data.py).
             pixels = rand_augment(np.ascontiguousarray(pixels), rng, image.rand_augment_ops, image.rand_augment_magnitude)
         return pixels
 

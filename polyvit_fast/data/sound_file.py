@@ -1,7 +1,7 @@
 """Sound files to mono waveforms of one sample rate. Which kind a file is, its content tells, not its name.
 
-DALI decodes WAV and FLAC, in batches: that takes a fortieth and half of the time that PyAV takes. PyAV (FFmpeg) decodes the rest: it is
-quicker on Ogg, and DALI has no MP3, AAC or WMA. Channels are averaged either way. PyAV also resamples, for DALI's resampler turns
+DALI decodes WAV and FLAC, in batches, which is faster than PyAV. PyAV (FFmpeg) decodes the rest: it is quicker on Ogg, and DALI has no
+MP3, AAC or WMA. Channels are averaged either way. PyAV also resamples, for DALI's resampler turns
 frequencies that the new rate cannot hold into other ones, at full strength.
 """
 

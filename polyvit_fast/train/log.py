@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -121,13 +120,6 @@ class Log:
         """Add a text to log.txt alone."""
         self._say(text, shown=False)
 
-    def show(self, table: RenderableType) -> None:
-        """Print a table above the bars and add it to log.txt."""
-        self.progress.console.print(table)
-        plain = StringIO()
-        Console(file=plain, width=100).print(table)
-        self._attempt("log.txt", lambda: self.text.write(plain.getvalue()))
-
     def _say(self, text: str, *, style: str = "", shown: bool = True) -> None:
         if shown:
             self.said = time.monotonic()
@@ -226,7 +218,7 @@ class Result:
 
 
 def result_table(rows: Sequence[Result]) -> Table:
-    """The results as a table for `Console.print` or `Log.show`."""
+    """The results as a table for `Console.print`."""
     table = Table(box=box.SIMPLE, show_edge=False)
     table.add_column("task", overflow="fold")
     for header in ("modality", "metric"):

@@ -21,6 +21,10 @@ from polyvit_fast.media import Media, MediaError, Sample
 from polyvit_fast.randomness import generator
 
 
+def scan_train(task: Task, num_workers: int, deadline_seconds: float):
+    return scan("tiles", task, "train", task.train.samples(task), num_workers, deadline_seconds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Treacherous(Synthetic):
     """Samples whose decoding does what no decoder should; with `build`, already the building of the decoder."""
@@ -69,7 +73,7 @@ REASONS = {
 
 def test_every_fault_is_named_and_the_rest_goes_on():
     task = tile_task(train=Treacherous(num_samples=13))
-    verdicts = list(scan("tiles", task, "train", num_workers=2, deadline_seconds=2.0))
+    verdicts = list(scan_train(task, 2, 2.0))
     assert verdicts == [Verdict(i, f"synthetic:{i}", REASONS.get(i, "")) for i in range(13)]
     samples = task.train.samples(task)[3:6]
     assert find_broken("tiles", task, samples, deadline_seconds=2.0, num_workers=1) == [Verdict(1, "synthetic:4", REASONS[4])]
@@ -79,7 +83,7 @@ def test_every_fault_is_named_and_the_rest_goes_on():
 def test_a_decoder_that_cannot_be_built_is_told(fault, message):
     task = tile_task(train=Treacherous(num_samples=2, build=fault))
     with pytest.raises(RuntimeError, match=f"task tiles: a process that checks its files did not start: {message}"):
-        list(scan("tiles", task, "train", num_workers=1, deadline_seconds=60.0))
+        list(scan_train(task, 1, 60.0))
 
 
 def test_a_class_of_a_function_cannot_be_sent():
@@ -87,11 +91,11 @@ def test_a_class_of_a_function_cannot_be_sent():
         pass
 
     with pytest.raises(ValueError, match=r"task tiles: it cannot be sent to the processes .*; define its classes in an importable module"):
-        list(scan("tiles", tile_task(modality=Local()), "train", num_workers=1, deadline_seconds=60.0))
+        list(scan_train(tile_task(modality=Local()), 1, 60.0))
 
 
 def test_a_scan_that_is_not_read_to_its_end_leaves_no_process():
-    verdicts = scan("tiles", tile_task(modality=Tile(views=3)), "train", num_workers=1, deadline_seconds=60.0)
+    verdicts = scan_train(tile_task(modality=Tile(views=3)), 1, 60.0)
     assert next(verdicts) == Verdict(0, "synthetic:0")
     assert len(active_children()) == 1
     verdicts.close()

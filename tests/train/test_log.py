@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polyvit_fast.train.log import Log, Result, print_results, result_table
+from polyvit_fast.train.log import Log, Result, print_results
 
 TOTALS = {"shapes": 60, "motion": 40}
 
@@ -269,8 +269,3 @@ def test_the_result_table_is_readable_when_piped(tmp_path, capsys):
     assert shown.splitlines()[0].split() == ["task", "modality", "metric", "value", "steps", "examples/s"]
     assert any(line.split() == ["shapes", "image", "top1", "0.9812", "1,200", "1,534"] for line in shown.splitlines())
     assert any(line.split()[-4:] == ["mAP", "1.0000", "130,000", "-"] for line in shown.splitlines())
-    console = plain()
-    with Log(tmp_path, TOTALS, 100, console=console) as log:
-        log.show(result_table(RESULTS))
-    assert "0.9812" in text(console)
-    assert "0.9812" in (tmp_path / "log.txt").read_text()
