@@ -5,22 +5,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels are tested: on the GPU if there is one, else in Triton's interpreter on the CPU."""
+
 Operation = Callable[..., Tensor]
 
 
 def assert_as_exact_as_torch(ours: Operation, plain: Operation, truth: Operation, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Hold `ours` to the rule, for the output and the gradient of every floating-point input, called by keyword.
 
-    `plain` is the yardstick at the same `dtype`; `truth` is computed in fp64 from the same rounded inputs. The yardstick itself must
-    be sane: within 32 roundings of the truth's largest value.
+    `plain` is the yardstick at the same `dtype`; `truth` is computed in fp64 from the same rounded inputs. All run on `DEVICE`.
     """
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    true = outputs_and_gradients(truth, exact)
     found, yardstick = outputs_and_gradients(ours, inputs), outputs_and_gradients(plain, inputs)
+    assert_within_rule(found, yardstick, outputs_and_gradients(truth, exact), dtype)
+
+
+def assert_within_rule(found: dict[str, Tensor], yardstick: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Hold tensors by name to the rule. The yardstick must be sane itself: within 32 roundings of the truth's largest value."""
     assert found.keys() == true.keys()
     for name, value in true.items():
         assert found[name].dtype == yardstick[name].dtype, f"{name}: {found[name].dtype}"
+        assert found[name].shape == value.shape, f"{name}: {found[name].shape}"
         error, allowed = largest_difference(found[name], value), largest_difference(yardstick[name], value)
         assert allowed <= 32 * torch.finfo(dtype).eps * value.abs().max() + 1e-5, f"{name}: plain PyTorch is off by {allowed:.3g}"
         assert error <= 2 * allowed + 1e-5, f"{name}: error {error:.3g}, plain PyTorch's is {allowed:.3g}"
@@ -30,12 +38,12 @@ def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> di
     """The output of `operation` and the gradients of all floating-point inputs, for one random gradient by the output."""
     leaves = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
     output = operation(**leaves)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(output, list(wanted.values()), upstream)
     return {"output": output.detach()} | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """max |a − b| in fp64; infinite when `a` holds a NaN."""
-    return (a.double() - b.double()).abs().nan_to_num(torch.inf, torch.inf).max().item()
+    """max |a − b| in fp64; infinite when `a` holds a NaN, 0 for empty tensors."""
+    return (a.double() - b.double()).abs().nan_to_num(torch.inf, torch.inf).max().item() if a.numel() else 0.0

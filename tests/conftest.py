@@ -1,10 +1,15 @@
 """Records that tests of several rooms build on."""
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+
+# Where there is no GPU, Triton's interpreter runs the kernels; it must be chosen before any of them is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from polyvit_fast.config import Decoder, Modality, Model, Optim, Task, Train
 from polyvit_fast.data.synthetic import Synthetic

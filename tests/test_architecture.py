@@ -81,7 +81,8 @@ def test_importing_the_package_or_an_experiment_loads_no_decoder():
 def test_every_module_has_its_test_file():
     def mirrored(path: Path) -> Path:
         if "polyvit_kernels" in path.parts:
-            return ROOT / "tests" / "kernels" / f"test_{path.name}"
+            inside = path.relative_to(ROOT / "kernels" / "polyvit_kernels")
+            return ROOT / "tests" / "kernels" / f"test_{'_'.join(inside.parts)}"
         return ROOT / "tests" / path.relative_to(ROOT / "polyvit_fast").parent / f"test_{path.name}"
 
     exempt = {"__init__.py", "__main__.py"} | {path.name for path in (ROOT / "polyvit_fast" / "experiments").glob("*.py")}

@@ -1,0 +1,13 @@
+"""The public operations: differentiable functions of a Vision Transformer, and updates in place on flat buffers.
+
+Each is registered with torch.library as `polyvit::<name>`. On a CPU they run on torch's own operators, on CUDA by what `tiles.pick` says.
+`reference.py` says what each computes.
+"""
+
+from polyvit_kernels.ops.attention import attention
+from polyvit_kernels.ops.layer_norm import layer_norm
+from polyvit_kernels.ops.mlp import Gelu, linear_gelu, mlp
+from polyvit_kernels.ops.patch_embed import patch_embed
+from polyvit_kernels.ops.update import adamw_, sgd_
+
+__all__ = ["Gelu", "adamw_", "attention", "layer_norm", "linear_gelu", "mlp", "patch_embed", "sgd_"]

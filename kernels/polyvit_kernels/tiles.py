@@ -1,0 +1,90 @@
+"""Which kernel runs, with which blocks: a table of measured or compiled choices, and `pick`, a pure function that reads it.
+
+Nothing is tuned at run time: the choice can be captured in a CUDA graph, compiled ahead of time, compared between versions, and is the
+same on every rank. `benchmarks/tune.py` measures candidates on the card at hand and rewrites that card's rows in `tile_table.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+Backend = Literal["triton", "torch", "cudnn", "flash"]
+"""triton: our kernel; torch: the library's own operators; cudnn, flash: that backend of torch's scaled_dot_product_attention."""
+
+ANY = 1 << 30
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A row: on the GPUs `archs`, for at most so many tokens and features, `op` runs by `backend` with these blocks.
+
+    `blocks` are the kernel's compile-time constants by name. `source` says where the choice comes from: "compiled" (fits the card's
+    registers and memory, never timed), "published" (figures of others), or the file of the measurement.
+    """
+
+    op: str
+    archs: tuple[int, ...]
+    tokens: tuple[int, int] = (1, ANY)
+    features: int = ANY
+    dtypes: tuple[str, ...] = ("bf16", "fp16")
+    backend: Backend = "triton"
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 1
+    source: str = "compiled"
+
+    def fits(self, arch: int, dtype: str, tokens: int, features: int) -> bool:
+        """Whether the row is for such a call."""
+        low, high = self.tokens
+        return arch in self.archs and dtype in self.dtypes and low <= tokens <= high and features <= self.features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What it takes to compile a kernel without calling it.
+
+    `signature` gives every run-time argument's Triton type; the `divisible` ones are known to be multiples of 16 (pointers: of 16 bytes).
+    """
+
+    kernel: Callable[..., Any]
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+
+def pick(op: str, arch: int, dtype: torch.dtype, *, tokens: int = 1, features: int = 1) -> Tile:
+    """The first row that fits; the torch backend when none does.
+
+    `arch` is 10 × major + minor of the compute capability; one without rows takes those of the nearest older one.
+    """
+    return _pick(op, arch, DTYPES.get(dtype, str(dtype)), tokens, features)
+
+
+@cache
+def _pick(op: str, arch: int, dtype: str, tokens: int, features: int) -> Tile:
+    from polyvit_kernels.tile_table import TABLE
+
+    known = {a for row in TABLE for a in row.archs}
+    older = max((a for a in known if a <= arch), default=0)
+    fitting = (row for row in TABLE if row.op == op and row.fits(older, dtype, tokens, features))
+    return next(fitting, Tile(op=op, archs=(arch,), dtypes=(dtype,), backend="torch"))
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """10 × major + minor of the compute capability of a CUDA device: 90 for an H100."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def pick_for(op: str, like: torch.Tensor, *, tokens: int = 1, features: int = 1) -> Tile:
+    """`pick` for the device and dtype of a tensor."""
+    return pick(op, architecture(like.device), like.dtype, tokens=tokens, features=features)

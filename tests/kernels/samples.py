@@ -1,0 +1,15 @@
+"""Inputs for kernels: random tensors as inside trained ViTs, on the device where kernels are tested."""
+
+import torch
+from compare import DEVICE
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def activations(*shape):
+    """As inside trained ViTs: each channel has its own offset, and a few are a hundred times the others."""
+    scale = torch.ones(shape[-1], device=DEVICE)
+    scale[::31] = 100
+    return (normal(*shape) + normal(shape[-1], seed=1)) * scale
