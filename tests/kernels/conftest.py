@@ -3,6 +3,11 @@
 import jaxtyping
 import pytest
 import torch
+from ahead_of_time import build_library, run_aot
+from compare import DEVICE
+from torch._library.custom_ops import OPDEFS
+
+from polyvit_kernels import aot, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +25,40 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The public operations as on a GPU: what is registered for CUDA runs, here in Triton's interpreter with an H100's rows.
+
+    The interpreter multiplies no bf16, so tensors are fp32 and take the rows of bf16.
+    """
+    if DEVICE.type == "cuda":
+        return
+    real = tiles.pick
+
+    def pick(op, arch, dtype, **sizes):
+        return real(op, arch, torch.bfloat16 if dtype is torch.float32 else dtype, **sizes)
+
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(tiles, "pick", pick)
+    for name, operation in OPDEFS.items():
+        if name.startswith("polyvit::"):
+            monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
+
+
+@pytest.fixture(scope="session")
+def table_folder(tmp_path_factory):
+    """What the ahead-of-time compilation writes for bf16 and every generation of GPUs, with the table as `table.json`."""
+    folder = tmp_path_factory.mktemp("aot")
+    done = run_aot("--arch", *aot.ARCHS, "--dtype", "bf16", "--out", folder, "--json", folder / "table.json")
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def c_library(table_folder):
+    """The C library made of it."""
+    assert (table_folder / "polyvit_table.c").exists(), (table_folder / "stderr").read_text()
+    return build_library(table_folder)

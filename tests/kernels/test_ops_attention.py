@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from compare import assert_as_exact_as_torch, outputs_and_gradients
+from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from samples import activations, normal
 
 import polyvit_kernels as ops
 from polyvit_kernels import reference
+from polyvit_kernels.ops.attention import _library_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = [1, 16, 63, 64, 65, 197, 256, 257, 401, 1569]
@@ -66,3 +67,165 @@ def test_attention_names_the_shape_it_needs(shape):
 def test_gradients_are_the_same_in_every_run():
     first, second = (outputs_and_gradients(ops.attention, {"qkv": normal(4, 65, 3, 4, 32)}) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("tokens", [1, 65, 197, 257])
+def test_the_kernels_by_the_public_function(tokens):
+    assert_attention_obeys(normal(2, tokens, 3, 1, 32), torch.float32)
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_kernels_in_every_layout(name):
+    shape, view = VIEWS[name]
+    assert_attention_obeys(normal(*shape), torch.float32, view)
+
+
+UPSTREAM = {
+    "of a sum": lambda out: out.sum(),
+    "of one token": lambda out: out[:, 0].square().sum(),
+    "heads before tokens": lambda out: (out.transpose(1, 2).contiguous() * torch.arange(5.0, device=out.device).view(5, 1)).sum(),
+    "transposed": lambda out: out.permute(3, 0, 2, 1).square().sum(),
+    "behind a cat": lambda out: torch.cat([out, out * 2], 1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("path", ["library", "kernels"])
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_gradients_of_any_layout(name, path, request):
+    if path == "kernels":
+        request.getfixturevalue("on_kernels")
+    leaf = normal(2, 5, 3, 2, 16).requires_grad_()
+    (found,) = torch.autograd.grad(UPSTREAM[name](ops.attention(leaf)), leaf)
+    (expected,) = torch.autograd.grad(UPSTREAM[name](plain_attention(leaf)), leaf)
+    torch.testing.assert_close(found, expected)
+
+
+LENGTHS = [[3, 65, 0, 1], [40], []]
+
+
+def packed(lengths, head_dim=32):
+    cu_tokens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    return normal(sum(lengths), 3, 2, head_dim), cu_tokens, max(lengths, default=0)
+
+
+@pytest.mark.parametrize("path", ["library", "kernels"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_packed_sequences_are_what_they_are_alone(lengths, path, request):
+    if path == "kernels":
+        request.getfixturevalue("on_kernels")
+    qkv, cu_tokens, longest = packed(lengths)
+
+    def alone(qkv, form):
+        return torch.cat([form(piece[None])[0] for piece in qkv.split(lengths) if len(piece)]) if lengths else qkv[:, 0] * 1
+
+    forms = (
+        lambda qkv: ops.attention_varlen(qkv, cu_tokens, longest),
+        lambda qkv: alone(qkv, plain_attention),
+        lambda qkv: alone(qkv, reference.attention),
+    )
+    assert_as_exact_as_torch(*forms, {"qkv": qkv}, torch.float32)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": normal(4, 2, 2, 8)}, r"needs \[total, 3, heads, head_dim\]"),
+        ({"cu_tokens": torch.tensor([0, 4], device=DEVICE)}, r"needs \[sequences \+ 1\] torch.int32"),
+        ({"qkv": torch.zeros(4, 3, 2, 8, dtype=torch.int32, device=DEVICE)}, r"needs floating-point numbers"),
+    ],
+)
+def test_packed_sequences_name_what_is_wrong(change, message):
+    inputs = {"qkv": normal(4, 3, 2, 8), "cu_tokens": torch.tensor([0, 4], dtype=torch.int32, device=DEVICE), "max_tokens": 4}
+    with pytest.raises(ValueError, match=message):
+        ops.attention_varlen(**(inputs | change))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looking at the offsets would wait for the GPU: the caller answers for them")
+@pytest.mark.parametrize(
+    ("offsets", "longest", "message"),
+    [([0, 3], 4, "must rise from 0 to the 4 rows"), ([0, 3, 2, 4], 4, "must rise"), ([0, 4], 3, "4 tokens, more than max_tokens = 3")],
+)
+def test_offsets_that_do_not_fit_are_named(offsets, longest, message):
+    with pytest.raises(ValueError, match=message):
+        ops.attention_varlen(normal(4, 3, 2, 8), torch.tensor(offsets, dtype=torch.int32), longest)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match=r"qkv is torch.int32, but attention needs floating-point numbers"):
+        ops.attention(torch.zeros(1, 2, 3, 1, 8, dtype=torch.int32, device=DEVICE))
+
+
+OPCHECKED = {
+    "contiguous": lambda: normal(2, 17, 3, 2, 32),
+    "permuted": lambda: normal(2, 3, 2, 17, 32).permute(0, 3, 1, 2, 4),
+    "repeated": lambda: normal(1, 17, 3, 2, 32).expand(3, -1, -1, -1, -1),
+    "bf16": lambda: normal(2, 17, 3, 2, 32).bfloat16(),
+    "no examples": lambda: normal(0, 17, 3, 2, 32),
+}
+
+
+@pytest.mark.parametrize("path", ["library", "kernels"])
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck(name, path, request):
+    if path == "kernels":
+        if name == "bf16" and DEVICE.type == "cpu":
+            return
+        request.getfixturevalue("on_kernels")
+    qkv = OPCHECKED[name]()
+    torch.library.opcheck(torch.ops.polyvit.attention, (qkv.requires_grad_(),))
+    out, lse = torch.ops.polyvit.attention(qkv.detach())
+    torch.library.opcheck(torch.ops.polyvit.attention_backward, (torch.ones_like(out), qkv.detach(), out, lse))
+
+
+@pytest.mark.parametrize("path", ["library", "kernels"])
+def test_opcheck_of_packed_sequences(path, request):
+    if path == "kernels":
+        request.getfixturevalue("on_kernels")
+    qkv, cu_tokens, longest = packed([3, 20, 0])
+    torch.library.opcheck(torch.ops.polyvit.attention_varlen, (qkv.requires_grad_(), cu_tokens, longest))
+    out, lse = torch.ops.polyvit.attention_varlen(qkv.detach(), cu_tokens, longest)
+    torch.library.opcheck(torch.ops.polyvit.attention_varlen_backward, (out, qkv.detach(), out, lse, cu_tokens, longest))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_compiles_whole():
+    def loss(qkv, packed_qkv, cu_tokens):
+        return ops.attention(qkv * 2).square().sum() + ops.attention_varlen(packed_qkv * 2, cu_tokens, 20).square().sum()
+
+    qkv, (packed_qkv, cu_tokens, _) = normal(2, 17, 3, 2, 32).requires_grad_(), packed([3, 20])
+    inputs = (qkv, packed_qkv.requires_grad_())
+    expected = torch.autograd.grad(loss(*inputs, cu_tokens), inputs)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs, cu_tokens), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "torch"])
+def test_a_librarys_backend_takes_and_gives_the_same_layouts(backend):
+    qkv = normal(2, 17, 3, 2, 32).requires_grad_()
+    out = _library_attention(qkv, backend)
+    torch.testing.assert_close(out, plain_attention(qkv))
+    found, expected = (torch.autograd.grad(o.square().sum(), qkv)[0] for o in (out, plain_attention(qkv)))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_chooses_the_dtype_as_for_torchs_own(dtype):
+    qkv = normal(2, 17, 3, 2, 32).requires_grad_()
+    with torch.autocast(DEVICE.type, dtype):
+        out = ops.attention(qkv)
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert qkv.grad is not None
+    assert qkv.grad.dtype == torch.float32
+    assert torch.equal(out, ops.attention(qkv.to(dtype)))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    qkv = normal(2, 17, 3, 2, 32)
+    with mode():
+        assert torch.equal(ops.attention(qkv), ops.attention(qkv.requires_grad_() if mode is torch.no_grad else qkv))

@@ -1,15 +1,221 @@
-"""Attention."""
+"""Softmax attention of every token to all tokens of its sequence, on the packed projection that a linear layer gives."""
 
-from __future__ import annotations
+from types import ModuleType
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from polyvit_kernels import tiles
+from polyvit_kernels.ops.dtypes import matmul_dtype
+
+SHORT = 256
+"""The most tokens whose scores fit in registers."""
+
+_PRIORITIES = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "torch": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
 
 
 def attention(qkv: Float[Tensor, "batch tokens 3 heads head_dim"]) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """Softmax attention of every token to all tokens of its example, scores divided by sqrt(head_dim) (arXiv 1706.03762, eq. 1)."""
+    """Softmax attention of every token to all tokens of its example, scores divided by sqrt(head_dim) (arXiv 1706.03762, eq. 1).
+
+    Any strides will do; the gradient is packed and contiguous. Raises ValueError for another shape.
+    """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but attention needs [batch, tokens, 3, heads, head_dim]")
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    _check_dtype(qkv)
+    qkv = qkv.to(matmul_dtype(qkv))
+    if qkv.is_cuda:
+        backend = tiles.pick_for("attention", qkv, tokens=qkv.shape[1], features=qkv.shape[4]).backend
+        if backend != "triton":
+            return _library_attention(qkv, backend)
+    return torch.ops.polyvit.attention(qkv)[0]
+
+
+def attention_varlen(
+    qkv: Float[Tensor, "total 3 heads head_dim"], cu_tokens: Int32[Tensor, " sequences_plus_1"], max_tokens: int
+) -> Float[Tensor, "total heads head_dim"]:
+    """`attention` within each of several sequences that lie one after the other.
+
+    Sequence i holds the rows `cu_tokens[i]` to `cu_tokens[i + 1]`, none is longer than `max_tokens`, all rows belong to one: on a GPU
+    the caller answers for that, as looking would wait for the device (in fp32, and with more than 128 features, that wait is there).
+    Raises ValueError for another shape or dtype.
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv has the shape {list(qkv.shape)}, but attention_varlen needs [total, 3, heads, head_dim]")
+    if cu_tokens.ndim != 1 or len(cu_tokens) < 1 or cu_tokens.dtype != torch.int32 or cu_tokens.device != qkv.device:
+        raise ValueError(
+            f"cu_tokens is {list(cu_tokens.shape)} {cu_tokens.dtype} on {cu_tokens.device}, "
+            f"but attention_varlen needs [sequences + 1] torch.int32 on {qkv.device}"
+        )
+    _check_dtype(qkv)
+    qkv = qkv.to(matmul_dtype(qkv))
+    if qkv.is_cuda and tiles.pick_for("attention_long_forward", qkv, tokens=max_tokens, features=qkv.shape[3]).backend != "triton":
+        pieces = qkv.split(_lengths(qkv, cu_tokens, max_tokens))
+        return torch.cat([attention(piece[None])[0] for piece in pieces]) if pieces else _empty_like_out(qkv)[0]
+    return torch.ops.polyvit.attention_varlen(qkv, cu_tokens, max_tokens)[0]
+
+
+def _library_attention(qkv: Tensor, backend: str) -> Tensor:
+    with sdpa_kernel(_PRIORITIES[backend], set_priority=True):
+        return functional.scaled_dot_product_attention(*_split(qkv)).transpose(1, 2)
+
+
+def _check_dtype(qkv: Tensor) -> None:
+    if not qkv.is_floating_point():
+        raise ValueError(f"qkv is {qkv.dtype}, but attention needs floating-point numbers")
+
+
+@torch.library.custom_op("polyvit::attention", mutates_args=(), device_types="cpu")
+def _attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, log-sum of every query's exponentials `[batch, heads, tokens]`); the logarithm's base is the device's own affair."""
+    if not qkv.numel():
+        return _empty_like_out(qkv)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_split(_addressable(qkv, 1)))
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+@_attention.register_kernel("cuda")
+def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    qkv = _addressable(qkv, 1)
+    kernels, tile = _kernels("forward", qkv, qkv.shape[1])
+    return kernels.forward(qkv, tile)
+
+
+@_attention.register_fake
+def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like_out(qkv)
+
+
+@torch.library.custom_op("polyvit::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    if not qkv.numel():
+        return _empty_packed(qkv)
+    parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _addressable(grad, 1).transpose(1, 2), *_split(_addressable(qkv, 1)), out.transpose(1, 2), lse, 0.0, False
+    )
+    return torch.stack([part.transpose(1, 2) for part in parts], 2)
+
+
+@_attention_backward.register_kernel("cuda")
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    qkv = _addressable(qkv, 1)
+    kernels, tile = _kernels("backward", qkv, qkv.shape[1])
+    return kernels.backward(_addressable(grad, 1), qkv, out, lse, tile)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    return _empty_packed(qkv)
+
+
+@torch.library.custom_op("polyvit::attention_varlen", mutates_args=(), device_types="cpu")
+def _attention_varlen(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """(out, log-sums `[heads, total]`)."""
+    pieces = [_attention(piece[None]) for piece in qkv.split(_lengths(qkv, cu_tokens, max_tokens))]
+    outs, sums = [out[0] for out, _ in pieces], [lse[0] for _, lse in pieces]
+    return (torch.cat(outs), torch.cat(sums, 1)) if pieces else _empty_like_out(qkv)
+
+
+@_attention_varlen.register_kernel("cuda")
+def _(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    from polyvit_kernels import attention_long
+
+    tile = tiles.pick_for("attention_long_forward", qkv, tokens=max_tokens, features=qkv.shape[3])
+    return attention_long.forward(_addressable(qkv, 0), tile, cu_tokens, max_tokens)
+
+
+@_attention_varlen.register_fake
+def _(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    return _empty_like_out(qkv)
+
+
+@torch.library.custom_op("polyvit::attention_varlen_backward", mutates_args=(), device_types="cpu")
+def _attention_varlen_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, max_tokens: int) -> Tensor:
+    lengths = _lengths(qkv, cu_tokens, max_tokens)
+    rows = zip(*(tensor.split(lengths) for tensor in (grad, qkv, out)), lse.split(lengths, 1), strict=True)
+    pieces = [_attention_backward(*(tensor[None] for tensor in row))[0] for row in rows]
+    return torch.cat(pieces) if pieces else _empty_packed(qkv)
+
+
+@_attention_varlen_backward.register_kernel("cuda")
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, max_tokens: int) -> Tensor:
+    from polyvit_kernels import attention_long
+
+    tile = tiles.pick_for("attention_long_backward", qkv, tokens=max_tokens, features=qkv.shape[3])
+    return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens, max_tokens)
+
+
+@_attention_varlen_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, max_tokens: int) -> Tensor:
+    return _empty_packed(qkv)
+
+
+def _keep(ctx, inputs, output) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], out, lse, *inputs[1:2])
+    ctx.max_tokens = inputs[2:]
+
+
+def _differentiate(ctx, grad: Tensor, _: None) -> Tensor:
+    return torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
+
+
+def _differentiate_varlen(ctx, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
+    return torch.ops.polyvit.attention_varlen_backward(grad, *ctx.saved_tensors, *ctx.max_tokens), None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
+_attention_varlen.register_autograd(_differentiate_varlen, setup_context=_keep)
+
+
+def _split(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values, each `[batch, heads, tokens, head_dim]`."""
+    return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
+
+
+def _empty_like_out(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    *batch, tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(*batch, tokens, heads, head_dim), qkv.new_empty(*batch, heads, tokens, dtype=_sum_dtype(qkv))
+
+
+def _sum_dtype(qkv: Tensor) -> torch.dtype:
+    return torch.promote_types(qkv.dtype, torch.float32)
+
+
+def _empty_packed(qkv: Tensor) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _lengths(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> list[int]:
+    lengths = cu_tokens.diff().tolist()
+    if cu_tokens[0] != 0 or cu_tokens[-1] != len(qkv) or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_tokens must rise from 0 to the {len(qkv)} rows of qkv, but is {cu_tokens.tolist()}")
+    if max(lengths, default=0) > max_tokens:
+        raise ValueError(f"a sequence has {max(lengths)} tokens, more than max_tokens = {max_tokens}")
+    return lengths
+
+
+def _addressable(x: Tensor, token_axis: int) -> Tensor:
+    """`x` as the kernels can read it: rows of adjacent elements, and offsets within a sequence that fit 32 bits."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape[token_axis:], x.stride()[token_axis:], strict=True))
+    return x if x.stride(-1) == 1 and reach < 2**31 else x.contiguous()
+
+
+def _kernels(direction: str, qkv: Tensor, tokens: int) -> tuple[ModuleType, tiles.Tile]:
+    from polyvit_kernels import attention_long, attention_short
+
+    for kernels, op in ((attention_short, "attention_short"), (attention_long, "attention_long")):
+        tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=tokens, features=qkv.shape[4])
+        if tile.backend == "triton":
+            return kernels, tile
+    raise ValueError(
+        f"polyvit::attention has no kernel for {qkv.dtype} with head_dim {qkv.shape[4]}; polyvit_kernels.attention calls torch's"
+    )

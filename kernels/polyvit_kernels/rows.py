@@ -1,0 +1,49 @@
+"""Blocks of rows between global memory and registers, as the attention kernels need them.
+
+`HEAD_DIM` is a row's length and `BLOCK_D` the power of two that holds it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(p_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `i_row` `[rows, BLOCK_D]`, zero beyond `tokens` (when `MASKED`) and beyond `HEAD_DIM`."""
+    i_column = tl.arange(0, BLOCK_D)
+    p_block = p_rows + i_row[:, None] * stride + i_column[None, :]
+    if MASKED:
+        if HEAD_DIM < BLOCK_D:
+            b_rows = tl.load(p_block, mask=(i_row[:, None] < tokens) & (i_column[None, :] < HEAD_DIM), other=0.0)
+        else:
+            b_rows = tl.load(p_block, mask=i_row[:, None] < tokens, other=0.0)
+    else:
+        if HEAD_DIM < BLOCK_D:
+            b_rows = tl.load(p_block, mask=i_column[None, :] < HEAD_DIM, other=0.0)
+        else:
+            b_rows = tl.load(p_block)
+    return b_rows
+
+
+@triton.jit
+def store_rows(p_rows, b_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write `b_rows` `[rows, BLOCK_D]` to the rows `i_row` that are smaller than `tokens`."""
+    i_column = tl.arange(0, BLOCK_D)
+    p_block = p_rows + i_row[:, None] * stride + i_column[None, :]
+    if HEAD_DIM < BLOCK_D:
+        m_block = (i_row[:, None] < tokens) & (i_column[None, :] < HEAD_DIM)
+    else:
+        m_block = i_row[:, None] < tokens
+    tl.store(p_block, b_rows.to(p_rows.dtype.element_ty), mask=m_block)
+
+
+@triton.jit
+def store_columns(p_rows, b_columns, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the transposed block `b_columns` `[BLOCK_D, rows]` to the rows `i_row` that are smaller than `tokens`."""
+    i_column = tl.arange(0, BLOCK_D)
+    p_block = p_rows + i_row[None, :] * stride + i_column[:, None]
+    if HEAD_DIM < BLOCK_D:
+        m_block = (i_row[None, :] < tokens) & (i_column[:, None] < HEAD_DIM)
+    else:
+        m_block = i_row[None, :] < tokens
+    tl.store(p_block, b_columns.to(p_rows.dtype.element_ty), mask=m_block)

@@ -1,0 +1,44 @@
+"""What both attention kernels are held to: out, log-sum and packed gradient against the reference in fp64."""
+
+import math
+
+import torch
+from compare import DEVICE, assert_within_rule
+from samples import normal
+
+from polyvit_kernels import reference, tiles
+
+ARCH = tiles.architecture(DEVICE) if DEVICE.type == "cuda" else 90
+DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
+"""Triton's interpreter multiplies no bf16; there the kernels run in fp32, with the blocks of the bf16 rows."""
+
+
+def row(op, tokens, head_dim):
+    return tiles.pick(op, ARCH, torch.bfloat16, tokens=tokens, features=head_dim)
+
+
+def plain(qkv):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
+
+
+def gradient(operation, qkv, grad):
+    leaf = qkv.detach().clone().requires_grad_()
+    (result,) = torch.autograd.grad(operation(leaf), leaf, grad)
+    return result
+
+
+def assert_obeys(qkv, found, lse, dtype, grad):
+    """`found` holds the kernels' "out" and "dqkv"."""
+    true = {"out": reference.attention(qkv.double()), "dqkv": reference.attention_backward(qkv.double(), grad.double())}
+    yardstick = {"out": plain(qkv), "dqkv": gradient(plain, qkv, grad)}
+    assert_within_rule(found, yardstick, true, dtype)
+    q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    sums = torch.logsumexp(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
+    torch.testing.assert_close(lse.double() * math.log(2), sums, rtol=1e-5, atol=1e-5)
+
+
+def upstream(qkv):
+    """A gradient by the output, laid out as autograd often gives it: heads before tokens."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return normal(batch, heads, tokens, head_dim, seed=9).to(qkv.dtype).transpose(1, 2)
