@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from conftest import tiny_config
+from tiny_runs import tiny_config
 
 from polyvit_fast import cli, experiments
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import Tile, tile_task, tiny_config
+from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import config as vocabulary
 from polyvit_fast.config import MODELS, Model, Optim, Task, Train

@@ -1,5 +1,27 @@
 """The operations of a Vision Transformer as functions on tensors, for anybody's model; `reference` states their mathematics."""
 
-from polyvit_kernels.ops import adamw_, attention, layer_norm, linear_gelu, mlp, patch_embed, sgd_
+from polyvit_kernels.ops import (
+    adamw_,
+    add_layer_norm,
+    attention,
+    attention_varlen,
+    layer_norm,
+    linear_add,
+    linear_gelu,
+    mlp,
+    patch_embed,
+    sgd_,
+)
 
-__all__ = ["adamw_", "attention", "layer_norm", "linear_gelu", "mlp", "patch_embed", "sgd_"]
+__all__ = [
+    "adamw_",
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "layer_norm",
+    "linear_add",
+    "linear_gelu",
+    "mlp",
+    "patch_embed",
+    "sgd_",
+]

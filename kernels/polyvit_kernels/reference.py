@@ -80,6 +80,13 @@ def linear_backward(
     return grad @ weight, grads.T @ rows, grads.sum(0)
 
 
+def linear_add(
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"], residual: Float[Tensor, "*batch out"]
+) -> Float[Tensor, "*batch out"]:
+    """Y = R + X Wᵀ + b; backward as for the linear layer, and dR = dY."""
+    return residual + linear(x, weight, bias)
+
+
 def linear_gelu(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "hidden dim"], bias: Float[Tensor, " hidden"], kind: Gelu
 ) -> Float[Tensor, "*batch hidden"]:
@@ -105,9 +112,11 @@ def mlp(
     fc2_weight: Float[Tensor, "dim hidden"],
     fc2_bias: Float[Tensor, " dim"],
     kind: Gelu,
+    residual: Float[Tensor, "*batch dim"] | None = None,
 ) -> Float[Tensor, "*batch dim"]:
-    """Y = A W₂ᵀ + b₂ with A = gelu(X W₁ᵀ + b₁)."""
-    return linear(linear_gelu(x, fc1_weight, fc1_bias, kind), fc2_weight, fc2_bias)
+    """Y = A W₂ᵀ + b₂, plus R if there is one, with A = gelu(X W₁ᵀ + b₁)."""
+    y = linear(linear_gelu(x, fc1_weight, fc1_bias, kind), fc2_weight, fc2_bias)
+    return y if residual is None else residual + y
 
 
 def mlp_backward(
@@ -139,6 +148,30 @@ def layer_norm_backward(
     g = grad * weight
     d_x = r * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     return d_x, (grad * normal).reshape(-1, len(weight)).sum(0), grad.reshape(-1, len(weight)).sum(0)
+
+
+def add_layer_norm(
+    x: Float[Tensor, "*batch dim"],
+    residual: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, " dim"],
+    bias: Float[Tensor, " dim"],
+    eps: float = 1e-6,
+) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
+    """S = X + R and Y = layer_norm(S)."""
+    return x + residual, layer_norm(x + residual, weight, bias, eps)
+
+
+def add_layer_norm_backward(
+    x: Float[Tensor, "*batch dim"],
+    residual: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, " dim"],
+    grad_sum: Float[Tensor, "*batch dim"],
+    grad: Float[Tensor, "*batch dim"],
+    eps: float = 1e-6,
+) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, " dim"], Float[Tensor, " dim"]]:
+    """dX = dR = `grad_sum` (by S) + what layer_norm's backward gives at S from `grad` (by Y); dw and db as there."""
+    d_sum, d_weight, d_bias = layer_norm_backward(x + residual, weight, grad, eps)
+    return grad_sum + d_sum, d_weight, d_bias
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,200 @@
 """The rows that `tiles.pick` reads, the first that fits wins. `benchmarks/tune.py` rewrites the rows of the card that it runs on."""
 
+from polyvit_kernels.tiles import ANY, Tile
 
 _AMPERE = (80,)
 _SMALL = (86, 89, 120)  # 99 KB of shared memory per block, mma.sync
 _HOPPER = (90,)
 _BLACKWELL = (100,)
 _ALL = (80, 86, 89, 90, 100, 120)
+_EVERY = ("fp32", "fp16", "bf16")
 
-_ATTENTION = ()
+# What `benchmarks/tune.py` measured, a card after the other: it rewrites this tuple and nothing else.
+_MEASURED = ()
 
-_MLP = ()
+# The choice between our kernels and a backend of torch's scaled_dot_product_attention. Up to 256 tokens attention is bound by memory and
+# the libraries' tiles of 128 and more are wasted; beyond, cuDNN leads on Hopper (forward and backward at 512 to 16k tokens: figures of
+# arXiv 2407.08608) and FlashAttention-2 elsewhere (cuDNN reaches 0.8 to 0.9 of it on A100, A10G and RTX PRO 6000: huggingface/transformers
+# issue 48163).
+_ATTENTION_BACKEND = (
+    Tile(op="attention", archs=_ALL, tokens=(1, 256), features=128),
+    Tile(op="attention", archs=(90, 100), tokens=(257, ANY), features=128, backend="cudnn", source="published"),
+    Tile(op="attention", archs=(80, 86, 89, 120), tokens=(257, ANY), features=128, backend="flash", source="published"),
+)
 
-_LAYER_NORM = ()
+# (tokens, keys in chunks): only the last chunk may reach beyond the tokens.
+_FINE = (
+    ((1, 64), (64, 0, 0)),
+    ((65, 80), (64, 16, 0)),
+    ((81, 128), (128, 0, 0)),
+    ((129, 144), (128, 16, 0)),
+    ((145, 192), (128, 64, 0)),
+    ((193, 208), (128, 64, 16)),
+    ((209, 256), (128, 128, 0)),
+)
+_COARSE = (((1, 64), (64, 0, 0)), ((65, 128), (128, 0, 0)), ((129, 192), (128, 64, 0)), ((193, 256), (128, 128, 0)))
 
-_PATCH_EMBED = ()
 
-_UPDATE = ()
+def _block_d(features: int) -> int:
+    return 1 << (features - 1).bit_length()
 
-TABLE = (*_ATTENTION, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE)
+
+_ATTENTION_SHORT_FORWARD = tuple(
+    Tile(
+        op="attention_short_forward",
+        archs=archs,
+        tokens=tokens,
+        features=features,
+        blocks={"BLOCK_D": _block_d(features), "BLOCK_M": block_m, "KEYS_0": keys[0], "KEYS_1": keys[1], "KEYS_2": keys[2]},
+        num_warps=warps,
+    )
+    for archs, features, block_m, warps in (
+        *((archs, features, 32, 4) for archs in (_AMPERE, _SMALL) for features in (32, 64)),
+        *((archs, features, 64, 8) for archs in (_AMPERE, _SMALL) for features in (80, 128)),
+        *((archs, features, 64, 4) for archs in (_HOPPER, _BLACKWELL) for features in (32, 64, 80, 128)),
+    )
+    for tokens, keys in (_FINE if features == 64 else _COARSE)
+)
+
+# Where no row is, the two-phase kernel of `_ATTENTION_LONG_BACKWARD` does it.
+_ATTENTION_SHORT_BACKWARD = tuple(
+    Tile(
+        op="attention_short_backward",
+        archs=archs,
+        tokens=tokens,
+        features=features,
+        blocks={"BLOCK_D": _block_d(features), "BLOCK_M": tokens[1], "BLOCK_N": block_n},
+        num_warps=warps,
+        num_stages=stages,
+    )
+    for archs, features, tokens, block_n, warps, stages in (
+        *((archs, 32, (1, 64), 64, 4, 1) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
+        *((archs, 32, (65, 128), 32, 4, 2) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
+        *((archs, 32, (129, 256), 32, 8, 2) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
+        *((archs, 64, (1, 64), 64, 4, 1) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
+        *((archs, 64, (65, 128), 32, 8, 1) for archs in (_AMPERE, _SMALL)),
+        *((archs, 64, (65, 128), 64, 8, 2) for archs in (_HOPPER, _BLACKWELL)),
+        *((archs, 64, (129, 256), 32, 8, stages) for archs, stages in ((_AMPERE, 1), (_HOPPER, 2), (_BLACKWELL, 1))),
+        *((archs, features, (1, 64), 32, 8, 1) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL) for features in (80, 128)),
+        *((archs, features, (65, 128), 32, 8, 1) for archs in (_AMPERE, _HOPPER, _BLACKWELL) for features in (80, 128)),
+    )
+)
+
+_ATTENTION_LONG_FORWARD = tuple(
+    Tile(
+        op="attention_long_forward",
+        archs=archs,
+        features=features,
+        blocks={"BLOCK_D": _block_d(features), "BLOCK_M": block_m, "BLOCK_N": block_n},
+        num_warps=8,
+        num_stages=stages,
+    )
+    for archs, features, block_m, block_n, stages in (
+        *((archs, features, 128, 64, 2) for archs in (_AMPERE, _SMALL) for features in (32, 64)),
+        *((archs, features, 64, 64, 2) for archs in (_AMPERE, _SMALL) for features in (80, 128)),
+        *((archs, features, 128, 64, 3) for archs in (_HOPPER, _BLACKWELL) for features in (32, 64)),
+        *((archs, features, 128, 64, 2) for archs in (_HOPPER, _BLACKWELL) for features in (80, 128)),
+    )
+)
+
+_ATTENTION_LONG_BACKWARD = tuple(
+    Tile(
+        op="attention_long_backward",
+        archs=archs,
+        features=features,
+        blocks={"BLOCK_D": _block_d(features), "BLOCK_M": block, "BLOCK_N": step, "KEYS_M": step, "KEYS_N": block},
+        num_warps=warps,
+        num_stages=stages,
+    )
+    for archs, features, block, step, warps, stages in (
+        *((archs, 32, 128, 32, 8, 3) for archs in (_AMPERE, _SMALL)),
+        *((archs, 64, 128, 32, 8, 3) for archs in (_AMPERE, _SMALL)),
+        *((_AMPERE, features, 128, 32, 8, 2) for features in (80, 128)),
+        *((_SMALL, features, 64, 32, 4, 1) for features in (80, 128)),
+        *((archs, 32, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL)),
+        *((archs, 64, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL)),
+        *((archs, features, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL) for features in (80, 128)),
+    )
+)
+
+_ATTENTION = (
+    *_ATTENTION_BACKEND,
+    *_ATTENTION_SHORT_FORWARD,
+    *_ATTENTION_SHORT_BACKWARD,
+    *_ATTENTION_LONG_FORWARD,
+    *_ATTENTION_LONG_BACKWARD,
+)
+
+# Two programs share a processor (128 registers a thread on Hopper): one finishes its tile while the other multiplies. Where the product
+# is deep, as in the second layer of an MLP, a wider tile reads less, and its end counts for little. Few rows: enough programs for the card.
+_MLP = tuple(
+    Tile(
+        op=op,
+        archs=archs,
+        tokens=tokens,
+        features=features,
+        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "PARTS": parts},
+        num_warps=warps,
+        num_stages=stages,
+    )
+    for op in ("linear_gelu_forward", "linear_add_forward", "dgelu_backward")
+    for archs, tokens, features, block_m, block_n, block_k, parts, warps, stages in (
+        (_AMPERE, (1, 1024), ANY, 64, 64, 32, 2, 4, 4),
+        (_AMPERE, (1025, ANY), ANY, 128, 128, 32, 4, 4, 4),
+        (_SMALL, (1, 1024), ANY, 64, 64, 32, 2, 4, 4),
+        (_SMALL, (1025, ANY), ANY, 128, 128, 32, 4, 4, 3),
+        (_HOPPER, (1, 1024), ANY, 64, 64, 64, 2, 4, 4),
+        (_BLACKWELL, (1, 1024), ANY, 64, 64, 64, 1, 4, 4),
+        *((archs, (1025, ANY), 1536 if op == "linear_add_forward" else ANY, 128, 128, 64, 4, 8, 3) for archs in (_HOPPER, _BLACKWELL)),
+        *((archs, (1025, ANY), ANY, 128, 256, 64, 4, 8, 3) for archs in (_HOPPER, _BLACKWELL) if op == "linear_add_forward"),
+    )
+)
+
+# Backward: as many programs as the registers of a card's processors hold at once.
+_LAYER_NORM = (
+    *(
+        Tile(op="layer_norm_forward", archs=_ALL, features=features, dtypes=_EVERY, blocks={"ROWS": rows}, num_warps=warps)
+        for features, rows, warps in ((256, 16, 8), (512, 8, 8), (1024, 4, 8), (2048, 2, 8), (4096, 1, 4), (8192, 1, 8))
+    ),
+    *(
+        Tile(
+            op="layer_norm_backward",
+            archs=(arch,),
+            features=features,
+            dtypes=_EVERY,
+            blocks={"ROWS": rows, "PROGRAMS": processors * programs, "STAGES": 2},
+            num_warps=warps,
+        )
+        for arch, processors in ((80, 108), (86, 84), (89, 128), (90, 132), (100, 148), (120, 170))
+        for features, rows, warps, programs in (
+            (256, 8, 8, 3),
+            (512, 4, 8, 3),
+            (1024, 2, 8, 3),
+            (2048, 1, 8, 3),
+            (4096, 1, 8, 2),
+            (8192, 1, 16, 1),
+        )
+    ),
+)
+
+# Few tiles along the weight's rows: each gathers and normalises its tubelets anew.
+_PATCH_EMBED = (
+    *(
+        Tile(
+            op="patch_embed_forward",
+            archs=archs,
+            blocks={"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": depth},
+            num_warps=8,
+            num_stages=3,
+        )
+        for archs, depth in ((_AMPERE + _SMALL, 32), (_HOPPER + _BLACKWELL, 64))
+    ),
+    Tile(op="patch_embed_backward", archs=_ALL, blocks={"BLOCK_M": 16, "BLOCK_K": 256}),
+)
+
+_UPDATE = tuple(Tile(op=op, archs=_ALL, dtypes=("fp32",), blocks={"BLOCK": 1024}) for op in ("sgd_update", "adamw_update"))
+
+# The narrowest row that fits comes first, and of equally narrow ones the measured one.
+TABLE = tuple(
+    sorted((*_MEASURED, *_ATTENTION, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE), key=lambda tile: tile.features),
+)

@@ -44,6 +44,10 @@ class Tile:
         low, high = self.tokens
         return arch in self.archs and dtype in self.dtypes and low <= tokens <= high and features <= self.features
 
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of a kernel's launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:

@@ -94,21 +94,18 @@ class Optimizer:
         self.count += done
         for part, decay in ((slice(0, flat.decayed), config.weight_decay), (slice(flat.decayed, None), 0.0)):
             self._update_part(part, lr, scale, done, decay)
-        if self.ema is not None:
-            self.ema.lerp_(flat.values, (1 - config.ema_decay) * done)
-        flat.grads.zero_()
         return norm, done
 
     def _update_part(self, part: slice, lr: Tensor, scale: Tensor, done: Tensor, weight_decay: float) -> None:
         values, grads, config = self.parameters.values[part], self.parameters.grads[part], self.config
         moments = {name: moment[part] for name, moment in self.moments.items()}
+        ema = None if self.ema is None else self.ema[part]
+        common = {"lr": lr, "scale": scale, "ok": done, "weight_decay": weight_decay, "ema": ema, "ema_decay": config.ema_decay}
         if config.name == "sgd":
-            momentum = moments["momentum"]
-            ops.sgd_(values, grads, momentum, lr=lr, scale=scale, ok=done, momentum=config.momentum, weight_decay=weight_decay)
+            ops.sgd_(values, grads, moments["momentum"], **common, momentum=config.momentum)
         else:
             first, second = moments["exp_avg"], moments["exp_avg_sq"]
-            more = {"betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}
-            ops.adamw_(values, grads, first, second, self.count, lr=lr, scale=scale, ok=done, **more)
+            ops.adamw_(values, grads, first, second, self.count, **common, betas=config.betas, eps=config.eps)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -7,8 +7,8 @@ from multiprocessing import active_children
 import av
 import numpy as np
 import pytest
-from conftest import Tile, tile_task, tiny_config
 from PIL import Image as Pillow
+from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.config import Decoder, Task
 from polyvit_fast.data.check import Verdict, check_files, find_broken, scan, write_clean_manifest

@@ -8,8 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import tile_task
 from PIL import Image
+from tiny_runs import tile_task
 
 from polyvit_fast import experiments
 from polyvit_fast.data import demo_files

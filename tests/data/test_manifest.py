@@ -3,7 +3,7 @@ import os
 import tarfile
 
 import pytest
-from conftest import tile_task
+from tiny_runs import tile_task
 
 from polyvit_fast.data.manifest import Folder, Manifest
 from polyvit_fast.media import Media, Sample

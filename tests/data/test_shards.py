@@ -5,7 +5,7 @@ import tarfile
 from types import SimpleNamespace
 
 import pytest
-from conftest import tile_task
+from tiny_runs import tile_task
 
 from polyvit_fast.data import shards
 from polyvit_fast.data.shards import Shards, read_index

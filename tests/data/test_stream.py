@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tile_task, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
+from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Task, Train
 from polyvit_fast.data.image import Image

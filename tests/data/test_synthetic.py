@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import Tile, tile_task
+from tiny_runs import Tile, tile_task
 from torch.nn import functional
 
 from polyvit_fast.data.synthetic import Synthetic

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import assert_as_exact_as_torch, outputs_and_gradients
+from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from samples import activations, normal
 from torch.nn import functional
 
@@ -18,6 +18,7 @@ LAYER_NORM_VIEWS = {
     "first token": ((4, 65, 96), lambda x: x[:, 0]),
     "every second channel": ((3, 192), lambda x: x[:, ::2]),
     "repeated": ((1, 96), lambda x: x.expand(7, -1)),
+    "one vector": ((96,), lambda x: x),
 }
 
 
@@ -34,7 +35,150 @@ def plain_layer_norm(x, weight, bias, eps):
     return functional.layer_norm(x, (len(weight),), weight, bias, eps)
 
 
+def plain_add_layer_norm(x, residual, weight, bias, eps):
+    return x + residual, plain_layer_norm(x + residual, weight, bias, eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYER_NORM_VIEWS)
+def test_add_layer_norm(name, dtype):
+    shape, view = LAYER_NORM_VIEWS[name]
+
+    def by(add_layer_norm):
+        return lambda x, residual, weight, bias: torch.stack(add_layer_norm(view(x), view(residual), weight, bias, 1e-6))
+
+    inputs = {"x": activations(*shape), "residual": normal(*shape, seed=5), "weight": normal(96, seed=2), "bias": normal(96, seed=3)}
+    assert_as_exact_as_torch(by(ops.add_layer_norm), by(plain_add_layer_norm), by(reference.add_layer_norm), inputs, dtype)
+
+
+GRADIENTS = {
+    "transposed": lambda: normal(96, 5, 3).permute(2, 1, 0),
+    "sliced": lambda: normal(3, 6, 192)[:, 1:, ::2],
+    "one number": lambda: normal(1, 1, 1).expand(3, 5, 96),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_may_arrive_in_every_layout(name):
+    x, residual, weight, bias = (t.requires_grad_() for t in (normal(3, 5, 96), normal(3, 5, 96, seed=1), normal(96), normal(96, seed=2)))
+    outputs = ops.add_layer_norm(x, residual, weight, bias)
+    grad = GRADIENTS[name]()
+    found = torch.autograd.grad(outputs, (x, residual, weight, bias), (grad, grad), retain_graph=True)
+    expected = torch.autograd.grad(outputs, (x, residual, weight, bias), (grad.contiguous(), grad.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_of_the_two_outputs_may_go_unused():
+    x, residual, weight, bias = (t.requires_grad_() for t in (normal(3, 32), normal(3, 32, seed=1), normal(32), normal(32, seed=2)))
+    total, out = ops.add_layer_norm(x, residual, weight, bias)
+    grad = normal(3, 32, seed=4)
+    d_x, d_residual = torch.autograd.grad(total, (x, residual), grad, retain_graph=True)
+    assert torch.equal(d_x, grad)
+    assert torch.equal(d_residual, grad)
+    expected = torch.autograd.grad(plain_layer_norm(x + residual, weight, bias, 1e-6), (x, residual, weight, bias), grad)
+    for a, b in zip(torch.autograd.grad(out, (x, residual, weight, bias), grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dtypes_of_sum_output_and_gradients():
+    half, single = torch.bfloat16, torch.float32
+    x, residual = normal(3, 32).requires_grad_(), normal(3, 32).to(half).requires_grad_()
+    weight, bias = normal(32).requires_grad_(), normal(32).requires_grad_()
+    total, out = ops.add_layer_norm(x, residual, weight, bias, out_dtype=half)
+    assert (total.dtype, out.dtype) == (single, half)
+    assert ops.add_layer_norm(residual, residual, weight, bias)[1].dtype == half
+    assert ops.layer_norm(residual, weight, bias).dtype == half
+    assert ops.layer_norm(residual, weight, bias, out_dtype=single).dtype == single
+    (total.sum() + out.sum()).backward()
+    assert [t.grad.dtype for t in (x, residual, weight, bias)] == [single, half, single, single]
+
+
+def test_no_vectors():
+    x, weight, bias = normal(0, 5, 32).requires_grad_(), normal(32).requires_grad_(), normal(32).requires_grad_()
+    total, out = ops.add_layer_norm(x, x.detach(), weight, bias)
+    (total.sum() + out.sum()).backward()
+    assert total.shape == out.shape == x.grad.shape == (0, 5, 32)
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+
+
+def test_autocast_gives_fp32_unless_told_otherwise():
+    x, residual, weight, bias = normal(3, 32).bfloat16(), normal(3, 32, seed=1).bfloat16(), normal(32), normal(32)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert ops.layer_norm(x, weight, bias).dtype == torch.float32
+        assert ops.layer_norm(x, weight, bias, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+        total, out = ops.add_layer_norm(x, residual, weight, bias)
+    assert (total.dtype, out.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out, plain_layer_norm(total.float(), weight, bias, 1e-6))
+
+
 def test_gradients_are_the_same_in_every_run():
     call = (ops.layer_norm, {"x": normal(4, 65, 64), "weight": normal(64), "bias": normal(64)})
     first, second = (outputs_and_gradients(*call) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["as it lies", "transposed", "repeated", "none"])
+def test_ops_are_registered_as_torch_wants_them(name, dtype):
+    shape, view = (LAYER_NORM_VIEWS | {"none": ((0, 5, 96), lambda x: x)})[name]
+    x, residual = (view(normal(*shape, seed=seed).to(dtype)).detach().requires_grad_() for seed in (0, 1))
+    weight, bias = normal(96, seed=2).requires_grad_(), normal(96, seed=3).requires_grad_()
+    torch.library.opcheck(torch.ops.polyvit.layer_norm, (x, weight, bias, 1e-6, torch.bfloat16))
+    torch.library.opcheck(torch.ops.polyvit.add_layer_norm, (x, residual, weight, bias, 1e-6, dtype))
+    saved = (x.detach(), weight.detach(), torch.zeros(x.shape[:-1], device=DEVICE), torch.ones(x.shape[:-1], device=DEVICE))
+    torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, None))
+    torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, x.detach()))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_as_one_graph_the_values_are_the_same(autocast):
+    def both(x, residual, weight, bias):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            total, out = ops.add_layer_norm(x, residual, weight, bias)
+            return ops.layer_norm(total.transpose(0, 1), weight, bias, out_dtype=torch.bfloat16).float() + out.transpose(0, 1)
+
+    inputs = {"x": normal(3, 5, 32), "residual": normal(3, 5, 32, seed=1), "weight": normal(32, seed=2), "bias": normal(32, seed=3)}
+    compiled = outputs_and_gradients(torch.compile(both, fullgraph=True, backend="aot_eager"), inputs)
+    assert all(torch.equal(compiled[name], value) for name, value in outputs_and_gradients(both, inputs).items())
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("name", LAYER_NORM_VIEWS)
+def test_on_kernels(name):
+    test_layer_norm(name, torch.float32)
+    test_add_layer_norm(name, torch.float32)
+
+
+@pytest.mark.usefixtures("on_kernels")
+def test_what_no_row_is_for_is_done_by_torch():
+    x, weight, bias = normal(3, 32).double().requires_grad_(), normal(32).double(), normal(32).double()
+    total, out = ops.add_layer_norm(x, x.detach(), weight, bias)
+    torch.testing.assert_close(out, plain_layer_norm(total, weight, bias, 1e-6), rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(out.square().sum() + total.sum(), x)
+    (expected,) = torch.autograd.grad(plain_layer_norm(2 * x, weight, bias, 1e-6).square().sum() + x.sum(), x)
+    torch.testing.assert_close(gradient, (expected - 1) / 2 + 1, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": normal(3, 16)}, r"shapes \[3, 16\], \[32\] and \[32\], but \[..., dim\], \[dim\] and \[dim\] are needed"),
+        ({"x": normal(1)[0]}, r"shapes \[\], \[32\] and \[32\]"),
+        ({"bias": normal(1, 32)}, r"shapes \[3, 32\], \[32\] and \[1, 32\]"),
+        ({"weight": normal(32).bfloat16()}, "weight and bias must have one dtype, not torch.bfloat16 and torch.float32"),
+        ({"weight": torch.empty(32, device="meta")}, "on one device, not x on cpu, weight on meta, bias on cpu"),
+        ({"residual": normal(1, 32)}, r"x and residual must have one shape, not \[3, 32\] and \[1, 32\]"),
+        ({"residual": torch.empty(3, 32, device="meta")}, "on one device, not x on cpu, residual on meta"),
+    ],
+)
+def test_what_does_not_go_together_is_told(change, message):
+    inputs = {"x": normal(3, 32), "residual": normal(3, 32), "weight": normal(32), "bias": normal(32)} | change
+    with pytest.raises(ValueError, match=message.replace("cpu", "(cpu|cuda:0)")):
+        ops.add_layer_norm(**inputs)
+    if "residual" not in change:
+        del inputs["residual"]
+        with pytest.raises(ValueError, match=message.replace("cpu", "(cpu|cuda:0)")):
+            ops.layer_norm(**inputs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import assert_as_exact_as_torch, outputs_and_gradients
+from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from samples import normal
 from torch.nn import functional
 
@@ -10,6 +10,17 @@ import polyvit_kernels as ops
 from polyvit_kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16]
+APPROXIMATE = {"tanh": "tanh", "erf": "none"}
+LAYOUTS = {
+    "contiguous": ((2, 5, 48), lambda x: x),
+    "transposed": ((48, 5, 2), lambda x: x.permute(2, 1, 0)),
+    "sliced": ((2, 9, 96), lambda x: x[:, 4:, ::2]),
+    "repeated": ((1, 48), lambda x: x.expand(2, 5, -1)),
+}
+
+
+def linear_inputs(x, columns=48):
+    return {"x": x, "weight": normal(columns, x.shape[-1], seed=2) / x.shape[-1] ** 0.5, "bias": normal(columns, seed=3)}
 
 
 def mlp_inputs(x, hidden):
@@ -19,10 +30,8 @@ def mlp_inputs(x, hidden):
 
 
 def mlp_forms(gelu, view):
-    approximate = {"tanh": "tanh", "erf": "none"}[gelu]
-
     def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        hidden = functional.gelu(x @ fc1_weight.T + fc1_bias, approximate=approximate)
+        hidden = functional.gelu(x @ fc1_weight.T + fc1_bias, approximate=APPROXIMATE[gelu])
         return hidden @ fc2_weight.T + fc2_bias
 
     def seen(form, *more):
@@ -49,6 +58,64 @@ def test_mlp_in_every_layout(shape, view, dtype):
     assert_as_exact_as_torch(*mlp_forms("tanh", view), inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("shape", [(48,), (7, 33), (2, 3, 5, 16)], ids=str)
+def test_linear_gelu(shape, gelu, dtype):
+    assert_as_exact_as_torch(
+        lambda **inputs: ops.linear_gelu(**inputs, gelu=gelu),
+        lambda **inputs: functional.gelu(functional.linear(*inputs.values()), approximate=APPROXIMATE[gelu]),
+        lambda **inputs: reference.linear_gelu(**inputs, kind=gelu),
+        linear_inputs(normal(*shape) * 2, 65),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("wider", [False, True], ids=["residual as x", "residual in fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_add(layout, dtype, wider):
+    shape, view = LAYOUTS[layout]
+
+    def residual_of(residual):
+        return view(residual.to(torch.promote_types(residual.dtype, torch.float32)) if wider else residual)
+
+    inputs = linear_inputs(normal(*shape)) | {"weight": normal(48, 48), "residual": 10 * normal(*shape, seed=7)}
+    assert_as_exact_as_torch(
+        lambda x, weight, bias, residual: ops.linear_add(view(x), weight, bias, residual_of(residual)),
+        lambda x, weight, bias, residual: residual_of(residual) + functional.linear(view(x), weight, bias),
+        lambda x, weight, bias, residual: reference.linear_add(view(x), weight, bias, residual_of(residual)),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("wider", [False, True], ids=["residual as x", "residual in fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+def test_mlp_with_a_residual(gelu, dtype, wider):
+    ours, plain, truth = mlp_forms(gelu, lambda x: x)
+
+    def added(form, residual, layers):
+        residual = residual.to(torch.promote_types(residual.dtype, torch.float32)) if wider else residual
+        return residual + form(**layers)
+
+    def fused(residual, **layers):
+        return ops.mlp(**layers, gelu=gelu, residual=residual.float() if wider else residual)
+
+    inputs = mlp_inputs(normal(3, 21, 48) * 2, 80) | {"residual": 10 * normal(3, 21, 48, seed=7)}
+    assert_as_exact_as_torch(
+        fused,
+        lambda residual, **layers: added(plain, residual, layers),
+        lambda residual, **layers: added(truth, residual, layers),
+        inputs,
+        dtype,
+    )
+    apart = {name: tensor for name, tensor in inputs.items() if name != "residual"}
+    torch.testing.assert_close(ops.mlp(**inputs, gelu=gelu), inputs["residual"] + ours(**apart))
+    torch.testing.assert_close(reference.mlp(**inputs, kind=gelu), inputs["residual"] + truth(**apart))
+
+
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_linear_gelu_is_the_first_half_of_mlp(gelu):
     inputs = mlp_inputs(normal(2, 65, 48), 80)
@@ -60,3 +127,203 @@ def test_gradients_are_the_same_in_every_run():
     call = (lambda **inputs: ops.mlp(**inputs, gelu="tanh"), mlp_inputs(normal(4, 65, 64), 128))
     first, second = (outputs_and_gradients(*call) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+OPERATIONS = {
+    "linear_gelu": (lambda **inputs: ops.linear_gelu(**inputs, gelu="erf"), lambda x: linear_inputs(x)),
+    "linear_add": (ops.linear_add, lambda x: linear_inputs(x) | {"residual": normal(*x.shape, seed=7).to(x)}),
+    "mlp": (lambda **inputs: ops.mlp(**inputs, gelu="tanh"), lambda x: mlp_inputs(x, 80)),
+    "mlp with a residual": (
+        lambda **inputs: ops.mlp(**inputs, gelu="erf"),
+        lambda x: mlp_inputs(x, 80) | {"residual": normal(*x.shape, seed=7).to(x)},
+    ),
+}
+
+
+def leaves(name, x, dtype=torch.float32):
+    inputs = OPERATIONS[name][1](x)
+    return {key: tensor.detach().to(dtype).requires_grad_() for key, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "repeated"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_that_arrive_in_every_layout(name, layout):
+    shape, view = LAYOUTS[layout]
+    inputs = leaves(name, normal(2, 5, 48), torch.float64)
+    output = OPERATIONS[name][0](**inputs)
+    upstream = view(normal(*shape, seed=9).double())
+    found, expected = (torch.autograd.grad(output, [*inputs.values()], g, retain_graph=True) for g in (upstream, upstream.contiguous()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_empty_batch(name):
+    inputs = leaves(name, normal(0, 5, 48))
+    output = OPERATIONS[name][0](**inputs)
+    assert output.shape == (0, 5, 48)
+    gradients = torch.autograd.grad(output.sum(), [*inputs.values()])
+    for gradient, leaf in zip(gradients, inputs.values(), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(name):
+    inputs = leaves(name, normal(2, 5, 48))
+    expected = dict(zip(inputs, torch.autograd.grad(OPERATIONS[name][0](**inputs).sum(), [*inputs.values()]), strict=True))
+    weights = {key for key in inputs if key.endswith(("weight", "bias"))}
+    for trained in (*({key} for key in inputs), weights, set(inputs) - weights):
+        some = {key: leaf.detach().requires_grad_(key in trained) for key, leaf in inputs.items()}
+        OPERATIONS[name][0](**some).sum().backward()
+        for key, leaf in some.items():
+            assert torch.equal(leaf.grad, expected[key]) if key in trained else leaf.grad is None
+
+
+def test_of_hidden_tensors_only_the_pre_activation_is_kept():
+    inputs = leaves("mlp", normal(2, 5, 48))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = ops.mlp(**inputs, gelu="erf", residual=normal(2, 5, 48))
+    assert sorted(map(list, {tensor.shape for tensor in kept})) == [[2, 5, 48], [10, 80], [48, 80], [80, 48]]
+    assert len(kept) == 4
+    (pre,) = (tensor for tensor in kept if tensor.shape == (10, 80))
+    assert torch.equal(pre, functional.linear(inputs["x"], inputs["fc1_weight"], inputs["fc1_bias"]).flatten(0, 1))
+    with torch.no_grad():
+        assert torch.equal(ops.mlp(**inputs, gelu="erf", residual=normal(2, 5, 48)), output)
+        assert torch.ops.polyvit.mlp(*inputs.values(), None, "erf", False)[1].numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "empty"])
+@pytest.mark.usefixtures("unchecked_types")
+def test_opcheck(layout, dtype):
+    shape, view = (LAYOUTS | {"empty": ((0, 5, 48), lambda x: x)})[layout]
+
+    def leaf(tensor):
+        return tensor.detach().requires_grad_()
+
+    x, residual = (leaf(view(normal(*shape, seed=seed).to(dtype))) for seed in (0, 7))
+    layers = [leaf(tensor.to(dtype)) for name, tensor in mlp_inputs(normal(1, 48), 80).items() if name != "x"]
+    calls = {
+        "linear_gelu": (x, *layers[:2], "erf", True),
+        "linear_add": (x, leaf(normal(48, 48).to(dtype)), layers[3], residual),
+        "mlp": (x, *layers, leaf(view(normal(*shape))), "tanh", True),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.polyvit, name).default, arguments)
+    x, residual, *layers = (tensor.detach() for tensor in (x, residual, *layers))
+    torch.library.opcheck(torch.ops.polyvit.mlp.default, (x, *layers, None, "erf", False))
+    rows, pre = x.shape[:-1].numel(), normal(x.shape[:-1].numel(), 80).to(dtype)
+    d_hidden = view(normal(*shape)).flatten(0, 1)[:, :1].expand(rows, 80).to(dtype).view(*x.shape[:-1], 80)
+    backward = {
+        "linear_gelu_backward": (d_hidden, x, layers[0], pre, "erf", [True, True, True]),
+        "linear_add_backward": (residual.float(), x, normal(48, 48).to(dtype), [False, True, True]),
+        "mlp_backward": (residual, x, layers[0], pre, layers[2], "tanh", [True, True, False, True, True]),
+    }
+    for name, arguments in backward.items():
+        torch.library.opcheck(getattr(torch.ops.polyvit, name).default, arguments)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.usefixtures("unchecked_types")
+def test_compiled_whole_it_is_the_same(name, autocast):
+    inputs = leaves(name, normal(2, 5, 48))
+
+    def run(**inputs):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            return OPERATIONS[name][0](**inputs)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found, expected = (outputs_and_gradients(form, inputs) for form in (compiled, run))
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_gives_torchs_own_dtypes_and_values(residual_dtype):
+    inputs = leaves("mlp", normal(2, 5, 48))
+    x, *layers = inputs.values()
+    residual = normal(2, 5, 48, seed=7).to(residual_dtype).requires_grad_()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        hidden = functional.gelu(functional.linear(x, *layers[:2]))
+        expected = [hidden, functional.linear(hidden, *layers[2:]), residual + functional.linear(x, layers[0][:48], layers[3])]
+        expected.append(residual + expected[1])
+        found = [
+            ops.linear_gelu(x, *layers[:2], "erf"),
+            ops.mlp(*inputs.values(), "erf"),
+            ops.linear_add(x, layers[0][:48], layers[3], residual),
+            ops.mlp(*inputs.values(), "erf", residual),
+        ]
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    wanted = [*inputs.values(), residual]
+    gradients, plain = (torch.autograd.grad(tensors[3].sum(), wanted) for tensors in (found, expected))
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in wanted]
+    torch.testing.assert_close(gradients, plain, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernels_that_the_tile_table_chooses(layout, gelu):
+    shape, view = LAYOUTS[layout]
+
+    def chained(linear_gelu, linear_add, mlp):
+        def run(x, residual, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+            hidden = linear_gelu(view(x), fc1_weight, fc1_bias, gelu)
+            y = linear_add(hidden, fc2_weight, fc2_bias, view(residual))
+            return mlp(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gelu, view(residual)).transpose(0, 1)
+
+        return run
+
+    def plain_gelu(x, weight, bias, gelu):
+        return functional.gelu(functional.linear(x, weight, bias), approximate=APPROXIMATE[gelu])
+
+    def plain_add(x, weight, bias, residual):
+        return residual + functional.linear(x, weight, bias)
+
+    def plain_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gelu, residual):
+        return plain_add(plain_gelu(x, fc1_weight, fc1_bias, gelu), fc2_weight, fc2_bias, residual)
+
+    inputs = {"x": normal(*shape), "residual": normal(*shape, seed=7)}
+    inputs |= {name: tensor for name, tensor in mlp_inputs(normal(1, 48), 80).items() if name != "x"}
+    assert_as_exact_as_torch(
+        chained(ops.linear_gelu, ops.linear_add, ops.mlp),
+        chained(plain_gelu, plain_add, plain_mlp),
+        chained(reference.linear_gelu, reference.linear_add, reference.mlp),
+        inputs,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fc1_weight": (80, 47)}, r"fc1_weight \[80, 47\] and fc1_bias \[80\] meet an input of \[48\] features"),
+        ({"fc1_bias": (79,)}, r"fc1_bias \[79\]"),
+        ({"fc2_weight": (48, 81)}, r"fc2_weight \[48, 81\] and fc2_bias \[48\] meet an input of \[80\] features"),
+        ({"fc2_weight": (48,)}, r"but \[out, in\], \[out\] and \[in\] are needed"),
+        ({"residual": (2, 5, 1)}, r"the residual is \[2, 5, 1\] torch.float32, but \[2, 5, 48\]"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_sizes_that_do_not_fit_are_told(changes, message):
+    inputs = mlp_inputs(normal(2, 5, 48), 80) | {name: normal(*shape) for name, shape in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        ops.mlp(**inputs, gelu="erf")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_mistakes_are_told():
+    inputs = linear_inputs(normal(2, 5, 48))
+    with pytest.raises(ValueError, match="gelu is 'relu', but 'tanh' or 'erf' is needed"):
+        ops.linear_gelu(**inputs, gelu="relu")
+    with pytest.raises(ValueError, match=r"x is torch.float32, weight torch.bfloat16 and bias torch.float32, but one dtype is needed"):
+        ops.linear_gelu(**inputs | {"weight": inputs["weight"].bfloat16()}, gelu="erf")
+    with pytest.raises(ValueError, match=r"an input of \[\] features"):
+        ops.linear_gelu(**inputs | {"x": torch.tensor(1.0)}, gelu="erf")
+    with pytest.raises(ValueError, match="must be on one device"):
+        ops.linear_add(**inputs, residual=inputs["x"].to("meta"))
+    with pytest.raises(ValueError, match=r"the residual is \[2, 5, 48\] torch.int64, but \[2, 5, 48\] of a floating-point dtype"):
+        ops.linear_add(**inputs, residual=inputs["x"].long())

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+from compare import DEVICE
 from samples import normal
 
 import polyvit_kernels as ops
+from polyvit_kernels import tiles
+from polyvit_kernels.ops.update import _adamw_cuda, _sgd_cuda
 
 
 def number(value):
-    return torch.tensor(float(value))
+    return torch.tensor(float(value), device=DEVICE)
+
+
+def yes(value=True):
+    return torch.tensor(value, device=DEVICE)
 
 
 UPDATES = {
@@ -17,16 +24,21 @@ UPDATES = {
 }
 
 
-def update(name, buffers, count, *, lr=0.1, scale=1.0, ok=True, weight_decay=0.1):
-    common = {"lr": number(lr), "scale": number(scale), "ok": torch.tensor(ok), "weight_decay": weight_decay}
-    UPDATES[name][1](*buffers, count=number(count), **common)
+def zeros(name, size):
+    """The moments of an optimizer that has not begun."""
+    return torch.zeros(UPDATES[name][0], size, device=DEVICE)
+
+
+def update(name, buffers, count, *, lr=0.1, scale=1.0, ok=True, weight_decay=0.1, **more):
+    common = {"lr": number(lr), "scale": number(scale), "ok": yes(ok), "weight_decay": weight_decay}
+    UPDATES[name][1](*buffers, count=number(count), **common, **more)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", UPDATES)
 def test_updates_equal_torch_over_fifty_steps(name, weight_decay):
     size, start = 4097, normal(4097)
-    param, moments, theirs = start.clone(), torch.zeros(UPDATES[name][0], size), torch.nn.Parameter(start.double())
+    param, moments, theirs = start.clone(), zeros(name, size), torch.nn.Parameter(start.double())
     if name == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD([theirs], lr=1.0, momentum=0.9, weight_decay=weight_decay)
     else:
@@ -40,17 +52,37 @@ def test_updates_equal_torch_over_fifty_steps(name, weight_decay):
     torch.testing.assert_close(param.double(), theirs.data, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_moving_average_and_the_copy_follow(name):
+    param, moments = normal(1000), zeros(name, 1000)
+    ema, copy = normal(1000, seed=1), torch.empty(1000, dtype=torch.bfloat16, device=DEVICE)
+    expected = ema.double()
+    for count in range(1, 6):
+        update(name, (param, normal(1000, seed=count), *moments), count, ema=ema, ema_decay=0.9, copy=copy)
+        expected = 0.9 * expected + 0.1 * param.double()
+        assert torch.equal(copy, param.bfloat16())
+    torch.testing.assert_close(ema.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", UPDATES)
 def test_a_refused_update_changes_no_bit(name, scale):
     grad = normal(1000)
     grad[::7], grad[3], grad[5] = -0.0, float("nan"), float("-inf")
-    kept = [normal(1000, seed=1), *normal(UPDATES[name][0], 1000, seed=2).abs()]
+    kept = [normal(1000, seed=1), *normal(UPDATES[name][0], 1000, seed=2).abs(), normal(1000, seed=3), normal(1000, seed=4).half()]
     for buffer in kept:
         buffer[:4] = torch.tensor([-0.0, 0.0, float("inf"), 1e-42])
     before = [buffer.clone() for buffer in kept]
-    update(name, (kept[0], grad, *kept[1:]), 0, scale=scale, ok=False)
-    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(kept, before, strict=True))
+    update(name, (kept[0], grad, *kept[1:-2]), 0, scale=scale, ok=False, ema=kept[-2], ema_decay=0.5, copy=kept[-1])
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(kept, before, strict=True))
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_gradient_is_zero_afterwards(name):
+    grad = normal(100)
+    update(name, (normal(100), grad, *zeros(name, 100)), 1)
+    assert not grad.any()
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -67,14 +99,75 @@ def test_an_update_touches_its_slice_alone(name):
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_updates_refuse_other_layouts(name):
-    moments = torch.zeros(UPDATES[name][0], 4)
+    moments = zeros(name, 4)
     for buffers in ((normal(8)[::2], normal(4), *moments), (normal(4).double(), normal(4), *moments)):
         with pytest.raises(ValueError, match="contiguous flat buffers of one size and dtype"):
             update(name, buffers, 1)
+    for more in ({"ema": normal(4).half()}, {"copy": normal(8).half()[::2]}):
+        with pytest.raises(ValueError, match="contiguous flat buffers of one size and dtype"):
+            update(name, (normal(4), normal(4), *moments), 1, **more)
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", UPDATES)
 def test_updates_refuse_other_sizes(name):
     with pytest.raises(ValueError, match=r"contiguous flat buffers of one size and dtype, not \[4\] torch.float32, \[3\]"):
-        update(name, (normal(4), normal(3), *torch.zeros(UPDATES[name][0], 4)), 1)
+        update(name, (normal(4), normal(3), *zeros(name, 4)), 1)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": torch.ones(1)}, r"lr has the shape \[1\], but a single number is needed"),
+        ({"ok": number(1)}, "ok is torch.float32, but torch.bool is needed"),
+        ({"scale": torch.ones((), device="meta")}, "on one device, not param on (cpu|cuda:0), lr on (cpu|cuda:0), scale on meta"),
+        ({"ema": torch.ones(4, device="meta")}, "on one device, not buffer 0 on .*, buffer 3 on meta"),
+    ],
+)
+def test_updates_refuse_what_is_not_a_number_on_their_device(change, message):
+    common = {"lr": number(1), "scale": number(1), "ok": yes(), "momentum": 0.9, "weight_decay": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        ops.sgd_(normal(4), normal(4), normal(4), **common)
+
+
+def arguments(name, dtype=torch.float32, follow=True):
+    """Of the registered operation."""
+    param, grad, first, second, ema = (normal(70, seed=seed).to(dtype) for seed in range(5))
+    copy = normal(70).half()
+    followers, numbers = (ema, copy) if follow else (None, None), (number(0.1), number(0.5), yes())
+    if name == "sgd":
+        return (param, grad, first, *followers, *numbers, 0.9, 0.1, 0.99)
+    return (param, grad, first, second.abs(), *followers, number(3), *numbers, 0.9, 0.99, 1e-8, 0.1, 0.99)
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("name", UPDATES)
+def test_ops_are_registered_as_torch_wants_them(name, follow):
+    torch.library.opcheck(getattr(torch.ops.polyvit, f"{name}_"), arguments(name, follow=follow))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", UPDATES)
+def test_compiled_as_one_graph_the_values_are_the_same(name):
+    def step(buffers, ema, lr):
+        common = {"lr": lr * 0.5, "scale": lr * 2, "ok": lr > 0, "weight_decay": 0.1}
+        UPDATES[name][1](*buffers, count=lr + 1, **common, ema=ema, ema_decay=0.9)
+        return buffers[0].sum()
+
+    runs = []
+    for form in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        buffers, ema = [normal(50, seed=seed).abs() for seed in range(2 + UPDATES[name][0])], normal(50)
+        runs.append([form(buffers, ema, number(0.1)), *buffers, ema])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_implementation_for_gpus_gives_what_torchs_gives(name, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    found, expected = arguments(name, dtype), arguments(name, dtype)
+    {"sgd": _sgd_cuda, "adamw": _adamw_cuda}[name](*found)
+    getattr(torch.ops.polyvit, f"{name}_")(*expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)

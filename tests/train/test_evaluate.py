@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Tile, tile_task, tiny_config
+from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.data.synthetic import Synthetic

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tile_task, tiny_config
 from safetensors.torch import load_file
+from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Decoder, Task, Train

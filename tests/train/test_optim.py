@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny_runs import tiny_config
 from torch import nn
 
 from polyvit_fast.config import Optim

@@ -2,7 +2,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import Tile, tile_task, tiny_config
+from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import cli, experiments
 from polyvit_fast.config import MODELS, Model, Optim

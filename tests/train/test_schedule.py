@@ -4,9 +4,9 @@ from dataclasses import replace
 from itertools import groupby
 
 import pytest
-from conftest import tile_task, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tile_task, tiny_config
+from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.data.stream import Batch, Loader
 from polyvit_fast.model.polyvit import PolyViT

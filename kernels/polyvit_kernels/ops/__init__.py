@@ -4,10 +4,22 @@ Each is registered with torch.library as `polyvit::<name>`. On a CPU they run on
 `reference.py` says what each computes.
 """
 
-from polyvit_kernels.ops.attention import attention
-from polyvit_kernels.ops.layer_norm import layer_norm
-from polyvit_kernels.ops.mlp import Gelu, linear_gelu, mlp
+from polyvit_kernels.ops.attention import attention, attention_varlen
+from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm
+from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp
 from polyvit_kernels.ops.patch_embed import patch_embed
 from polyvit_kernels.ops.update import adamw_, sgd_
 
-__all__ = ["Gelu", "adamw_", "attention", "layer_norm", "linear_gelu", "mlp", "patch_embed", "sgd_"]
+__all__ = [
+    "Gelu",
+    "adamw_",
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "layer_norm",
+    "linear_add",
+    "linear_gelu",
+    "mlp",
+    "patch_embed",
+    "sgd_",
+]

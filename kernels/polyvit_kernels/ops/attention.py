@@ -83,8 +83,9 @@ def _attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
 @_attention.register_kernel("cuda")
 def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
     qkv = _addressable(qkv, 1)
-    kernels, tile = _kernels("forward", qkv, qkv.shape[1])
-    return kernels.forward(qkv, tile)
+    kernels, tile = _kernels("forward", qkv)
+    with torch.cuda.device_of(qkv):
+        return kernels.forward(qkv, tile)
 
 
 @_attention.register_fake
@@ -105,8 +106,9 @@ def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> 
 @_attention_backward.register_kernel("cuda")
 def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     qkv = _addressable(qkv, 1)
-    kernels, tile = _kernels("backward", qkv, qkv.shape[1])
-    return kernels.backward(_addressable(grad, 1), qkv, out, lse, tile)
+    kernels, tile = _kernels("backward", qkv)
+    with torch.cuda.device_of(qkv):
+        return kernels.backward(_addressable(grad, 1), qkv, out, lse, tile)
 
 
 @_attention_backward.register_fake
@@ -127,7 +129,8 @@ def _(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
     from polyvit_kernels import attention_long
 
     tile = tiles.pick_for("attention_long_forward", qkv, tokens=max_tokens, features=qkv.shape[3])
-    return attention_long.forward(_addressable(qkv, 0), tile, cu_tokens, max_tokens)
+    with torch.cuda.device_of(qkv):
+        return attention_long.forward(_addressable(qkv, 0), tile, cu_tokens, max_tokens)
 
 
 @_attention_varlen.register_fake
@@ -148,7 +151,8 @@ def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, ma
     from polyvit_kernels import attention_long
 
     tile = tiles.pick_for("attention_long_backward", qkv, tokens=max_tokens, features=qkv.shape[3])
-    return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens, max_tokens)
+    with torch.cuda.device_of(qkv):
+        return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens, max_tokens)
 
 
 @_attention_varlen_backward.register_fake
@@ -209,11 +213,11 @@ def _addressable(x: Tensor, token_axis: int) -> Tensor:
     return x if x.stride(-1) == 1 and reach < 2**31 else x.contiguous()
 
 
-def _kernels(direction: str, qkv: Tensor, tokens: int) -> tuple[ModuleType, tiles.Tile]:
+def _kernels(direction: str, qkv: Tensor) -> tuple[ModuleType, tiles.Tile]:
     from polyvit_kernels import attention_long, attention_short
 
     for kernels, op in ((attention_short, "attention_short"), (attention_long, "attention_long")):
-        tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=tokens, features=qkv.shape[4])
+        tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=qkv.shape[1], features=qkv.shape[4])
         if tile.backend == "triton":
             return kernels, tile
     raise ValueError(

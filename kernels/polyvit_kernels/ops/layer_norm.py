@@ -1,14 +1,184 @@
-"""Layer normalisation."""
+"""Layer normalisation, by itself or after the addition of a residual."""
 
-from __future__ import annotations
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
+
+from polyvit_kernels import tiles
+from polyvit_kernels.ops.dtypes import check_one_device, norm_dtype
 
 
 def layer_norm(
-    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], bias: Float[Tensor, " dim"], eps: float = 1e-6
+    x: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, " dim"],
+    bias: Float[Tensor, " dim"],
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch dim"]:
-    """Each vector shifted and scaled to mean 0 and variance 1, then an affine map (arXiv 1607.06450); `eps` adds to the variance."""
-    return functional.layer_norm(x, weight.shape, weight, bias, eps)
+    """Each vector shifted and scaled to mean 0 and variance 1, then an affine map (arXiv 1607.06450); `eps` adds to the variance.
+
+    `weight` may have another dtype than `x`. `out_dtype` is x's unless given, and fp32 under autocast, as in torch. Raises ValueError
+    when shapes, dtypes or devices do not go together.
+    """
+    _check_layer_norm(x, weight, bias)
+    return _layer_norm(x, weight, bias, eps, out_dtype or norm_dtype(x))[0]
+
+
+def add_layer_norm(
+    x: Float[Tensor, "*batch dim"],
+    residual: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, " dim"],
+    bias: Float[Tensor, " dim"],
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
+    """(x + residual, its `layer_norm`), in one pass. The sum has torch's dtype for a sum; `out_dtype` is of the normalised one."""
+    _check_layer_norm(x, weight, bias)
+    check_one_device(x=x, residual=residual)
+    if x.shape != residual.shape:
+        raise ValueError(f"x and residual must have one shape, not {list(x.shape)} and {list(residual.shape)}")
+    kind = torch.promote_types(x.dtype, residual.dtype)
+    return _add_layer_norm(x, residual, weight, bias, eps, out_dtype or norm_dtype(x.new_empty(0, dtype=kind)))[:2]
+
+
+def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if not x.ndim or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        shapes = f"{list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
+        raise ValueError(f"x, weight and bias have the shapes {shapes}, but [..., dim], [dim] and [dim] are needed")
+    if weight.dtype != bias.dtype:
+        raise ValueError(f"weight and bias must have one dtype, not {weight.dtype} and {bias.dtype}")
+    check_one_device(x=x, weight=weight, bias=bias)
+
+
+def _layer_norm_by_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised, means, reciprocal standard deviations)."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    out, mean, rstd = torch.native_layer_norm(x.to(precise), x.shape[-1:], weight.to(precise), bias.to(precise), eps)
+    return out.to(out_dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+_layer_norm = torch.library.custom_op("polyvit::layer_norm", _layer_norm_by_torch, mutates_args=(), device_types="cpu")
+
+
+@_layer_norm.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    tile = tiles.pick_for("layer_norm_forward", x, features=x.shape[-1])
+    if tile.backend == "torch":
+        return _layer_norm_by_torch(x, weight, bias, eps, out_dtype)
+    from polyvit_kernels import norm
+
+    with torch.cuda.device_of(x):
+        _, out, mean, rstd = norm.forward(x, None, weight, bias, eps, out_dtype, tile)
+    return out, mean, rstd
+
+
+@_layer_norm.register_fake
+def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:-1], dtype=precise), x.new_empty(x.shape[:-1], dtype=precise)
+
+
+def _add_layer_norm_by_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x + residual, normalised, means, reciprocal standard deviations)."""
+    total = (x + residual).contiguous()
+    return total, *_layer_norm_by_torch(total, weight, bias, eps, out_dtype)
+
+
+_add_layer_norm = torch.library.custom_op("polyvit::add_layer_norm", _add_layer_norm_by_torch, mutates_args=(), device_types="cpu")
+
+
+@_add_layer_norm.register_kernel("cuda")
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tile = tiles.pick(
+        "layer_norm_forward", tiles.architecture(x.device), torch.promote_types(x.dtype, residual.dtype), features=x.shape[-1]
+    )
+    if tile.backend == "torch":
+        return _add_layer_norm_by_torch(x, residual, weight, bias, eps, out_dtype)
+    from polyvit_kernels import norm
+
+    with torch.cuda.device_of(x):
+        total, out, mean, rstd = norm.forward(x, residual, weight, bias, eps, out_dtype, tile)
+    assert total is not None
+    return total, out, mean, rstd
+
+
+@_add_layer_norm.register_fake
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return total, *_layer_norm_fake(total, weight, bias, eps, out_dtype)
+
+
+def _layer_norm_backward_by_torch(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `x`, with `grad_sum` added when there is one, of the weight and of the bias (which has the weight's dtype)."""
+    precise, kept = mean.dtype, mean[..., None]
+    inputs = (grad.to(precise), x.to(precise), x.shape[-1:], kept, rstd.view_as(kept), weight.to(precise), weight.to(precise))
+    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True, True, True])
+    if grad_sum is not None:
+        d_x += grad_sum
+    return d_x.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+_layer_norm_backward = torch.library.custom_op(
+    "polyvit::layer_norm_backward", _layer_norm_backward_by_torch, mutates_args=(), device_types="cpu"
+)
+
+
+@_layer_norm_backward.register_kernel("cuda")
+def _(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    tile = tiles.pick_for("layer_norm_backward", x, features=x.shape[-1])
+    if tile.backend == "torch":
+        return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum)
+    from polyvit_kernels import norm
+
+    with torch.cuda.device_of(x):
+        return norm.backward(grad, grad_sum, x, weight, mean, rstd, tile)
+
+
+@_layer_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, *_ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _layer_norm_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_layer_norm_backward(grad, *ctx.saved_tensors, None), None, None
+
+
+def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, *_ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = (x.dtype, residual.dtype)
+
+
+def _add_layer_norm_gradients(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        # Nobody used the normalised one, so the sum's gradient is all there is.
+        assert grad_sum is not None
+        d_sum, d_weight, d_bias = grad_sum, None, None
+    else:
+        d_sum, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, grad_sum)
+    d_x, d_residual = (d_sum.to(dtype) for dtype in ctx.dtypes)
+    return d_x, d_residual, d_weight, d_bias, None, None
+
+
+_layer_norm.register_autograd(_layer_norm_gradients, setup_context=_layer_norm_context)
+_add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_add_layer_norm_context)

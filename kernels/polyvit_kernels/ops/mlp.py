@@ -2,32 +2,338 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+
+from polyvit_kernels.ops.dtypes import check_one_device, matmul_dtype
+from polyvit_kernels.tiles import Tile, pick_for
 
 Gelu = Literal["tanh", "erf"]
 """tanh: the approximation of arXiv 1606.08415, section 2; erf: exact."""
 
 _APPROXIMATE = {"tanh": "tanh", "erf": "none"}
+_Pick = Callable[..., Tile]
+# An output that is a view may not be changed in place where it is differentiated.
+_unsafe_view = torch.ops.aten._unsafe_view
+_BY_TORCH = Tile(op="linear", archs=(), backend="torch")
 
 
 def linear_gelu(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "hidden dim"], bias: Float[Tensor, " hidden"], gelu: Gelu
 ) -> Float[Tensor, "*batch hidden"]:
-    """GELU of a linear layer."""
-    return functional.gelu(functional.linear(x, weight, bias), approximate=_APPROXIMATE[gelu])
+    """GELU of a linear layer. For the backward only the pre-activation is kept.
+
+    Like the others raises ValueError when shapes, dtypes or devices do not go together.
+    """
+    x, weight, bias = _cast(x, weight, bias)
+    _check_gelu(gelu)
+    _check_layer(x, x.shape[-1:], weight, bias)
+    return _linear_gelu_op(x, weight, bias, gelu, _is_recorded(x, weight, bias))[0]
+
+
+def linear_add(
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"], residual: Float[Tensor, "*batch out"]
+) -> Float[Tensor, "*batch out"]:
+    """`residual` plus a linear layer. Autocast leaves the residual as it is; the sum has the wider of the two dtypes."""
+    x, weight, bias = _cast(x, weight, bias)
+    _check_layer(x, x.shape[-1:], weight, bias)
+    _check_residual(residual, x, weight)
+    return _linear_add_op(x, weight, bias, residual)
 
 
 def mlp(
     x: Float[Tensor, "*batch dim"],
     fc1_weight: Float[Tensor, "hidden dim"],
     fc1_bias: Float[Tensor, " hidden"],
-    fc2_weight: Float[Tensor, "dim hidden"],
-    fc2_bias: Float[Tensor, " dim"],
+    fc2_weight: Float[Tensor, "out hidden"],
+    fc2_bias: Float[Tensor, " out"],
     gelu: Gelu,
-) -> Float[Tensor, "*batch dim"]:
-    """Two linear layers with a GELU between them."""
-    return functional.linear(linear_gelu(x, fc1_weight, fc1_bias, gelu), fc2_weight, fc2_bias)
+    residual: Float[Tensor, "*batch out"] | None = None,
+) -> Float[Tensor, "*batch out"]:
+    """Two linear layers with a GELU between them, plus `residual` if there is one, which autocast leaves as it is.
+
+    For the backward the input and the pre-activation are kept; the activation is computed again.
+    """
+    x, *layers = _cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = layers
+    _check_gelu(gelu)
+    _check_layer(x, x.shape[-1:], fc1_weight, fc1_bias, "fc1_")
+    _check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
+    if residual is not None:
+        _check_residual(residual, x, fc2_weight)
+    return _mlp_op(x, *layers, residual, gelu, _is_recorded(x, *layers))[0]
+
+
+def _cast(*operands: Tensor) -> list[Tensor]:
+    return [tensor.to(matmul_dtype(tensor)) for tensor in operands]
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _check_gelu(gelu: str) -> None:
+    if gelu not in _APPROXIMATE:
+        raise ValueError(f"gelu is {gelu!r}, but 'tanh' or 'erf' is needed")
+
+
+def _check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
+    if weight.ndim != 2 or weight.shape[1:] != features or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}weight {list(weight.shape)} and {name}bias {list(bias.shape)} meet an input of {list(features)} features, "
+            f"but [out, in], [out] and [in] are needed"
+        )
+    if not x.dtype == weight.dtype == bias.dtype:
+        raise ValueError(f"x is {x.dtype}, {name}weight {weight.dtype} and {name}bias {bias.dtype}, but one dtype is needed")
+    check_one_device(**{"x": x, f"{name}weight": weight, f"{name}bias": bias})
+
+
+def _check_residual(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    shape = [*x.shape[:-1], len(weight)]
+    if list(residual.shape) != shape or not residual.is_floating_point():
+        raise ValueError(f"the residual is {list(residual.shape)} {residual.dtype}, but {shape} of a floating-point dtype is needed")
+    check_one_device(x=x, residual=residual)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _by_torch(*_: Any, **__: Any) -> Tile:
+    return _BY_TORCH
+
+
+def _activated(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: _Pick) -> tuple[Tensor, Tensor]:
+    """gelu(H) and H, which is empty without `keep`."""
+    tile = pick("linear_gelu_forward", rows, tokens=len(rows), features=rows.shape[1])
+    if tile.backend == "triton":
+        from polyvit_kernels import linear
+
+        return linear.linear_gelu_forward(rows, weight, bias, gelu, keep, tile)
+    pre = torch.addmm(bias, rows, weight.t())
+    return functional.gelu(pre, approximate=_APPROXIMATE[gelu]), pre if keep else pre.new_empty(0)
+
+
+def _added(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick: _Pick) -> Tensor:
+    tile = pick("linear_add_forward", rows, tokens=len(rows), features=rows.shape[1])
+    if tile.backend == "triton":
+        from polyvit_kernels import linear
+
+        return linear.linear_add_forward(rows, weight, bias, residual, tile)
+    y = torch.addmm(bias, rows, weight.t())
+    return y.add_(residual) if residual.dtype == y.dtype else y + residual
+
+
+def _undone(grads: Tensor, weight: Tensor, pre: Tensor, gelu: str, pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, gelu(H) and the sums of dH's columns; `grads` is the gradient by the output of a layer `weight` that takes gelu(H)."""
+    tile = pick("dgelu_backward", grads, tokens=len(grads), features=grads.shape[1])
+    if tile.backend == "triton":
+        from polyvit_kernels import linear
+
+        return linear.dgelu_backward(grads, weight, pre, gelu, tile)
+    d_pre = torch.ops.aten.gelu_backward(grads @ weight, pre, approximate=_APPROXIMATE[gelu])
+    return d_pre, functional.gelu(pre, approximate=_APPROXIMATE[gelu]), d_pre.sum(0)
+
+
+def _layer_gradients(wants: list[bool], x: Tensor, weight: Tensor, d_out: Tensor, d_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dW, db; what is not wanted is empty."""
+    d_x = (d_out @ weight).view(x.shape) if wants[0] else x.new_empty(0)
+    d_weight = d_out.t() @ _rows(x) if wants[1] else x.new_empty(0)
+    return d_x, d_weight, d_bias.to(x.dtype) if wants[2] else x.new_empty(0)
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: _Pick) -> tuple[Tensor, Tensor]:
+    y, pre = _activated(_rows(x), weight, bias, gelu, keep, pick)
+    return _unsafe_view(y, [*x.shape[:-1], len(weight)]), pre
+
+
+def _linear_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, gelu: str, wants: list[bool], pick: _Pick
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_pre = torch.ops.aten.gelu_backward(_rows(grad), pre, approximate=_APPROXIMATE[gelu])
+    return _layer_gradients(wants, x, weight, d_pre, d_pre.sum(0))
+
+
+def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick: _Pick) -> Tensor:
+    return _unsafe_view(_added(_rows(x), weight, bias, _rows(residual), pick), residual.shape)
+
+
+def _linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool], pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _rows(grad)
+    return _layer_gradients(wants, x, weight, grads.to(x.dtype), grads.sum(0))
+
+
+def _mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None,
+    gelu: str,
+    keep: bool,
+    pick: _Pick,
+) -> tuple[Tensor, Tensor]:
+    activation, pre = _activated(_rows(x), fc1_weight, fc1_bias, gelu, keep, pick)
+    if residual is None:
+        y = torch.addmm(fc2_bias, activation, fc2_weight.t())
+    else:
+        y = _added(activation, fc2_weight, fc2_bias, _rows(residual), pick)
+    return _unsafe_view(y, [*x.shape[:-1], len(fc2_weight)]), pre
+
+
+def _mlp_backward(
+    grad: Tensor, x: Tensor, fc1_weight: Tensor, pre: Tensor, fc2_weight: Tensor, gelu: str, wants: list[bool], pick: _Pick
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = _rows(grad)
+    low = grads.to(x.dtype)
+    d_pre, activation, d_fc1_bias = _undone(low, fc2_weight, pre, gelu, pick)
+    first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
+    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, grads.sum(0))
+    return *first, d_fc2_weight, d_fc2_bias
+
+
+def _fake_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], len(weight)), _fake_pre(x, weight, keep)
+
+
+def _fake_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def _fake_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None, gelu: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(*x.shape[:-1], len(fc2_weight), dtype=dtype), _fake_pre(x, fc1_weight, keep)
+
+
+def _fake_pre(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), len(weight)) if keep else x.new_empty(0)
+
+
+def _fake_layer_gradients(wants: list[bool], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, d_weight, d_bias = (
+        x.new_empty(shape if want else 0) for want, shape in zip(wants, (x.shape, weight.shape, weight.shape[:1]), strict=True)
+    )
+    return d_x, d_weight, d_bias
+
+
+def _fake_linear_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, gelu: str, wants: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_layer_gradients(wants, x, weight)
+
+
+def _fake_linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_layer_gradients(wants, x, weight)
+
+
+def _fake_mlp_backward(
+    grad: Tensor, x: Tensor, fc1_weight: Tensor, pre: Tensor, fc2_weight: Tensor, gelu: str, wants: list[bool]
+) -> tuple[Tensor, ...]:
+    return *_fake_layer_gradients(wants[:3], x, fc1_weight), *_fake_layer_gradients([False, *wants[3:]], x, fc2_weight)[1:]
+
+
+def _operation(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """polyvit::`name`: `run(*arguments, pick)`, by torch's operators on a CPU and by what the tile table says on CUDA."""
+
+    def on_cpu(*arguments: Any) -> Any:
+        return run(*arguments, _by_torch)
+
+    def on_cuda(*arguments: Any) -> Any:
+        with torch.cuda.device_of(arguments[0]):
+            return run(*arguments, pick_for)
+
+    operation = torch.library.custom_op(f"polyvit::{name}", on_cpu, mutates_args=(), device_types="cpu", schema=schema)
+    operation.register_kernel("cuda")(on_cuda)
+    operation.register_fake(fake)
+    return operation
+
+
+_linear_gelu_op = _operation(
+    "linear_gelu", "(Tensor x, Tensor weight, Tensor bias, str gelu, bool keep) -> (Tensor, Tensor)", _linear_gelu, _fake_linear_gelu
+)
+_linear_gelu_backward_op = _operation(
+    "linear_gelu_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor pre, str gelu, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    _linear_gelu_backward,
+    _fake_linear_gelu_backward,
+)
+_linear_add_op = _operation(
+    "linear_add", "(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor", _linear_add, _fake_linear_add
+)
+_linear_add_backward_op = _operation(
+    "linear_add_backward",
+    "(Tensor grad, Tensor x, Tensor weight, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    _linear_add_backward,
+    _fake_linear_add_backward,
+)
+_mlp_op = _operation(
+    "mlp",
+    "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? residual, str gelu, bool keep)"
+    " -> (Tensor, Tensor)",
+    _mlp,
+    _fake_mlp,
+)
+_mlp_backward_op = _operation(
+    "mlp_backward",
+    "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor pre, Tensor fc2_weight, str gelu, bool[] wants)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mlp_backward,
+    _fake_mlp_backward,
+)
+
+
+def _only(needed: list[bool], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
+    return [gradient if need else None for need, gradient in zip(needed, gradients, strict=True)]
+
+
+def _save_linear_gelu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.gelu, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_linear_gelu(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    wants = list(ctx.needs_input_grad[:3])
+    return *_only(wants, _linear_gelu_backward_op(grad, *ctx.saved_tensors, ctx.gelu, wants)), None, None
+
+
+def _save_linear_add(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, weight, _, residual = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.residual_dtype = residual.dtype
+
+
+def _differentiate_linear_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wants = list(ctx.needs_input_grad[:3])
+    gradients = _only(wants, _linear_add_backward_op(grad, *ctx.saved_tensors, wants))
+    return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+
+
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, fc1_weight, _, fc2_weight, _, residual, ctx.gelu, _ = inputs
+    ctx.save_for_backward(x, fc1_weight, output[1], fc2_weight)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _differentiate_mlp(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    wants = list(ctx.needs_input_grad[:5])
+    # With a residual alone to differentiate by, the pre-activation was not kept.
+    gradients = _only(wants, _mlp_backward_op(grad, *ctx.saved_tensors, ctx.gelu, wants)) if any(wants) else [None] * 5
+    return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None, None, None
+
+
+_linear_gelu_op.register_autograd(_differentiate_linear_gelu, setup_context=_save_linear_gelu)
+_linear_add_op.register_autograd(_differentiate_linear_add, setup_context=_save_linear_add)
+_mlp_op.register_autograd(_differentiate_mlp, setup_context=_save_mlp)

@@ -1,11 +1,15 @@
 """Grids to tokens."""
 
-from __future__ import annotations
+import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
+
+from polyvit_kernels import tiles
+from polyvit_kernels.ops.dtypes import check_one_device, matmul_dtype
 
 
 def patch_embed(
@@ -19,33 +23,148 @@ def patch_embed(
 ) -> Float[Tensor, "batch tokens dim"]:
     """A grid as tokens: normalised, cut into tubelets, projected, the class token put first, positions added to all of them.
 
-    Tubelets are in the order (frames, rows, columns). `mean` and `std` are in the grid's units. Raises ValueError when sizes disagree.
+    Tubelets are in the order (frames, rows, columns). `mean` and `std` are in the grid's units, and constants. Any strides of the grid
+    will do. Numbers are normalised in fp32 and rounded to the weight's dtype, which autocast changes; the result has the common dtype of
+    weight, class token and positions. Raises ValueError when sizes disagree.
     """
-    _check_patch_embed(grid, weight, pos_embed)
-    # Normalised in fp32 at least: bf16 knows a mean such as 123.7 only to within 0.25.
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    split = grid
-    for axis in (3, 2, 1):
-        split = split.unflatten(axis, (-1, weight.shape[axis]))
-    tubelets = split.permute(0, 1, 3, 5, 2, 4, 6, 7)
-    patches = tubelets.to(precise, memory_format=torch.contiguous_format, copy=True).view(len(grid), -1, weight[0].numel())
-    repeats = weight[0].numel() // len(mean)
-    patches = patches.sub_(mean.to(precise).repeat(repeats)).div_(std.to(precise).repeat(repeats)).to(weight.dtype)
-    # Channels are the weight's last axis as they are the grid's: gathering copies whole runs, and the weight is a matrix as it lies.
-    embedded = functional.linear(patches, weight.flatten(1), bias)
-    return torch.cat([cls_token.expand(len(grid), -1, -1), embedded], 1) + pos_embed
+    _check_sizes(grid, weight, pos_embed)
+    _check_parameters(weight, bias, cls_token, pos_embed, mean, std)
+    check_one_device(grid=grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
+    return _patch_embed(grid, weight.to(matmul_dtype(weight)), bias, cls_token, pos_embed, mean, std)
 
 
-def _check_patch_embed(grid: Tensor, weight: Tensor, pos_embed: Tensor) -> None:
+def _check_sizes(grid: Tensor, weight: Tensor, pos_embed: Tensor) -> None:
     if grid.ndim != 5:
         raise ValueError(f"the grid has the shape {list(grid.shape)}, but [batch, frames, rows, columns, channels] is needed")
+    if weight.ndim != 5:
+        raise ValueError(f"the weight has the shape {list(weight.shape)}, but [dim, frames, rows, columns, channels] is needed")
     sizes, tubelet = list(grid.shape[1:4]), list(weight.shape[1:4])
     if grid.shape[4] != weight.shape[4]:
         raise ValueError(f"the grid has {grid.shape[4]} channels and the weight {weight.shape[4]}")
     if any(size % step for size, step in zip(sizes, tubelet, strict=True)):
         raise ValueError(f"a grid of (frames, rows, columns) = {sizes} does not divide into tubelets of {tubelet}")
-    num_tokens = 1 + grid[0, ..., 0].numel() // weight[0, ..., 0].numel()
-    if pos_embed.shape[1] != num_tokens:
-        raise ValueError(
-            f"a grid of {sizes} in tubelets of {tubelet} makes {num_tokens} tokens, but there are {pos_embed.shape[1]} positions"
-        )
+    num_tokens = 1 + math.prod(sizes) // math.prod(tubelet)
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != num_tokens:
+        found = f"{pos_embed.shape[1]} positions" if pos_embed.ndim == 3 else f"positions of the shape {list(pos_embed.shape)}"
+        raise ValueError(f"a grid of {sizes} in tubelets of {tubelet} makes {num_tokens} tokens, but there are {found}")
+
+
+def _check_parameters(weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> None:
+    dim, channels = len(weight), weight.shape[4]
+    wanted = {
+        "bias": (bias, [dim]),
+        "cls_token": (cls_token, [1, 1, dim]),
+        "pos_embed": (pos_embed, [1, pos_embed.shape[1], dim]),
+        "mean": (mean, [channels]),
+        "std": (std, [channels]),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, but {shape} is needed")
+    if mean.requires_grad or std.requires_grad:
+        raise ValueError("mean and std are constants here: they get no gradient")
+
+
+def _patch_embed_by_torch(
+    grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
+    # Channels are the weight's last axis as they are the grid's: gathering copies whole runs, and the weight is a matrix as it lies.
+    embedded = functional.linear(_tubelets(grid, weight, mean, std), weight.flatten(1), bias.to(weight.dtype))
+    return torch.cat([cls_token.expand(len(grid), -1, -1), embedded], 1) + pos_embed
+
+
+def _tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The normalised tubelets in the weight's dtype `[batch, tubelets, elements of a tubelet]`."""
+    # Normalised in fp32 at least: bf16 knows a mean such as 123.7 only to within 0.25.
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    split = grid.unflatten(3, (-1, weight.shape[3])).unflatten(2, (-1, weight.shape[2])).unflatten(1, (-1, weight.shape[1]))
+    tubelets = split.permute(0, 1, 3, 5, 2, 4, 6, 7)
+    count = math.prod(tubelets.shape[1:4])
+    patches = tubelets.to(precise, memory_format=torch.contiguous_format, copy=True).view(len(grid), count, weight[0].numel())
+    repeats = weight[0].numel() // len(mean)
+    return patches.sub_(mean.to(precise).repeat(repeats)).div_(std.to(precise).repeat(repeats)).to(weight.dtype)
+
+
+_patch_embed = torch.library.custom_op("polyvit::patch_embed", _patch_embed_by_torch, mutates_args=(), device_types="cpu")
+
+
+def _out_dtype(weight: Tensor, cls_token: Tensor, pos_embed: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
+
+
+@_patch_embed.register_kernel("cuda")
+def _(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    tile = tiles.pick_for("patch_embed_forward", weight, features=weight[0].numel())
+    if tile.backend == "torch":
+        return _patch_embed_by_torch(grid, weight, bias, cls_token, pos_embed, mean, std)
+    from polyvit_kernels import patches
+
+    with torch.cuda.device_of(grid):
+        out_dtype = _out_dtype(weight, cls_token, pos_embed)
+        return patches.forward(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype, tile)
+
+
+@_patch_embed.register_fake
+def _(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    shape = (len(grid), pos_embed.shape[1], len(weight))
+    return weight.new_empty(shape, dtype=_out_dtype(weight, cls_token, pos_embed))
+
+
+def _patch_embed_backward_by_torch(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of the weight, gradient of the positions `[tokens, dim]` in fp32 at least)."""
+    rows = grad[:, 1:].reshape(-1, len(weight)).to(weight.dtype)
+    d_weight = (rows.T @ _tubelets(grid, weight, mean, std).flatten(0, 1)).view(weight.shape)
+    return d_weight, grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+
+
+_patch_embed_backward = torch.library.custom_op(
+    "polyvit::patch_embed_backward", _patch_embed_backward_by_torch, mutates_args=(), device_types="cpu"
+)
+
+
+@_patch_embed_backward.register_kernel("cuda")
+def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    tile = tiles.pick_for("patch_embed_backward", weight, features=weight[0].numel())
+    if tile.backend == "torch":
+        return _patch_embed_backward_by_torch(grad, grid, weight, mean, std)
+    from polyvit_kernels import patches
+
+    with torch.cuda.device_of(grid):
+        tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)
+    # Class tokens have a row of zeros there, so that their gradients need not be cut out.
+    d_weight = (grad.reshape(-1, len(weight)).to(weight.dtype).T @ tubelets).view(weight.shape)
+    return d_weight, grad.sum(0, dtype=torch.float32)
+
+
+@_patch_embed_backward.register_fake
+def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    precise = torch.promote_types(grad.dtype, torch.float32)
+    return weight.new_empty(weight.shape), grad.new_empty(grad.shape[1:], dtype=precise)
+
+
+def _patch_embed_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    grid, weight, bias, cls_token, pos_embed, mean, std = inputs
+    ctx.save_for_backward(grid, weight, mean, std)
+    ctx.dtypes = (bias.dtype, cls_token.dtype, pos_embed.dtype)
+
+
+def _patch_embed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grid, weight, mean, std = ctx.saved_tensors
+    bias_dtype, cls_dtype, pos_dtype = ctx.dtypes
+    d_weight, d_pos = _patch_embed_backward(grad, grid, weight, mean, std)
+    d_bias = d_pos[1:].sum(0).to(bias_dtype)
+    # A copy: gradients are added to in place, and the positions' must not change with the class token's.
+    d_cls = d_pos[None, :1].to(cls_dtype, copy=True)
+    d_grid = _grid_gradient(grad, grid, weight, std) if ctx.needs_input_grad[0] else None
+    return d_grid, d_weight, d_bias, d_cls, d_pos[None].to(pos_dtype), None, None
+
+
+def _grid_gradient(grad: Tensor, grid: Tensor, weight: Tensor, std: Tensor) -> Tensor:
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    d_tubelets = grad[:, 1:].to(weight.dtype) @ weight.flatten(1)
+    counts = [size // step for size, step in zip(grid.shape[1:4], weight.shape[1:4], strict=True)]
+    folded = d_tubelets.view(len(grid), *counts, *weight.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(grid.shape)
+    return (folded.to(precise) / std.to(precise)).to(grid.dtype)
+
+
+_patch_embed.register_autograd(_patch_embed_gradients, setup_context=_patch_embed_context)

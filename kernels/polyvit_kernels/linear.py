@@ -1,0 +1,386 @@
+# A launch is not the call that its signature says, to a type checker.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+"""Matrix products with what follows them in the same pass: bias and GELU, bias and residual, GELU's derivative.
+
+No atomics: every element has one writer, and runs repeat bit for bit. All tensors are contiguous matrices; a weight is `[out, in]`.
+
+- BLOCK_M, BLOCK_N: rows and columns of a program's tile of the output; BLOCK_K: columns of A that one iteration takes
+- GROUP_M: so many tiles of rows take turns before the next tile of columns, so that what they share is read from L2
+- PARTS: the tile is finished in so many parts, one after the other, which takes fewer registers: 1, 2 or 4
+- EVEN_N, EVEN_K: the size is a multiple of its block, so nothing is masked
+- GELU: "erf" or "tanh"; PRECISE: by its definition, for fp32, not by the fits of `_tail`; KEEP: the pre-activation is stored
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polyvit_kernels.tiles import Tile, Variant
+
+
+@triton.jit
+def _tile_place(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The first row and the first column of this program's tile."""
+    i_tile = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    i_first = i_tile // (GROUP_M * tiles_n) * GROUP_M
+    group = tl.minimum(tiles_m - i_first, GROUP_M)
+    i_within = i_tile % (GROUP_M * tiles_n)
+    return (i_first + i_within % group) * BLOCK_M, i_within // group * BLOCK_N
+
+
+@triton.jit
+def _product(
+    p_a,
+    p_b,
+    i_row,
+    i_column,
+    num_rows,
+    num_columns,
+    depth,
+    B_ROWS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of A Bᵀ, or of A B when `B_ROWS`, `[BLOCK_M, BLOCK_N]` in fp32; A is `[num_rows, depth]`.
+
+    What lies beyond the end along an axis that is not contiguous repeats the last row: cheaper than a mask, and never stored.
+    """
+    o_k = tl.arange(0, BLOCK_K)
+    o_m = tl.minimum(tl.arange(0, BLOCK_M), num_rows - 1 - i_row)
+    p_a += i_row.to(tl.int64) * depth + (o_m[:, None] * depth + o_k[None, :])
+    if B_ROWS:
+        o_n = tl.arange(0, BLOCK_N)
+        p_b += i_column + (o_k[:, None] * num_columns + o_n[None, :])
+        step = BLOCK_K * num_columns
+    else:
+        o_n = tl.minimum(tl.arange(0, BLOCK_N), num_columns - 1 - i_column)
+        p_b += i_column.to(tl.int64) * depth + (o_n[None, :] * depth + o_k[:, None])
+        step = BLOCK_K
+    m_n = (o_n < num_columns - i_column)[None, :]
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_k in tl.range(0, depth, BLOCK_K):
+        if EVEN_K:
+            b_a = tl.load(p_a)
+            if B_ROWS and not EVEN_N:
+                b_b = tl.load(p_b, mask=m_n, other=0.0)
+            else:
+                b_b = tl.load(p_b)
+        else:
+            b_a = tl.load(p_a, mask=(o_k < depth - i_k)[None, :], other=0.0)
+            b_b = tl.load(p_b, mask=(o_k < depth - i_k)[:, None] & m_n, other=0.0)
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision="ieee")
+        p_a += BLOCK_K
+        p_b += step
+    return b_sum
+
+
+@triton.jit
+def _tail(b_t, GELU: tl.constexpr, PRECISE: tl.constexpr):
+    """gelu(−t) / −t for t ≥ 0: Φ(−t), or 1 / (1 + exp(2 u(t))) for tanh.
+
+    Its log2 is nearly a parabola: a polynomial and one exp2 cost less than erf or tanh, and keep the tail's relative precision. The
+    polynomials are of degree 7, with the least greatest relative error on [0, 5.5] and [0, 5], and fall to −∞ beyond. Measured in fp32
+    against fp64, gelu is off by less than 7e-7, and for x < 0 by less than 6e-6 of its value (erf); by 1.6e-5, and 1e-4 of it (tanh).
+    bf16 rounds off up to 2e-3 of a value, fp16 5e-4.
+    """
+    if PRECISE:
+        if GELU == "erf":
+            b_tail = 0.5 - 0.5 * tl.erf(b_t * 0.7071067811865476)
+        else:
+            b_exp = tl.exp(b_t * (-1.5957691216057308 - 0.07135481282553434 * b_t * b_t))
+            b_tail = b_exp / (1.0 + b_exp)
+    else:
+        if GELU == "erf":
+            b_log = b_t * -1.79345375e-06 + 6.09041454e-05
+            b_log = b_t * b_log - 0.000926028762
+            b_log = b_t * b_log + 0.00849375594
+            b_log = b_t * b_log - 0.0539378449
+            b_log = b_t * b_log - 0.458480507
+            b_log = b_t * b_log - 1.15124679
+            b_log = b_t * b_log - 0.99999547
+        else:
+            b_log = b_t * -5.61740708e-05 + 0.00123216258
+            b_log = b_t * b_log - 0.0100884484
+            b_log = b_t * b_log + 0.0324372128
+            b_log = b_t * b_log - 0.0812495574
+            b_log = b_t * b_log - 0.442411691
+            b_log = b_t * b_log - 1.1546514
+            b_log = b_t * b_log - 0.99987793
+        b_tail = tl.exp2(b_log)
+    return b_tail
+
+
+@triton.jit
+def _gelu(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
+    """gelu(x) = max(x, 0) − |x| tail(|x|)."""
+    b_t = tl.abs(b_x)
+    return tl.maximum(b_x, 0.0) - b_t * _tail(b_t, GELU, PRECISE)
+
+
+@triton.jit
+def _gelu_and_slope(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
+    """gelu(x) and gelu'(x) = P + x P', P(x) = gelu(x) / x; P' is the normal density, or 2 u' P (1 − P) for tanh."""
+    b_t = tl.abs(b_x)
+    b_tail = _tail(b_t, GELU, PRECISE)
+    if GELU == "erf":
+        b_density = tl.exp2(b_x * b_x * -0.7213475204444817 - 1.3257480647361593)
+    else:
+        b_density = (b_tail - b_tail * b_tail) * (b_x * b_x * 0.21406443847660303 + 1.5957691216057308)
+    return tl.maximum(b_x, 0.0) - b_t * b_tail, b_x * b_density + tl.where(b_x > 0, 1.0 - b_tail, b_tail)
+
+
+@triton.jit
+def _halves(b_tile):
+    """The left and the right columns of a tile."""
+    return b_tile.reshape(b_tile.shape[0], 2, b_tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _elements(i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of the elements of a `[ROWS, COLUMNS]` part of the output, which of them exist, and which columns do."""
+    o_m, o_n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    o_part = i_row.to(tl.int64) * num_columns + i_column + (o_m[:, None] * num_columns + o_n[None, :])
+    m_part = (o_m < num_rows - i_row)[:, None]
+    if EVEN_N:
+        m_n = tl.full([COLUMNS], 1, tl.int1)
+    else:
+        m_n = o_n < num_columns - i_column
+        m_part &= m_n[None, :]
+    return o_part, m_part, m_n
+
+
+@triton.jit
+def _finish_gelu(
+    b_h,
+    p_bias,
+    p_y,
+    p_pre,
+    i_row,
+    i_column,
+    num_rows,
+    num_columns,
+    GELU: tl.constexpr,
+    PRECISE: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    if PARTS > 1:
+        b_left, b_right = _halves(b_h)
+        i_right = i_column + b_left.shape[1]
+        _finish_gelu(b_left, p_bias, p_y, p_pre, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
+        _finish_gelu(b_right, p_bias, p_y, p_pre, i_row, i_right, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
+    else:
+        o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_h.shape[0], b_h.shape[1])
+        b_bias = tl.load(p_bias + i_column + tl.arange(0, b_h.shape[1]), mask=m_n, other=0.0)
+        b_h += b_bias.to(tl.float32)[None, :]
+        if KEEP:
+            tl.store(p_pre + o_part, b_h.to(p_pre.dtype.element_ty), mask=m_part)
+        tl.store(p_y + o_part, _gelu(b_h, GELU, PRECISE).to(p_y.dtype.element_ty), mask=m_part)
+
+
+@triton.jit
+def _finish_add(b_y, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, PARTS: tl.constexpr):
+    if PARTS > 1:
+        b_left, b_right = _halves(b_y)
+        i_right = i_column + b_left.shape[1]
+        _finish_add(b_left, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS // 2)
+        _finish_add(b_right, p_bias, p_residual, p_y, i_row, i_right, num_rows, num_columns, EVEN_N, PARTS // 2)
+    else:
+        o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_y.shape[0], b_y.shape[1])
+        b_bias = tl.load(p_bias + i_column + tl.arange(0, b_y.shape[1]), mask=m_n, other=0.0)
+        b_residual = tl.load(p_residual + o_part, mask=m_part, other=0.0)
+        b_y += b_bias.to(tl.float32)[None, :] + b_residual.to(tl.float32)
+        tl.store(p_y + o_part, b_y.to(p_y.dtype.element_ty), mask=m_part)
+
+
+@triton.jit
+def _finish_dgelu(
+    b_da,
+    p_pre,
+    p_dpre,
+    p_activation,
+    p_sums,
+    i_row,
+    i_column,
+    num_rows,
+    num_columns,
+    GELU: tl.constexpr,
+    PRECISE: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    if PARTS > 1:
+        b_left, b_right = _halves(b_da)
+        i_right = i_column + b_left.shape[1]
+        _finish_dgelu(
+            b_left, p_pre, p_dpre, p_activation, p_sums, i_row, i_column, num_rows, num_columns, GELU, PRECISE, EVEN_N, PARTS // 2
+        )
+        _finish_dgelu(
+            b_right, p_pre, p_dpre, p_activation, p_sums, i_row, i_right, num_rows, num_columns, GELU, PRECISE, EVEN_N, PARTS // 2
+        )
+    else:
+        o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_da.shape[0], b_da.shape[1])
+        # The slope is exactly 0 there, so that rows beyond the end add nothing to the sums.
+        b_h = tl.load(p_pre + o_part, mask=m_part, other=-1e4).to(tl.float32)
+        b_activation, b_slope = _gelu_and_slope(b_h, GELU, PRECISE)
+        tl.store(p_activation + o_part, b_activation.to(p_activation.dtype.element_ty), mask=m_part)
+        b_dh = b_da * b_slope
+        tl.store(p_dpre + o_part, b_dh.to(p_dpre.dtype.element_ty), mask=m_part)
+        tl.store(p_sums + i_column + tl.arange(0, b_da.shape[1]), tl.sum(b_dh, 0), mask=m_n)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_gelu_fwd_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_y,
+    p_pre,
+    num_rows,
+    num_columns,
+    depth,
+    GELU: tl.constexpr,
+    PRECISE: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of Y = gelu(H), H = X Wᵀ + b; GELU is taken before H is rounded."""
+    i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    b_h = _product(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    _finish_gelu(b_h, p_bias, p_y, p_pre, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_add_fwd_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_residual,
+    p_y,
+    num_rows,
+    num_columns,
+    depth,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of Y = R + X Wᵀ + b; R and Y have dtypes of their own."""
+    i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    b_y = _product(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    _finish_add(b_y, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def dgelu_bwd_kernel(
+    p_grad,
+    p_weight,
+    p_pre,
+    p_dpre,
+    p_activation,
+    p_sums,
+    num_rows,
+    num_columns,
+    depth,
+    GELU: tl.constexpr,
+    PRECISE: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of dH = (dY W) · gelu'(H), of A = gelu(H), and the sums of dH's columns over the tile's rows."""
+    i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    b_da = _product(p_grad, p_weight, i_row, i_column, num_rows, num_columns, depth, True, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    p_sums += (i_row // BLOCK_M).to(tl.int64) * num_columns
+    _finish_dgelu(b_da, p_pre, p_dpre, p_activation, p_sums, i_row, i_column, num_rows, num_columns, GELU, PRECISE, EVEN_N, PARTS)
+
+
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(gelu(H), H), H = x weightᵀ + bias; without `keep` the second one is empty."""
+    y = x.new_empty(len(x), len(weight))
+    pre = torch.empty_like(y) if keep else x.new_empty(0)
+    constants = {"GELU": gelu, "PRECISE": x.dtype is torch.float32, "KEEP": keep}
+    _launch(linear_gelu_fwd_kernel, (x, weight, bias), (y, pre), constants, tile)
+    return y, pre
+
+
+def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
+    """residual + x weightᵀ + bias, in the dtype that torch's sum has."""
+    y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
+    _launch(linear_add_fwd_kernel, (x, weight, bias, residual), (y,), {}, tile)
+    return y
+
+
+def dgelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, gelu: str, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """(dH, gelu(H), sums of dH's columns in fp32), dH = (grad weight) · gelu'(H), from H = `pre`."""
+    d_pre, activation = pre.new_empty(pre.shape), pre.new_empty(pre.shape)
+    sums = pre.new_empty(triton.cdiv(len(pre), tile.blocks["BLOCK_M"]), pre.shape[1], dtype=torch.float32)
+    constants = {"GELU": gelu, "PRECISE": pre.dtype is torch.float32}
+    _launch(dgelu_bwd_kernel, (grad, weight, pre), (d_pre, activation, sums), constants, tile)
+    return d_pre, activation, sums.sum(0)
+
+
+def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], constants: dict[str, Any], tile: Tile) -> None:
+    """A program for each tile of the first output."""
+    rows, columns = outputs[0].shape
+    depth, blocks = inputs[0].shape[1], tile.blocks
+    if not outputs[0].numel():
+        return
+    grid = (triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(columns, blocks["BLOCK_N"]),)
+    even = {"EVEN_N": columns % blocks["BLOCK_N"] == 0, "EVEN_K": depth % blocks["BLOCK_K"] == 0}
+    tensors = (*(tensor.contiguous() for tensor in inputs), *outputs)
+    kernel[grid](*tensors, rows, columns, depth, **constants, **even, **tile.launch())
+
+
+def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
+    """The kernels of a row: both GELUs, both dtypes of a residual. Blocks divide all sizes but one: 128 does not divide ViT-Ti's 192."""
+    tensor = f"*{dtype}"
+    if tile.op == "linear_add_forward":
+        evens = (True, False) if tile.blocks["BLOCK_N"] == 128 else (True,)
+        for residual, even in itertools.product(dict.fromkeys((tensor, "*fp32")), evens):
+            pointers = {"p_x": tensor, "p_weight": tensor, "p_bias": tensor, "p_residual": residual, "p_y": residual}
+            yield _variant(linear_add_fwd_kernel, pointers, {"EVEN_N": even}, tile)
+        return
+    for gelu in ("erf", "tanh"):
+        constants = {"GELU": gelu, "PRECISE": dtype == "fp32", "EVEN_N": True}
+        if tile.op == "dgelu_backward":
+            pointers = dict.fromkeys(("p_grad", "p_weight", "p_pre", "p_dpre", "p_activation"), tensor) | {"p_sums": "*fp32"}
+            yield _variant(dgelu_bwd_kernel, pointers, constants, tile)
+            continue
+        pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y", "p_pre"), tensor)
+        for keep in (True, False):
+            yield _variant(linear_gelu_fwd_kernel, pointers, constants | {"KEEP": keep}, tile)
+
+
+def _variant(kernel: Callable[..., Any], pointers: dict[str, str], constants: dict[str, Any], tile: Tile) -> Variant:
+    return Variant(
+        kernel=kernel,
+        signature=pointers | dict.fromkeys(("num_rows", "num_columns", "depth"), "i32"),
+        constants=constants | {"EVEN_K": True} | dict(tile.blocks),
+        divisible=(*pointers, "num_columns", "depth"),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

@@ -1,0 +1,268 @@
+"""Layer normalisation in one pass each way; adding a residual first costs no pass of its own.
+
+Constants: WIDTH the length of a vector, BLOCK the power of two that holds it, ROWS vectors side by side in a program's registers.
+Backward: PROGRAMS persistent programs, each with one partial sum per parameter, so that the sums have one order on every card;
+STAGES loads in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polyvit_kernels.tiles import Tile, Variant
+
+
+@triton.jit
+def layer_norm_fwd_kernel(
+    p_x,
+    p_residual,
+    p_weight,
+    p_bias,
+    p_sum,
+    p_out,
+    p_mean,
+    p_rstd,
+    rows,
+    stride_x,
+    stride_residual,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Without a residual `p_residual` and `p_sum` are None."""
+    i_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_columns = tl.arange(0, BLOCK)
+    m_rows = i_rows < rows
+    m_columns = i_columns < WIDTH
+    mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & m_columns[None, :]
+    b_weight = tl.load(p_weight + i_columns, m_columns, 0.0).to(tl.float32)
+    b_bias = tl.load(p_bias + i_columns, m_columns, 0.0).to(tl.float32)
+    o_out = i_rows[:, None] * WIDTH + i_columns[None, :]
+    # [ROWS, BLOCK]
+    b_x = tl.load(p_x + i_rows[:, None] * stride_x + i_columns[None, :], mask, 0.0).to(tl.float32)
+    if p_residual is not None:
+        b_x += tl.load(p_residual + i_rows[:, None] * stride_residual + i_columns[None, :], mask, 0.0).to(tl.float32)
+        b_sum = b_x.to(p_sum.dtype.element_ty)
+        tl.store(p_sum + o_out, b_sum, mask)
+        # Backward knows the rounded sum only: it is what must be normalised.
+        b_x = b_sum.to(tl.float32)
+    b_mean = tl.sum(b_x, 1) / WIDTH
+    b_centred = b_x - b_mean[:, None]
+    if WIDTH != BLOCK:
+        b_centred = tl.where(m_columns[None, :], b_centred, 0.0)
+    b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / WIDTH + eps)
+    b_out = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask)
+    tl.store(p_mean + i_rows, b_mean, m_rows)
+    tl.store(p_rstd + i_rows, b_rstd, m_rows)
+
+
+@triton.jit
+def layer_norm_bwd_kernel(
+    p_grad,
+    p_grad_sum,
+    p_x,
+    p_weight,
+    p_mean,
+    p_rstd,
+    p_dx,
+    p_partials,
+    rows,
+    stride_grad,
+    stride_grad_sum,
+    stride_x,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`p_partials` is `[programs, 2, WIDTH]`: of the weight, of the bias. Without a gradient of the sum `p_grad_sum` is None."""
+    i_program = tl.program_id(0)
+    i_columns = tl.arange(0, BLOCK)
+    m_columns = i_columns < WIDTH
+    b_weight = tl.load(p_weight + i_columns, m_columns, 0.0).to(tl.float32)
+    # Summed over rows at the end only: inside the loop that would be a word between warps for every vector.
+    b_d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i_block in tl.range(i_program, tl.cdiv(rows, ROWS), PROGRAMS, num_stages=STAGES):
+        i_rows = i_block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        m_rows = i_rows < rows
+        mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & m_columns[None, :]
+        # [ROWS, BLOCK]; beyond the vectors all but b_normal is 0, and that is multiplied by them.
+        b_x = tl.load(p_x + i_rows[:, None] * stride_x + i_columns[None, :], mask, 0.0).to(tl.float32)
+        b_grad = tl.load(p_grad + i_rows[:, None] * stride_grad + i_columns[None, :], mask, 0.0).to(tl.float32)
+        b_mean = tl.load(p_mean + i_rows, m_rows, 0.0)
+        b_rstd = tl.load(p_rstd + i_rows, m_rows, 0.0)
+        b_normal = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        b_d_weight += b_grad * b_normal
+        b_d_bias += b_grad
+        b_g = b_grad * b_weight[None, :]
+        b_along = tl.sum(b_g * b_normal, 1) / WIDTH
+        b_dx = b_rstd[:, None] * (b_g - (tl.sum(b_g, 1) / WIDTH)[:, None] - b_normal * b_along[:, None])
+        if p_grad_sum is not None:
+            b_dx += tl.load(p_grad_sum + i_rows[:, None] * stride_grad_sum + i_columns[None, :], mask, 0.0).to(tl.float32)
+        tl.store(p_dx + i_rows[:, None] * WIDTH + i_columns[None, :], b_dx.to(p_dx.dtype.element_ty), mask)
+    o_partial = i_program * 2 * WIDTH + i_columns
+    tl.store(p_partials + o_partial, tl.sum(b_d_weight, 0), m_columns)
+    tl.store(p_partials + WIDTH + o_partial, tl.sum(b_d_bias, 0), m_columns)
+
+
+@triton.jit
+def layer_norm_bwd_kernel_parameters(
+    p_partials, p_d_weight, p_d_bias, programs, WIDTH: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """The sums of `p_partials` over the programs, which are loaded all at once."""
+    i_programs = tl.arange(0, BLOCK_PROGRAMS)
+    i_columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    m_columns = i_columns < WIDTH
+    mask = (i_programs < programs)[:, None] & m_columns[None, :]
+    o_partials = i_programs[:, None] * 2 * WIDTH + i_columns[None, :]
+    b_d_weight = tl.sum(tl.load(p_partials + o_partials, mask, 0.0), 0)
+    b_d_bias = tl.sum(tl.load(p_partials + WIDTH + o_partials, mask, 0.0), 0)
+    tl.store(p_d_weight + i_columns, b_d_weight.to(p_d_weight.dtype.element_ty), m_columns)
+    tl.store(p_d_bias + i_columns, b_d_bias.to(p_d_bias.dtype.element_ty), m_columns)
+
+
+_COLUMNS = 16
+_PARAMETER_WARPS = 8
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, tile: Tile
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """(x + residual, that normalised, its means, its reciprocal standard deviations); the first is None without a residual."""
+    width = x.shape[-1]
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    total = None if residual is None else torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    if not x.numel():
+        return total, out, mean, rstd
+    x = _as_rows(x)
+    residual = None if residual is None else _as_rows(residual)
+    launch: Any = layer_norm_fwd_kernel[(triton.cdiv(len(x), tile.blocks["ROWS"]),)]
+    launch(
+        x,
+        residual,
+        weight.contiguous(),
+        bias.contiguous(),
+        total,
+        out,
+        mean,
+        rstd,
+        len(x),
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        **tile.launch(),
+    )
+    return total, out, mean, rstd
+
+
+def backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `x`, with `grad_sum` added when there is one, of the weight and of the bias."""
+    width = x.shape[-1]
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return d_x, weight.new_zeros(width), weight.new_zeros(width)
+    x, grad = _as_rows(x), _as_rows(grad)
+    grad_sum = None if grad_sum is None else _as_rows(grad_sum)
+    programs = min(tile.blocks["PROGRAMS"], -(-len(x) // tile.blocks["ROWS"]))
+    partials = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+    launch: Any = layer_norm_bwd_kernel[(programs,)]
+    launch(
+        grad,
+        grad_sum,
+        x,
+        weight.contiguous(),
+        mean,
+        rstd,
+        d_x,
+        partials,
+        len(x),
+        grad.stride(0),
+        0 if grad_sum is None else grad_sum.stride(0),
+        x.stride(0),
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        **tile.launch(),
+    )
+    d_weight, d_bias = (torch.empty(width, dtype=weight.dtype, device=x.device) for _ in range(2))
+    launch = layer_norm_bwd_kernel_parameters[(triton.cdiv(width, _COLUMNS),)]
+    launch(
+        partials,
+        d_weight,
+        d_bias,
+        programs,
+        WIDTH=width,
+        BLOCK_PROGRAMS=triton.next_power_of_2(tile.blocks["PROGRAMS"]),
+        BLOCK_COLUMNS=_COLUMNS,
+        num_warps=_PARAMETER_WARPS,
+        num_stages=1,
+    )
+    return d_x, d_weight, d_bias
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """`[rows, width]` with adjacent elements in each row, copied only when it does not lie so."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
+    """The kernels of a row for vectors of `dtype` as long as in the usual ViTs, with fp32 weights, without and with a residual.
+
+    An fp32 stream also with branches in bf16, as under autocast.
+    """
+    usual = [width for width in (192, 384, 768, 1024, 1280) if triton.next_power_of_2(width) == tile.features]
+    outs = ("fp32", "bf16") if dtype == "fp32" else (dtype,)
+    for width in usual or [tile.features]:
+        if tile.op == "layer_norm_forward":
+            for out in outs:
+                types = {"p_x": f"*{dtype}", "p_residual": f"*{out}", "p_sum": f"*{dtype}", "p_out": f"*{out}"}
+                yield _variant(layer_norm_fwd_kernel, types, {}, width, tile)
+                yield _variant(layer_norm_fwd_kernel, types, {"p_residual": None, "p_sum": None}, width, tile)
+        else:
+            for out in outs:
+                types = {"p_x": f"*{dtype}", "p_grad": f"*{out}", "p_grad_sum": f"*{dtype}", "p_dx": f"*{dtype}"}
+                yield _variant(layer_norm_bwd_kernel, types, {}, width, tile)
+                yield _variant(layer_norm_bwd_kernel, types, {"p_grad_sum": None}, width, tile)
+            yield _parameters_variant(width, tile)
+
+
+def _variant(kernel: Any, types: dict[str, str], absent: dict[str, None], width: int, tile: Tile) -> Variant:
+    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), **tile.blocks, **absent}
+    names = [name for name in kernel.arg_names if name not in constants]
+    usual = {name: "*fp32" if name.startswith("p_") else "fp32" if name == "eps" else "i32" for name in names}
+    return Variant(
+        kernel=kernel,
+        signature={name: types.get(name, kind) for name, kind in usual.items()},
+        constants=constants,
+        divisible=tuple(name for name in names if name.startswith(("p_", "stride"))),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _parameters_variant(width: int, tile: Tile) -> Variant:
+    pointers = dict.fromkeys(("p_partials", "p_d_weight", "p_d_bias"), "*fp32")
+    block_programs = triton.next_power_of_2(tile.blocks["PROGRAMS"])
+    return Variant(
+        kernel=layer_norm_bwd_kernel_parameters,
+        signature=pointers | {"programs": "i32"},
+        constants={"WIDTH": width, "BLOCK_PROGRAMS": block_programs, "BLOCK_COLUMNS": _COLUMNS},
+        divisible=tuple(pointers),
+        num_warps=_PARAMETER_WARPS,
+        num_stages=1,
+    )

@@ -1,0 +1,47 @@
+"""Records that tests of several rooms build on: tasks and a run that take a second."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from polyvit_fast.config import Decoder, Modality, Model, Optim, Task, Train
+from polyvit_fast.data.synthetic import Synthetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile(Modality):
+    """A small grid that only `Synthetic` can fill."""
+
+    name: ClassVar[str] = "tile"
+    size: int = 16
+    views: int = 1
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        return (1, self.size, self.size, 3)
+
+    @property
+    def tubelet(self) -> tuple[int, int, int]:
+        return (1, 8, 8)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    @property
+    def eval_views(self) -> int:
+        return self.views
+
+    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+        raise ValueError("a tile has no files")
+
+
+def tile_task(**changes) -> Task:
+    values = {"modality": Tile(), "train": Synthetic(num_samples=50), "val": Synthetic(num_samples=30, seed=1), "num_classes": 3}
+    return Task(**(values | {"steps": 10, "batch": 8} | changes))
+
+
+def tiny_config(**changes) -> Train:
+    """Two tasks on synthetic tiles and a two-block model: takes a second to train."""
+    tasks = {"a": tile_task(steps=12), "b": tile_task(steps=8, num_classes=4, loss="sigmoid", multi_label=True)}
+    model = Model(dim=32, depth=2, num_heads=2, mlp_dim=64)
+    return Train(**({"tasks": tasks, "model": model, "optim": Optim(name="adamw", lr=3e-3), "log_every_steps": 5} | changes))
