@@ -36,20 +36,21 @@ def state_bytes(model: nn.Module, optim: Optim) -> int:
 def activation_bytes(model: Model, task: Task, precision: Literal["fp32", "bf16"] = "fp32") -> int:
     """Memory that one micro-batch of `task` holds from its forward to its backward pass.
 
-    Counted is what autograd keeps: per block both inputs of the norms, and the inputs of all four linear layers, the GELU and attention;
-    in bf16 the weights' rounded copies too. Not counted: short-lived results and gradients (about one block's share), the
-    allocator's slack, the input grid, decoded batches.
+    Counted is what autograd keeps: per block both inputs of the norms, and the inputs of attention, the GELU and all linear layers but
+    the last, which is computed again unless there is dropout; in bf16 the weights' rounded copies too. Not counted: short-lived results
+    and gradients (about one block's share), the allocator's slack, the input grid, decoded batches.
     """
     narrow = BF16_BYTES if precision == "bf16" else FP32_BYTES
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
     residual = FP32_BYTES * model.dim
     statistics = FP32_BYTES * (4 + model.num_heads)
+    hidden = (2 if model.dropout else 1) * model.mlp_dim
     masks = 2 * model.dim + model.mlp_dim if model.dropout else 0
-    block = 2 * residual + narrow * (6 * model.dim + 2 * model.mlp_dim + masks) + statistics
+    block = 2 * residual + narrow * (6 * model.dim + hidden + masks) + statistics
     ends = residual * (2 if model.dropout else 1)
-    patches_and_head = narrow * ((tokens - 1) * _tubelet_elements(task.modality) + model.dim)
-    rounded_weights = model.depth * _block_matrices(model) + model.dim * task.num_classes if precision == "bf16" else 0
-    return batch * (tokens * (model.depth * block + ends) + patches_and_head) + BF16_BYTES * rounded_weights
+    weights = model.depth * _block_matrices(model) + model.dim * (_tubelet_elements(task.modality) + task.num_classes)
+    rounded_weights = BF16_BYTES * weights if precision == "bf16" else 0
+    return batch * (tokens * (model.depth * block + ends) + narrow * model.dim) + rounded_weights
 
 
 def _block_matrices(model: Model) -> int:

@@ -1,76 +1,139 @@
-"""Parts of the trunk, with timm's parameter names: `LayerNorm`, `Attention`, `Mlp`, and the pre-norm `Block` made of them."""
+"""Parts of a Vision Transformer with timm's parameter names: `LayerNorm`, `Attention`, `Mlp`, and the pre-norm `Block` made of them."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module as all_modules
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from polyvit_fast.config import Model
 from polyvit_kernels import ops
+from polyvit_kernels.ops.dtypes import matmul_dtype
 
 Tokens = Float[Tensor, "batch tokens dim"]
 
+GELU = {"tanh": partial(functional.gelu, approximate="tanh"), "erf": functional.gelu}
+
 
 class LayerNorm(nn.LayerNorm):
-    """Normalisation of each token, with the eps of JAX's Flax."""
+    """Normalisation of each token, with the eps of JAX's Flax and timm."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__(dim, eps)
 
-    def forward(self, input: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """The normalised tokens."""
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+    def forward(self, input: Float[Tensor, "*batch dim"], out_dtype: torch.dtype | None = None) -> Float[Tensor, "*batch dim"]:
+        """The normalised tokens, in `out_dtype` where it is given: what a matrix product that follows would cast them to."""
+        return ops.layer_norm(input, self.weight, self.bias, self.eps, out_dtype)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; `qkv` gives the queries of all heads, then their keys, then their values."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_heads, self.dropout = model.num_heads, model.dropout
-        self.qkv = nn.Linear(model.dim, 3 * model.dim)
-        self.proj = nn.Linear(model.dim, model.dim)
+        if dim % num_heads:
+            raise ValueError(f"dim = {dim} does not divide by num_heads = {num_heads}")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tokens) -> Tokens:
-        """Every token's weighted mean over all tokens' values, projected."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return functional.dropout(self.proj(ops.attention(qkv).flatten(2)), self.dropout, self.training)
+    def forward(self, x: Tokens, residual: Tokens | None = None) -> Tokens:
+        """Every token's weighted mean over all tokens' values, projected, in training with dropout, and added to `residual`."""
+        mixed = ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))).flatten(2)
+        return _linear_add(mixed, self.proj, self.dropout * self.training, residual)
 
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, dim: int, mlp_dim: int, *, gelu: ops.Gelu = "erf", dropout: float = 0.0) -> None:
         super().__init__()
-        self.gelu: ops.Gelu = model.gelu
-        self.dropout = model.dropout
-        self.fc1 = nn.Linear(model.dim, model.mlp_dim)
-        self.fc2 = nn.Linear(model.mlp_dim, model.dim)
+        self.gelu: ops.Gelu = gelu
+        self.dropout = dropout
+        self.fc1 = nn.Linear(dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, dim)
 
-    def forward(self, x: Tokens) -> Tokens:
-        """Each token by itself through both layers."""
-        if not (self.training and self.dropout):
-            return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.gelu)
-        hidden = functional.dropout(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.gelu), self.dropout)
-        return functional.dropout(self.fc2(hidden), self.dropout)
+    def forward(self, x: Float[Tensor, "*batch dim"], residual: Float[Tensor, "*batch dim"] | None = None) -> Float[Tensor, "*batch dim"]:
+        """Each token by itself through both layers, in training with dropout after each, and added to `residual`."""
+        dropout, plain = self.dropout * self.training, is_plain(self.fc1)
+        if plain and is_plain(self.fc2) and not dropout:
+            return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.gelu, residual)
+        hidden = ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.gelu) if plain else GELU[self.gelu](self.fc1(x))
+        return _linear_add(functional.dropout(hidden, dropout), self.fc2, dropout, residual)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)) (arXiv 2010.11929, eq. 2 and 3)."""
+    """A pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)) (arXiv 2010.11929, eq. 2 and 3).
 
-    def __init__(self, model: Model) -> None:
+    With `rescale_drop_path` a branch that is kept in training is divided by its chance to be kept, as in timm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        gelu: ops.Gelu = "erf",
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        rescale_drop_path: bool = True,
+    ) -> None:
         super().__init__()
-        self.rescale = model.rescale_drop_path
-        self.norm1, self.attn = LayerNorm(model.dim), Attention(model)
-        self.norm2, self.mlp = LayerNorm(model.dim), Mlp(model)
+        self.rescale = rescale_drop_path
+        self.norm1, self.attn = LayerNorm(dim), Attention(dim, num_heads, qkv_bias=qkv_bias, dropout=dropout)
+        self.norm2, self.mlp = LayerNorm(dim), Mlp(dim, mlp_dim, gelu=gelu, dropout=dropout)
+
+    @classmethod
+    def from_config(cls, model: Model) -> Block:
+        """A block of the model that the record describes."""
+        options = {"gelu": model.gelu, "dropout": model.dropout, "rescale_drop_path": model.rescale_drop_path}
+        return cls(model.dim, model.num_heads, model.mlp_dim, **options)
 
     def forward(self, x: Tokens, drop_path_rate: float = 0.0) -> Tokens:
         """The tokens after both branches; in training each branch is left out of an example with the chance `drop_path_rate`."""
-        rate = drop_path_rate if self.training else 0.0
-        x = add_branch(x, self.attn(self.norm1(x)), rate, self.rescale)
-        return add_branch(x, self.mlp(self.norm2(x)), rate, self.rescale)
+        dtype = matmul_dtype(x)
+        if self.training and drop_path_rate:
+            x = add_branch(x, self.attn(self.norm1(x, dtype)), drop_path_rate, self.rescale)
+            return add_branch(x, self.mlp(self.norm2(x, dtype)), drop_path_rate, self.rescale)
+        x = self.attn(self.norm1(x, dtype), x)
+        return self.mlp(self.norm2(x, dtype), x)
+
+
+def is_plain(linear: Any) -> bool:
+    """Whether a call of `linear` is x Wᵀ + b and nothing else, so that an operation may read its parameters instead.
+
+    Not so for an adapter in its place, with hooks, with parametrised, quantised or sharded weights, or without a bias: call those.
+    """
+    return type(linear) in _LINEAR and is_untouched(linear) and type(linear.weight) in PLAIN and type(linear.bias) in PLAIN
+
+
+PLAIN = (nn.Parameter, Tensor)
+"""Tensors of torch's own kind, neither quantised nor sharded."""
+
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of `module` is its class's `forward` and nothing else."""
+    return "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` runs hooks, its own or those of all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or all_modules._has_any_global_hook()
+    )
 
 
 def add_branch(x: Tokens, branch: Tokens, drop_path_rate: float, rescale: bool) -> Tokens:
@@ -87,3 +150,10 @@ def add_branch(x: Tokens, branch: Tokens, drop_path_rate: float, rescale: bool) 
 def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:
     """A chance per block: from 0 in the first, linearly to `drop_path_rate` in the last."""
     return [drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
+
+
+def _linear_add(x: Tensor, linear: Any, dropout: float, residual: Tensor | None) -> Tensor:
+    if residual is not None and is_plain(linear) and not dropout:
+        return ops.linear_add(x, linear.weight, linear.bias, residual)
+    branch = functional.dropout(linear(x), dropout)
+    return branch if residual is None else residual + branch

@@ -31,7 +31,7 @@ class PolyViT(nn.Module):
         self.depth = model.depth
         self.modality_of = {task: modality for task, (modality, _) in heads.items()}
         self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model) for name, modality in modalities.items()})
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model.depth - model.num_adaptor_layers))
+        self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.depth - model.num_adaptor_layers))
         self.norm = LayerNorm(model.dim)
         self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
         initialise(self, seed)

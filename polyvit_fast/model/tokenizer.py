@@ -32,7 +32,7 @@ class Tokenizer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(model.dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, model.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, modality.num_tokens, model.dim))
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model.num_adaptor_layers))
+        self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.num_adaptor_layers))
         for name, values in zip(("mean", "std"), modality.normalisation, strict=True):
             if len(values) != channels:
                 raise ValueError(f"{modality.name}: the {name} has {len(values)} numbers for {channels} channels")

@@ -1,21 +1,35 @@
-from dataclasses import replace
-
 import pytest
 import torch
+from compare import assert_within_rule, outputs_and_gradients
+from torch import nn
 
 from polyvit_fast.config import Model
-from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, add_branch, drop_path_ramp
-
-MODEL = Model(dim=32, depth=3, num_heads=4, mlp_dim=64)
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, add_branch, drop_path_ramp, has_hooks, is_plain, is_untouched
+from polyvit_kernels import ops
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def block(model=MODEL):
+def block(**options):
     torch.manual_seed(0)
-    return Block(model)
+    return Block(32, 4, 64, **options)
+
+
+PARTS = {"attention": lambda **options: Attention(32, 4, **options), "mlp": lambda **options: Mlp(32, 64, **options)}
+
+
+class LowRank(nn.Module):
+    """An adapter around a layer, as LoRA's, whose weight is the layer's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
 
 
 def test_layer_norm_has_the_eps_of_flax():
@@ -25,7 +39,7 @@ def test_layer_norm_has_the_eps_of_flax():
 
 
 def test_attention_equals_torchs_own_module():
-    ours = Attention(MODEL)
+    ours = Attention(32, 4)
     theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     theirs.load_state_dict(
         {
@@ -41,7 +55,7 @@ def test_attention_equals_torchs_own_module():
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_block_is_the_paper_s_equation(gelu):
-    b = block(replace(MODEL, gelu=gelu))
+    b = block(gelu=gelu)
     x = normal(2, 7, 32)
     y = x + b.attn(b.norm1(x))
     activation = torch.nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
@@ -72,7 +86,7 @@ def test_branches_are_left_out_per_example_with_the_given_chance(rescale, kept_v
 
 def test_both_branches_are_left_out_independently():
     torch.manual_seed(0)
-    b = block().train()
+    b = block(rescale_drop_path=False).train()
     with torch.no_grad():
         for parameter in b.parameters():
             parameter.zero_()
@@ -85,9 +99,9 @@ def test_both_branches_are_left_out_independently():
 
 
 def test_evaluation_drops_nothing():
-    b = block(replace(MODEL, dropout=0.5)).eval()
+    b = block(dropout=0.5).eval()
     x = normal(3, 5, 32)
-    assert torch.equal(b(x, 0.9), block(MODEL)(x))
+    assert torch.equal(b(x, 0.9), block()(x))
 
 
 def test_a_dropped_branch_gives_no_gradient_and_the_input_keeps_its_own():
@@ -101,10 +115,10 @@ def test_a_dropped_branch_gives_no_gradient_and_the_input_keeps_its_own():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("part", [Attention, Mlp])
+@pytest.mark.parametrize("part", PARTS)
 def test_dropout_acts_in_training_alone_and_keeps_the_mean(part):
     torch.manual_seed(0)
-    module = part(replace(MODEL, dropout=0.3))
+    module = PARTS[part](dropout=0.3)
     x = normal(1, 4, 32)
     exact = module.eval()(x)
     with torch.no_grad():
@@ -115,7 +129,7 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean(part):
 
 def test_dropout_of_the_hidden_layer():
     torch.manual_seed(0)
-    mlp = Mlp(replace(MODEL, dropout=0.3)).train()
+    mlp = Mlp(32, 64, dropout=0.3).train()
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.fill_(1.0)
@@ -131,3 +145,109 @@ def test_half_precision_branch_joins_a_full_precision_residual():
         out = block().train()(normal(4, 5, 32), 0.3)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.mean(), block().eval()(normal(4, 5, 32)).mean(), rtol=0, atol=0.1)
+
+
+def timm_block(**changes):
+    from timm.models.vision_transformer import Block as TimmBlock
+
+    return TimmBlock(32, 4, 2.0, qkv_bias=True, **changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_block_is_timm_s_with_timm_s_weights(precision):
+    ours, theirs = block(), timm_block()
+    ours.load_state_dict(theirs.state_dict())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    names = [name for name, _ in ours.named_parameters()]
+    inputs = {name.replace(".", "_"): parameter.detach() for name, parameter in theirs.named_parameters()} | {"x": normal(2, 7, 32)}
+
+    def run(module, dtype, **values):
+        x = values.pop("x")
+        parameters = {name: values[name.replace(".", "_")] for name in names}
+        return torch.func.functional_call(module.to(dtype), parameters, (x,))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        rounded = {name: value.to(dtype) for name, value in inputs.items()}
+        found = outputs_and_gradients(lambda **values: run(ours, dtype, **values), rounded)
+        yardstick = outputs_and_gradients(lambda **values: run(theirs, dtype, **values), rounded)
+    exact = {name: value.double() for name, value in rounded.items()}
+    true = outputs_and_gradients(lambda **values: run(theirs, torch.float64, **values), exact)
+    assert_within_rule(found, yardstick, true, torch.float32 if precision == "fp32" else torch.bfloat16)
+
+
+def test_blocks_of_a_record_and_of_numbers():
+    model = Model(dim=32, num_heads=4, mlp_dim=64, gelu="tanh", dropout=0.25, rescale_drop_path=True)
+    of_record, of_numbers = Block.from_config(model), block(gelu="tanh", dropout=0.25)
+    assert [tuple(p.shape) for p in of_record.parameters()] == [tuple(p.shape) for p in of_numbers.parameters()]
+    assert (of_record.mlp.gelu, of_record.mlp.dropout, of_record.attn.dropout, of_record.rescale) == ("tanh", 0.25, 0.25, True)
+    assert not Block.from_config(Model()).rescale
+    assert Attention(32, 4, qkv_bias=False).qkv.bias is None
+
+
+def test_width_that_does_not_divide_into_heads():
+    with pytest.raises(ValueError, match="dim = 32 does not divide by num_heads = 5"):
+        Attention(32, 5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("part", PARTS)
+def test_residual_is_added_after_dropout(part, dropout):
+    torch.manual_seed(0)
+    module = PARTS[part](dropout=dropout)
+    x, residual = normal(2, 5, 32), normal(2, 5, 32, seed=1)
+    torch.manual_seed(1)
+    branch = module(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(module(x, residual), residual + branch, rtol=1e-5, atol=1e-6)
+
+
+def test_block_without_dropping_is_made_of_fused_operations(monkeypatch):
+    called = []
+    for name in ("layer_norm", "attention", "linear_add", "mlp"):
+        function = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, name=name, function=function: (called.append(name), function(*args))[1])
+    block()(normal(2, 5, 32), 0.0)
+    assert called == ["layer_norm", "attention", "linear_add", "layer_norm", "mlp"]
+
+
+def test_norms_give_what_the_next_product_wants():
+    norm = LayerNorm(32)
+    assert norm(normal(2, 32), torch.bfloat16).dtype == torch.bfloat16
+    assert norm(normal(2, 32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_adapters_and_hooks_on_layers_are_used(path):
+    plain, adapted, hooked = block(), block(), block()
+    base = adapted.get_submodule(path)
+    torch.manual_seed(1)
+    adapted.set_submodule(path, LowRank(base))
+    low_rank = adapted.get_submodule(path)
+    hooked.get_submodule(path).register_forward_hook(lambda module, args, out: out + low_rank.up(low_rank.down(args[0])))
+    x = normal(2, 5, 32)
+    torch.testing.assert_close(adapted(x), hooked(x))
+    assert (adapted(x) - plain(x)).abs().max() > 1e-3
+    adapted(x).sum().backward()
+    assert low_rank.down.weight.grad.abs().max() > 0
+
+
+def test_what_a_plain_linear_layer_is():
+    assert is_plain(nn.Linear(2, 3))
+    assert not is_plain(nn.Linear(2, 3, bias=False))
+    assert not is_plain(LowRank(nn.Linear(2, 3)))
+    assert not is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
+    assert not is_plain(nn.LazyLinear(3))
+    hooked, replaced = nn.Linear(2, 3), nn.Linear(2, 3)
+    handle = hooked.register_forward_pre_hook(lambda module, args: None)
+    replaced.forward = lambda x: x
+    assert not is_plain(hooked)
+    assert not is_plain(replaced)
+    assert has_hooks(hooked)
+    assert not has_hooks(replaced)
+    assert not is_untouched(replaced)
+    handle.remove()
+    assert is_plain(hooked)
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    assert not is_plain(hooked)
+    everywhere.remove()
+    assert is_plain(hooked)
