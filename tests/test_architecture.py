@@ -71,11 +71,16 @@ def test_nothing_loads_a_pickle(path):
     assert not re.search(r"torch\.(load|save)\(|\bpickle\b|allow_pickle=True", text)
 
 
-def test_importing_the_package_or_an_experiment_loads_no_decoder():
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_kernels_have_no_atomics_and_are_not_tuned_at_run_time(path):
+    assert not re.search(r"\batomic_|\bautotune\b|\bheuristics\b", path.read_text())
+
+
+def test_importing_the_package_or_an_experiment_loads_no_decoder_and_no_compiler():
     code = "import sys; from polyvit_fast import experiments; [experiments.load(n) for n in experiments.names()]; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
     assert "polyvit_fast.experiments.smoke" in loaded
-    assert not {"nvidia.dali", "av", "matplotlib"} & set(loaded)
+    assert not {"nvidia.dali", "av", "matplotlib", "triton"} & set(loaded)
 
 
 def test_every_module_has_its_test_file():

@@ -10,12 +10,12 @@ from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_plan
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
 def wildlife(tmp_path, monkeypatch) -> str:
-    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    (tmp_path / "wildlife.py").write_text(code)
+    (tmp_path / "wildlife.py").write_text(CODE[0])
     monkeypatch.chdir(tmp_path)
     return "wildlife.py"
 
@@ -40,14 +40,25 @@ def test_every_command_and_flag_exists(wildlife, capsys):
     with pytest.raises(SystemExit):
         cli.run(["train", wildlife, "--help"])
     help_text = capsys.readouterr().out
-    flags = set(re.findall(r"--(?!tasks|checkpoint|benchmark)[a-z][a-z.-]+", TEXT)) - {"--help"}
+    lines = "\n".join(line for line in TEXT.splitlines() if "polyvit_kernels.aot" not in line and "benchmarks/gpu.py" not in line)
+    flags = set(re.findall(r"--(?!tasks|checkpoint|benchmark)[a-z][a-z.-]+", lines)) - {"--help"}
     assert {flag for flag in flags if flag not in help_text} == set()
+
+
+def test_the_model_of_another_library_is_fused_as_shown(capsys):
+    scope = {}
+    exec(CODE[1], scope)
+    assert not scope["report"].left
+    assert "ViTLayer" in str(scope["report"])
+    assert "of allowed" in capsys.readouterr().out
 
 
 def test_every_schedule_and_file_is_named(wildlife):
     assert all(f"| `{name}`" in TEXT for name in SCHEDULES)
     tree = TEXT[TEXT.index("## The code, a line a file") :]
-    files = [path for path in (ROOT / "polyvit_fast").rglob("*.py") if path.parent.name != "experiments" and not path.name.startswith("__")]
+    rooms = (ROOT / "polyvit_fast", ROOT / "kernels" / "polyvit_kernels", ROOT / "benchmarks")
+    files = [path for room in rooms for path in room.rglob("*.py") if path.parent.name not in ("experiments", "ops")]
+    files = [path for path in files if not path.name.startswith(("__", "bench_", "conftest"))]
     assert [path.name for path in files if path.name not in tree] == []
     assert [name for name in experiments.names() if name not in tree] == []
 

@@ -32,6 +32,8 @@ _FINE = (
     ((193, 208), (128, 64, 16)),
     ((209, 256), (128, 128, 0)),
 )
+# sm_80 spills with 64 + 16.
+_FINE_AMPERE = (_FINE[0], ((65, 128), (128, 0, 0)), *_FINE[3:])
 _COARSE = (((1, 64), (64, 0, 0)), ((65, 128), (128, 0, 0)), ((129, 192), (128, 64, 0)), ((193, 256), (128, 128, 0)))
 
 
@@ -53,7 +55,7 @@ _ATTENTION_SHORT_FORWARD = tuple(
         *((archs, features, 64, 8) for archs in (_AMPERE, _SMALL) for features in (80, 128)),
         *((archs, features, 64, 4) for archs in (_HOPPER, _BLACKWELL) for features in (32, 64, 80, 128)),
     )
-    for tokens, keys in (_FINE if features == 64 else _COARSE)
+    for tokens, keys in ((_FINE_AMPERE if archs == _AMPERE else _FINE) if features == 64 else _COARSE)
 )
 
 # Where no row is, the two-phase kernel of `_ATTENTION_LONG_BACKWARD` does it.
@@ -91,7 +93,8 @@ _ATTENTION_LONG_FORWARD = tuple(
     )
     for archs, features, block_m, block_n, stages in (
         *((archs, features, 128, 64, 2) for archs in (_AMPERE, _SMALL) for features in (32, 64)),
-        *((archs, features, 64, 64, 2) for archs in (_AMPERE, _SMALL) for features in (80, 128)),
+        *((_AMPERE, features, 64, 64, 2) for features in (80, 128)),
+        *((_SMALL, features, 64, 64, stages) for features, stages in ((80, 1), (128, 2))),
         *((archs, features, 128, 64, 3) for archs in (_HOPPER, _BLACKWELL) for features in (32, 64)),
         *((archs, features, 128, 64, 2) for archs in (_HOPPER, _BLACKWELL) for features in (80, 128)),
     )

@@ -6,7 +6,6 @@ polyvit-fast train demo && python tests/files/record_activations.py runs/demo
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -4,10 +4,9 @@ import jaxtyping
 import pytest
 import torch
 from ahead_of_time import build_library, run_aot
-from compare import DEVICE
-from torch._library.custom_ops import OPDEFS
+from interpreted import on_kernels as on_kernels  # a fixture
 
-from polyvit_kernels import aot, tiles
+from polyvit_kernels import aot
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +24,6 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture
-def on_kernels(monkeypatch):
-    """The public operations as on a GPU: what is registered for CUDA runs, here in Triton's interpreter with an H100's rows.
-
-    The interpreter multiplies no bf16, so tensors are fp32 and take the rows of bf16.
-    """
-    if DEVICE.type == "cuda":
-        return
-    real = tiles.pick
-
-    def pick(op, arch, dtype, **sizes):
-        return real(op, arch, torch.bfloat16 if dtype is torch.float32 else dtype, **sizes)
-
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    monkeypatch.setattr(tiles, "pick", pick)
-    for name, operation in OPDEFS.items():
-        if name.startswith("polyvit::"):
-            monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
 
 
 @pytest.fixture(scope="session")

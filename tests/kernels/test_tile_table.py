@@ -14,8 +14,9 @@ OPS = sorted({tile.op for tile in TABLE})
 
 
 def test_no_row_is_hidden_by_an_earlier_one():
-    for index, tile in enumerate(TABLE):
-        for earlier in TABLE[:index]:
+    by_hand = [tile for tile in TABLE if not tile.source.endswith(".json")]  # measured rows take their places
+    for index, tile in enumerate(by_hand):
+        for earlier in by_hand[:index]:
             hidden = (
                 earlier.op == tile.op
                 and set(tile.archs) <= set(earlier.archs)

@@ -1,5 +1,6 @@
 """What holds for every test of a model."""
 
+from interpreted import on_kernels as on_kernels  # a fixture
 from torchvision_without_extension import declare_operators
 
 # timm and, where it is installed, transformers import torchvision.

@@ -77,6 +77,14 @@ def test_fused_models_are_as_exact_as_their_own_code(name, mode, calls):
     assert_as_exact(fused, plain, batch)
 
 
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("name", ["Hugging Face ViT", "Hugging Face ViViT", "Hugging Face AST", "timm ViT", "torchvision ViT"])
+def test_fused_models_on_the_kernels_themselves(name):
+    model, batch = FAMILIES[name]()
+    fused, plain = pair(model.eval())
+    assert_as_exact(fused, plain, batch)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fused_models_under_autocast(name):
     model, batch = FAMILIES[name]()

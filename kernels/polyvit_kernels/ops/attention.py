@@ -180,9 +180,10 @@ _attention.register_autograd(_differentiate, setup_context=_keep)
 _attention_varlen.register_autograd(_differentiate_varlen, setup_context=_keep)
 
 
-def _split(qkv: Tensor) -> tuple[Tensor, ...]:
+def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each `[batch, heads, tokens, head_dim]`."""
-    return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return q, k, v
 
 
 def _empty_like_out(qkv: Tensor) -> tuple[Tensor, Tensor]:

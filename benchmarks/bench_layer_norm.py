@@ -1,0 +1,104 @@
+"""LayerNorm, by itself and after the addition of a residual, each way, against compilers and Liger.
+
+Run: pytest benchmarks/bench_layer_norm.py. After an addition the sum goes on as the residual stream, so that it too has a gradient.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import compare
+import peers
+import pytest
+import torch
+from card import DEVICE, DTYPE, HAS_GPU, Cost
+from problem import BACKWARD, EAGER, FORWARD, OURS, Contender, Inputs, Operation, Problem, Target
+from torch import Tensor
+from torch.nn import functional
+
+import polyvit_kernels
+from polyvit_kernels import reference
+
+EPS = 1e-6
+# (rows, dim): ViT-B/16 and ViT-S/16 on 256 images.
+SHAPES = [(50_432, 768), (50_432, 384)] if HAS_GPU else [(1_970, 192)]
+SAMPLE = 3_001  # rows that are held to the truth
+TARGETS = {FORWARD: Target(us=85, ratio=1.0), BACKWARD: Target(us=95, ratio=1.0)}
+
+
+def eager_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def eager_add_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, eager_norm(total, weight, bias)
+
+
+def our_add_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return polyvit_kernels.add_layer_norm(x, residual, weight, bias, EPS)
+
+
+def true_add_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return x + residual, reference.layer_norm(x + residual, weight, bias, EPS)
+
+
+def problem_of(shape: Sequence[int]) -> Problem:
+    return _problem("LayerNorm", shape, {}, polyvit_kernels.layer_norm, eager_norm, reference.layer_norm, {})
+
+
+def problem_with_residual_of(shape: Sequence[int]) -> Problem:
+    residual = {"residual": torch.randn(*shape, device=DEVICE, dtype=DTYPE)}
+    targets = TARGETS if tuple(shape) == SHAPES[0] else {}
+    return _problem("add + LayerNorm", shape, residual, our_add_norm, eager_add_norm, true_add_norm, targets)
+
+
+def _problem(
+    title: str, shape: Sequence[int], residual: Inputs, ours: Operation, eager: Operation, true: Operation, targets: dict[str, Target]
+) -> Problem:
+    rows, dim = shape
+    inputs = {"x": torch.randn(rows, dim, device=DEVICE, dtype=DTYPE)}
+    inputs |= {"weight": torch.randn(dim, device=DEVICE, dtype=DTYPE), "bias": torch.randn(dim, device=DEVICE, dtype=DTYPE)} | residual
+    sample = {name: tensor[:SAMPLE] for name, tensor in inputs.items()}
+    one = rows * dim * inputs["x"].element_size()
+    parts = len(residual)
+    return Problem(
+        title=f"{title} | {rows}×{dim}",
+        inputs=inputs,
+        check=partial(compare.assert_as_exact_as_torch, _joined(ours), _joined(eager), _joined(true), sample, DTYPE),
+        contenders={
+            OURS: Contender(operation=ours),
+            EAGER: Contender(operation=eager),
+            **peers.compiled(eager),
+            **peers.liger_layer_norm(),
+        },
+        # In: x, the residual; out: the sum, the normalised. Backward in: dy, x (the sum), the sum's gradient; out: dx.
+        costs={FORWARD: Cost(num_bytes=(2 + 2 * parts) * one), BACKWARD: Cost(num_bytes=(3 + parts) * one)},
+        amount=rows,
+        unit="rows",
+        rows={direction: ((f"layer_norm_{direction}", 1, dim),) for direction in (FORWARD, BACKWARD)},
+        targets=targets,
+    )
+
+
+def _joined(operation: Operation) -> Operation:
+    """All results in one tensor, as the comparison takes one."""
+
+    def run(**inputs: Tensor) -> Tensor:
+        results = operation(**inputs)
+        return torch.stack(results) if isinstance(results, tuple) else results
+
+    return run
+
+
+@pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LIGER])
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_layer_norm(report, shape, direction, contender):
+    report(problem_with_residual_of, shape, direction, contender)
+
+
+@pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LIGER])
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
+def test_layer_norm(report, shape, direction, contender):
+    report(problem_of, shape, direction, contender)

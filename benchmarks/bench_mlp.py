@@ -1,0 +1,94 @@
+"""The MLP of a block with the exact GELU, each way, without and with the residual, against compilers and cuBLASLt's fused GELU.
+
+Run: pytest benchmarks/bench_mlp.py. The forward is a training step's: it keeps what the backward needs.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import compare
+import peers
+import pytest
+import torch
+from card import DEVICE, DTYPE, HAS_GPU, Cost
+from problem import BACKWARD, EAGER, FORWARD, OURS, Contender, Inputs, Problem, Target
+from torch import Tensor
+from torch.nn import functional
+
+import polyvit_kernels
+from polyvit_kernels import reference
+
+# (rows, dim, hidden): ViT-B/16 on 128 images; ViT-S/16 on 256.
+SHAPES = [(25_216, 768, 3072), (50_432, 384, 1536)] if HAS_GPU else [(394, 64, 256)]
+SAMPLE = 2_000  # rows that are held to the truth: as many as take the same row of the table, with a part of a tile
+TARGETS = {FORWARD: Target(us=390, ratio=1.12), BACKWARD: Target(us=800, ratio=1.1)}
+
+
+def eager_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    y = functional.linear(functional.gelu(functional.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return y if residual is None else residual + y
+
+
+def our_mlp(**inputs: Tensor) -> Tensor:
+    return polyvit_kernels.mlp(gelu="erf", **inputs)
+
+
+def true_mlp(**inputs: Tensor) -> Tensor:
+    return reference.mlp(kind="erf", **inputs)
+
+
+def problem_of(shape: Sequence[int]) -> Problem:
+    return _problem(shape, {})
+
+
+def problem_with_residual_of(shape: Sequence[int]) -> Problem:
+    rows, dim, _ = shape
+    return _problem(shape, {"residual": torch.randn(rows, dim, device=DEVICE, dtype=DTYPE)})
+
+
+def _problem(shape: Sequence[int], residual: Inputs) -> Problem:
+    rows, dim, hidden = shape
+    sizes = {"x": (rows, dim), "fc1_weight": (hidden, dim), "fc1_bias": (hidden,), "fc2_weight": (dim, hidden), "fc2_bias": (dim,)}
+    inputs = {name: torch.randn(size, device=DEVICE, dtype=DTYPE) / size[-1] ** 0.5 for name, size in sizes.items()}
+    inputs["x"] *= dim**0.5
+    inputs |= residual
+    sample = {name: tensor[:SAMPLE] if name in ("x", "residual") else tensor for name, tensor in inputs.items()}
+    size, parts = inputs["x"].element_size(), len(residual)
+    weights, product = 2 * dim * hidden, 2 * rows * dim * hidden
+    # In: x, the residual, the weights; out: y, the pre-activation. Backward in: dy, x, the pre-activation, the weights; out: dx, dw.
+    costs = {
+        FORWARD: Cost(num_bytes=size * ((2 + parts) * rows * dim + rows * hidden + weights), flops=2 * product),
+        BACKWARD: Cost(num_bytes=size * (3 * rows * dim + rows * hidden + 2 * weights), flops=4 * product),
+    }
+    return Problem(
+        title=f"MLP{' + residual' * parts} | {rows}×{dim}→{hidden}→{dim}",
+        inputs=inputs,
+        check=partial(compare.assert_as_exact_as_torch, our_mlp, eager_mlp, true_mlp, sample, DTYPE),
+        contenders={
+            OURS: Contender(operation=our_mlp),
+            EAGER: Contender(operation=eager_mlp),
+            **peers.compiled(eager_mlp),
+            **peers.cublaslt_gelu(),
+        },
+        costs=costs,
+        amount=rows,
+        unit="rows",
+        rows={
+            FORWARD: (("linear_gelu_forward", rows, dim), *[("linear_add_forward", rows, hidden)] * parts),
+            BACKWARD: (("dgelu_backward", rows, dim),),
+        },
+        targets=TARGETS if shape[0] == 25_216 and not residual else {},
+    )
+
+
+@pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LINEAR_GELU])
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize(
+    ("problem_of", "shape"),
+    [(problem_of, SHAPES[0]), (problem_with_residual_of, SHAPES[0]), *((problem_of, shape) for shape in SHAPES[1:])],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_mlp(report, problem_of, shape, direction, contender):
+    report(problem_of, shape, direction, contender)

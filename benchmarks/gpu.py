@@ -1,0 +1,233 @@
+"""Everything that needs a GPU, by one command with one table at its end: kernel tests, tuning, kernel benchmarks against peers.
+
+    python benchmarks/gpu.py --out DIR                    in nine minutes at most
+    python benchmarks/gpu.py --out DIR --minutes 5 --skip-tuning
+    python benchmarks/gpu.py --out DIR --small            every part on the CPU's path, to see that it works
+
+torch, triton, pytest, pytest-benchmark and this checkout are all it needs; nothing need be installed. A part that fails or has used up its
+time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time of every call), tuning.json,
+tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Status 0 when all parts ended well, 1 when one did not, 2
+without a GPU.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import card
+from tables import Measurement, kernel_lines
+from tune import NOBODY_HERE, RESULTS, TABLE_PATH
+
+FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
+BENCHES = {"attention": 80, "mlp": 85, "layer_norm": 40, "update": 25, "patch_embed": 30, "cross_entropy": 25}
+"""Files bench_<name>.py, and about how long each takes on an H200, in seconds."""
+TESTS_SECONDS, TUNING_SECONDS = 90, 160
+NEED_NO_GPU = ("aot", "c_table", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
+WORKERS = 8
+LAST_SECONDS = 5  # for the table
+GRACE_SECONDS = 10  # between a request to end and the end
+LONGEST_STEP = 20  # seconds that a part may take after it was told to begin nothing new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A command; `weight` is its share of the time. With `told`, it takes `--seconds` and ends by itself."""
+
+    name: str
+    command: tuple[str, ...]
+    weight: float
+    told: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a part ended: its last words, and whether it did all that it should."""
+
+    name: str
+    seconds: float
+    is_well: bool
+    words: str
+
+
+def limit(left: float, weights: Sequence[float]) -> float:
+    """Seconds for the first of the parts that are to come: its share of what is left, so that haste serves those after it."""
+    return left * weights[0] / sum(weights)
+
+
+def parts(out: Path, *, tuning: bool, is_small: bool) -> list[Part]:
+    """What is run, in order."""
+    found = [Part(name="tests", command=_tests(is_small), weight=TESTS_SECONDS, told=False)]
+    if tuning:
+        small = ("--small", "--ops", "update") if is_small else ()
+        found.append(Part(name="tuning", command=(str(card.ROOT / "benchmarks" / "tune.py"), *small), weight=TUNING_SECONDS))
+    if is_small:
+        return [*found, _bench("kernels", list(BENCHES), out, sum(BENCHES.values()), "--rounds=1", "--calls=1")]
+    return found + [_bench(name, [name], out, weight) for name, weight in BENCHES.items()]
+
+
+def _tests(is_small: bool) -> tuple[str, ...]:
+    """The kernels' tests without `tests/conftest.py`, which needs all that training needs, and without run-time type checks."""
+    folder = card.ROOT / "tests" / "kernels"
+    options = ("-o", "addopts=--strict-markers", f"--confcutdir={folder}", "-p", "no:benchmark")
+    if is_small:
+        return ("-m", "pytest", "-q", *_QUIET, *options, str(folder / "test_rows.py"))
+    options += ("-n", str(min(WORKERS, len(os.sched_getaffinity(0))))) if card.is_installed("xdist") else ()
+    return ("-m", "pytest", "-q", *_QUIET, *options, str(folder), *(f"--ignore={folder / f'test_{name}.py'}" for name in NEED_NO_GPU))
+
+
+def _bench(name: str, files: Sequence[str], out: Path, weight: float, *options: str) -> Part:
+    paths = [str(card.ROOT / "benchmarks" / f"bench_{file}.py") for file in files]
+    command = ("-m", "pytest", "-q", *_QUIET, f"--benchmark-json={_json(out, name)}", *options, *paths)
+    return Part(name=f"benchmark of {name}", command=command, weight=weight)
+
+
+# A warning of another version of a library is no failure here.
+_QUIET = ("-W", "default", "-p", "no:cacheprovider", "-rfE")
+
+
+def _json(out: Path, name: str) -> Path:
+    return out / f".{name}.json"
+
+
+def run(part: Part, seconds: float, log: TextIO, variables: dict[str, str]) -> Ended:
+    """Run a part for so long at most; its output goes to the log."""
+    soft = ("--seconds", f"{max(seconds - LONGEST_STEP, seconds / 2):.0f}") if part.told else ()
+    log.write(f"\n===== {part.name}\n")
+    log.flush()
+    start, place = time.monotonic(), log.tell()
+    command = [sys.executable, *part.command, *soft]
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=card.ROOT, env=variables, process_group=0)
+    is_late = False
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        is_late = True
+    finally:
+        _end(process)
+    with open(log.name) as file:
+        file.seek(place)
+        words = last_words(file.read())
+    taken = time.monotonic() - start
+    if is_late:
+        return Ended(name=part.name, seconds=taken, is_well=False, words=f"out of time; {words}")
+    status = "" if not process.returncode else f"status {process.returncode}; "
+    return Ended(name=part.name, seconds=taken, is_well=not process.returncode, words=f"{status}{words}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop what still runs: an interrupt first, after which pytest writes what it has."""
+    for number, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def last_words(output: str) -> str:
+    """Pytest's count and the first failures, or the last line of another command."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    failed = [re.sub(r" - .*", "", line) for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|skipped|error).* in [\d.]+s", line)]
+    words = counts[-1:] or lines[-1:] or ["no output"]
+    more = [f"and {len(failed) - 3} more"] if len(failed) > 3 else []
+    return "; ".join([*words, *(failed[:3]), *more])
+
+
+def measurements(document: dict[str, Any]) -> Iterator[Measurement]:
+    """Of pytest-benchmark's file."""
+    for bench in document["benchmarks"]:
+        yield Measurement(group=bench["group"], median=bench["stats"]["median"], info=bench["extra_info"])
+
+
+def gather(out: Path) -> dict[str, Any]:
+    """All parts' benchmarks in one document, in `benchmarks.json`."""
+    merged: dict[str, Any] = {"benchmarks": []}
+    for name in (*BENCHES, "kernels"):
+        path = _json(out, name)
+        if path.exists() and path.stat().st_size:
+            found = json.loads(path.read_text())
+            merged = {**found, "benchmarks": [*merged["benchmarks"], *found["benchmarks"]]}
+        path.unlink(missing_ok=True)
+    (out / "benchmarks.json").write_text(json.dumps(merged, indent=1) + "\n")
+    return merged
+
+
+def tuning_lines(path: Path, began: float) -> list[str]:
+    """A line for each case that got other blocks in this run."""
+    if not path.exists() or path.stat().st_mtime < began:
+        return []
+    cases = json.loads(path.read_text())["cases"]
+    changed = [case for case in cases if case["new"] and case["new"] != case["old"]]
+    told = [f"{case['op']} {'×'.join(map(str, case['size']))}: {case['old']} {_us(case['old_us'])}" for case in changed]
+    return [f"{words} → {case['new']} {_us(case['new_us'])}" for words, case in zip(told, changed, strict=True)]
+
+
+def _us(value: float | None) -> str:
+    return "(refused)" if value is None else f"{value:.1f} us"
+
+
+def summary(ended: Sequence[Ended], changes: Sequence[str], document: dict[str, Any]) -> str:
+    """All that is printed at the end; the table of kernels comes last."""
+    width = max(len(part.name) for part in ended)
+    lines = [f"{card.name()}, {', '.join(f'{name} {version}' for name, version in card.versions().items())}", ""]
+    lines += [f"{part.name:{width}} {part.seconds:5.0f} s  {'' if part.is_well else 'NOT WELL: '}{part.words}" for part in ended]
+    lines += ["", *changes] if changes else []
+    return "\n".join([*lines, "", *kernel_lines(list(measurements(document)))]) + "\n"
+
+
+def variables(is_small: bool) -> dict[str, str]:
+    """For the parts: where to import from; repeatable cuBLAS, which tests in deterministic mode ask for; Triton's interpreter."""
+    found = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return found | ({"TRITON_INTERPRET": "1"} if is_small else {})
+
+
+def main() -> int:
+    """The command; gives its status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is measured")
+    parser.add_argument("--minutes", type=float, default=9, help="for everything together")
+    parser.add_argument("--skip-tuning", action="store_true", help="measure with the rows that are there")
+    parser.add_argument("--small", action="store_true", help="small sizes on the CPU's path")
+    args = parser.parse_args()
+    if not card.HAS_GPU and not args.small:
+        print("there is no CUDA GPU here (--small runs every part on the CPU's path)", file=sys.stderr)
+        return NOBODY_HERE
+    began, end = time.time(), time.monotonic() + 60 * args.minutes - LAST_SECONDS
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    todo = parts(out, tuning=not args.skip_tuning, is_small=args.small)
+    ended = []
+    with (out / "log.txt").open("w") as log:
+        for index, part in enumerate(todo):
+            seconds = limit(end - time.monotonic(), [other.weight for other in todo[index:]]) - GRACE_SECONDS
+            ended.append(run(part, max(seconds, 1.0), log, variables(args.small)))
+            print(f"{part.name}: {ended[-1].seconds:.0f} s, {ended[-1].words}", flush=True)
+    results = RESULTS / card.folder_name() / "tuning.json"
+    changes = tuning_lines(results, began)
+    for path in (results, TABLE_PATH):
+        if path.exists():
+            shutil.copy(path, out)
+    text = summary(ended, changes, gather(out))
+    (out / "summary.txt").write_text(text)
+    print(f"\n{text}", end="")
+    return 0 if all(part.is_well for part in ended) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

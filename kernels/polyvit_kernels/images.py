@@ -1,0 +1,126 @@
+"""A kernel compiled for a GPU that need not be there, what its launch needs, and the budget that it is held to."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from polyvit_kernels import cubin
+from polyvit_kernels.cubin import Usage
+from polyvit_kernels.tiles import Variant
+
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""What a block may have, by compute capability (CUDA C++ programming guide, technical specifications)."""
+
+TENSOR_COLUMNS = 512
+"""Blackwell's tensor memory."""
+
+_TENSOR_INSTRUCTIONS = {8: "HMMA", 9: "HGMMA", 10: "UTC", 12: "HMMA"}
+_PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A run-time argument: its type as Triton names it, and what its value is a multiple of."""
+
+    name: str
+    type: str
+    multiple: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """A compiled kernel: `shared` bytes of dynamic shared memory, `columns` of tensor memory; it `multiplies` matrices of 16 bits."""
+
+    name: str
+    arch: int
+    num_warps: int
+    num_stages: int
+    shared: int
+    columns: int
+    parameters: tuple[Parameter, ...]
+    constants: Mapping[str, str]
+    usage: Usage
+    multiplies: bool
+    cubin: bytes
+
+    def excesses(self) -> list[str]:
+        """What is beyond the budget: nothing spills, blocks fit the GPU, and its own tensor-core instructions multiply matrices."""
+        found = []
+        if self.usage.spill_stores or self.usage.spill_loads or self.usage.stack:
+            found.append(f"{self.usage.spill_stores} spill stores, {self.usage.spill_loads} loads, {self.usage.stack} bytes of stack")
+        if self.shared > SHARED_BYTES[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_BYTES[self.arch]}")
+        if self.columns > TENSOR_COLUMNS:
+            found.append(f"{self.columns} columns of tensor memory, there are {TENSOR_COLUMNS}")
+        wanted = _TENSOR_INSTRUCTIONS[self.arch // 10]
+        if self.multiplies and not any(name.startswith(wanted) for name in self.usage.tensor):
+            found.append(f"no {wanted} instruction, but {dict(self.usage.tensor) or 'none'}")
+        return found
+
+
+def build(variant: Variant, arch: int) -> Image:
+    """Compile for the compute capability `arch` (10 × major + minor), without a GPU.
+
+    The code carries no line numbers: they triple its size and name folders of this machine. Raises ValueError for a kernel whose launch
+    would need more than a grid and its arguments, and whatever the compiler raises.
+    """
+    knobs.compilation.disable_line_info = True
+    function: Any = variant.kernel
+    names = list(function.arg_names)
+    signature = {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.constants), attrs=attrs)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    metadata = kernel.metadata
+    parameters = tuple(
+        Parameter(name=name, type=kind, multiple=16 if name in variant.divisible else 1)
+        for name, kind in signature.items()
+        if kind != "constexpr"
+    )
+    _check_launch(kernel, parameters)
+    return Image(
+        name=metadata.name,
+        arch=arch,
+        num_warps=metadata.num_warps,
+        num_stages=variant.num_stages,
+        shared=metadata.shared,
+        columns=metadata.tmem_size or 0,
+        parameters=parameters,
+        constants={name: _text(value) for name, value in variant.constants.items()},
+        usage=cubin.read(kernel.asm["cubin"]),
+        multiplies=bool(re.search(r"tt\.dot .*tensor<\w+x(bf16|f16)>", kernel.asm["ttir"])),
+        cubin=kernel.asm["cubin"],
+    )
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _check_launch(kernel: CompiledKernel, parameters: tuple[Parameter, ...]) -> None:
+    """The C library passes the parameters and two null pointers for scratch memory, and sets no attribute of a launch."""
+    metadata = kernel.metadata
+    extras = {
+        "clusters": metadata.num_ctas != 1,
+        "a cooperative grid": metadata.launch_cooperative_grid,
+        "programmatic dependent launch": metadata.launch_pdl,
+        "scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
+        "tensor descriptors": getattr(metadata, "tensordesc_meta", None),
+    }
+    for name, needed in extras.items():
+        if needed:
+            raise ValueError(f"{metadata.name} needs {name}, which the C library does not give")
+    entry = re.search(r"\.entry \w+\((.*?)\)", kernel.asm["ptx"], re.S)
+    found = re.findall(r"\.param \.(\w+)", entry.group(1)) if entry else []
+    expected = ["u64" if p.type.startswith("*") else _PTX_TYPES[p.type] for p in parameters] + ["u64", "u64"]
+    if found != expected:
+        raise ValueError(f"{metadata.name} takes {found}, but its signature says {expected}, the last two being scratch memory")

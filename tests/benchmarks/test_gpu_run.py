@@ -1,0 +1,130 @@
+"""The one command for a machine with a GPU: its parts, their time, what is left when one fails, and the whole on a CPU."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import card
+import gpu
+import pytest
+from gpu import Part
+
+SCRIPT = Path(gpu.__file__)
+
+
+def python(code, told=False):
+    return Part(name="part", command=("-c", code), weight=1, told=told)
+
+
+@pytest.fixture
+def log(tmp_path):
+    with (tmp_path / "log.txt").open("w") as file:
+        yield file
+
+
+def test_a_part_gets_its_share_of_what_is_left():
+    assert gpu.limit(540, [110, 170, 80, 180]) == 110
+    assert gpu.limit(90, [30]) == 90
+
+
+def test_parts_are_tests_tuning_and_a_process_for_each_benchmark(tmp_path):
+    found = gpu.parts(tmp_path, tuning=True, is_small=False)
+    assert [part.name for part in found] == ["tests", "tuning", *(f"benchmark of {name}" for name in gpu.BENCHES)]
+    assert sum(part.weight for part in found) <= 9 * 60
+    assert [part.name for part in gpu.parts(tmp_path, tuning=False, is_small=False)] == [
+        part.name for part in found if part.name != "tuning"
+    ]
+    for part in found:
+        paths = [Path(word.removeprefix("--ignore=")) for word in part.command if word.endswith(".py") or "/tests/kernels" in word]
+        assert paths
+        assert all(path.exists() for path in paths if not str(path).startswith("--"))
+
+
+def test_every_benchmark_of_a_kernel_is_run():
+    written = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
+    assert set(gpu.BENCHES) == written - {"data"}
+
+
+def test_a_part_that_fails_is_told_with_its_last_words(log):
+    ended = gpu.run(python("print('working'); raise SystemExit('no memory')"), 60, log, gpu.variables(True))
+    assert not ended.is_well
+    assert ended.words == "status 1; no memory"
+    assert gpu.run(python("print('done')"), 60, log, gpu.variables(True)).is_well
+
+
+def test_a_part_is_told_how_long_it_has(log):
+    ended = gpu.run(python("import sys; print(*sys.argv[1:])", told=True), 60, log, gpu.variables(True))
+    assert ended.words == "--seconds 40"
+
+
+def test_a_part_that_takes_too_long_is_interrupted_and_then_killed(log, monkeypatch):
+    began = time.monotonic()
+    ended = gpu.run(python("import time; print('asleep', flush=True); time.sleep(60)"), 2, log, gpu.variables(True))
+    assert not ended.is_well
+    assert ended.words.startswith("out of time")
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    assert gpu.run(python(deaf), 3, log, gpu.variables(True)).words == "out of time; deaf"
+    assert time.monotonic() - began < 40
+
+
+def test_last_words_are_pytests_count_and_the_first_failures():
+    failures = "".join(f"FAILED tests/test_{name}.py::test - AssertionError: no\n" for name in "abcde")
+    output = f"....F\n{failures}=== 5 failed, 12 passed, 1 skipped in 3.21s ===\n"
+    assert gpu.last_words(output) == (
+        "5 failed, 12 passed, 1 skipped in 3.21s; FAILED tests/test_a.py::test; FAILED tests/test_b.py::test; "
+        "FAILED tests/test_c.py::test; and 2 more"
+    )
+    assert gpu.last_words("one\ntwo\n\n") == "two"
+    assert gpu.last_words("") == "no output"
+
+
+def test_what_benchmarks_wrote_is_put_together_and_a_missing_one_is_no_harm(tmp_path):
+    for name, group in (("attention", "a"), ("update", "b")):
+        (tmp_path / f".{name}.json").write_text(json.dumps({"machine_info": {}, "benchmarks": [{"group": group}]}))
+    (tmp_path / ".mlp.json").touch()
+    assert [bench["group"] for bench in gpu.gather(tmp_path)["benchmarks"]] == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
+
+
+def test_tuning_is_told_where_blocks_changed(tmp_path):
+    path = tmp_path / "tuning.json"
+    case = {"op": "sgd_update", "size": [1000], "old": "BLOCK=1024", "new": "BLOCK=2048", "old_us": 12.0, "new_us": 11.0}
+    path.write_text(json.dumps({"cases": [case, case | {"new": "BLOCK=1024"}, case | {"new": None}, case | {"old_us": None}]}))
+    began = path.stat().st_mtime
+    assert gpu.tuning_lines(path, began) == [
+        "sgd_update 1000: BLOCK=1024 12.0 us → BLOCK=2048 11.0 us",
+        "sgd_update 1000: BLOCK=1024 (refused) → BLOCK=2048 11.0 us",
+    ]
+    assert gpu.tuning_lines(path, began + 1) == []
+    assert gpu.tuning_lines(tmp_path / "missing", began) == []
+
+
+def test_without_a_gpu_the_command_says_so(tmp_path):
+    if card.HAS_GPU:
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no CUDA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_runs_on_a_cpu_and_the_table_comes_last(tmp_path):
+    table = gpu.TABLE_PATH.read_text()
+    command = [sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path), "--minutes", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert not done.returncode, done.stdout + done.stderr
+    assert done.stdout.endswith((tmp_path / "summary.txt").read_text())
+    lines = done.stdout.splitlines()
+    for kernel in ("attention forward", "MLP + residual backward", "add + LayerNorm backward", "patch embed forward", "AdamW step"):
+        assert any(line.startswith(kernel) and " eager " in line for line in lines[-30:]), kernel
+    assert lines[-1].startswith("absent, ")
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f"{name}_update 3000: " in log for name in ("adamw", "sgd"))
+    assert gpu.TABLE_PATH.read_text() == table
+    benches = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
+    assert {bench["extra_info"]["contender"] for bench in benches} >= {"ours", "eager"}
+    assert all(len(bench["stats"]["data"]) == 1 and bench["stats"]["data"][0] > 0 for bench in benches)
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "benchmarks.json", "log.txt", "tile_table.py"}

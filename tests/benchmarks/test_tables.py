@@ -1,0 +1,64 @@
+"""The lines that people read."""
+
+from tables import Measurement, kernel_lines, rate_lines
+
+INFO = {
+    "alike": True,
+    "share_of_floor": None,
+    "target_us": None,
+    "target_ratio": None,
+    "absent": {},
+    "card": "NVIDIA H200",
+    "share_of_step": None,
+}
+
+
+def row(contender, us, group="attention forward", **info):
+    return Measurement(group=group, median=us / 1e6, info=INFO | {"contender": contender} | info)
+
+
+def test_a_line_has_ours_the_floor_the_best_peer_and_all_peers_from_fast_to_slow():
+    rows = [
+        row("ours", 48.0, share_of_floor=0.752),
+        row("flash", 90.0),
+        row("no gradient", 40.0, alike=False),
+        row("cuDNN", 72.0),
+        row("eager", 20_000.0),
+    ]
+    heading, line = kernel_lines(rows)
+    assert heading.split() == ["ours", "of", "floor", "/", "best", "peers"]
+    assert line == "attention forward    48.0 us      75%   1.50  (no gradient 40.0 us), cuDNN 72.0 us, flash 90.0 us, eager 20.0 ms"
+
+
+def test_targets_are_judged_on_the_card_that_they_are_for():
+    rows = [row("ours", 48.0, target_us=48, target_ratio=1.6), row("cuDNN", 72.0)]
+    assert kernel_lines(rows)[1].endswith("; target 48 us reached, 1.60 missed")
+    rows = [row("ours", 48.0, target_us=48, card="NVIDIA A100"), row("cuDNN", 72.0)]
+    assert "target" not in kernel_lines(rows)[1]
+
+
+def test_a_group_without_ours_or_without_peers_has_a_line_too():
+    assert kernel_lines([row("eager", 72.0, share_of_step=0.0123)])[1].split(maxsplit=5)[2:] == [
+        "-", "-", "-", "eager 72.0 us (1.23% of a step)",
+    ]  # fmt: skip
+    assert kernel_lines([row("ours", 72.0)])[1].split()[2:] == ["72.0", "us", "-", "-"]
+    assert kernel_lines([]) == []
+
+
+def test_who_is_absent_is_told_by_reason_and_by_group_where_it_was_there_for_another():
+    rows = [
+        row("ours", 1.0, absent={"Liger": "not installed", "xformers": "not installed", "cuDNN": "no kernel"}),
+        row("ours", 1.0, group="MLP", absent={"Liger": "not installed"}),
+        row("cuDNN", 1.0, group="MLP"),
+    ]
+    assert kernel_lines(rows)[-2:] == ["absent, not installed: Liger, xformers", "absent, no kernel: cuDNN (attention forward)"]
+
+
+def test_rates_are_compared_with_ours():
+    rows = [
+        Measurement(group="images", median=2.0, info={"contender": name, "amount": amount, "unit": "images"})
+        for name, amount in (("ours", 400), ("Pillow", 100))
+    ]
+    ours, other = rate_lines(rows)
+    assert ours.split() == ["images", "ours", "200.0", "images/s"]
+    assert other.endswith("50.0 images/s  ours / it = 4.00")

@@ -1,0 +1,123 @@
+"""Every row of the tile table, compiled for GPUs that are not there."""
+
+import json
+
+import pytest
+from ahead_of_time import run_aot, run_python
+
+from polyvit_kernels import aot, images, plan
+from polyvit_kernels.tile_table import TABLE
+
+TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+
+# A row with the blocks below, in place of the table.
+ONE_ROW = """
+from polyvit_kernels import aot
+from polyvit_kernels.tiles import Tile
+blocks = {{"BLOCK_D": 64, "BLOCK_M": {block_m}, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}}
+aot.TABLE = (Tile(op="{op}", archs=(80, 90), features=64, blocks=blocks, num_warps={warps}),)
+aot.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def records(table_folder):
+    path = table_folder / "table.json"
+    assert path.exists(), (table_folder / "stderr").read_text()
+    found = json.loads(path.read_text())
+    assert found, (table_folder / "stderr").read_text()
+    return found
+
+
+def name(record):
+    constants = " ".join(f"{key}={value}" for key, value in record["constants"].items())
+    return f"{record['op']} sm_{record['arch']} {record['kernel']} {constants}"
+
+
+def test_every_row_is_compiled_for_every_gpu_that_it_serves(records):
+    wanted = {
+        (tile.op, tile.tokens, tile.features, arch)
+        for tile in TABLE
+        for arch in aot.ARCHS
+        if tile.backend == "triton" and tile.op != plan.BACKEND_CHOICE and arch in tile.archs
+    }
+    assert {(r["op"], tuple(r["tokens"]), r["features"], r["arch"]) for r in records} == wanted
+    assert {r["arch"] for r in records} == set(aot.ARCHS)
+
+
+def test_nothing_spills(records):
+    spilling = [name(r) for r in records if r["spill_stores"] or r["spill_loads"] or r["stack"]]
+    assert not spilling, "\n".join(spilling)
+
+
+def test_every_kernel_fits_the_gpu(records):
+    too_large = [
+        f"{name(r)}: {r['registers']} registers, {r['shared']} bytes, {r['columns']} columns"
+        for r in records
+        if r["registers"] > 255
+        or r["registers"] * 32 * r["warps"] > 65536
+        or r["shared"] > images.SHARED_BYTES[r["arch"]]
+        or r["columns"] > 512
+    ]
+    assert not too_large, "\n".join(too_large)
+
+
+def test_matrices_are_multiplied_by_the_tensor_cores_own_instructions(records):
+    without = [f"{name(r)}: {r['tensor']}" for r in records if r["multiplies"] and not r["tensor"].get(TENSOR_INSTRUCTION[r["arch"]])]
+    assert not without, "\n".join(without)
+    multiplying = {r["op"] for r in records if r["multiplies"]}
+    assert {op for op in multiplying if op.startswith("attention")} == {
+        f"attention_{length}_{direction}" for length in ("short", "long") for direction in ("forward", "backward")
+    }
+    assert {"linear_gelu_forward", "linear_add_forward", "dgelu_backward"} <= multiplying
+
+
+def test_the_command_agrees_and_prints_a_line_per_kernel(records, table_folder):
+    lines = (table_folder / "stdout").read_text().splitlines()
+    assert len(lines) == len(records) + 2
+    assert tuple(lines[0].split()) == aot.HEADINGS
+    assert lines[-1].endswith(" 0 failures"), (table_folder / "stderr").read_text()
+
+
+def test_a_kernel_that_spills_is_named(tmp_path):
+    code = ONE_ROW.format(op="attention_short_forward", block_m=128, warps=4)
+    done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
+    assert done.returncode == 1
+    assert "beyond the budget:" in done.stderr
+    assert (
+        "attention_short_forward bf16 sm_80, tokens any, features 64, 255 registers, attention_short_fwd_kernel HEAD_DIM=64" in done.stderr
+    )
+    assert "spill stores" in done.stderr
+
+
+def test_a_kernel_that_does_not_compile_is_named(tmp_path):
+    code = ONE_ROW.format(op="attention_short_forward", block_m=64, warps=3)
+    done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
+    assert done.returncode == 1
+    assert "attention_short_forward bf16 sm_80 tokens 1..1073741824 features 64, kernel 0: " in done.stderr
+    assert "num_warps must be a power of 2" in done.stderr
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_row_that_no_module_compiles_is_named():
+    done = run_python("-c", ONE_ROW.format(op="attention_sideways", block_m=64, warps=4))
+    assert done.returncode == 1
+    assert "no module compiles the rows of attention_sideways" in done.stderr
+
+
+def test_the_interpreter_is_refused():
+    done = run_aot(TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stderr == "Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it\n"
+
+
+def test_an_unknown_gpu_is_refused():
+    done = run_aot("--arch", "70")
+    assert done.returncode == 2
+    assert "invalid choice: 70" in done.stderr
+
+
+def test_an_install_without_the_library_says_so():
+    done = run_aot("--library")
+    assert done.returncode == 1
+    assert "was built without its C library (POLYVIT_AOT=1 pip wheel .)" in done.stderr
