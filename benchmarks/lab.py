@@ -191,4 +191,5 @@ def _assert_alive(job: Job, row: Tile, error: str) -> None:
 def _put_in_front(rows: Sequence[Tile]) -> None:
     """Let the table have these rows as if they had been measured, in this process."""
     tile_table.TABLE = tuple(sorted((*rows, *_WRITTEN), key=lambda row: row.features))
-    tiles._pick.cache_clear()
+    for cached in (tiles._pick, tiles._rows):
+        cached.cache_clear()

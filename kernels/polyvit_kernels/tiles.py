@@ -39,10 +39,10 @@ class Tile:
     num_stages: int = 1
     source: str = "compiled"
 
-    def fits(self, arch: int, dtype: str, tokens: int, features: int) -> bool:
-        """Whether the row is for such a call."""
+    def fits(self, tokens: int, features: int) -> bool:
+        """Whether the row is for such sizes."""
         low, high = self.tokens
-        return arch in self.archs and dtype in self.dtypes and low <= tokens <= high and features <= self.features
+        return low <= tokens <= high and features <= self.features
 
     def launch(self) -> dict[str, int]:
         """The keyword arguments of a kernel's launch."""
@@ -74,12 +74,21 @@ def pick(op: str, arch: int, dtype: torch.dtype, *, tokens: int = 1, features: i
 
 @cache
 def _pick(op: str, arch: int, dtype: str, tokens: int, features: int) -> Tile:
+    fitting = (row for row in _rows(op, arch, dtype) if row.fits(tokens, features))
+    return next(fitting, Tile(op=op, archs=(arch,), dtypes=(dtype,), backend="torch"))
+
+
+def rows(op: str, arch: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """All rows among which `pick` chooses, in their order."""
+    return _rows(op, arch, DTYPES.get(dtype, str(dtype)))
+
+
+@cache
+def _rows(op: str, arch: int, dtype: str) -> tuple[Tile, ...]:
     from polyvit_kernels.tile_table import TABLE
 
-    known = {a for row in TABLE for a in row.archs}
-    older = max((a for a in known if a <= arch), default=0)
-    fitting = (row for row in TABLE if row.op == op and row.fits(older, dtype, tokens, features))
-    return next(fitting, Tile(op=op, archs=(arch,), dtypes=(dtype,), backend="torch"))
+    older = max((known for row in TABLE for known in row.archs if known <= arch), default=0)
+    return tuple(row for row in TABLE if row.op == op and older in row.archs and dtype in row.dtypes)
 
 
 @cache

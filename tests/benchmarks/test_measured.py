@@ -76,8 +76,8 @@ def test_the_rewritten_table_passes_the_formatter_and_the_linter(table):
 
 
 def test_the_table_chooses_measured_rows_for_their_calls_and_no_others(table):
-    def first(rows, *call):
-        return next(row for row in rows if row.op == call[0] and row.fits(*call[1:]))
+    def first(rows, op, arch, dtype, *sizes):
+        return next(row for row in rows if row.op == op and arch in row.archs and dtype in row.dtypes and row.fits(*sizes))
 
     written = runpy.run_path(str(table))["TABLE"]
     measured.rewrite(table, (SHORT, UPDATE))

@@ -1,13 +1,15 @@
 """Attention by the comparison rule: truth is `reference.py` in fp64, the yardstick plain PyTorch at the same dtype."""
 
+import sys
+
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from samples import activations, normal
 
 import polyvit_kernels as ops
-from polyvit_kernels import reference
-from polyvit_kernels.ops.attention import _library_attention
+from polyvit_kernels import reference, tiles
+from polyvit_kernels.ops.attention import _library_attention, _route
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = [1, 16, 63, 64, 65, 197, 256, 257, 401, 1569]
@@ -229,3 +231,41 @@ def test_without_gradients(mode):
     qkv = normal(2, 17, 3, 2, 32)
     with mode():
         assert torch.equal(ops.attention(qkv), ops.attention(qkv.requires_grad_() if mode is torch.no_grad else qkv))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_choice_of_a_backend_compiles_whole_and_is_that_of_the_table(dynamic, monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+
+    def chosen(x):
+        backend = _route("attention", x.shape[1], x.shape[2], 0, torch.bfloat16)
+        return x.new_full((), {"triton": 1, "cudnn": 2, "torch": 3}[backend])
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens, features, expected in ((197, 64, 1), (256, 64, 1), (257, 64, 2), (1212, 128, 2), (197, 136, 3)):
+        backend = tiles.pick("attention", 90, torch.bfloat16, tokens=tokens, features=features).backend
+        assert {"triton": 1, "cudnn": 2, "torch": 3}[backend] == compiled(torch.empty(1, tokens, features)).item() == expected
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_librarys_backend_compiles_whole():
+    qkv = normal(2, 17, 3, 2, 32).requires_grad_()
+    compiled = torch.compile(lambda qkv: _library_attention(qkv, "cudnn").square().sum(), fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(qkv), qkv)
+    torch.testing.assert_close(found, torch.autograd.grad(plain_attention(qkv).square().sum(), qkv)[0])
+
+
+@pytest.mark.usefixtures("on_kernels")
+def test_more_examples_than_a_grid_may_have(monkeypatch):
+    qkv = normal(5, 6, 3, 1, 16)
+    together = outputs_and_gradients(ops.attention, {"qkv": qkv})
+    monkeypatch.setattr(sys.modules["polyvit_kernels.ops.attention"], "MOST_SEQUENCES", 2)
+    in_pieces = outputs_and_gradients(ops.attention, {"qkv": qkv})
+    assert all(torch.equal(together[name], in_pieces[name]) for name in together)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_more_packed_sequences_than_a_grid_may_have_are_refused():
+    with pytest.raises(ValueError, match="65536 sequences, but at most 65535 fit one call"):
+        ops.attention_varlen(normal(4, 3, 1, 16), torch.zeros(65537, dtype=torch.int32, device=DEVICE), 4)

@@ -16,9 +16,11 @@ ROWS = (
 @pytest.fixture
 def rows(monkeypatch):
     monkeypatch.setattr(tile_table, "TABLE", ROWS)
-    tiles._pick.cache_clear()
+    for cached in (tiles._pick, tiles._rows):
+        cached.cache_clear()
     yield
-    tiles._pick.cache_clear()
+    for cached in (tiles._pick, tiles._rows):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("rows")

@@ -14,6 +14,9 @@ from polyvit_kernels.ops.dtypes import matmul_dtype
 SHORT = 256
 """The most tokens whose scores fit in registers."""
 
+MOST_SEQUENCES = 65_535
+"""In one launch: what the third axis of a grid may have."""
+
 _PRIORITIES = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -30,10 +33,9 @@ def attention(qkv: Float[Tensor, "batch tokens 3 heads head_dim"]) -> Float[Tens
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but attention needs [batch, tokens, 3, heads, head_dim]")
     _check_dtype(qkv)
     qkv = qkv.to(matmul_dtype(qkv))
-    if qkv.is_cuda:
-        backend = tiles.pick_for("attention", qkv, tokens=qkv.shape[1], features=qkv.shape[4]).backend
-        if backend != "triton":
-            return _library_attention(qkv, backend)
+    backend = _route("attention", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) if qkv.is_cuda else "triton"
+    if backend != "triton":
+        return _library_attention(qkv, backend)
     return torch.ops.polyvit.attention(qkv)[0]
 
 
@@ -53,12 +55,34 @@ def attention_varlen(
             f"cu_tokens is {list(cu_tokens.shape)} {cu_tokens.dtype} on {cu_tokens.device}, "
             f"but attention_varlen needs [sequences + 1] torch.int32 on {qkv.device}"
         )
+    if len(cu_tokens) - 1 > MOST_SEQUENCES:
+        raise ValueError(
+            f"cu_tokens tells of {len(cu_tokens) - 1} sequences, but at most {MOST_SEQUENCES} fit one call; make several calls"
+        )
     _check_dtype(qkv)
     qkv = qkv.to(matmul_dtype(qkv))
-    if qkv.is_cuda and tiles.pick_for("attention_long_forward", qkv, tokens=max_tokens, features=qkv.shape[3]).backend != "triton":
+    if qkv.is_cuda and _route("attention_long_forward", max_tokens, qkv.shape[3], qkv.device.index, qkv.dtype) != "triton":
         pieces = qkv.split(_lengths(qkv, cu_tokens, max_tokens))
         return torch.cat([attention(piece[None])[0] for piece in pieces]) if pieces else _empty_like_out(qkv)[0]
     return torch.ops.polyvit.attention_varlen(qkv, cu_tokens, max_tokens)[0]
+
+
+def _route(op: str, tokens: int, features: int, device: int, dtype: torch.dtype) -> str:
+    """The backend that `tiles.pick` gives, in steps that torch.compile can follow when the sizes are symbols."""
+    for low, high, widest, backend in _rows(op, device, dtype):
+        if low <= tokens <= high and features <= widest:
+            return backend
+    return "torch"
+
+
+def _rows(op: str, device: int, dtype: torch.dtype) -> tuple[tuple[int, int, int, str], ...]:
+    """(fewest tokens, most tokens, most features, backend) of the rows for a card and dtype."""
+    rows = tiles.rows(op, tiles.architecture(torch.device("cuda", device)), dtype)
+    return tuple((*row.tokens, row.features, row.backend) for row in rows)
+
+
+# The mark that torch.compiler.assume_constant_result makes; calling that would import the compiler with this module.
+vars(_rows)["_dynamo_marked_constant"] = True
 
 
 def _library_attention(qkv: Tensor, backend: str) -> Tensor:
@@ -81,7 +105,10 @@ def _attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_attention.register_kernel("cuda")
-def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_on_cuda(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    if len(qkv) > MOST_SEQUENCES:
+        outs, sums = zip(*map(_attention_on_cuda, qkv.split(MOST_SEQUENCES)), strict=True)
+        return torch.cat(outs), torch.cat(sums)
     qkv = _addressable(qkv, 1)
     kernels, tile = _kernels("forward", qkv)
     with torch.cuda.device_of(qkv):
@@ -104,7 +131,10 @@ def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> 
 
 
 @_attention_backward.register_kernel("cuda")
-def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    if len(qkv) > MOST_SEQUENCES:
+        pieces = zip(*(tensor.split(MOST_SEQUENCES) for tensor in (grad, qkv, out, lse)), strict=True)
+        return torch.cat([_attention_backward_on_cuda(*piece) for piece in pieces])
     qkv = _addressable(qkv, 1)
     kernels, tile = _kernels("backward", qkv)
     with torch.cuda.device_of(qkv):
