@@ -21,9 +21,9 @@ from triton import knobs
 
 from polyvit_kernels import c_table, library
 from polyvit_kernels.images import Image, build
-from polyvit_kernels.plan import Entry, Job, plan
+from polyvit_kernels.plan import Entry, Job, plan, span
 from polyvit_kernels.tile_table import TABLE
-from polyvit_kernels.tiles import ANY, DTYPES
+from polyvit_kernels.tiles import DTYPES
 
 ARCHS = (80, 90, 100, 120)
 """The GPUs that are compiled for unless others are asked for, the first of each generation: A100, H100, B200, RTX 50."""
@@ -76,7 +76,7 @@ def records(entries: Sequence[Entry], images: Sequence[Image]) -> list[dict]:
 
 
 def _name(record: dict) -> str:
-    sizes = f"tokens {_size(*record['tokens'])}, features {_size(record['features'])}"
+    sizes = f"tokens {span(*record['tokens'])}, features {span(record['features'])}"
     return f"{record['op']} {record['dtype']} sm_{record['arch']}, {sizes}, {record['registers']} registers, {_kernel(record)}"
 
 
@@ -86,17 +86,11 @@ def _kernel(record: dict) -> str:
 
 def _cells(record: dict) -> tuple[str, ...]:
     tensor = " ".join(f"{count} {name}" for name, count in record["tensor"].items())
-    sizes = (_size(*record["tokens"]), _size(record["features"]))
+    sizes = (span(*record["tokens"]), span(record["features"]))
     numbers = (record[name] for name in ("warps", "stages", "registers"))
     spills = f"{record['spill_stores']}/{record['spill_loads']}"
     rest = (spills, str(record["shared"]), tensor or "-", str(record["bytes"]), _kernel(record))
     return (record["op"], *sizes, record["dtype"], f"sm_{record['arch']}", *map(str, numbers), *rest)
-
-
-def _size(*limits: int) -> str:
-    if limits[-1] < ANY:
-        return "..".join(map(str, limits))
-    return "any" if limits[0] in (1, ANY) else f"{limits[0]}.."
 
 
 HEADINGS = ("op", "tokens", "features", "dtype", "gpu", "warps", "stages", "registers", "spills", "shared", "tensor", "bytes", "kernel")

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from ctypes import CDLL, POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
+from polyvit_kernels.plan import span
+
 PATH = Path(__file__).parent / "lib" / "libpolyvit_kernels.so"
 """Where the wheel puts it; its header lies beside it."""
 
@@ -85,7 +87,7 @@ def rows(library: CDLL) -> Iterator[Row]:
 
 def describe(row: Row) -> Iterator[tuple[str, ...]]:
     """`HEADINGS` of each of a row's kernels."""
-    sizes = (f"{row.min_tokens}..{row.max_tokens}", f"..{row.max_features}")
+    sizes = (span(row.min_tokens, row.max_tokens), span(row.max_features))
     for place in range(row.num_kernels):
         kernel = row.kernels[place].contents
         numbers = (kernel.num_warps, kernel.num_registers, kernel.shared_bytes, kernel.image_bytes)

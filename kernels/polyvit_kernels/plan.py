@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 
-from polyvit_kernels.tiles import Tile, Variant
+from polyvit_kernels.tiles import ANY, Tile, Variant
 
 _MODULES = {
     "attention_short_": "attention_short",
@@ -87,3 +87,10 @@ def compile_arch(tile: Tile, arch: int, archs: Sequence[int]) -> int:
 def _identity(variant: Variant, arch: int) -> Hashable:
     parts = (sorted(variant.signature.items()), sorted(variant.constants.items(), key=lambda pair: pair[0]), sorted(variant.divisible))
     return (variant.kernel.__module__, variant.kernel.__name__, str(parts), variant.num_warps, variant.num_stages, arch)
+
+
+def span(*limits: int) -> str:
+    """A row's limits for people: one is the most, two are the fewest and the most."""
+    if limits[-1] < ANY:
+        return "..".join(map(str, limits))
+    return "any" if limits[0] in (1, ANY) else f"{limits[0]}.."

@@ -4,7 +4,7 @@ import pytest
 
 from polyvit_kernels import plan
 from polyvit_kernels.tile_table import TABLE
-from polyvit_kernels.tiles import Tile
+from polyvit_kernels.tiles import ANY, Tile
 
 BLOCKS = {"BLOCK_D": 64, "BLOCK_M": 64, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}
 
@@ -50,3 +50,13 @@ def test_a_row_of_another_backend_is_there_without_kernels():
 def test_a_row_that_no_module_compiles_is_refused():
     with pytest.raises(ValueError, match="no module compiles the rows of attention_sideways"):
         plan.plan([tile(op="attention_sideways")], [90], ["bf16"])
+
+
+def test_limits_are_told_in_words():
+    assert [plan.span(64), plan.span(ANY), plan.span(1, ANY), plan.span(257, ANY), plan.span(1, 64)] == [
+        "64",
+        "any",
+        "any",
+        "257..",
+        "1..64",
+    ]
