@@ -21,9 +21,8 @@ test: .venv/installed-tests
 	@echo "== tests without a GPU (about 10 minutes on 2 cores)"
 	$(BIN)/pytest -q
 
-# cuBLAS repeats its results only with a workspace of a fixed size, and the tests insist on repeated results.
 test-gpu: .venv/installed-tests
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest -q -m "gpu or not gpu" tests/kernels
+	$(BIN)/pytest -q -m "gpu or not gpu" tests/kernels
 
 check: .venv/installed-tests
 	@echo "== format, lint, types, import contracts, laws (about 1 minute)"

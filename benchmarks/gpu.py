@@ -6,11 +6,11 @@
 
 torch, triton, pytest, pytest-benchmark and this checkout are all it needs; nothing need be installed. A part that fails or has used up its
 time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time of every call), tuning.json,
-tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Status 0 when all parts ended well, 1 when one did not, 2
+tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Tuning rewrites the checkout's
+kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all parts ended well, 1 when one did not, 2
 without a GPU.
 """
 
-import argparse
 import json
 import os
 import re
@@ -28,11 +28,13 @@ import card
 from tables import Measurement, kernel_lines
 from tune import NOBODY_HERE, RESULTS, TABLE_PATH
 
+from polyvit_kernels import commands
+
 FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
 BENCHES = {"attention": 80, "mlp": 85, "layer_norm": 40, "update": 25, "patch_embed": 30, "cross_entropy": 25}
 """Files bench_<name>.py, and about how long each takes on an H200, in seconds."""
 TESTS_SECONDS, TUNING_SECONDS = 90, 160
-NEED_NO_GPU = ("aot", "c_table", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
+NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
 WORKERS = 8
 LAST_SECONDS = 5  # for the table
 GRACE_SECONDS = 10  # between a request to end and the end
@@ -199,10 +201,10 @@ def variables(is_small: bool) -> dict[str, str]:
 
 def main() -> int:
     """The command; gives its status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is measured")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything together")
-    parser.add_argument("--skip-tuning", action="store_true", help="measure with the rows that are there")
+    parser = commands.parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is measured; it is made where there is none")
+    parser.add_argument("--minutes", type=float, default=9, help="stop after this many minutes, all parts together")
+    parser.add_argument("--skip-tuning", action="store_true", help="measure with the rows that are there, write none to the checkout")
     parser.add_argument("--small", action="store_true", help="small sizes on the CPU's path")
     args = parser.parse_args()
     if not card.HAS_GPU and not args.small:
@@ -210,7 +212,7 @@ def main() -> int:
         return NOBODY_HERE
     began, end = time.time(), time.monotonic() + 60 * args.minutes - LAST_SECONDS
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    commands.make_folder(parser, "--out", args.out)
     todo = parts(out, tuning=not args.skip_tuning, is_small=args.small)
     ended = []
     with (out / "log.txt").open("w") as log:

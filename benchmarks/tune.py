@@ -6,11 +6,10 @@
 
 A candidate is refused when it does not compile, spills, wants more shared memory than there is, or is further from the truth than twice
 torch's own error. The others take turns, the best eight again for longer, then the best and its neighbours. The row in use stays when it is
-within 1% of the best. Everything measured goes to benchmarks/results/<card>/tuning.json, which the new rows name as their source. Without a
-GPU there is nothing to tune: status 2.
+within 1% of the best. Two files are written: the rows to kernels/polyvit_kernels/tile_table.py, and everything measured to
+benchmarks/results/<card>/tuning.json, which the new rows name as their source. Without a GPU there is nothing to tune: status 2.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from candidates import CASES, Case, label
 from contest import Crew, Lengths, Outcome, hold
 from lab import Job
 
-from polyvit_kernels import tile_table, tiles
+from polyvit_kernels import commands, tile_table, tiles
 from polyvit_kernels.tiles import Tile
 
 TABLE_PATH = card.ROOT / "kernels" / "polyvit_kernels" / "tile_table.py"
@@ -157,9 +156,9 @@ def known(arch: int) -> bool:
 
 def main() -> int:
     """The command; gives its status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = commands.parser(__doc__)
     parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES), help="what to tune")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="no case begins later")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="start no new case after this many seconds")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--small", action="store_true", help="two candidates of tiny cases in Triton's interpreter; writes nothing")
     args = parser.parse_args()

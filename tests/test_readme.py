@@ -53,6 +53,13 @@ def test_the_model_of_another_library_is_fused_as_shown(capsys):
     assert "of allowed" in capsys.readouterr().out
 
 
+def test_the_parts_are_called_as_shown():
+    scope = {}
+    exec(CODE[2], scope)
+    assert scope["tokens"].shape == (2, 197, 192)
+    assert scope["mixed"].shape == (2, 197, 3, 64)
+
+
 def test_every_schedule_and_file_is_named(wildlife):
     assert all(f"| `{name}`" in TEXT for name in SCHEDULES)
     tree = TEXT[TEXT.index("## The code, a line a file") :]

@@ -3,15 +3,16 @@
     python -m polyvit_kernels.aot --arch 80 90 100 120     the table of registers, spills, shared memory and instructions
     python -m polyvit_kernels.aot --out build/aot          also the images and the C table that CMakeLists.txt makes a library of
     python -m polyvit_kernels.aot --library                what the installed C library holds
+    python -m polyvit_kernels.aot --library build/aot/libpolyvit_kernels.so      what that of `make aot` holds
 
 Ends with status 1, and says which kernel it is, when one does not compile or is beyond its budget (`images.Image.excesses`).
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from triton import knobs
 
-from polyvit_kernels import c_table, library
+from polyvit_kernels import c_table, commands, library
 from polyvit_kernels.images import Image, build
 from polyvit_kernels.plan import Entry, Job, plan, span
 from polyvit_kernels.tile_table import TABLE
@@ -103,31 +104,53 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]))
 
 
-def print_library() -> None:
-    """What the installed C library holds; ends with status 1 where there is none."""
+def print_library(path: Path) -> None:
+    """What a C library holds; ends with status 1 where there is none."""
+    if path != library.PATH and not path.is_file():
+        sys.exit(f"there is no file {path}")
     try:
-        held = library.load()
+        held = library.load(path.absolute())
     except OSError as error:
         sys.exit(str(error))
+    except AttributeError as error:
+        sys.exit(f"{path} is another library: {error}")
     print_table([library.HEADINGS, *(line for row in library.rows(held) for line in library.describe(row))])
+
+
+def _capability(text: str) -> int:
+    return int(text.removeprefix("sm_"))
+
+
+def _parser() -> ArgumentParser:
+    known = sorted({arch for tile in TABLE for arch in tile.archs})
+    parser = commands.parser(__doc__, "python -m polyvit_kernels.aot")
+    archs = {"type": _capability, "nargs": "+", "choices": known, "default": ARCHS}
+    parser.add_argument("--arch", **archs, help="compute capabilities, 90 or sm_90 for Hopper")
+    dtypes = {"nargs": "+", "choices": sorted(DTYPES.values()), "default": ["bf16", "fp16"]}
+    parser.add_argument("--dtype", **dtypes, help="of the tensors that the kernels are compiled for")
+    parser.add_argument("--out", type=Path, help="folder for the images and the C table; without it, the table is only printed")
+    parser.add_argument("--json", type=Path, help="file for the table in JSON")
+    parser.add_argument("--quiet", action="store_true", help="print the totals only")
+    where = {"type": Path, "nargs": "?", "const": library.PATH, "metavar": "PATH"}
+    parser.add_argument("--library", **where, help="compile nothing, list what the C library there holds; without PATH, the installed one")
+    return parser
 
 
 def main() -> None:
     """The command."""
-    known = sorted({arch for tile in TABLE for arch in tile.archs})
-    parser = argparse.ArgumentParser(prog="python -m polyvit_kernels.aot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=known, default=ARCHS, help="compute capabilities, 90 for Hopper")
-    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES.values()), default=["bf16", "fp16"])
-    parser.add_argument("--out", type=Path, help="folder for the images and the C table; without it, the table is only printed")
-    parser.add_argument("--json", type=Path, help="file for the table in JSON")
-    parser.add_argument("--quiet", action="store_true", help="print the totals only")
-    parser.add_argument("--library", action="store_true", help="compile nothing, list what the installed C library holds")
+    parser = _parser()
     args = parser.parse_args()
     if args.library:
-        print_library()
+        print_library(args.library)
         return
     if knobs.runtime.interpret:
         sys.exit("Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it")
+    if args.out:
+        commands.make_folder(parser, "--out", args.out)
+    if args.json:
+        commands.make_folder(parser, "--json", args.json.parent)
+        if args.json.is_dir():
+            parser.error(f"--json: {args.json} is a folder; a file is needed")
     entries, jobs = plan(TABLE, sorted(args.arch), args.dtype)
     images, failures = compile_all(jobs, lambda line: print(line, file=sys.stderr, flush=True))
     found = records(entries, images) if not failures else []

@@ -189,10 +189,12 @@ def _d_queries(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i_key_start in range(0, count, BLOCK_N):
         i_key = i_key_start + tl.arange(0, BLOCK_N)
-        # Keys beyond the end are zeros: they add nothing to dQ.
         b_k = load_rows(p_q + stride_part, i_key, stride_token, count, HEAD_DIM, BLOCK_D, True)
         b_v = load_rows(p_q + 2 * stride_part, i_key, stride_token, count, HEAD_DIM, BLOCK_D, True)
-        b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        # Where all scores of a query are far below zero, that of a key beyond the end, 0, would make infinity, and NaN of dQ.
+        b_s = tl.where(i_key[None, :] < count, b_s, float("-inf"))
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
         b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     store_rows(p_dq, b_dq * (scale * _LN_2), i_query, stride_d, count, HEAD_DIM, BLOCK_D)

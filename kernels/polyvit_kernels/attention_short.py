@@ -146,9 +146,10 @@ def attention_short_bwd_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i_start in range(0, tokens, BLOCK_N):
         i_key = i_start + tl.arange(0, BLOCK_N)
-        # Keys beyond the end are zeros: they add nothing to dQ, and their own gradients are not stored.
         b_k = load_rows(p_q + stride_part, i_key, stride_token, tokens, HEAD_DIM, BLOCK_D, True)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        # Where all scores of a query are far below zero, that of a key beyond the end, 0, would make infinity, and NaN of dQ.
+        b_s = tl.where(i_key[None, :] < tokens, b_s, float("-inf"))
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), input_precision="ieee")
         store_columns(p_dv, b_dv, i_key, stride_d, tokens, HEAD_DIM, BLOCK_D)

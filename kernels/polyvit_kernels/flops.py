@@ -31,6 +31,17 @@ def _attention_backward(grad: _Shape, qkv: _Shape, *_: Any, **__: Any) -> int:
     return _attention(qkv) // 2 * 5
 
 
+@register_flop_formula(_OPS.attention_varlen, get_raw=True)
+def _attention_varlen(qkv: Any, cu_tokens: Any, *_: Any, **__: Any) -> int:
+    """The lengths are in a tensor, which counting waits for."""
+    return sum(_attention((1, length, *qkv.shape[1:])) for length in cu_tokens.diff().tolist())
+
+
+@register_flop_formula(_OPS.attention_varlen_backward, get_raw=True)
+def _attention_varlen_backward(grad: Any, qkv: Any, out: Any, lse: Any, cu_tokens: Any, *_: Any, **__: Any) -> int:
+    return _attention_varlen(qkv, cu_tokens) // 2 * 5
+
+
 @register_flop_formula([_OPS.linear_gelu, _OPS.linear_add])
 def _linear(x: _Shape, weight: _Shape, *_: Any, **__: Any) -> int:
     return _products(x, weight)

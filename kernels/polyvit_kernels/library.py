@@ -62,7 +62,9 @@ class Row(Structure):
 def load(path: Path = PATH) -> CDLL:
     """The library with its functions' types set. Raises FileNotFoundError where the install has none."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: this polyvit-fast was built without its C library (POLYVIT_AOT=1 pip wheel .)")
+        raise FileNotFoundError(
+            f"there is no {path}: this polyvit-fast was built without its C library (POLYVIT_AOT=1 pip wheel --no-deps .)"
+        )
     library = CDLL(str(path))
     for name, result, *arguments in (
         ("polyvit_kernels_error", c_char_p),

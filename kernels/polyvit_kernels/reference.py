@@ -1,4 +1,4 @@
-"""What every operation of `ops.py` computes, forward and backward, in plain formulas: the specification, not the fast path.
+"""What every operation of `ops/` computes, forward and backward, in plain formulas: the specification, not the fast path.
 
 A name with `_backward` takes the forward's inputs and `grad`, the gradient of a scalar L by the output, and gives the gradients of L by
 the inputs. dX stands for ∂L/∂X, · for the elementwise product.

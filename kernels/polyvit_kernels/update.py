@@ -29,6 +29,13 @@ def _store(p_param, p_ema, p_copy, b_param, o_block, m_block, ema_rate):
 
 
 @triton.jit
+def _clear(p_grad, o_block, m_block, BLOCK: tl.constexpr):
+    # The zeros depend on no load: without the barrier a thread may write where another has not yet read.
+    tl.debug_barrier()
+    tl.store(p_grad + o_block, tl.zeros([BLOCK], tl.float32), m_block)
+
+
+@triton.jit
 def sgd_update_kernel(
     p_param, p_grad, p_momentum, p_ema, p_copy, p_lr, p_scale, p_ok, size, momentum, weight_decay, ema_rate, BLOCK: tl.constexpr
 ):
@@ -42,7 +49,7 @@ def sgd_update_kernel(
         tl.store(p_momentum + o_block, b_momentum, m_block)
         b_param -= tl.load(p_lr).to(tl.float32) * b_momentum
         _store(p_param, p_ema, p_copy, b_param, o_block, m_block, ema_rate)
-    tl.store(p_grad + o_block, tl.zeros([BLOCK], tl.float32), m_block)
+    _clear(p_grad, o_block, m_block, BLOCK)
 
 
 @triton.jit
@@ -86,7 +93,7 @@ def adamw_update_kernel(
         b_param -= lr * weight_decay * b_param
         b_param -= step * b_first / (tl.sqrt(b_second) / root + eps)
         _store(p_param, p_ema, p_copy, b_param, o_block, m_block, ema_rate)
-    tl.store(p_grad + o_block, tl.zeros([BLOCK], tl.float32), m_block)
+    _clear(p_grad, o_block, m_block, BLOCK)
 
 
 @triton.jit

@@ -158,6 +158,10 @@ def _torch_attention_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return x if plain and not any(value is not None and value is not False for value in given.values()) else None
 
 
+def _torch_attention_note(_: Any) -> str:
+    return "unless query, key and value are one tensor and need_weights=False"
+
+
 # Attention of timm
 
 
@@ -318,7 +322,14 @@ def _hugging_face(package: str, prefix: str, block: Row) -> dict[str, Row]:
 
 
 _LAYER_NORM = Row(Norm, _unknown_norm, _unfit_norm, _read_norm, _first_argument)
-_TORCH_ATTENTION = Row(Attention, _unknown_torch_attention, _unfit_torch_attention, _read_torch_attention, _torch_attention_input)
+_TORCH_ATTENTION = Row(
+    Attention,
+    _unknown_torch_attention,
+    _unfit_torch_attention,
+    _read_torch_attention,
+    _torch_attention_input,
+    note=_torch_attention_note,
+)
 _TIMM_ATTENTION = Row(Attention, _unknown_timm_attention, _unfit_timm_attention, _read_timm_attention, _first_argument)
 _ROTARY_ATTENTION = replace(_TIMM_ATTENTION, rotary=True)
 _TIMM_MLP = _mlp(_MlpNames("fc1", "act", "fc2", ("drop1", "drop2"), ("norm",)))

@@ -37,6 +37,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads = {num_heads}, but attention takes one head or more")
         if dim % num_heads:
             raise ValueError(f"dim = {dim} does not divide by num_heads = {num_heads}")
         self.num_heads, self.dropout = num_heads, dropout
@@ -54,6 +56,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, mlp_dim: int, *, gelu: ops.Gelu = "erf", dropout: float = 0.0) -> None:
         super().__init__()
+        if gelu not in GELU:
+            raise ValueError(f"gelu = {gelu!r} is none of {', '.join(map(repr, GELU))}")
         self.gelu: ops.Gelu = gelu
         self.dropout = dropout
         self.fc1 = nn.Linear(dim, mlp_dim)
@@ -102,8 +106,16 @@ class Block(nn.Module):
         if self.training and drop_path_rate:
             x = add_branch(x, self.attn(self.norm1(x, dtype)), drop_path_rate, self.rescale)
             return add_branch(x, self.mlp(self.norm2(x, dtype)), drop_path_rate, self.rescale)
-        x = self.attn(self.norm1(x, dtype), x)
-        return self.mlp(self.norm2(x, dtype), x)
+        x, normal = _beside(self.norm1, x, dtype)
+        x, normal = _beside(self.norm2, self.attn(normal, x), dtype)
+        return self.mlp(normal, x)
+
+
+def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype) -> tuple[Tokens, Tokens]:
+    """The tokens, and normalised, in one pass of the backward unless somebody listens to the norm."""
+    if is_untouched(norm):
+        return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype)
+    return x, norm(x, out_dtype)
 
 
 def is_plain(linear: Any) -> bool:

@@ -84,6 +84,10 @@ class Row:
     """When, beside dropout, the object's own `forward` still runs; empty when it does not."""
 
 
+MARK = "_polyvit_fused"
+"""The attribute of a module whose `forward` `fuse` replaced, whatever has become of that `forward` since."""
+
+
 def fused_row(module: nn.Module) -> Row | None:
     """The row by which `fuse` replaced the `forward` of this object; None when it did not."""
     forward = module.__dict__.get("forward")

@@ -20,6 +20,11 @@ Batch = Tensor | tuple[Any, ...] | dict[str, Any]
 
 MODEL = "(the model)"
 
+LEGEND = (
+    "error: the largest distance from the truth, which is the model in fp64; original: the same of the model's own code; "
+    "of allowed: the share of what the rule allows"
+)
+
 NOTHING = 1e-6
 """A tensor smaller than this share of the module's largest is zero in truth."""
 
@@ -60,7 +65,7 @@ def compare(model: nn.Module, paths: list[str], batch: Batch) -> tuple[Check, ..
     no single value is off by more than four times the original's largest error; 1e-5 of the tensor's own size is free. As a tensor may
     be exact by luck, the original's error counts for no less than its median relative error over the module's tensors; and where a
     gradient is zero in truth, as that of the keys' bias, it is the largest error of all. Everything runs in evaluation mode, where
-    nothing is dropped. RuntimeError with the table where the rule is broken.
+    nothing is dropped. RuntimeError with the table where the rule is broken; ValueError where the original or the truth is not finite.
     """
     with _undisturbed(model):
         model.eval()
@@ -76,7 +81,7 @@ def compare(model: nn.Module, paths: list[str], batch: Batch) -> tuple[Check, ..
 
 
 def table(checks: tuple[Check, ...] | list[Check]) -> str:
-    """A line per outermost module, for the tensor that uses up most of its allowed error, of the module and all within it."""
+    """What the columns mean, and a line per outermost module, for the tensor, of all within it, that uses up most of its allowed error."""
     worst: dict[str, Check] = {}
     for check in checks:
         outermost = next((path for path in worst if check.path == path or check.path.startswith(f"{path}.")), check.path)
@@ -85,10 +90,12 @@ def table(checks: tuple[Check, ...] | list[Check]) -> str:
     rows = [("module", "worst tensor", "error", "original", "of allowed", "cosine", "norm ratio")]
     for path, check in worst.items():
         tensor = f"{check.path.removeprefix(path).lstrip('.')} {check.tensor}".strip()
-        numbers = f"{check.error:.2g}", f"{check.original_error:.2g}", f"{check.used:.0%}", f"{check.cosine:.6f}", f"{check.norm_ratio:.6f}"
+        used = f"{check.used:.0%}" if check.used <= 10 else f"{check.used:,.0f}×"
+        numbers = f"{check.error:.2g}", f"{check.original_error:.2g}", used, f"{check.cosine:.6f}", f"{check.norm_ratio:.6f}"
         rows.append((path, tensor, *numbers))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join([LEGEND, *lines])
 
 
 @contextmanager
@@ -131,6 +138,9 @@ def _record(model: nn.Module, paths: list[str], batch: Batch) -> dict[str, _Call
         handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
         try:
             result = _tensors(_run(model, batch))
+        except Exception as error:
+            error.add_note("the model itself failed on the batch given as verify")
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -146,13 +156,15 @@ def _check_module(path: str, module: nn.Module, call: _Call) -> list[Check]:
         exact = copy.deepcopy(module).double()
         with torch.autocast(_device(module), enabled=False):
             true = _module_tensors(exact, _Call(*_mapped((call.args, call.kwargs, call.upstream), _double)))
-    return _judged(path, found, plain, true)
+    return _judged(path or MODEL, found, plain, true)
 
 
 def _module_tensors(module: nn.Module, call: _Call) -> _Tensors:
-    args = _mapped(call.args, lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()))
-    output = _tensors(module.forward(*args, **call.kwargs))[0]
-    leaves = {f"input {index}": arg for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.requires_grad}
+    wanted = {id(arg) for arg in call.args if isinstance(arg, Tensor) and arg.is_floating_point()}
+    args, kwargs = _mapped((call.args, call.kwargs), lambda tensor: tensor.detach().requires_grad_(id(tensor) in wanted))
+    output = _tensors(module.forward(*args, **kwargs))[0]
+    first = {id(arg): index for index, arg in reversed(list(enumerate(args)))}
+    leaves = {f"input {first[id(arg)]}": arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad}
     leaves |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     gradients = _gradients([output], list(leaves.values()), call.upstream)
     return {"output": output.detach()} | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
@@ -173,7 +185,8 @@ def _model_tensors(model: nn.Module, batch: Batch) -> _Tensors:
     outputs = _tensors(_run(model, batch))
     gradients = _gradients(outputs, [parameter for parameter in model.parameters() if parameter.requires_grad])
     flat = [gradient.flatten() for gradient in gradients if gradient is not None]
-    return {"output": torch.cat([output.detach().flatten() for output in outputs])} | ({"gradient": torch.cat(flat)} if flat else {})
+    values = [output.detach().flatten() for output in outputs]
+    return {name: torch.cat(parts) for name, parts in (("output", values), ("gradient", flat)) if parts}
 
 
 def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: Tensor | None = None) -> list[Tensor | None]:
@@ -187,6 +200,10 @@ def _gradients(outputs: list[Tensor], leaves: list[Tensor], upstream: Tensor | N
 
 
 def _judged(path: str, found: _Tensors, plain: _Tensors, true: _Tensors) -> list[Check]:
+    for name, tensor in true.items():
+        if not (plain[name].isfinite().all() and tensor.isfinite().all()):
+            what = name if path == MODEL else f"{name} of {path}"
+            raise ValueError(f"the model's own {what} is not finite on this batch: verify cannot judge; give another batch")
     checks = []
     for kind in ("output", "gradient"):
         truth = {name: tensor for name, tensor in true.items() if name.startswith(kind)}
@@ -246,9 +263,16 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `function` applied to every tensor in its tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(part, function) for part in value)
-    return {name: _mapped(part, function) for name, part in value.items()} if isinstance(value, dict) else value
+    """`value` with `function` applied to every tensor in its tuples, lists and dicts; what was one tensor is one afterwards."""
+    made: dict[int, Tensor] = {}
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in made:
+                made[id(value)] = function(value)
+            return made[id(value)]
+        if isinstance(value, tuple | list):
+            return type(value)(mapped(part) for part in value)
+        return {name: mapped(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+    return mapped(value)

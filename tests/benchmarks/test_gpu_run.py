@@ -111,6 +111,21 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_help_says_what_is_written_and_what_holds_unless_told_otherwise():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
+    text = " ".join(done.stdout.split())
+    assert not done.returncode
+    for words in ("summary.txt", "polyvit_kernels/tile_table.py", "stop after this many minutes, all parts together (default: 9)"):
+        assert words in text
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path / "file")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--out: {tmp_path / 'file'} is a file; a folder is needed" in done.stderr
+
+
 def test_every_part_runs_on_a_cpu_and_the_table_comes_last(tmp_path):
     table = gpu.TABLE_PATH.read_text()
     command = [sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path), "--minutes", "5"]

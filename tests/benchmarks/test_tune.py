@@ -98,3 +98,16 @@ def test_without_a_gpu_the_command_says_so():
     done = run()
     assert (done.returncode, done.stdout) == (2, "")
     assert "no CUDA GPU" in done.stderr
+
+
+def test_help_says_what_is_written_and_what_holds_unless_told_otherwise():
+    done = run("--help")
+    text = " ".join(done.stdout.split())
+    assert not done.returncode
+    for words in (
+        "tile_table.py",
+        "<card>/tuning.json",
+        "start no new case after this many seconds (default: 180)",
+        "--dry-run print what",
+    ):
+        assert words in text

@@ -42,3 +42,12 @@ def upstream(qkv):
     """A gradient by the output, laid out as autograd often gives it: heads before tokens."""
     batch, tokens, _, heads, head_dim = qkv.shape
     return normal(batch, heads, tokens, head_dim, seed=9).to(qkv.dtype).transpose(1, 2)
+
+
+def negative_scores(tokens, head_dim, dtype):
+    """Queries and keys on opposite sides: scores between about -20 and -100, in fp16 -20 at the least."""
+    qkv = normal(1, tokens, 3, 1, head_dim) * 0.1
+    side = head_dim**0.25 * (4.2 if dtype is torch.float16 else 9.5)
+    qkv[:, :, 0, :, 0] -= side
+    qkv[:, :, 1, :, 0] += side
+    return qkv.to(dtype)

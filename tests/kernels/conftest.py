@@ -1,5 +1,7 @@
 """What holds for every test of a kernel."""
 
+import os
+
 import jaxtyping
 import pytest
 import torch
@@ -7,6 +9,10 @@ from ahead_of_time import build_library, run_aot
 from interpreted import on_kernels as on_kernels  # a fixture
 
 from polyvit_kernels import aot
+
+# What cuBLAS needs to repeat its results, and the yardsticks to be as exact as their dtype.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)

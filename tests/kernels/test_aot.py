@@ -1,11 +1,13 @@
 """Every row of the tile table, compiled for GPUs that are not there."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from ahead_of_time import run_aot, run_python
 
-from polyvit_kernels import aot, images, plan
+from polyvit_kernels import aot, images, library, plan
 from polyvit_kernels.tile_table import TABLE
 
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
@@ -96,7 +98,7 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path):
     assert done.returncode == 1
     assert "attention_short_forward bf16 sm_80 tokens 1..1073741824 features 64, kernel 0: " in done.stderr
     assert "num_warps must be a power of 2" in done.stderr
-    assert not (tmp_path / "table").exists()
+    assert not list((tmp_path / "table").iterdir())
 
 
 def test_a_row_that_no_module_compiles_is_named():
@@ -111,13 +113,56 @@ def test_the_interpreter_is_refused():
     assert done.stderr == "Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it\n"
 
 
-def test_an_unknown_gpu_is_refused():
-    done = run_aot("--arch", "70")
+@pytest.mark.parametrize("name", ["70", "sm_70"])
+def test_an_unknown_gpu_is_refused(name):
+    done = run_aot("--arch", name)
     assert done.returncode == 2
     assert "invalid choice: 70" in done.stderr
+
+
+def test_a_gpu_is_named_as_a_number_or_as_nvidia_does():
+    assert aot._parser().parse_args(["--arch", "90", "sm_100"]).arch == [90, 100]
+
+
+def test_where_nothing_can_be_written_is_told_before_anything_is_compiled(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for option, path, message in (
+        ("--out", tmp_path / "file", f"--out: {tmp_path / 'file'} is a file; a folder is needed"),
+        ("--out", tmp_path / "file" / "a" / "b", f"--out: {tmp_path / 'file'} is a file; a folder is needed"),
+        ("--json", tmp_path / "file" / "table.json", f"--json: {tmp_path / 'file'} is a file; a folder is needed"),
+        ("--json", tmp_path / "folder", f"--json: {tmp_path / 'folder'} is a folder; a file is needed"),
+    ):
+        done = run_aot(option, path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert "compiled" not in done.stderr.replace("compiled for", "")
+
+
+def test_help_has_examples_and_defaults():
+    text = " ".join(aot._parser().format_help().split())
+    for words in ("--out build/aot", "(default: 80 90 100 120)", "(default: bf16 fp16)", "90 or sm_90"):
+        assert words in text
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+
+
+def test_a_library_elsewhere_is_listed(c_library):
+    done = run_aot("--library", c_library)
+    assert not done.returncode, done.stderr
+    assert tuple(done.stdout.splitlines()[0].split()) == library.HEADINGS
+    assert "attention_short_fwd_kernel" in done.stdout
+
+
+def test_what_is_no_library_of_kernels_is_told(tmp_path):
+    (tmp_path / "text").write_text("text")
+    assert run_aot("--library", tmp_path / "missing").stderr == f"there is no file {tmp_path / 'missing'}\n"
+    assert "text: file too short" in run_aot("--library", tmp_path / "text").stderr
+    other = next(iter(Path(torch.__file__).parent.glob("lib/libc10.so")))
+    assert f"{other} is another library" in run_aot("--library", other).stderr
 
 
 def test_an_install_without_the_library_says_so():
     done = run_aot("--library")
     assert done.returncode == 1
-    assert "was built without its C library (POLYVIT_AOT=1 pip wheel .)" in done.stderr
+    assert "was built without its C library (POLYVIT_AOT=1 pip wheel --no-deps .)" in done.stderr

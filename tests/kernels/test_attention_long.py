@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import DTYPES, assert_obeys, row, upstream
+from attention_cases import DTYPES, assert_obeys, negative_scores, row, upstream
 from compare import DEVICE
 from samples import activations, normal
 
@@ -43,6 +43,15 @@ def test_every_width(head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_and_outlier_channels(dtype):
     assert_kernels_obey((activations(1, 300, 3, 1, 64) / 30).to(dtype), dtype)
+
+
+# Keys beyond the end get gradients that are not finite and not stored; numpy warns of them.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_scores_far_below_zero(dtype):
+    """The score of a key beyond the end, 0, is then far above all others."""
+    assert_kernels_obey(negative_scores(300, 32, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

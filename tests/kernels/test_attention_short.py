@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import ARCH, DTYPES, assert_obeys, row, upstream
+from attention_cases import ARCH, DTYPES, assert_obeys, negative_scores, row, upstream
 from samples import activations, normal
 
 from polyvit_kernels import attention_short, tiles
@@ -41,6 +41,13 @@ def test_every_width(head_dim, tokens, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_and_outlier_channels(dtype):
     assert_kernels_obey(activations(2, 197, 3, 2, 64) / 30, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [50, 197])
+def test_scores_far_below_zero(tokens, dtype):
+    """The score of a key beyond the end, 0, is then far above all others."""
+    assert_kernels_obey(negative_scores(tokens, 32, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

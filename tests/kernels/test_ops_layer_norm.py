@@ -171,6 +171,11 @@ def test_what_no_row_is_for_is_done_by_torch():
         ({"weight": normal(32).bfloat16()}, "weight and bias must have one dtype, not torch.bfloat16 and torch.float32"),
         ({"weight": torch.empty(32, device="meta")}, "on one device, not x on cpu, weight on meta, bias on cpu"),
         ({"residual": normal(1, 32)}, r"x and residual must have one shape, not \[3, 32\] and \[1, 32\]"),
+        ({"x": normal(3, 32).int()}, "x is torch.int32, but a floating-point dtype is needed"),
+        ({"weight": normal(32).int()}, "weight is torch.int32, but a floating-point dtype is needed"),
+        ({"bias": normal(32).to(torch.float8_e4m3fn)}, "bias is torch.float8_e4m3fn, but a floating-point dtype is needed"),
+        ({"residual": normal(3, 32).int()}, "residual is torch.int32, but a floating-point dtype is needed"),
+        ({"out_dtype": torch.int8}, "out_dtype is torch.int8, but a floating-point dtype is needed"),
         ({"residual": torch.empty(3, 32, device="meta")}, "on one device, not x on cpu, residual on meta"),
     ],
 )
@@ -182,3 +187,49 @@ def test_what_does_not_go_together_is_told(change, message):
         del inputs["residual"]
         with pytest.raises(ValueError, match=message.replace("cpu", "(cpu|cuda:0)")):
             ops.layer_norm(**inputs)
+
+
+@pytest.mark.parametrize("path", ["library", "kernels"])
+@pytest.mark.parametrize("used", ["both", "the normalised one", "x"])
+def test_a_residual_beside_the_norm_has_the_gradient_of_both(used, path, request):
+    if path == "kernels":
+        request.getfixturevalue("on_kernels")
+
+    def use(x, normal):
+        return {"both": torch.cat([x.square(), normal], -1), "the normalised one": normal * 1, "x": x.square()}[used]
+
+    def plain(x, weight, bias):
+        return use(x, functional.layer_norm(x, weight.shape, weight, bias, 1e-6)) + 0 * (weight.sum() + bias.sum() + x.sum())
+
+    def truth(x, weight, bias):
+        return use(x, reference.layer_norm(x, weight, bias)) + 0 * (weight.sum() + bias.sum() + x.sum())
+
+    def ours(x, weight, bias):
+        return use(*ops.layer_norm_beside(x, weight, bias)) + 0 * (weight.sum() + bias.sum() + x.sum())
+
+    inputs = {"x": normal(3, 5, 48), "weight": normal(48, seed=2), "bias": normal(48, seed=3)}
+    assert_as_exact_as_torch(ours, plain, truth, inputs, torch.float32)
+
+
+def test_a_residual_beside_the_norm_is_added_in_the_norms_own_pass():
+    x, weight, bias = normal(3, 48).requires_grad_(), normal(48), normal(48)
+    left, right = ops.layer_norm_beside(x, weight, bias)
+    assert left is not right
+    total = (left + right).sum()
+    with torch.profiler.profile() as profile:
+        total.backward()
+    names = [event.name for event in profile.events()]
+    assert "polyvit::layer_norm_backward" in names
+    assert not any(name == "aten::add" for name in names)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_residual_beside_the_norm_compiles_whole():
+    def loss(x, weight, bias):
+        residual, normal = ops.layer_norm_beside(x * 2, weight, bias)
+        return (residual + normal.square()).sum()
+
+    inputs = [tensor.requires_grad_() for tensor in (normal(3, 5, 48), normal(48), normal(48))]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -303,7 +303,7 @@ def test_the_kernels_that_the_tile_table_chooses(layout, gelu):
         ({"fc1_bias": (79,)}, r"fc1_bias \[79\]"),
         ({"fc2_weight": (48, 81)}, r"fc2_weight \[48, 81\] and fc2_bias \[48\] meet an input of \[80\] features"),
         ({"fc2_weight": (48,)}, r"but \[out, in\], \[out\] and \[in\] are needed"),
-        ({"residual": (2, 5, 1)}, r"the residual is \[2, 5, 1\] torch.float32, but \[2, 5, 48\]"),
+        ({"residual": (2, 5, 1)}, r"the residual has the shape \[2, 5, 1\], but \[2, 5, 48\]"),
     ],
     ids=str,
 )
@@ -325,5 +325,22 @@ def test_other_mistakes_are_told():
         ops.linear_gelu(**inputs | {"x": torch.tensor(1.0)}, gelu="erf")
     with pytest.raises(ValueError, match="must be on one device"):
         ops.linear_add(**inputs, residual=inputs["x"].to("meta"))
-    with pytest.raises(ValueError, match=r"the residual is \[2, 5, 48\] torch.int64, but \[2, 5, 48\] of a floating-point dtype"):
+    with pytest.raises(ValueError, match=r"residual is torch.int64, but a floating-point dtype is needed"):
         ops.linear_add(**inputs, residual=inputs["x"].long())
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn], ids=str)
+def test_dtypes_that_are_no_floating_point_ones_are_told(dtype, autocast):
+    small = linear_inputs(normal(2, 5, 48)) | {"residual": normal(2, 5, 48)}
+    large = mlp_inputs(normal(2, 5, 48), 80) | {"residual": normal(2, 5, 48)}
+    calls = [(ops.linear_add, small, {}), (ops.mlp, large, {"gelu": "erf"})]
+    calls.append((ops.linear_gelu, {name: small[name] for name in ("x", "weight", "bias")}, {"gelu": "erf"}))
+    for call, inputs, more in calls:
+        for name in inputs:
+            with (
+                torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast),
+                pytest.raises(ValueError, match=f"{name} is {dtype}, but a floating-point dtype is needed"),
+            ):
+                call(**inputs | {name: inputs[name].to(dtype)}, **more)

@@ -6,7 +6,7 @@ from compare import DEVICE
 from samples import normal
 
 import polyvit_kernels as ops
-from polyvit_kernels import tiles
+from polyvit_kernels import reference, tiles
 from polyvit_kernels.ops.update import _adamw_cuda, _sgd_cuda
 
 
@@ -97,38 +97,127 @@ def test_an_update_touches_its_slice_alone(name):
     update(name, [buffer[300:] for buffer in whole], 1)
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_updates_refuse_other_layouts(name):
-    moments = zeros(name, 4)
-    for buffers in ((normal(8)[::2], normal(4), *moments), (normal(4).double(), normal(4), *moments)):
-        with pytest.raises(ValueError, match="contiguous flat buffers of one size and dtype"):
-            update(name, buffers, 1)
-    for more in ({"ema": normal(4).half()}, {"copy": normal(8).half()[::2]}):
-        with pytest.raises(ValueError, match="contiguous flat buffers of one size and dtype"):
-            update(name, (normal(4), normal(4), *moments), 1, **more)
+def sgd_by_formula(param, grad, buffer, momentum, scale):
+    return reference.sgd(param, grad, buffer, lr=0.1, scale=scale, momentum=momentum, weight_decay=0.1)
 
 
-@pytest.mark.usefixtures("unchecked_types")
+def step_of_sgd(param, grad, buffer, momentum, scale, ok=True):
+    numbers = {"lr": number(0.1), "scale": number(scale), "ok": yes(ok)}
+    ops.sgd_(param, grad, buffer, **numbers, momentum=momentum, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_by_its_formula_with_and_without_momentum(momentum, dtype):
+    param, grad, buffer = (normal(70, seed=seed).to(dtype) for seed in range(3))
+    expected = sgd_by_formula(param.double(), grad.double(), buffer.double(), momentum, 0.5)
+    before = [param.clone(), buffer.clone()]
+    step_of_sgd(param, grad.clone(), buffer, momentum, 0.5, ok=False)
+    assert torch.equal(param, before[0])
+    assert torch.equal(buffer, before[1])
+    step_of_sgd(param, grad, buffer, momentum, 0.5)
+    torch.testing.assert_close([param.double(), buffer.double()], list(expected), rtol=1e-6, atol=1e-6)
+    assert not grad.any()
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_on_kernels(momentum):
+    test_sgd_by_its_formula_with_and_without_momentum(momentum, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates_refuse_other_sizes(name):
-    with pytest.raises(ValueError, match=r"contiguous flat buffers of one size and dtype, not \[4\] torch.float32, \[3\]"):
-        update(name, (normal(4), normal(3), *zeros(name, 4)), 1)
+def test_numbers_may_have_any_floating_point_dtype(name, dtype):
+    values = {"count": 3, "lr": 0.25, "scale": 0.5}
+    runs = []
+    for kind in (torch.float32, dtype):
+        buffers = [normal(50, seed=seed).abs() for seed in range(2 + UPDATES[name][0])]
+        UPDATES[name][1](*buffers, **{key: number(value).to(kind) for key, value in values.items()}, ok=yes(), weight_decay=0.1)
+        runs.append(buffers)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+LAST = {"sgd": "momentum_buffer", "adamw": "exp_avg_sq"}
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": torch.ones(1)}, r"lr has the shape \[1\], but a single number is needed"),
-        ({"ok": number(1)}, "ok is torch.float32, but torch.bool is needed"),
-        ({"scale": torch.ones((), device="meta")}, "on one device, not param on (cpu|cuda:0), lr on (cpu|cuda:0), scale on meta"),
-        ({"ema": torch.ones(4, device="meta")}, "on one device, not buffer 0 on .*, buffer 3 on meta"),
+        ((0, lambda x: normal(8)[::2]), r"param has the shape \[4\] and the strides \[2\], but a contiguous flat buffer is needed"),
+        ((1, lambda x: normal(2, 2)), r"grad has the shape \[2, 2\] and the strides \[2, 1\], but a contiguous flat buffer"),
+        ((1, lambda x: normal(3)), "grad has 3 elements and param 4, but buffers of one size are needed"),
+        ((-1, lambda x: x.double()), "LAST is torch.float64 and param torch.float32, but one dtype is needed"),
+        ((-1, lambda x: x.int()), "LAST is torch.int32, but a floating-point dtype is needed"),
+        ((0, lambda x: x.to(torch.float8_e4m3fn)), "param is torch.float8_e4m3fn, but a floating-point dtype is needed"),
+        ((1, lambda x: x.to("meta")), "on one device, not param on (cpu|cuda:0), grad on meta"),
+        ({"ema": normal(4).half()}, "ema is torch.float16 and param torch.float32, but one dtype is needed"),
+        ({"ema": normal(5)}, "ema has 5 elements and param 4"),
+        ({"ema": torch.ones(4, device="meta")}, "on one device, not .*, ema on meta"),
+        ({"copy": normal(8).half()[::2]}, r"copy has the shape \[4\] and the strides \[2\], but"),
+        ({"copy": normal(3).half()}, "copy has 3 elements and param 4"),
+        ({"copy": normal(4)}, "copy is torch.float32, but torch.float16 or torch.bfloat16 is needed"),
     ],
 )
-def test_updates_refuse_what_is_not_a_number_on_their_device(change, message):
-    common = {"lr": number(1), "scale": number(1), "ok": yes(), "momentum": 0.9, "weight_decay": 0.1} | change
-    with pytest.raises(ValueError, match=message):
-        ops.sgd_(normal(4), normal(4), normal(4), **common)
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_name_the_buffer_that_does_not_fit(name, change, message):
+    buffers, more = [normal(4, seed=seed) for seed in range(2 + UPDATES[name][0])], {}
+    if isinstance(change, tuple):
+        buffers[change[0]] = change[1](buffers[change[0]])
+    else:
+        more = change
+    with pytest.raises(ValueError, match=message.replace("LAST", LAST[name])):
+        update(name, buffers, 1, **more)
+
+
+def sharing_cases(name):
+    """Buffers of which two share memory, and the names of those."""
+    size, moments = 8, list(zeros(name, 8))
+    param, grad, whole = normal(size), normal(size), normal(12)
+    yield (param, param, *moments), {}, "param and grad"
+    yield (param, grad, *moments[:-1], grad), {}, f"grad and {LAST[name]}"
+    yield (whole[4:], whole[:8], *moments), {}, "param and grad"
+    yield (param, grad, *moments), {"ema": param}, "param and ema"
+    yield (param, grad, *moments), {"copy": grad.view(torch.float16)[8:]}, "grad and copy"
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_refuse_buffers_that_share_memory(name):
+    for buffers, more, names in sharing_cases(name):
+        before = [buffer.clone() for buffer in buffers]
+        with pytest.raises(ValueError, match=f"{names} share memory, but each buffer needs its own"):
+            update(name, buffers, 1, **more)
+        assert all(torch.equal(buffer, old) for buffer, old in zip(buffers, before, strict=True))
+    whole = normal(4 * 8).abs().view(4, 8)
+    update(name, whole[: 2 + UPDATES[name][0]], 1)
+    update(name, [whole[0, :0]] * (2 + UPDATES[name][0]), 1)
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("name", UPDATES)
+def test_kernels_refuse_buffers_that_share_memory(name):
+    test_updates_refuse_buffers_that_share_memory(name)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", ["lr", "scale", "ok", "count"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.1, "is a float, but a tensor of one number on DEVICE is needed"),
+        (1, "is an int, but a tensor of one number on DEVICE is needed"),
+        (True, "is a bool, but a tensor of one number on DEVICE is needed"),
+        (torch.ones(1), r"is \[1\] on cpu, but a tensor of one number on DEVICE, of the shape \[\], is needed"),
+        (torch.ones((), device="meta"), r"is \[\] on meta, but a tensor of one number on DEVICE, of the shape \[\], is needed"),
+        (torch.ones((), device=DEVICE, dtype=torch.int32), "is torch.int32, but (a floating-point dtype|torch.bool) is needed"),
+    ],
+    ids=str,
+)
+def test_updates_name_the_number_that_does_not_fit(name, value, message):
+    common = {"count": number(1), "lr": number(1), "scale": number(1), "ok": yes(), "weight_decay": 0.1} | {name: value}
+    with pytest.raises(ValueError, match=f"{name} {message.replace('DEVICE', '(cpu|cuda:0)')}"):
+        UPDATES["adamw"][1](*(normal(4) for _ in range(4)), **common)
 
 
 def arguments(name, dtype=torch.float32, follow=True):

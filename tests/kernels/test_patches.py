@@ -43,7 +43,7 @@ def assert_kernels_obey(grid, *parameters, dtype=torch.float32, out_dtype=torch.
 
     rows = patches.tubelets(grid, weight, mean, std, pos_embed.shape[1], BACKWARD).view(len(grid), pos_embed.shape[1], -1)
     assert not rows[:, 0].any()
-    assert largest_difference(rows[:, 1:], _tubelets(grid, weight, mean, std)) <= torch.finfo(dtype).eps * rows.abs().max()
+    assert largest_difference(rows[:, 1:], _tubelets(grid, weight, mean, std)) <= 2 * torch.finfo(dtype).eps * rows.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Each is registered with torch.library as `polyvit::<name>`. On a CPU they run on
 """
 
 from polyvit_kernels.ops.attention import attention, attention_varlen
-from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm
+from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_beside
 from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp
 from polyvit_kernels.ops.patch_embed import patch_embed
 from polyvit_kernels.ops.update import adamw_, sgd_
@@ -17,6 +17,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "layer_norm",
+    "layer_norm_beside",
     "linear_add",
     "linear_gelu",
     "mlp",

@@ -9,10 +9,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops.dtypes import matmul_dtype
-
-SHORT = 256
-"""The most tokens whose scores fit in registers."""
+from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 
 MOST_SEQUENCES = 65_535
 """In one launch: what the third axis of a grid may have."""
@@ -27,11 +24,12 @@ _PRIORITIES = {
 def attention(qkv: Float[Tensor, "batch tokens 3 heads head_dim"]) -> Float[Tensor, "batch tokens heads head_dim"]:
     """Softmax attention of every token to all tokens of its example, scores divided by sqrt(head_dim) (arXiv 1706.03762, eq. 1).
 
-    Any strides will do; the gradient is packed and contiguous. Raises ValueError for another shape.
+    Any strides will do; the gradient is packed and contiguous. On a GPU, fp32 and a head_dim beyond 128 or that 16 does not divide are
+    torch's. Raises ValueError for another shape or dtype.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but attention needs [batch, tokens, 3, heads, head_dim]")
-    _check_dtype(qkv)
+    check_floating(qkv=qkv)
     qkv = qkv.to(matmul_dtype(qkv))
     backend = _route("attention", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) if qkv.is_cuda else "triton"
     if backend != "triton":
@@ -59,16 +57,21 @@ def attention_varlen(
         raise ValueError(
             f"cu_tokens tells of {len(cu_tokens) - 1} sequences, but at most {MOST_SEQUENCES} fit one call; make several calls"
         )
-    _check_dtype(qkv)
+    check_floating(qkv=qkv)
     qkv = qkv.to(matmul_dtype(qkv))
     if qkv.is_cuda and _route("attention_long_forward", max_tokens, qkv.shape[3], qkv.device.index, qkv.dtype) != "triton":
         pieces = qkv.split(_lengths(qkv, cu_tokens, max_tokens))
-        return torch.cat([attention(piece[None])[0] for piece in pieces]) if pieces else _empty_like_out(qkv)[0]
+        return torch.cat([attention(piece[None])[0] for piece in pieces]) if pieces else qkv.sum(1)
     return torch.ops.polyvit.attention_varlen(qkv, cu_tokens, max_tokens)[0]
 
 
 def _route(op: str, tokens: int, features: int, device: int, dtype: torch.dtype) -> str:
-    """The backend that `tiles.pick` gives, in steps that torch.compile can follow when the sizes are symbols."""
+    """The backend that `tiles.pick` gives, in steps that torch.compile can follow when the sizes are symbols.
+
+    A width that 16 does not divide, 72 say, is torch's: the kernels could not load its rows in large pieces, and would spill.
+    """
+    if features % 16:
+        return "torch"
     for low, high, widest, backend in _rows(op, device, dtype):
         if low <= tokens <= high and features <= widest:
             return backend
@@ -88,11 +91,6 @@ vars(_rows)["_dynamo_marked_constant"] = True
 def _library_attention(qkv: Tensor, backend: str) -> Tensor:
     with sdpa_kernel(_PRIORITIES[backend], set_priority=True):
         return functional.scaled_dot_product_attention(*_split(qkv)).transpose(1, 2)
-
-
-def _check_dtype(qkv: Tensor) -> None:
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv is {qkv.dtype}, but attention needs floating-point numbers")
 
 
 @torch.library.custom_op("polyvit::attention", mutates_args=(), device_types="cpu")
@@ -160,7 +158,7 @@ def _(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
 
     tile = tiles.pick_for("attention_long_forward", qkv, tokens=max_tokens, features=qkv.shape[3])
     with torch.cuda.device_of(qkv):
-        return attention_long.forward(_addressable(qkv, 0), tile, cu_tokens, max_tokens)
+        return attention_long.forward(_addressable(qkv, 0), tile, cu_tokens.contiguous(), max_tokens)
 
 
 @_attention_varlen.register_fake
@@ -182,7 +180,7 @@ def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, ma
 
     tile = tiles.pick_for("attention_long_backward", qkv, tokens=max_tokens, features=qkv.shape[3])
     with torch.cuda.device_of(qkv):
-        return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens, max_tokens)
+        return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens.contiguous(), max_tokens)
 
 
 @_attention_varlen_backward.register_fake
@@ -198,12 +196,12 @@ def _keep(ctx, inputs, output) -> None:
     ctx.max_tokens = inputs[2:]
 
 
-def _differentiate(ctx, grad: Tensor, _: None) -> Tensor:
-    return torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
+def _differentiate(ctx, grad: Tensor | None, _: None) -> Tensor | None:
+    return grad if grad is None else torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
 
 
-def _differentiate_varlen(ctx, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
-    return torch.ops.polyvit.attention_varlen_backward(grad, *ctx.saved_tensors, *ctx.max_tokens), None, None
+def _differentiate_varlen(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    return grad if grad is None else torch.ops.polyvit.attention_varlen_backward(grad, *ctx.saved_tensors, *ctx.max_tokens), None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops.dtypes import check_one_device, norm_dtype
+from polyvit_kernels.ops.dtypes import check_floating, check_one_device, norm_dtype
 
 
 def layer_norm(
@@ -20,10 +20,31 @@ def layer_norm(
     """Each vector shifted and scaled to mean 0 and variance 1, then an affine map (arXiv 1607.06450); `eps` adds to the variance.
 
     `weight` may have another dtype than `x`. `out_dtype` is x's unless given, and fp32 under autocast, as in torch. Raises ValueError
-    when shapes, dtypes or devices do not go together.
+    when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
     """
     _check_layer_norm(x, weight, bias)
-    return _layer_norm(x, weight, bias, eps, out_dtype or norm_dtype(x))[0]
+    out_dtype = out_dtype or norm_dtype(x)
+    check_floating(out_dtype=out_dtype)
+    return _layer_norm(x, weight, bias, eps, out_dtype)[0]
+
+
+def layer_norm_beside(
+    x: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, " dim"],
+    bias: Float[Tensor, " dim"],
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
+    """(x, its `layer_norm`), for a residual that goes past the norm: the backward adds both gradients in the norm's own pass.
+
+    Raises ValueError as `layer_norm` does.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x, layer_norm(x, weight, bias, eps, out_dtype)
+    _check_layer_norm(x, weight, bias)
+    out_dtype = out_dtype or norm_dtype(x)
+    check_floating(out_dtype=out_dtype)
+    return _Beside.apply(x, weight, bias, eps, out_dtype)
 
 
 def add_layer_norm(
@@ -34,19 +55,26 @@ def add_layer_norm(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
-    """(x + residual, its `layer_norm`), in one pass. The sum has torch's dtype for a sum; `out_dtype` is of the normalised one."""
+    """(x + residual, its `layer_norm`), in one pass. The sum has torch's dtype for a sum; `out_dtype` is of the normalised one.
+
+    Raises ValueError as `layer_norm` does, and when x and residual differ in shape.
+    """
     _check_layer_norm(x, weight, bias)
+    check_floating(residual=residual)
     check_one_device(x=x, residual=residual)
     if x.shape != residual.shape:
         raise ValueError(f"x and residual must have one shape, not {list(x.shape)} and {list(residual.shape)}")
     kind = torch.promote_types(x.dtype, residual.dtype)
-    return _add_layer_norm(x, residual, weight, bias, eps, out_dtype or norm_dtype(x.new_empty(0, dtype=kind)))[:2]
+    out_dtype = out_dtype or norm_dtype(x.new_empty(0, dtype=kind))
+    check_floating(out_dtype=out_dtype)
+    return _add_layer_norm(x, residual, weight, bias, eps, out_dtype)[:2]
 
 
 def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if not x.ndim or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         shapes = f"{list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
         raise ValueError(f"x, weight and bias have the shapes {shapes}, but [..., dim], [dim] and [dim] are needed")
+    check_floating(x=x, weight=weight, bias=bias)
     if weight.dtype != bias.dtype:
         raise ValueError(f"weight and bias must have one dtype, not {weight.dtype} and {bias.dtype}")
     check_one_device(x=x, weight=weight, bias=bias)
@@ -154,10 +182,28 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def _layer_norm_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _layer_norm_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
     return *_layer_norm_backward(grad, *ctx.saved_tensors, None), None, None
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, mean, rstd = _layer_norm(x, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return x, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return grad_x, None, None, None, None
+        return *_layer_norm_backward(grad, *ctx.saved_tensors, grad_x), None, None
 
 
 def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -171,12 +217,11 @@ def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _add_layer_norm_gradients(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        # Nobody used the normalised one, so the sum's gradient is all there is.
-        assert grad_sum is not None
+        # Nobody used the normalised one, so the sum's gradient, if there is one, is all there is.
         d_sum, d_weight, d_bias = grad_sum, None, None
     else:
         d_sum, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, grad_sum)
-    d_x, d_residual = (d_sum.to(dtype) for dtype in ctx.dtypes)
+    d_x, d_residual = (d_sum if d_sum is None else d_sum.to(dtype) for dtype in ctx.dtypes)
     return d_x, d_residual, d_weight, d_bias, None, None
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from polyvit_kernels.ops.dtypes import check_one_device, matmul_dtype
+from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype
 from polyvit_kernels.tiles import Tile, pick_for
 
 Gelu = Literal["tanh", "erf"]
@@ -29,8 +29,9 @@ def linear_gelu(
 ) -> Float[Tensor, "*batch hidden"]:
     """GELU of a linear layer. For the backward only the pre-activation is kept.
 
-    Like the others raises ValueError when shapes, dtypes or devices do not go together.
+    Raises ValueError when shapes, dtypes or devices do not go together, a dtype is no floating-point one, or `gelu` is unknown.
     """
+    check_floating(x=x, weight=weight, bias=bias)
     x, weight, bias = _cast(x, weight, bias)
     _check_gelu(gelu)
     _check_layer(x, x.shape[-1:], weight, bias)
@@ -40,7 +41,11 @@ def linear_gelu(
 def linear_add(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"], residual: Float[Tensor, "*batch out"]
 ) -> Float[Tensor, "*batch out"]:
-    """`residual` plus a linear layer. Autocast leaves the residual as it is; the sum has the wider of the two dtypes."""
+    """`residual` plus a linear layer. Autocast leaves the residual as it is; the sum has the wider of the two dtypes.
+
+    Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
+    """
+    check_floating(x=x, weight=weight, bias=bias, residual=residual)
     x, weight, bias = _cast(x, weight, bias)
     _check_layer(x, x.shape[-1:], weight, bias)
     _check_residual(residual, x, weight)
@@ -58,14 +63,16 @@ def mlp(
 ) -> Float[Tensor, "*batch out"]:
     """Two linear layers with a GELU between them, plus `residual` if there is one, which autocast leaves as it is.
 
-    For the backward the input and the pre-activation are kept; the activation is computed again.
+    For the backward the input and the pre-activation are kept; the activation is computed again. Raises ValueError as `linear_gelu` does.
     """
+    check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     x, *layers = _cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = layers
     _check_gelu(gelu)
     _check_layer(x, x.shape[-1:], fc1_weight, fc1_bias, "fc1_")
     _check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
     if residual is not None:
+        check_floating(residual=residual)
         _check_residual(residual, x, fc2_weight)
     return _mlp_op(x, *layers, residual, gelu, _is_recorded(x, *layers))[0]
 
@@ -96,8 +103,8 @@ def _check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, 
 
 def _check_residual(residual: Tensor, x: Tensor, weight: Tensor) -> None:
     shape = [*x.shape[:-1], len(weight)]
-    if list(residual.shape) != shape or not residual.is_floating_point():
-        raise ValueError(f"the residual is {list(residual.shape)} {residual.dtype}, but {shape} of a floating-point dtype is needed")
+    if list(residual.shape) != shape:
+        raise ValueError(f"the residual has the shape {list(residual.shape)}, but {shape} is needed")
     check_one_device(x=x, residual=residual)
 
 
@@ -302,7 +309,9 @@ def _save_linear_gelu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_linear_gelu(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate_linear_gelu(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     wants = list(ctx.needs_input_grad[:3])
     return *_only(wants, _linear_gelu_backward_op(grad, *ctx.saved_tensors, ctx.gelu, wants)), None, None
 
@@ -327,7 +336,9 @@ def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _differentiate_mlp(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate_mlp(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     wants = list(ctx.needs_input_grad[:5])
     # With a residual alone to differentiate by, the pre-activation was not kept.
     gradients = _only(wants, _mlp_backward_op(grad, *ctx.saved_tensors, ctx.gelu, wants)) if any(wants) else [None] * 5

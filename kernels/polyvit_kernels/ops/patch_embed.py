@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops.dtypes import check_one_device, matmul_dtype
+from polyvit_kernels.ops.dtypes import FLOATING, check_floating, check_one_device, matmul_dtype
 
 
 def patch_embed(
@@ -25,9 +25,11 @@ def patch_embed(
 
     Tubelets are in the order (frames, rows, columns). `mean` and `std` are in the grid's units, and constants. Any strides of the grid
     will do. Numbers are normalised in fp32 and rounded to the weight's dtype, which autocast changes; the result has the common dtype of
-    weight, class token and positions. Raises ValueError when sizes disagree.
+    weight, class token and positions. Raises ValueError when sizes or devices disagree, and when a dtype is no floating-point one, nor
+    the grid's uint8.
     """
     _check_sizes(grid, weight, pos_embed)
+    _check_dtypes(grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
     _check_parameters(weight, bias, cls_token, pos_embed, mean, std)
     check_one_device(grid=grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
     return _patch_embed(grid, weight.to(matmul_dtype(weight)), bias, cls_token, pos_embed, mean, std)
@@ -39,6 +41,8 @@ def _check_sizes(grid: Tensor, weight: Tensor, pos_embed: Tensor) -> None:
     if weight.ndim != 5:
         raise ValueError(f"the weight has the shape {list(weight.shape)}, but [dim, frames, rows, columns, channels] is needed")
     sizes, tubelet = list(grid.shape[1:4]), list(weight.shape[1:4])
+    if 0 in weight.shape:
+        raise ValueError(f"the weight has the shape {list(weight.shape)}, but sizes of at least 1 are needed")
     if grid.shape[4] != weight.shape[4]:
         raise ValueError(f"the grid has {grid.shape[4]} channels and the weight {weight.shape[4]}")
     if any(size % step for size, step in zip(sizes, tubelet, strict=True)):
@@ -47,6 +51,12 @@ def _check_sizes(grid: Tensor, weight: Tensor, pos_embed: Tensor) -> None:
     if pos_embed.ndim != 3 or pos_embed.shape[1] != num_tokens:
         found = f"{pos_embed.shape[1]} positions" if pos_embed.ndim == 3 else f"positions of the shape {list(pos_embed.shape)}"
         raise ValueError(f"a grid of {sizes} in tubelets of {tubelet} makes {num_tokens} tokens, but there are {found}")
+
+
+def _check_dtypes(grid: Tensor, **parameters: Tensor) -> None:
+    if grid.dtype not in (torch.uint8, *FLOATING):
+        raise ValueError(f"the grid is {grid.dtype}, but torch.uint8 or a floating-point dtype is needed")
+    check_floating(**parameters)
 
 
 def _check_parameters(weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> None:
@@ -106,7 +116,7 @@ def _(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: 
 
 @_patch_embed.register_fake
 def _(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    shape = (len(grid), pos_embed.shape[1], len(weight))
+    shape = (grid.shape[0], pos_embed.shape[1], len(weight))  # len would fix the batch in a compiled graph
     return weight.new_empty(shape, dtype=_out_dtype(weight, cls_token, pos_embed))
 
 

@@ -1,5 +1,6 @@
 """Updates of flat parameter buffers in place."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -7,7 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops.dtypes import check_one_device
+from polyvit_kernels.ops.dtypes import check_floating, check_one_device
+
+_SGD_BUFFERS = ("param", "grad", "momentum_buffer", "ema", "copy")
+_ADAMW_BUFFERS = ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "copy")
 
 
 def sgd_(
@@ -26,10 +30,11 @@ def sgd_(
 ) -> None:
     """One update of SGD with momentum, in place, with the gradient `scale * grad`; without `ok` nothing but `grad` changes.
 
-    The buffer starts at zero. `ema` becomes `ema_decay * ema + (1 - ema_decay) * param`; `copy`, in another precision, the new parameters.
-    `grad` is zero afterwards, without `ok` as well. Nothing is sent to the host. Raises ValueError when buffers do not go together.
+    `lr`, `scale` and `ok` are 0-d tensors on the buffers' device. The momentum's buffer starts at zero. `ema` becomes
+    `ema_decay * ema + (1 - ema_decay) * param`; `copy`, in fp16 or bf16, the new parameters. `grad` is zero afterwards, without `ok` as
+    well. Nothing is sent to the host. Raises ValueError when buffers do not go together or share memory, or a number is no such tensor.
     """
-    _check_flat(param, grad, momentum_buffer, ema=ema, copy=copy)
+    _check_flat(copy, ema=ema, param=param, grad=grad, momentum_buffer=momentum_buffer)
     _check_numbers(param, lr=lr, scale=scale, ok=ok)
     _sgd(param, grad, momentum_buffer, ema, copy, lr, scale, ok, momentum, weight_decay, ema_decay)
 
@@ -53,31 +58,55 @@ def adamw_(
 ) -> None:
     """One update of AdamW (arXiv 1711.05101, algorithm 2), in place, with the gradient `scale * grad`; without `ok` only `grad` changes.
 
-    `count` is the number of updates, this one included; both averages start at zero. `ema`, `copy`, `grad` and errors as in `sgd_`.
+    `count`, a 0-d tensor like `lr`, `scale` and `ok`, is the number of updates, this one included; both averages start at zero. `ema`,
+    `copy`, `grad` and errors as in `sgd_`.
     """
-    _check_flat(param, grad, exp_avg, exp_avg_sq, ema=ema, copy=copy)
+    _check_flat(copy, ema=ema, param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_numbers(param, count=count, lr=lr, scale=scale, ok=ok)
     _adamw(param, grad, exp_avg, exp_avg_sq, ema, copy, count, lr, scale, ok, *betas, eps, weight_decay, ema_decay)
 
 
-def _check_flat(*buffers: Tensor, ema: Tensor | None, copy: Tensor | None) -> None:
+def _check_flat(copy: Tensor | None, *, ema: Tensor | None, param: Tensor, **others: Tensor) -> None:
     # Updates walk over raw memory: other layouts would be read wrongly, or beyond their end.
-    alike = [*buffers, *([] if ema is None else [ema])]
-    present = [*alike, *([] if copy is None else [copy])]
-    flat = all(buffer.ndim == 1 and buffer.is_contiguous() for buffer in present)
-    if not flat or len({b.dtype for b in alike}) > 1 or len({len(b) for b in present}) > 1:
-        shapes = ", ".join(f"{list(buffer.shape)} {buffer.dtype}" for buffer in present)
-        raise ValueError(f"updates need contiguous flat buffers of one size and dtype, not {shapes}")
-    check_one_device(**{f"buffer {number}": buffer for number, buffer in enumerate(present)})
+    alike = {"param": param, **others} | ({} if ema is None else {"ema": ema})
+    present = alike | ({} if copy is None else {"copy": copy})
+    check_floating(**alike)
+    if copy is not None and copy.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"copy is {copy.dtype}, but torch.float16 or torch.bfloat16 is needed")
+    for name, buffer in present.items():
+        if buffer.ndim != 1 or not buffer.is_contiguous():
+            layout = f"the shape {list(buffer.shape)} and the strides {list(buffer.stride())}"
+            raise ValueError(f"{name} has {layout}, but a contiguous flat buffer is needed")
+        if len(buffer) != len(param):
+            raise ValueError(f"{name} has {len(buffer)} elements and param {len(param)}, but buffers of one size are needed")
+    for name, buffer in alike.items():
+        if buffer.dtype != param.dtype:
+            raise ValueError(f"{name} is {buffer.dtype} and param {param.dtype}, but one dtype is needed")
+    check_one_device(**present)
 
 
-def _check_numbers(param: Tensor, **numbers: Tensor) -> None:
-    for name, number in numbers.items():
-        if number.ndim:
-            raise ValueError(f"{name} has the shape {list(number.shape)}, but a single number is needed")
-    check_one_device(param=param, **numbers)
-    if numbers["ok"].dtype != torch.bool:
-        raise ValueError(f"ok is {numbers['ok'].dtype}, but torch.bool is needed")
+def _check_numbers(param: Tensor, *, ok: Tensor, **numbers: Tensor) -> None:
+    for name, number in (numbers | {"ok": ok}).items():
+        if not isinstance(number, Tensor):
+            kind = type(number).__name__
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise ValueError(f"{name} is {article} {kind}, but a tensor of one number on {param.device} is needed")
+        if number.ndim or number.device != param.device:
+            found = f"{list(number.shape)} on {number.device}"
+            raise ValueError(f"{name} is {found}, but a tensor of one number on {param.device}, of the shape [], is needed")
+    check_floating(**numbers)
+    if ok.dtype != torch.bool:
+        raise ValueError(f"ok is {ok.dtype}, but torch.bool is needed")
+
+
+def _check_apart(names: tuple[str, ...], buffers: tuple[Tensor | None, ...]) -> None:
+    """Raises ValueError where two buffers share memory; called where tensors surely have some, which while tracing they do not."""
+    present = [(buffer.data_ptr(), buffer.nbytes, name) for name, buffer in zip(names, buffers, strict=True) if buffer is not None]
+    ordered = sorted(span for span in present if span[1])
+    for (begin, size, name), (following, _, other) in pairwise(ordered):
+        if begin + size > following:
+            first, second = sorted((name, other), key=names.index)
+            raise ValueError(f"{first} and {second} share memory, but each buffer needs its own")
 
 
 def _sgd_by_torch(
@@ -93,18 +122,20 @@ def _sgd_by_torch(
     weight_decay: float,
     ema_decay: float,
 ) -> None:
+    _check_apart(_SGD_BUFFERS, (param, grad, momentum_buffer, ema, copy))
+    # At momentum 0 torch wants no buffer; its first step, at any other momentum, is what the formula then gives: the buffer set anew.
     torch.ops.aten._fused_sgd_(
         [param],
         [grad],
         [momentum_buffer],
-        lr=lr,
-        momentum=momentum,
+        lr=lr.float(),
+        momentum=momentum or 1.0,
         weight_decay=weight_decay,
         dampening=0.0,
         nesterov=False,
         maximize=False,
-        is_first_step=False,
-        grad_scale=scale.reciprocal(),
+        is_first_step=not momentum,
+        grad_scale=scale.float().reciprocal(),
         found_inf=ok.logical_not().float(),
     )
     _follow(param, grad, ema, copy, ok, ema_decay)
@@ -127,21 +158,22 @@ def _adamw_by_torch(
     weight_decay: float,
     ema_decay: float,
 ) -> None:
+    _check_apart(_ADAMW_BUFFERS, (param, grad, exp_avg, exp_avg_sq, ema, copy))
     torch.ops.aten._fused_adamw_(
         [param],
         [grad],
         [exp_avg],
         [exp_avg_sq],
         [],
-        [count],
-        lr=lr,
+        [count.float()],
+        lr=lr.float(),
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,
         eps=eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=scale.reciprocal(),
+        grad_scale=scale.float().reciprocal(),
         found_inf=ok.logical_not().float(),
     )
     _follow(param, grad, ema, copy, ok, ema_decay)
@@ -156,12 +188,8 @@ def _follow(param: Tensor, grad: Tensor, ema: Tensor | None, copy: Tensor | None
     grad.zero_()
 
 
-_sgd = torch.library.custom_op(
-    "polyvit::sgd_", _sgd_by_torch, mutates_args=("param", "grad", "momentum_buffer", "ema", "copy"), device_types="cpu"
-)
-_adamw = torch.library.custom_op(
-    "polyvit::adamw_", _adamw_by_torch, mutates_args=("param", "grad", "exp_avg", "exp_avg_sq", "ema", "copy"), device_types="cpu"
-)
+_sgd = torch.library.custom_op("polyvit::sgd_", _sgd_by_torch, mutates_args=_SGD_BUFFERS, device_types="cpu")
+_adamw = torch.library.custom_op("polyvit::adamw_", _adamw_by_torch, mutates_args=_ADAMW_BUFFERS, device_types="cpu")
 
 
 @_sgd.register_kernel("cuda")
@@ -171,6 +199,7 @@ def _sgd_cuda(param: Tensor, *others: Any) -> None:
         return _sgd_by_torch(param, *others)
     from polyvit_kernels import update
 
+    _check_apart(_SGD_BUFFERS, (param, *others[:4]))
     with torch.cuda.device_of(param):
         return update.sgd(param, *others, tile=tile)
 
@@ -182,5 +211,6 @@ def _adamw_cuda(param: Tensor, *others: Any) -> None:
         return _adamw_by_torch(param, *others)
     from polyvit_kernels import update
 
+    _check_apart(_ADAMW_BUFFERS, (param, *others[:5]))
     with torch.cuda.device_of(param):
         return update.adamw(param, *others, tile=tile)
