@@ -4,11 +4,11 @@
     python benchmarks/gpu.py --out DIR --minutes 5 --skip-tuning
     python benchmarks/gpu.py --out DIR --small            every part on the CPU's path, to see that it works
 
-torch, triton, pytest, pytest-benchmark and this checkout are all it needs; nothing need be installed. A part that fails or has used up its
-time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time of every call), tuning.json,
-tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Tuning rewrites the checkout's
-kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all parts ended well, 1 when one did not, 2
-without a GPU.
+torch, triton, jaxtyping, einops, safetensors, pytest, pytest-benchmark and this checkout are all it needs; nothing need be installed.
+A part that fails or has used up its time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time
+of every call), tuning.json, tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Tuning rewrites the
+checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all parts ended well, 1 when one
+did not, 2 without a GPU.
 """
 
 import json
@@ -32,10 +32,10 @@ from polyvit_kernels import commands
 
 FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
 BENCHES = {"attention": 80, "mlp": 85, "layer_norm": 40, "update": 25, "patch_embed": 30, "cross_entropy": 25}
-"""Files bench_<name>.py, and about how long each takes on an H200, in seconds."""
-TESTS_SECONDS, TUNING_SECONDS = 90, 160
+"""Files bench_<name>.py, and their shares of the time: guesses, until a card has run them."""
+TESTS_SHARE, TUNING_SHARE = 150, 160
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
-WORKERS = 8
+WORKERS = 16
 LAST_SECONDS = 5  # for the table
 GRACE_SECONDS = 10  # between a request to end and the end
 LONGEST_STEP = 20  # seconds that a part may take after it was told to begin nothing new
@@ -68,10 +68,10 @@ def limit(left: float, weights: Sequence[float]) -> float:
 
 def parts(out: Path, *, tuning: bool, is_small: bool) -> list[Part]:
     """What is run, in order."""
-    found = [Part(name="tests", command=_tests(is_small), weight=TESTS_SECONDS, told=False)]
+    found = [Part(name="tests", command=_tests(is_small), weight=TESTS_SHARE, told=False)]
     if tuning:
         small = ("--small", "--ops", "update") if is_small else ()
-        found.append(Part(name="tuning", command=(str(card.ROOT / "benchmarks" / "tune.py"), *small), weight=TUNING_SECONDS))
+        found.append(Part(name="tuning", command=(str(card.ROOT / "benchmarks" / "tune.py"), *small), weight=TUNING_SHARE))
     if is_small:
         return [*found, _bench("kernels", list(BENCHES), out, sum(BENCHES.values()), "--rounds=1", "--calls=1")]
     return found + [_bench(name, [name], out, weight) for name, weight in BENCHES.items()]
