@@ -33,7 +33,7 @@ from polyvit_kernels import commands
 FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
 BENCHES = {"attention": 80, "mlp": 85, "layer_norm": 40, "update": 25, "patch_embed": 30, "cross_entropy": 25}
 """Files bench_<name>.py, and their shares of the time: guesses, until a card has run them."""
-TESTS_SHARE, TUNING_SHARE = 150, 160
+TESTS_SHARE, TUNING_SHARE = 140, 110
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
 WORKERS = 16
 LAST_SECONDS = 5  # for the table
