@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polyvit_kernels.attention_short import scale_of
+from polyvit_kernels.attention_short import LN_2, scale_of
 from polyvit_kernels.rows import load_rows, store_rows
 from polyvit_kernels.tiles import Tile, Variant
 
-_LN_2 = tl.constexpr(0.6931471805599453)
 _DELTA_ROWS = 64
 
 
@@ -171,7 +170,7 @@ def _d_keys(
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    store_rows(p_dq + part_d, b_dk * (scale * _LN_2), i_key, stride_d, count, HEAD_DIM, BLOCK_D)
+    store_rows(p_dq + part_d, b_dk * (scale * LN_2), i_key, stride_d, count, HEAD_DIM, BLOCK_D)
     store_rows(p_dq + 2 * part_d, b_dv, i_key, stride_d, count, HEAD_DIM, BLOCK_D)
 
 
@@ -197,7 +196,7 @@ def _d_queries(
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    store_rows(p_dq, b_dq * (scale * _LN_2), i_query, stride_d, count, HEAD_DIM, BLOCK_D)
+    store_rows(p_dq, b_dq * (scale * LN_2), i_query, stride_d, count, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

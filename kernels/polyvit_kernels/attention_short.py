@@ -22,7 +22,7 @@ from torch import Tensor
 from polyvit_kernels.rows import load_rows, store_columns, store_rows
 from polyvit_kernels.tiles import Tile, Variant
 
-_LN_2 = tl.constexpr(0.6931471805599453)  # takes the log2(e) out of the scale again
+LN_2 = tl.constexpr(0.6931471805599453)  # takes the log2(e) out of the scale again
 
 
 @triton.jit
@@ -156,10 +156,10 @@ def attention_short_bwd_kernel(
         b_v = load_rows(p_q + 2 * stride_part, i_key, stride_token, tokens, HEAD_DIM, BLOCK_D, True)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)
-        b_dk = tl.dot(tl.trans(b_q), b_ds, input_precision="ieee") * (scale * _LN_2)
+        b_dk = tl.dot(tl.trans(b_q), b_ds, input_precision="ieee") * (scale * LN_2)
         store_columns(p_dk, b_dk, i_key, stride_d, tokens, HEAD_DIM, BLOCK_D)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
-    store_rows(p_dq, b_dq * (scale * _LN_2), i_query, stride_d, tokens, HEAD_DIM, BLOCK_D)
+    store_rows(p_dq, b_dq * (scale * LN_2), i_query, stride_d, tokens, HEAD_DIM, BLOCK_D)
 
 
 def scale_of(head_dim: int) -> float:

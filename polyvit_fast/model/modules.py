@@ -153,8 +153,6 @@ def add_branch(x: Tokens, branch: Tokens, drop_path_rate: float, rescale: bool) 
 
     With `rescale` a kept branch is divided by that chance.
     """
-    if not drop_path_rate:
-        return x + branch
     kept = torch.empty(len(x), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - drop_path_rate)
     return torch.addcmul(x, branch, kept / (1 - drop_path_rate) if rescale else kept)
 
