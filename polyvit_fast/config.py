@@ -58,8 +58,11 @@ class Modality(ABC):
         """Evenly spaced views of one sample whose logits are averaged in evaluation."""
 
     @abstractmethod
-    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
-        """Files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones."""
+    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
+        """Files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones.
+
+        With `device` = "cuda" the current GPU decodes and augments what it can, and the grids lie there.
+        """
 
     def thorough(self) -> Modality:
         """The same, but evaluation sees as much of every file as it can: for checks. This one, when it does so already."""
@@ -86,9 +89,9 @@ class Source(ABC):
     def samples(self, task: Task) -> Sequence[Sample]:
         """Every sample, in an order that is the same on every machine. Raises ValueError or OSError with the cause."""
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """What turns these samples into grids: the modality's own decoder, unless the source brings one."""
-        return task.modality.decoder(batch=batch, train=train, num_threads=num_threads)
+        return task.modality.decoder(batch=batch, train=train, num_threads=num_threads, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class Task:
     lr_scale: float = 1.0
     """c_j: multiplies the learning rate on this task's steps."""
     mixup: float = 0.0
-    """Alpha of the Beta distribution that mixes each batch with its reverse; 0 switches it off."""
+    """Alpha of the Beta distribution that mixes each example with its neighbour in the batch (0 with 1, 2 with 3 …); 0 switches it off."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over all classes."""
     drop_path_rate: float = 0.0
@@ -238,11 +241,19 @@ class Train:
     seed: int = 0
     """Everything random follows from it: weights, task order, sample order, augmentation, dropout."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model computes; files are decoded on the CPU."""
+    """Where the model computes. Under torchrun, cuda is one GPU for each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward and backward under autocast; parameters and optimizer stay fp32."""
-    capture: bool = False
-    """Record each task's step as a CUDA graph. Not in this version: must be False."""
+    capture: bool = True
+    """On a GPU, record each task's step once as a CUDA graph and replay it, so that the GPU does not wait for Python."""
+    recompute: bool = False
+    """Keep only each block's input for the backward pass and compute the rest of the block again: far less memory, a third more time."""
+    sharded: bool = False
+    """Under torchrun, spread parameters, gradients and moments over the processes (FSDP2), for models too large for one GPU; no capture."""
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    """Under torchrun, the precision in which gradients travel between processes; bf16 halves the traffic."""
+    decoding: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where files are decoded. auto: on the GPU when device = cuda; formats that its decoders lack go through the CPU all the same."""
     num_threads: int = 2
     """CPU threads that decode files."""
     compute_threads: int = 0
@@ -272,8 +283,8 @@ class Train:
         for name in self.tasks:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
-        if self.capture:
-            raise ValueError("capture = True: CUDA graphs are not in this version; leave it False")
+        if self.decoding == "gpu" and self.device == "cpu":
+            raise ValueError("decoding = gpu needs device = cuda; leave it auto")
         for name in ("num_threads", "prefetch", "log_every_steps", "save_every_steps", "keep", "nonfinite_patience"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")

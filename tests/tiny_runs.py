@@ -31,7 +31,7 @@ class Tile(Modality):
     def eval_views(self) -> int:
         return self.views
 
-    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
         raise ValueError("a tile has no files")
 
 

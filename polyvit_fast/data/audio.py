@@ -97,7 +97,7 @@ class Audio(Modality):
         """The clips of a file."""
         return self.eval_clips
 
-    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Files to float32 grids [sample, view, 1, rows, columns, channels], channels without memory of their own.
 
         A broken file raises MediaError, the next call works.

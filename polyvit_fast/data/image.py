@@ -101,7 +101,7 @@ class Image(Modality):
         """With the whole picture."""
         return replace(self, eval_crop="resize")
 
-    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Files to uint8 grids [sample, 1, 1, size, size, 3]; a batch with a broken file raises MediaError, the next one works."""
         return _Decoder(self, batch, train, num_threads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Synthetic(Source):
         """Media that name their number, and their labels."""
         return [Sample(Media(f"synthetic:{index}"), self._labels(task, index)) for index in range(self.num_samples)]
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Grids that depend on the sample's number alone: float32, in the units of the modality's normalisation."""
         views = 1 if train else task.modality.eval_views
         shape = (views, *task.modality.grid)

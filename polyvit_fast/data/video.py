@@ -104,7 +104,7 @@ class Video(Modality):
         """With clips from all over the file."""
         return replace(self, eval_clips=max(self.eval_clips, THOROUGH_CLIPS))
 
-    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Files to uint8 grids [sample, view, frames, size, size, 3]; a broken file raises MediaError, the next call works."""
         return _Decoder(self, train, num_threads)
 

@@ -26,6 +26,7 @@ MAY_CHANGE = frozenset(
     {
         *("out", "resume", "log_every_steps", "eval_every_steps", "save_every_steps", "keep"),
         *("num_threads", "prefetch", "decode_timeout_seconds", "max_bad_ratio", "nonfinite_patience"),
+        *("capture", "recompute", "sharded"),
     }
 )
 """Fields of `Train` in which a run and its resumption may differ, because no number of the training depends on them."""

@@ -20,7 +20,7 @@ class Bytes(Modality):
     def eval_views(self) -> int:
         return 1
 
-    def decoder(self, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
         raise ValueError("there are no files")
 
 

@@ -142,7 +142,7 @@ class Poisoned(Synthetic):
 
     share: float = 1.0
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
         inner = super().decoder(task, batch=batch, train=train, num_threads=num_threads)
 
         def decode(media, rngs):
@@ -277,7 +277,7 @@ def test_too_many_broken_files_save_what_is_done(tmp_path):
 class Failing(Synthetic):
     """Synthetic samples of which the first three cannot be decoded."""
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
         inner = super().decoder(task, batch=batch, train=train, num_threads=num_threads)
 
         def decode(media, rngs):

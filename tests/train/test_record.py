@@ -232,6 +232,7 @@ def test_a_resumed_run_may_differ_only_where_no_number_depends_on_it():
     old = config()
     free = {"out": "elsewhere", "log_every_steps": 1, "eval_every_steps": 9, "save_every_steps": 3, "keep": 5, "num_threads": 7}
     free |= {"prefetch": 1, "decode_timeout_seconds": 5.0, "max_bad_ratio": 0.5, "nonfinite_patience": 3, "resume": False}
+    free |= {"capture": False, "recompute": True, "sharded": True}
     assert set(free) == record.MAY_CHANGE
     assert resume_differences(stored(old), to_json(replace(old, **free))) == []
     for bound in ({"seed": 1}, {"precision": "bf16"}, {"device": "cuda"}, {"optim": Optim(lr=2.0)}, {"schedule": "uniform"}):
