@@ -22,8 +22,13 @@ DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
 
 # Bytes and bf16 operations a second, measured: a copy within the card counting both ways, a product of 8192 × 8192 random matrices.
 RATES = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 790e12)}
+# What their makers name as the most for dense products in bf16: the 100 % of a model's FLOPs utilisation (MFU).
+PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 
-PACKAGES = ("torch", "triton", "xformers", "liger-kernel", "flash-attn", "flash-attn-3", "pytest-benchmark")
+PACKAGES = (
+    *("torch", "triton", "timm", "transformers", "nvidia-dali-cuda130", "xformers", "liger-kernel", "flash-attn", "flash-attn-3"),
+    "pytest-benchmark",
+)
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -53,6 +58,11 @@ def floor_seconds(cost: Cost, card: str) -> float | None:
     return max(cost.num_bytes / bandwidth, cost.flops / rate)
 
 
+def peak_flops(card: str) -> float | None:
+    """Operations in bf16 a second that the card's maker promises; None for a card that is not listed."""
+    return PEAKS.get(card)
+
+
 def clocks() -> dict[str, float]:
     """What nvidia-smi says now: MHz, watts, degrees; nothing where it is not there."""
     query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits", "--id=0"]
@@ -76,4 +86,7 @@ def versions() -> dict[str, str]:
 
 def is_installed(module: str) -> bool:
     """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False

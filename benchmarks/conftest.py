@@ -1,6 +1,7 @@
 """How kernels are reported to pytest-benchmark, and the tables after the timings."""
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -43,35 +44,84 @@ _REPLAY = Replay()
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "report" in item.fixturenames:
+        if "play" in item.fixturenames:
             item.add_marker(pytest.mark.benchmark(timer=_REPLAY.read))
 
 
 @pytest.fixture(scope="session")
-def track(request) -> Track:
-    options = {name: request.config.getoption(name) for name in ("rounds", "calls", "seconds")}
-    return Track(**options)
+def options(request) -> dict[str, float]:
+    return {name: request.config.getoption(name) for name in ("rounds", "calls", "seconds")}
+
+
+@pytest.fixture(scope="session")
+def deadline(options) -> float:
+    """On `time.monotonic`; nothing is begun after it."""
+    return time.monotonic() + options["seconds"]
 
 
 @pytest.fixture
-def report(benchmark, track) -> Callable[..., None]:
-    """Measures the group when nobody has, and gives one contender's times to pytest-benchmark; skips one that is absent."""
+def in_time(deadline) -> None:
+    """Skips what would begin too late."""
+    if time.monotonic() > deadline:
+        pytest.skip(NO_TIME)
 
-    def run(problem_of, shape, direction, contender):
-        group = track.group(problem_of, shape, direction)
-        if group is None:
-            pytest.skip(NO_TIME)
-        if contender == OURS and OURS in group.absent:
-            benchmark.pedantic(_fail, args=(group.absent[OURS],))
-        if contender not in group.lanes:
-            pytest.skip(group.absent.get(contender, f"has no {direction}"))
-        benchmark.group = group.title
-        benchmark.extra_info.update(group.info(contender))
-        seconds = group.lanes[contender].seconds
+
+@pytest.fixture(scope="session")
+def track(options) -> Track:
+    return Track(**options)
+
+
+@pytest.fixture(scope="session")
+def step_track(options):
+    from steps import StepTrack  # here, as it needs the whole package, of which kernels know nothing
+
+    return StepTrack(**options)
+
+
+@pytest.fixture
+def play(benchmark) -> Callable[..., None]:
+    """Gives times that were measured to pytest-benchmark, as a contender's of a group, with what is known beside them."""
+
+    def run(group, info, seconds):
+        benchmark.group = group
+        benchmark.extra_info.update(info)
         times = iter(seconds)
         benchmark.pedantic(_REPLAY.play, setup=lambda: ((next(times),), {}), rounds=len(seconds))
 
     return run
+
+
+@pytest.fixture
+def report(benchmark, play, track) -> Callable[..., None]:
+    """Measures the group when nobody has, and gives one contender's times to pytest-benchmark; skips one that is absent."""
+
+    def run(problem_of, shape, direction, contender):
+        group = track.group(problem_of, shape, direction)
+        _fail_or_skip(benchmark, group, contender, f"has no {direction}")
+        play(group.title, group.info(contender), group.lanes[contender].seconds)
+
+    return run
+
+
+@pytest.fixture
+def report_step(benchmark, play, step_track) -> Callable[..., None]:
+    """The same of a whole training step."""
+
+    def run(rivals, contender):
+        found = step_track.measured(rivals.title, rivals.contest)
+        _fail_or_skip(benchmark, found, contender, "is not there")
+        play(rivals.title, found.info(contender), found.lanes[contender].seconds)
+
+    return run
+
+
+def _fail_or_skip(benchmark, found, contender, otherwise):
+    if found is None:
+        pytest.skip(NO_TIME)
+    if contender == OURS and OURS in found.absent:
+        benchmark.pedantic(_fail, args=(found.absent[OURS],))
+    if contender not in found.lanes:
+        pytest.skip(found.absent.get(contender, otherwise))
 
 
 def _fail(reason: str) -> None:
@@ -86,11 +136,6 @@ def pytest_terminal_summary(terminalreporter, config):
         for bench in (session.benchmarks if session else [])
         if not bench.has_error and "contender" in bench.extra_info
     ]
-    kernels = [row for row in measured if "absent" in row.info]
-    for title, lines in (
-        ("rates (median)", tables.rate_lines(row for row in measured if "absent" not in row.info)),
-        ("kernels (median)", tables.kernel_lines(kernels)),
-    ):
-        if lines:
-            terminalreporter.section(title)
-            terminalreporter.write_line("\n".join(lines))
+    for title, lines in tables.sections(measured):
+        terminalreporter.section(title)
+        terminalreporter.write_line("\n".join(lines))

@@ -1,14 +1,16 @@
-"""Everything that needs a GPU, by one command with one table at its end: kernel tests, tuning, kernel benchmarks against peers.
+"""Everything that needs a GPU, by one command with tables at its end: tests, tuning, kernels and whole steps against peers, a profile.
 
     python benchmarks/gpu.py --out DIR                    in nine minutes at most
+    python benchmarks/gpu.py --out DIR --only step train  these parts alone, which then have more time
     python benchmarks/gpu.py --out DIR --minutes 5 --skip-tuning
     python benchmarks/gpu.py --out DIR --small            every part on the CPU's path, to see that it works
 
-torch, triton, jaxtyping, einops, safetensors, pytest, pytest-benchmark and this checkout are all it needs; nothing need be installed.
+torch, triton, jaxtyping, einops, safetensors, pytest, pytest-benchmark and this checkout are all that kernels need; whole steps need tyro
+too, the training loop rich, tensorboard and torchmetrics. Nothing need be installed: a part that lacks a package is left out and says so.
 A part that fails or has used up its time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time
-of every call), tuning.json, tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Tuning rewrites the
-checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all parts ended well, 1 when one
-did not, 2 without a GPU.
+of every call), profile.txt (the kernels of a step), tuning.json, tile_table.py (with the rows that tuning chose, as in the checkout) and
+log.txt. Tuning rewrites the checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all
+parts ended well or were left out, 1 when one did not, 2 without a GPU.
 """
 
 import json
@@ -25,30 +27,41 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import card
-from tables import Measurement, kernel_lines
+from tables import Measurement, sections
 from tune import NOBODY_HERE, RESULTS, TABLE_PATH
 
 from polyvit_kernels import commands
 
 FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
-BENCHES = {"attention": 80, "mlp": 85, "layer_norm": 40, "update": 25, "patch_embed": 30, "cross_entropy": 25}
+KERNEL_BENCHES = {"attention": 35, "mlp": 35, "layer_norm": 15, "update": 12, "patch_embed": 12, "cross_entropy": 12}
+BENCHES = KERNEL_BENCHES | {"step": 190, "train": 35, "schedule": 12}
 """Files bench_<name>.py, and their shares of the time: guesses, until a card has run them."""
-TESTS_SHARE, TUNING_SHARE = 140, 110
+TESTS_SHARE, ROOM_SHARE, TUNING_SHARE, PROFILE_SHARE = 75, 15, 45, 15
+ROOMS = ("model", "train", "data")
+"""Folders of tests beside that of the kernels; of these, what is marked for a GPU is run."""
+WHOLE = ("tyro", "jaxtyping")
+NEEDS = {"step": WHOLE, "schedule": WHOLE, "train": (*WHOLE, "rich", "tensorboard", "torchmetrics")}
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
 WORKERS = 16
 LAST_SECONDS = 5  # for the table
 GRACE_SECONDS = 10  # between a request to end and the end
 LONGEST_STEP = 20  # seconds that a part may take after it was told to begin nothing new
+LONGEST_CONTEST = 40  # the same of whole steps, whose contenders compile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A command; `weight` is its share of the time. With `told`, it takes `--seconds` and ends by itself."""
+    """A command; `weight` is its share of the time. With `told`, it takes `--seconds` and ends by itself.
+
+    It is left out where one of the packages that it `needs` is not installed.
+    """
 
     name: str
     command: tuple[str, ...]
     weight: float
     told: bool = True
+    longest: float = LONGEST_STEP
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,31 +79,75 @@ def limit(left: float, weights: Sequence[float]) -> float:
     return left * weights[0] / sum(weights)
 
 
-def parts(out: Path, *, tuning: bool, is_small: bool) -> list[Part]:
-    """What is run, in order."""
-    found = [Part(name="tests", command=_tests(is_small), weight=TESTS_SHARE, told=False)]
+def parts(out: Path, *, tuning: bool, is_small: bool, only: Sequence[str] = ()) -> list[Part]:
+    """What is run, in order; with `only`, those alone whose name has one of these words."""
+    found = [Part(name="tests of kernels", command=_kernel_tests(is_small), weight=TESTS_SHARE, told=False)]
     if tuning:
         small = ("--small", "--ops", "update") if is_small else ()
-        found.append(Part(name="tuning", command=(str(card.ROOT / "benchmarks" / "tune.py"), *small), weight=TUNING_SHARE))
-    if is_small:
-        return [*found, _bench("kernels", list(BENCHES), out, sum(BENCHES.values()), "--rounds=1", "--calls=1")]
-    return found + [_bench(name, [name], out, weight) for name, weight in BENCHES.items()]
+        found.append(Part(name="tuning", command=(_script("tune"), *small), weight=TUNING_SHARE))
+    found += _small_benches(out) if is_small else [*_room_tests(), *(_bench(name, [name], out, weight) for name, weight in BENCHES.items())]
+    small = ("--small",) if is_small else ()
+    profile = (_script("step_profile"), "--out", str(out / "profile.txt"), *small)
+    found.append(Part(name="profile", command=profile, weight=PROFILE_SHARE, told=False, needs=WHOLE))
+    return [part for part in found if not only or set(only) & set(part.name.split())]
 
 
-def _tests(is_small: bool) -> tuple[str, ...]:
-    """The kernels' tests without `tests/conftest.py`, which needs all that training needs, and without run-time type checks."""
+def _script(name: str) -> str:
+    return str(card.ROOT / "benchmarks" / f"{name}.py")
+
+
+def _kernel_tests(is_small: bool) -> tuple[str, ...]:
+    """Without `tests/conftest.py`, which needs all that training needs, and without run-time type checks."""
     folder = card.ROOT / "tests" / "kernels"
-    options = ("-o", "addopts=--strict-markers", f"--confcutdir={folder}", "-p", "no:benchmark")
     if is_small:
-        return ("-m", "pytest", "-q", *_QUIET, *options, str(folder / "test_rows.py"))
-    options += ("-n", str(min(WORKERS, len(os.sched_getaffinity(0))))) if card.is_installed("xdist") else ()
-    return ("-m", "pytest", "-q", *_QUIET, *options, str(folder), *(f"--ignore={folder / f'test_{name}.py'}" for name in NEED_NO_GPU))
+        return (*_tests(folder), str(folder / "test_rows.py"))
+    workers = ("-n", str(min(WORKERS, len(os.sched_getaffinity(0))))) if card.is_installed("xdist") else ()
+    return (*_tests(folder), *workers, str(folder), *(f"--ignore={folder / f'test_{name}.py'}" for name in NEED_NO_GPU))
+
+
+def _room_tests() -> Iterator[Part]:
+    """A process for each folder. Files without such a test are not even imported, for they may need more than there is."""
+    for room in ROOMS:
+        files = gpu_files(room)
+        if files:
+            command = (*_tests(card.ROOT / "tests"), "-m", "gpu", *files)
+            needs = NEEDS.get(room, WHOLE)
+            yield Part(name=f"tests of {room}", command=command, weight=ROOM_SHARE, told=False, needs=needs)
+
+
+def gpu_files(room: str) -> list[str]:
+    """The files of a folder of tests in which something is marked for a GPU."""
+    paths = sorted((card.ROOT / "tests" / room).glob("test_*.py"))
+    return [str(path) for path in paths if "pytest.mark.gpu" in path.read_text()]
+
+
+def _tests(highest: Path) -> tuple[str, ...]:
+    """Pytest, with the `conftest.py` of this folder and below it."""
+    return ("-m", "pytest", "-q", *_QUIET, "-o", "addopts=--strict-markers", f"--confcutdir={highest}", "-p", "no:benchmark")
+
+
+def _small_benches(out: Path) -> list[Part]:
+    """All kernels, one contest of whole steps, one run of the loop, each once."""
+    once, whole = ("--rounds=1", "--calls=1"), ["step", "train"]
+    return [
+        _bench("kernels", list(KERNEL_BENCHES), out, sum(KERNEL_BENCHES.values()), *once),
+        _bench("whole", whole, out, sum(BENCHES[name] for name in whole), *once, "-k", "PolyViT or (mixed and made)"),
+    ]
 
 
 def _bench(name: str, files: Sequence[str], out: Path, weight: float, *options: str) -> Part:
-    paths = [str(card.ROOT / "benchmarks" / f"bench_{file}.py") for file in files]
-    command = ("-m", "pytest", "-q", *_QUIET, f"--benchmark-json={_json(out, name)}", *options, *paths)
-    return Part(name=f"benchmark of {name}", command=command, weight=weight)
+    command = (
+        "-m",
+        "pytest",
+        "-q",
+        *_QUIET,
+        f"--benchmark-json={_json(out, name)}",
+        *options,
+        *(_script(f"bench_{file}") for file in files),
+    )
+    longest = LONGEST_CONTEST if name == "step" else LONGEST_STEP
+    needs = tuple({package: None for file in files for package in NEEDS.get(file, ())})
+    return Part(name=f"benchmark of {name}", command=command, weight=weight, longest=longest, needs=needs)
 
 
 # A warning of another version of a library is no failure here.
@@ -103,7 +160,10 @@ def _json(out: Path, name: str) -> Path:
 
 def run(part: Part, seconds: float, log: TextIO, variables: dict[str, str]) -> Ended:
     """Run a part for so long at most; its output goes to the log."""
-    soft = ("--seconds", f"{max(seconds - LONGEST_STEP, seconds / 2):.0f}") if part.told else ()
+    missing = [package for package in part.needs if not card.is_installed(package)]
+    if missing:
+        return Ended(name=part.name, seconds=0.0, is_well=True, words=f"left out: {', '.join(missing)} not installed")
+    soft = ("--seconds", f"{max(seconds - part.longest, seconds / 2):.0f}") if part.told else ()
     log.write(f"\n===== {part.name}\n")
     log.flush()
     start, place = time.monotonic(), log.tell()
@@ -156,7 +216,7 @@ def measurements(document: dict[str, Any]) -> Iterator[Measurement]:
 def gather(out: Path) -> dict[str, Any]:
     """All parts' benchmarks in one document, in `benchmarks.json`."""
     merged: dict[str, Any] = {"benchmarks": []}
-    for name in (*BENCHES, "kernels"):
+    for name in (*BENCHES, "kernels", "whole"):
         path = _json(out, name)
         if path.exists() and path.stat().st_size:
             found = json.loads(path.read_text())
@@ -181,22 +241,27 @@ def _us(value: float | None) -> str:
 
 
 def summary(ended: Sequence[Ended], changes: Sequence[str], document: dict[str, Any]) -> str:
-    """All that is printed at the end; the table of kernels comes last."""
+    """All that is printed at the end; the tables come last."""
     width = max(len(part.name) for part in ended)
     lines = [f"{card.name()}, {', '.join(f'{name} {version}' for name, version in card.versions().items())}", ""]
     lines += [f"{part.name:{width}} {part.seconds:5.0f} s  {'' if part.is_well else 'NOT WELL: '}{part.words}" for part in ended]
     lines += ["", *changes] if changes else []
-    return "\n".join([*lines, "", *kernel_lines(list(measurements(document)))]) + "\n"
+    for title, table in sections(list(measurements(document))):
+        lines += ["", title, *table]
+    return "\n".join(lines) + "\n"
 
 
 def variables(is_small: bool) -> dict[str, str]:
-    """For the parts: where to import from; repeatable cuBLAS, which tests in deterministic mode ask for; Triton's interpreter."""
+    """For the parts: where to import from; repeatable cuBLAS, which tests in deterministic mode ask for.
+
+    For small ones Triton's interpreter, and one thread, as more would wait for one another on a busy machine.
+    """
     found = os.environ | {
         "PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONUNBUFFERED": "1",
     }
-    return found | ({"TRITON_INTERPRET": "1"} if is_small else {})
+    return found | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if is_small else {})
 
 
 def main() -> int:
@@ -204,6 +269,7 @@ def main() -> int:
     parser = commands.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for what is measured; it is made where there is none")
     parser.add_argument("--minutes", type=float, default=9, help="stop after this many minutes, all parts together")
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="run only the parts with one of these words in their name")
     parser.add_argument("--skip-tuning", action="store_true", help="measure with the rows that are there, write none to the checkout")
     parser.add_argument("--small", action="store_true", help="small sizes on the CPU's path")
     args = parser.parse_args()
@@ -213,7 +279,10 @@ def main() -> int:
     began, end = time.time(), time.monotonic() + 60 * args.minutes - LAST_SECONDS
     out = args.out.resolve()
     commands.make_folder(parser, "--out", args.out)
-    todo = parts(out, tuning=not args.skip_tuning, is_small=args.small)
+    todo = parts(out, tuning=not args.skip_tuning, is_small=args.small, only=args.only)
+    if not todo:
+        names = ", ".join(part.name for part in parts(out, tuning=True, is_small=args.small))
+        parser.error(f"--only: no part is called so; there are: {names}")
     ended = []
     with (out / "log.txt").open("w") as log:
         for index, part in enumerate(todo):

@@ -15,13 +15,13 @@ COMPILERS = (COMPILED, AUTOTUNED)
 _MODES = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}
 _ON_A_CPU = "left out on a CPU"
 
-_BACKENDS = {
+BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
 APART = ", q k v apart"
-ATTENTIONS = (*_BACKENDS, *(name + APART for name in _BACKENDS), "xformers", "flash-attn 2", "flash-attn 3")
+ATTENTIONS = (*BACKENDS, *(name + APART for name in BACKENDS), "xformers", "flash-attn 2", "flash-attn 3")
 LIGER = "Liger"
 LINEAR_GELU = "cuBLASLt GELU"
 
@@ -47,7 +47,7 @@ def attentions() -> dict[str, Contender | str]:
     if not HAS_GPU:
         return dict.fromkeys(ATTENTIONS, _ON_A_CPU)
     found: dict[str, Contender | str] = {}
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         found[name] = Contender(operation=_packed(_pinned(backend)))
         found[name + APART] = Contender(operation=_pinned(backend), take=_apart, directions=(BACKWARD,), alike=False)
     found["xformers"] = _from_package("xformers", _xformers)
@@ -73,6 +73,11 @@ def cublaslt_gelu() -> dict[str, Contender | str]:
         return y if residual is None else y + residual
 
     return {LINEAR_GELU: Contender(operation=run, directions=(FORWARD,), alike=False) if HAS_GPU else _ON_A_CPU}
+
+
+def backend_name(backend: SDPBackend) -> str:
+    """As tables have it."""
+    return next(name for name, other in BACKENDS.items() if other == backend)
 
 
 def _from_package(module: str, build: Callable[[], Contender]) -> Contender | str:

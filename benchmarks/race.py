@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from card import HAS_GPU
@@ -58,6 +59,18 @@ def time_on_cpu(lane: Lane, calls: int) -> list[float]:
         lane.run()
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def time_steps_on_card(lane: Lane, calls: int) -> list[float]:
+    """The time of each of so many calls in a row, by events between them. The card's waits for the host count, as in training."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        lane.run()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
 class CardWatch:

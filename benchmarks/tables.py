@@ -22,15 +22,29 @@ class Measurement:
         return self.info["contender"]
 
 
+def sections(measurements: Sequence[Measurement]) -> list[tuple[str, list[str]]]:
+    """(title, lines) of the tables that there is something for."""
+    steps = [row for row in measurements if row.info.get("kind") == "step"]
+    kernels = [row for row in measurements if "absent" in row.info and row not in steps]
+    rates = [row for row in measurements if "absent" not in row.info]
+    tables = {
+        "rates (median)": rate_lines(rates),
+        "kernels (median)": kernel_lines(kernels),
+        "training steps (median)": step_lines(steps),
+    }
+    return [(title, lines) for title, lines in tables.items() if lines]
+
+
 def rate_lines(measurements: Iterable[Measurement]) -> list[str]:
-    """A line for each contender: units per second, and how many times as fast ours is."""
+    """A line for each contender: units per second, how many times as fast ours is, and what it says of itself."""
     lines = []
     for group, rows in _by_group(measurements).items():
         rates = {row.contender: row.info["amount"] / row.median for row in rows}
         for row in rows:
             rate = rates[row.contender]
             ratio = f"  ours / it = {rates[OURS] / rate:.2f}" if OURS in rates and row.contender != OURS else ""
-            lines.append(f"{group:24} {row.contender:28} {rate:10.1f} {row.info['unit']}/s{ratio}")
+            note = f"  {row.info['note']}" if row.info.get("note") else ""
+            lines.append(f"{group:24} {row.contender:28} {rate:10.1f} {row.info['unit']}/s{ratio}{note}")
     return lines
 
 
@@ -44,6 +58,46 @@ def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
     lines = [f"{'':{width}} {'ours':>10} {'of floor':>8} {'/ best':>6}  peers"] if groups else []
     lines += [f"{group:{width}} {_ours_and_peers(rows)}" for group, rows in groups.items()]
     return lines + _absent_lines(groups)
+
+
+def step_lines(measurements: Sequence[Measurement]) -> list[str]:
+    """A line for each contender, of each group ours first and then the others from fast to slow, and the absent ones.
+
+    It has units a second, how many times as fast ours is, MFU, memory; that of ours has the verdict on its targets.
+    """
+    lines = []
+    groups = _by_group(measurements)
+    width = max(map(len, groups), default=0)
+    for group, rows in groups.items():
+        ours = next((row for row in rows if row.contender == OURS), None)
+        for row in sorted(rows, key=lambda row: (row is not ours, row.median)):
+            rate = row.info["amount"] / row.median
+            ratio = "" if ours is None or row is ours else f"ours / it = {row.median / ours.median:.2f}"
+            mfu = "" if row.info["mfu"] is None else f"MFU {row.info['mfu']:.1%}"
+            memory = "" if row.info["peak_gib"] is None else f"{row.info['peak_gib']:.1f} GiB"
+            words = filter(None, (ratio, mfu, memory, row.info["note"], _step_verdict(row, rows) if row is ours else ""))
+            lines.append(f"{group:{width}} {row.contender:22} {rate:9.1f} {row.info['unit']}/s  {', '.join(words)}".rstrip())
+    return lines + _absent_lines(groups)
+
+
+def _step_verdict(ours: Measurement, rows: list[Measurement]) -> str:
+    """Which of the targets, which are for an H200, were reached, against the fastest contender that is not ours in another form."""
+    if "H200" not in ours.info["card"]:
+        return ""
+    best = min((row for row in rows if not row.contender.startswith(OURS)), key=lambda row: row.median, default=None)
+    rate, ratio, memory = (ours.info[f"target_{name}"] for name in ("rate", "ratio", "memory"))
+    words = []
+    if rate is not None:
+        words.append(f"{rate:,.0f}/s {_reached(ours.info['amount'] / ours.median >= rate)}")
+    if ratio is not None and best is not None:
+        words.append(f"{ratio:.2f} times {best.contender} {_reached(best.median / ours.median >= ratio)}")
+    if memory is not None and best is not None:
+        words.append(f"{memory:.1f} times its memory {_reached(ours.info['peak_gib'] <= memory * best.info['peak_gib'])}")
+    return f"target {', '.join(words)}" if words else ""
+
+
+def _reached(is_reached: bool) -> str:
+    return "reached" if is_reached else "missed"
 
 
 def _absent_lines(groups: Mapping[str, list[Measurement]]) -> list[str]:
@@ -83,9 +137,9 @@ def _verdict(ours: Measurement | None, best: Measurement | None) -> str:
     us, ratio = ours.info["target_us"], ours.info["target_ratio"]
     words = []
     if us is not None:
-        words.append(f"{us:.0f} us {'reached' if ours.median * 1e6 <= us else 'missed'}")
+        words.append(f"{us:.0f} us {_reached(ours.median * 1e6 <= us)}")
     if ratio is not None and best is not None:
-        words.append(f"{ratio:.2f} {'reached' if best.median / ours.median >= ratio else 'missed'}")
+        words.append(f"{ratio:.2f} {_reached(best.median / ours.median >= ratio)}")
     return f"; target {', '.join(words)}" if words else ""
 
 

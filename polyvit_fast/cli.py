@@ -31,10 +31,12 @@ EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file; 
 Start here:           polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
 Fields of a run:      polyvit-fast train demo --help
 Override any of them: polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
+Several GPUs:         torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
 Add --traceback to any command to see where in the code an error came from.
 
-Exit codes: 0 done · 2 wrong input · 65 too many broken files or a hung decoder · 70 loss not finite ·
-            74 checkpoint could not be written · 75 stopped by SIGTERM · 130 stopped by Ctrl-C (both saved, resumable)"""
+Exit codes: 0 done · 2 wrong input · 65 too many broken files or a hung decoder · 69 another process of the run was lost ·
+            70 loss not finite · 74 checkpoint could not be written · 75 stopped by SIGTERM · 130 stopped by Ctrl-C (both saved,
+            resumable)"""
 
 Options = TypeVar("Options")
 
@@ -76,9 +78,11 @@ def _exit_code(error: Exception) -> int | None:
     """The documented code of an expected error; None for a defect, which deserves its traceback."""
     from polyvit_fast.data.stream import DataError
     from polyvit_fast.train.checkpoint import CheckpointError
-    from polyvit_fast.train.loop import NonFiniteError
+    from polyvit_fast.train.distributed import PeerLost
+    from polyvit_fast.train.run import NonFiniteError
 
-    for kind, code in ((DataError, 65), (NonFiniteError, 70), (CheckpointError, 74), (ValueError, 2), (OSError, 2)):
+    kinds = ((DataError, 65), (PeerLost, 69), (NonFiniteError, 70), (CheckpointError, 74), (ValueError, 2), (OSError, 2))
+    for kind, code in kinds:
         if isinstance(error, kind):
             return code
     return None
@@ -93,6 +97,8 @@ def _train(arguments: list[str]) -> int:
     outcome = train(config, name, ["polyvit-fast", "train", *arguments])
     if outcome.signal:
         return {2: 130, 15: 75}[outcome.signal]
+    if outcome.rank:
+        return 0  # the first process tells
     print_results(outcome.results)
     _plot_curves(config.folder)
     return 0

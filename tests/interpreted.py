@@ -1,4 +1,4 @@
-"""The public operations on the Triton kernels where there is no GPU."""
+"""The public operations as on a GPU where there is none."""
 
 import pytest
 import torch
@@ -6,10 +6,17 @@ from compare import DEVICE
 from torch._library.custom_ops import OPDEFS
 
 from polyvit_kernels import tiles
+from polyvit_kernels.ops import dtypes
 
 
 @pytest.fixture
-def on_kernels(monkeypatch):
+def registered(monkeypatch):
+    """The public operations call what is registered with torch.library, on a CPU too."""
+    monkeypatch.setattr(dtypes, "runs_registered", lambda x: True)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch, registered):
     """The public operations as on a GPU: what is registered for CUDA runs, here in Triton's interpreter with an H100's rows.
 
     The interpreter multiplies no bf16, so tensors are fp32 and take the rows of bf16.

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from polyvit_fast.config import Decoder, Modality
@@ -102,41 +102,63 @@ class Audio(Modality):
 
         A broken file raises MediaError, the next call works.
         """
-        return _Decoder(self, batch, train, num_threads)
+        on_cpu = AudioDecoder(self, batch, train, num_threads)
+        if device == "cpu":
+            on_cpu.reader.waves.ready()  # so that what is missing is told at once
+            return on_cpu
+        from polyvit_fast.data.device_audio import DeviceAudio
+
+        return DeviceAudio(on_cpu, torch.device("cuda", torch.cuda.current_device()))
 
 
-class _Decoder:
+class AudioDecoder:
+    """Decodes on the CPU and computes there."""
+
     def __init__(self, audio: Audio, batch: int, train: bool, num_threads: int) -> None:
         self.audio, self.train = audio, train
+        self.num_views = 1 if train else audio.eval_views
         self.samples = num_samples(audio.grid[1], audio.sample_rate_hz)
         self.reader = SoundReader(batch=batch, num_threads=num_threads, sample_rate_hz=audio.sample_rate_hz, max_seconds=audio.max_seconds)
 
     def __call__(
         self, media: Sequence[Media], rngs: Sequence[np.random.Generator]
     ) -> Float32[Tensor, "sample view 1 rows columns channels"]:
-        _, rows, columns, channels = self.audio.grid
-        pictures = torch.empty(len(media), 1 if self.train else self.audio.eval_views, rows, columns)
+        """Grids; raises MediaError on a broken file."""
+        _, rows, columns, _ = self.audio.grid
+        pictures = torch.empty(len(media), self.num_views, rows, columns)
 
         def fill(i: int, wave: Float32[np.ndarray, " samples"]) -> None:
-            pictures[i] = self._pictures(wave, rngs[i])
+            clips = np.empty((self.num_views, self.samples), np.float32)
+            self.cut(wave, rngs[i], clips)
+            pictures[i] = self.spectrograms(torch.from_numpy(clips))
+            if self.train:
+                masked_rows, masked_columns = self.draw_masks(rngs[i])
+                pictures[i][:, torch.from_numpy(masked_rows)] = self.audio.mean
+                pictures[i][..., torch.from_numpy(masked_columns)] = self.audio.mean
 
         self.reader.read(media, fill)
-        return pictures[:, :, None, :, :, None].expand(-1, -1, -1, -1, -1, channels)
+        return self.as_grid(pictures)
 
-    def _pictures(self, wave: Float32[np.ndarray, " samples"], rng: np.random.Generator) -> Float32[Tensor, "view rows columns"]:
-        audio = self.audio
-        starts = self._choose_starts(max(0, len(wave) - self.samples), rng)
-        clips = np.zeros((len(starts), self.samples), np.float32)
-        for clip, start in zip(clips, starts, strict=True):
+    def cut(self, wave: Float32[np.ndarray, " all"], rng: np.random.Generator, clips: Float32[np.ndarray, "view samples"]) -> None:
+        """Write the wanted clips of a sound into `clips`, followed by silence where it ends."""
+        for clip, start in zip(clips, self._choose_starts(max(0, len(wave) - self.samples), rng), strict=True):
             part = wave[start : start + self.samples]
-            clip[: len(part)] = part
-        pictures = log_mel(
-            torch.from_numpy(clips), form=audio.spectrogram, sample_rate_hz=audio.sample_rate_hz, num_mel_bins=audio.num_mel_bins
-        )
-        if self.train:
-            _mask(pictures[0], audio.freq_masks, audio.freq_mask_bins, rng, audio.mean)
-            _mask(pictures[0].T, audio.time_masks, audio.time_mask_frames, rng, audio.mean)
-        return pictures
+            clip[: len(part)], clip[len(part) :] = part, 0
+
+    def spectrograms(self, clips: Float32[Tensor, "clip samples"]) -> Float32[Tensor, "clip rows columns"]:
+        """On the device of `clips`."""
+        audio = self.audio
+        return log_mel(clips, form=audio.spectrogram, sample_rate_hz=audio.sample_rate_hz, num_mel_bins=audio.num_mel_bins)
+
+    def draw_masks(self, rng: np.random.Generator) -> tuple[Bool[np.ndarray, " rows"], Bool[np.ndarray, " columns"]]:
+        """The rows and the columns of a training spectrogram that are set to the mean."""
+        audio = self.audio
+        columns = random_ranges(audio.num_mel_bins, audio.freq_masks, audio.freq_mask_bins, rng)
+        return random_ranges(audio.grid[1], audio.time_masks, audio.time_mask_frames, rng), columns
+
+    def as_grid(self, pictures: Float32[Tensor, "sample view rows columns"]) -> Float32[Tensor, "sample view 1 rows columns channels"]:
+        """With its one frame and its channels."""
+        return pictures[:, :, None, :, :, None].expand(-1, -1, -1, -1, -1, self.audio.channels)
 
     def _choose_starts(self, last: int, rng: np.random.Generator) -> list[int]:
         if self.train:
@@ -145,9 +167,11 @@ class _Decoder:
         return np.rint(places * last).astype(int).tolist()
 
 
-def _mask(picture: Float32[Tensor, "along across"], num_masks: int, max_width: int, rng: np.random.Generator, value: float) -> None:
-    """Set random ranges of columns to `value` (SpecAugment, Park et al. 2019): widths from 0 to `max_width`, then places, uniform."""
+def random_ranges(size: int, num_masks: int, max_width: int, rng: np.random.Generator) -> Bool[np.ndarray, " size"]:
+    """Which of `size` places random ranges cover (SpecAugment, Park et al. 2019): widths from 0 to `max_width`, then places, uniform."""
+    covered = np.zeros(size, bool)
     for _ in range(num_masks):
         width = int(rng.integers(max_width + 1))
-        start = int(rng.integers(picture.shape[1] - width + 1))
-        picture[:, start : start + width] = value
+        start = int(rng.integers(size - width + 1))
+        covered[start : start + width] = True
+    return covered

@@ -1,7 +1,8 @@
-"""DALI graphs on the CPU that are run batch by batch."""
+"""DALI graphs that are run batch by batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,43 @@ import numpy as np
 from polyvit_fast.media import MediaError
 
 
-def new_pipeline(batch: int, num_threads: int) -> tuple[Any, Any, Any]:
-    """An empty graph that runs when it is called and not ahead (the stream of batches does that), and DALI's `fn` and `types`."""
+class UnavailableError(Exception):
+    """DALI cannot build a graph on this machine, for instance for want of a library: the message is the reason."""
+
+
+class Graph:
+    """A graph that is built when it first runs, so that a task that never runs holds nothing, and again after `release`."""
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self.build = build
+        self.pipeline: Any = None
+
+    def ready(self) -> Any:
+        """The built graph. Raises UnavailableError when it cannot be built."""
+        if self.pipeline is None:
+            try:
+                self.pipeline = self.build()
+            except RuntimeError as error:
+                raise UnavailableError(_reason(error)) from error
+        return self.pipeline
+
+    def run(self, failure: str, **inputs: list[np.ndarray]) -> Any:
+        """As the function `run`, and as `ready`."""
+        return run(self.ready(), failure, **inputs)
+
+    def release(self) -> None:
+        """Give back threads and memory."""
+        self.pipeline = None
+
+
+def new_pipeline(batch: int, num_threads: int, device_id: int | None = None) -> tuple[Any, Any, Any]:
+    """An empty graph that runs when it is called and not ahead (the stream of batches does that), and DALI's `fn` and `types`.
+
+    With a `device_id` it may hold operators for that GPU; what it gives back is then complete.
+    """
     from nvidia.dali import fn, pipeline, types
 
-    return pipeline.Pipeline(batch_size=batch, num_threads=num_threads, device_id=None, prefetch_queue_depth=1), fn, types
+    return pipeline.Pipeline(batch_size=batch, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1), fn, types
 
 
 def run(pipeline: Any, failure: str, **inputs: list[np.ndarray]) -> Any:
@@ -21,5 +54,21 @@ def run(pipeline: Any, failure: str, **inputs: list[np.ndarray]) -> Any:
     try:
         return pipeline.run(**inputs)
     except RuntimeError as error:
-        detail = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0].partition("C++ context")[0]
-        raise MediaError(f"{failure} ({' '.join(detail.split()).rstrip(' :.')})") from error
+        raise MediaError(f"{failure} ({_reason(error)})") from error
+
+
+def pieces(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Consecutive samples whose sizes together stay within `limit`, or single ones that exceed it."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > limit:
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    yield slice(start, len(sizes))
+
+
+def _reason(error: RuntimeError) -> str:
+    text = str(error)
+    detail = text.rpartition("encountered:")[2].partition("Current pipeline")[0].partition("C++ context")[0]
+    return " ".join(detail.split()).rstrip(" :.")

@@ -7,7 +7,7 @@ PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from polyvit_fast.media import Media, MediaError
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif"  # FFmpeg's demuxers; playlists, which name other files, stay shut
 SEEK_FRAMES = 250  # a gap this long holds a keyframe in nearly every file, so that seeking beats decoding on
+FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
 MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the wanted size
 
 
@@ -33,6 +34,8 @@ class _Timeline:
     num_frames: int
     first_dts: int
     """The decoding time stamp of the first packet, from which on seeking is possible."""
+    regular: bool = False
+    """Whether all time stamps were read and frame k is the k-th one."""
     stamped: bool = True
     """Whether packets say when they are shown. Some AVI and MPEG files with B-frames do not; their k-th decoded frame is frame k."""
 
@@ -41,6 +44,43 @@ class _Timeline:
 
     def pts(self, number: int) -> int:
         return self.start + round(number / self.frames_per_tick)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a video file says of itself and of its first frame, in FFmpeg's words and numbers."""
+
+    container: str
+    codec: str
+    num_frames: int
+    height: int
+    width: int
+    pixels: str
+    colorspace: int
+    plain: bool
+    """Whether its k-th frame is frame k, and frames are upright, progressive and of the usual (limited) range of levels."""
+
+
+def read_header(media: Media, max_pixels: int) -> Header:
+    """Decodes the first frame only. Raises MediaError as `read_clips` does."""
+    with _opened(media, max_pixels) as (container, stream, timeline):
+        frame = _Reader(container, stream, timeline).frame(0)
+        _check_size(frame, max_pixels)
+        return Header(
+            container=container.format.name,
+            codec=stream.codec_context.codec.canonical_name,
+            num_frames=timeline.num_frames,
+            height=frame.height,
+            width=frame.width,
+            pixels=frame.format.name,
+            colorspace=int(frame.colorspace),
+            plain=(timeline.regular or _has_regular_index(stream, timeline))
+            and frame.pts == timeline.start
+            and not _quarter_turns(frame)
+            and not frame.interlaced_frame
+            and int(frame.color_range) != FULL_RANGE
+            and len(container.streams.video) == 1,
+        )
 
 
 def read_clips(
@@ -56,24 +96,31 @@ def read_clips(
     says; non-square pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, and
     when the decoder reports damage on the way to a wanted frame.
     """
-    from av.error import FFmpegError
     from av.video.reformatter import VideoReformatter
+
+    with _opened(media, max_pixels) as (container, stream, timeline):
+        numbers = choose(timeline.num_frames)
+        reader, converter = _Reader(container, stream, timeline), VideoReformatter()
+        clips = None
+        for number in np.unique(numbers):
+            frame = reader.frame(int(number))
+            _check_size(frame, max_pixels)
+            if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
+                clips = np.empty((*numbers.shape, *_resized(frame, resize), 3), np.uint8)
+            clips[numbers == number] = _picture(converter, frame, clips.shape[-3], clips.shape[-2])
+        assert clips is not None
+        return clips
+
+
+@contextmanager
+def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, _Timeline]]:
+    """The container, its video stream and that one's timeline."""
+    from av.error import FFmpegError
 
     with media.open() as file, _open(file, max_pixels) as container:
         try:
             stream = _video_stream(container, max_pixels)
-            timeline = _header_timeline(container, stream) or _counted_timeline(container, stream)
-            numbers = choose(timeline.num_frames)
-            reader, converter = _Reader(container, stream, timeline), VideoReformatter()
-            clips = None
-            for number in np.unique(numbers):
-                frame = reader.frame(int(number))
-                _check_size(frame, max_pixels)
-                if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
-                    clips = np.empty((*numbers.shape, *_resized(frame, resize), 3), np.uint8)
-                clips[numbers == number] = _picture(converter, frame, clips.shape[-3], clips.shape[-2])
-            assert clips is not None
-            return clips
+            yield container, stream, _header_timeline(container, stream) or _counted_timeline(container, stream)
         except (FFmpegError, OSError) as error:
             raise MediaError(f"damaged: {error.strerror or error}") from None
 
@@ -139,12 +186,21 @@ def _header_timeline(container: Any, stream: Any) -> _Timeline | None:
     return _Timeline(stream.start_time or 0, frames_per_tick, num_frames, index[0].timestamp)
 
 
+def _has_regular_index(stream: Any, timeline: _Timeline) -> bool:
+    """Whether the index of a header, which `_header_timeline` leaves unread, places one frame after the other at a constant rate."""
+    index = stream.index_entries
+    return len(index) == stream.frames == timeline.num_frames and all(
+        not entry.is_discard and round((entry.timestamp - timeline.first_dts) * timeline.frames_per_tick) == k
+        for k, entry in enumerate(index)
+    )
+
+
 def _counted_timeline(container: Any, stream: Any) -> _Timeline:
     """From the time stamps of all packets: reads the file through, decodes nothing.
 
     Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
     """
-    stamps, dts, end_seconds, whole, stamped = [], [], 0.0, True, True
+    stamps, dts, end_seconds, whole, stamped, skipped = [], [], 0.0, True, True, False
     for packet in _packets(container):
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is not None:
@@ -154,6 +210,8 @@ def _counted_timeline(container: Any, stream: Any) -> _Timeline:
             dts.append(stamp if packet.dts is None else packet.dts)
             stamped &= packet.pts is not None
             whole = not packet.is_corrupt
+        elif packet.stream_index == stream.index and packet.pts is not None:
+            skipped = True
     known = [stamp for stamp in stamps if stamp is not None]
     if not known:
         raise MediaError("there are no frames with time stamps in it")
@@ -166,7 +224,8 @@ def _counted_timeline(container: Any, stream: Any) -> _Timeline:
     if not whole:
         raise MediaError("truncated: its last frame is incomplete")
     frames_per_tick = (num_frames - 1) / (last - first) if last > first else 1.0
-    return _Timeline(first, frames_per_tick, num_frames, min(stamp for stamp in dts if stamp is not None), stamped)
+    regular = stamped and not skipped and [round((stamp - first) * frames_per_tick) for stamp in sorted(known)] == list(range(num_frames))
+    return _Timeline(first, frames_per_tick, num_frames, min(stamp for stamp in dts if stamp is not None), regular, stamped)
 
 
 def _packets(container: Any, *streams: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ of Pillow's) and numpy changes its colours: on a CPU both are faster than DALI's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_fast.config import Decoder, Modality
-from polyvit_fast.data.colour import jitter_colours
-from polyvit_fast.data.dali import new_pipeline, run
+from polyvit_fast.data.colour import Colours, draw_colours, recolour
+from polyvit_fast.data.dali import Graph, new_pipeline, pieces
 from polyvit_fast.data.image_file import check_size, read_for_dali
-from polyvit_fast.data.rand_augment import rand_augment
+from polyvit_fast.data.rand_augment import Operation, augmented, draw_operations
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media
 
@@ -29,6 +29,7 @@ Box = tuple[int, int, int, int]
 """(top, left, height, width) of a rectangle, in pixels of the upright picture."""
 CROP_ATTEMPTS = 10  # a 4:3 picture needs more than these once in 10^6 crops, a 2:1 picture once in 700
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
 PIECE_PIXELS = 1 << 26  # 192 MiB; a batch of photographs by a telephone would be gigabytes before they are resampled
 
 
@@ -103,38 +104,79 @@ class Image(Modality):
 
     def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Files to uint8 grids [sample, 1, 1, size, size, 3]; a batch with a broken file raises MediaError, the next one works."""
-        return _Decoder(self, batch, train, num_threads)
+        on_cpu = ImageDecoder(self, batch, train, num_threads)
+        if device == "cpu":
+            on_cpu.prepare()
+            return on_cpu
+        from polyvit_fast.data.device_image import DeviceImages
+
+        return DeviceImages(on_cpu, torch.device("cuda", torch.cuda.current_device()))
 
 
-class _Decoder:
+@dataclass(frozen=True)
+class Changes:
+    """What happens to a picture after it was resampled. The default is nothing, as in evaluation."""
+
+    mirrored: bool = False
+    colours: Colours | None = None
+    operations: Sequence[Operation] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file's content, and what of it is wanted: a part and its changes."""
+
+    content: np.ndarray
+    height: int
+    width: int
+    box: Box
+    changes: Changes
+
+
+class ImageDecoder:
+    """Decodes on the CPU."""
+
     def __init__(self, image: Image, batch: int, train: bool, num_threads: int) -> None:
-        self.image, self.train, self.num_threads = image, train, num_threads
-        self.headers = _header_pipeline(batch)
-        self.pixels = _pixel_pipeline(batch, num_threads)
+        self.image, self.batch, self.train, self.num_threads = image, batch, train, num_threads
+        self.headers = Graph(lambda: _header_pipeline(batch))
+        self.pixels = Graph(lambda: _pixel_pipeline(batch, num_threads))
+
+    def prepare(self) -> None:
+        """Build the graphs now, so that what is missing is told at once."""
+        self.headers.ready()
+        self.pixels.ready()
 
     def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample 1 1 size size 3"]:
-        contents = map_in_threads(self._read, media, self.num_threads)
-        sizes = self._sizes(contents)
-        boxes = [np.array(self._choose_box(height, width, rng), np.int32) for (height, width), rng in zip(sizes, rngs, strict=True)]
+        """Grids; raises MediaError on a broken file."""
+        wanted = self.wanted(media, rngs)
         grid = np.empty((len(media), 1, *self.image.grid), np.uint8)
-        for piece in _pieces(boxes):
-            self._decode(contents[piece], boxes[piece], rngs[piece], grid[piece, 0, 0])
+        for piece in pieces([one.box[2] * one.box[3] for one in wanted], PIECE_PIXELS):
+            self._decode(wanted[piece], grid[piece, 0, 0])
         return torch.from_numpy(grid)
 
-    def _decode(self, contents: list[np.ndarray], boxes: list[np.ndarray], rngs: Sequence[np.random.Generator], out: np.ndarray) -> None:
-        [crops] = run(self.pixels, "truncated or damaged: its header is good, its pixels cannot be decoded", content=contents, box=boxes)
+    def wanted(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> list[Wanted]:
+        """Reads the files and their headers and draws all random numbers."""
+        contents = map_in_threads(self._read, media, self.num_threads)
+        wanted = []
+        for content, (height, width), rng in zip(contents, self._sizes(contents), rngs, strict=True):
+            box = self._choose_box(height, width, rng)
+            wanted.append(Wanted(content, height, width, box, draw_changes(self.image, rng) if self.train else Changes()))
+        return wanted
+
+    def _decode(self, wanted: list[Wanted], out: np.ndarray) -> None:
+        [crops] = self.pixels.run(PIXELS_FAILURE, **inputs(wanted))
 
         def fill(i: int) -> None:
-            out[i] = self._finish(torch.from_dlpack(crops[i]), rngs[i])
+            out[i] = self._finish(torch.from_dlpack(crops[i]), wanted[i].changes)
 
-        map_in_threads(fill, range(len(contents)), self.num_threads)
+        map_in_threads(fill, range(len(wanted)), self.num_threads)
 
     def _read(self, media: Media) -> np.ndarray:
         return np.frombuffer(read_for_dali(media, self.image.max_pixels), np.uint8)
 
     def _sizes(self, contents: list[np.ndarray]) -> list[tuple[int, int]]:
         begins = "" if len(contents) > 1 else f"; it begins with {bytes(contents[0][:16])!r}"
-        [shapes] = run(self.headers, f"not an image that can be decoded{begins}", content=contents)
+        [shapes] = self.headers.run(f"not an image that can be decoded{begins}", content=contents)
         sizes = [(int(height), int(width)) for height, width, _ in shapes.as_array()]
         for height, width in sizes:
             check_size(height, width, self.image.max_pixels)
@@ -149,34 +191,33 @@ class _Decoder:
             return _inception_box(height, width, self.image.min_area_ratio, rng)
         return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side, side
 
-    def _finish(self, crop: UInt8[Tensor, "height width 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
+    def _finish(self, crop: UInt8[Tensor, "height width 3"], changes: Changes) -> UInt8[np.ndarray, "size size 3"]:
         # What follows the resampling is numpy: PyTorch's operators would each start threads of their own in these threads.
         image = self.image
         planes = crop[None].permute(0, 3, 1, 2)
         resampled = functional.interpolate(planes, (image.size, image.size), mode="bilinear", antialias=True)
         pixels = resampled[0].permute(1, 2, 0).numpy()
-        if not self.train:
-            return pixels
-        if image.flip and rng.random() < 0.5:
+        if changes.mirrored:
             pixels = pixels[:, ::-1]
-        if image.colour_jitter or image.hue_jitter_degrees:
-            pixels = jitter_colours(pixels, rng, image.colour_jitter, image.hue_jitter_degrees)
-        if image.rand_augment_ops:
+        if changes.colours:
+            pixels = recolour(pixels, *changes.colours)
+        if changes.operations:
             # In Pillow, not DALI: DALI's draws from a seed of its own, and is slower on a CPU (benchmarks/bench_data.py).
-            pixels = rand_augment(np.ascontiguousarray(pixels), rng, image.rand_augment_ops, image.rand_augment_magnitude)
+            pixels = augmented(np.ascontiguousarray(pixels), changes.operations)
         return pixels
 
 
-def _pieces(boxes: list[np.ndarray]) -> Iterator[slice]:
-    """The batch in pieces whose decoded pixels fit into `PIECE_PIXELS` together."""
-    start = pixels = 0
-    for i, (_, _, height, width) in enumerate(boxes):
-        area = int(height) * int(width)
-        if i > start and pixels + area > PIECE_PIXELS:
-            yield slice(start, i)
-            start, pixels = i, 0
-        pixels += area
-    yield slice(start, len(boxes))
+def draw_changes(image: Image, rng: np.random.Generator) -> Changes:
+    """The random numbers of one training picture that follow its crop's."""
+    mirrored = image.flip and rng.random() < 0.5
+    jittered = image.colour_jitter or image.hue_jitter_degrees
+    colours = draw_colours(rng, image.colour_jitter, image.hue_jitter_degrees) if jittered else None
+    return Changes(mirrored, colours, draw_operations(rng, image.rand_augment_ops, image.rand_augment_magnitude))
+
+
+def inputs(wanted: Sequence[Wanted]) -> dict[str, list[np.ndarray]]:
+    """What a graph of `decoded_boxes` is run with."""
+    return {"content": [one.content for one in wanted], "box": [np.array(one.box, np.int32) for one in wanted]}
 
 
 def _inception_box(height: int, width: int, min_area_ratio: float, rng: np.random.Generator) -> Box:
@@ -207,8 +248,13 @@ def _pixel_pipeline(batch: int, num_threads: int) -> Any:
     """DALI graph from files and boxes to the pixels in the boxes."""
     pipeline, fn, types = new_pipeline(batch, num_threads)
     with pipeline:
-        content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
-        box = fn.external_source(name="box", dtype=types.INT32, ndim=1)
-        pipeline.set_outputs(fn.decoders.image_slice(content, start=box[:2], shape=box[2:], axes=[0, 1]))
+        pipeline.set_outputs(decoded_boxes(fn, types))
     pipeline.build()
     return pipeline
+
+
+def decoded_boxes(fn: Any, types: Any, **options: Any) -> Any:
+    """The part of a DALI graph from files and boxes to the pixels in the boxes; `options` are the decoder's."""
+    content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
+    box = fn.external_source(name="box", dtype=types.INT32, ndim=1)
+    return fn.decoders.image_slice(content, start=box[:2], shape=box[2:], axes=[0, 1], **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,11 +22,30 @@ def rand_augment(
     Magnitude 10 is the far end of AutoAugment's ranges (arXiv 1805.09501, table 6), 0 changes nothing but for the three operations
     without a strength. Those that have a direction get a random one.
     """
-    image = Pillow.fromarray(picture)
+    return augmented(picture, draw_operations(rng, num_ops, magnitude))
+
+
+class Operation(NamedTuple):
+    """One of `OPERATIONS`, by its place among them, and the part of its range and direction in which it acts, from -1 to 1."""
+
+    number: int
+    strength: float
+
+
+def draw_operations(rng: np.random.Generator, num_ops: int, magnitude: float) -> list[Operation]:
+    """The operations of one picture, in their order."""
+    operations = []
     for _ in range(num_ops):
-        operation = OPERATIONS[rng.integers(len(OPERATIONS))]
-        strength = magnitude / MAX_MAGNITUDE * (1 if rng.random() < 0.5 else -1)
-        image = operation(image, strength)
+        number = int(rng.integers(len(OPERATIONS)))
+        operations.append(Operation(number, magnitude / MAX_MAGNITUDE * (1 if rng.random() < 0.5 else -1)))
+    return operations
+
+
+def augmented(picture: UInt8[np.ndarray, "height width 3"], operations: Sequence[Operation]) -> UInt8[np.ndarray, "height width 3"]:
+    """`picture` after `operations`, one after the other."""
+    image = Pillow.fromarray(picture)
+    for number, strength in operations:
+        image = OPERATIONS[number](image, strength)
     return np.array(image)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from polyvit_fast.data.dali import new_pipeline, run
+from polyvit_fast.data.dali import Graph, new_pipeline
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.data.waves import Wave, check_end, check_size, decode, resample
 from polyvit_fast.media import Media, MediaError
@@ -44,7 +44,7 @@ class SoundReader:
 
     def __init__(self, *, batch: int, num_threads: int, sample_rate_hz: int, max_seconds: float) -> None:
         self.num_threads, self.sample_rate_hz, self.max_seconds = num_threads, sample_rate_hz, max_seconds
-        self.pipeline = _decoding_pipeline(batch, num_threads)
+        self.waves = Graph(lambda: _decoding_pipeline(batch, num_threads))
 
     def read(self, media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
         """Call `use` with every file's index and waveform, from several threads, in no particular order.
@@ -66,7 +66,7 @@ class SoundReader:
     def _read_with_dali(self, piece: list[int], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
         contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8), piece, self.num_threads)
         failure = "truncated or damaged: its header is good, its samples cannot be decoded"
-        waves, rates = run(self.pipeline, failure, content=contents)
+        waves, rates = self.waves.run(failure, content=contents)
 
         def finish(k: int) -> None:
             use(piece[k], self._finish(int(rates.at(k)), waves.at(k)))

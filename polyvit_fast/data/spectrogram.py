@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polyvit_fast.data.device import send
+
 Form = Literal["kaldi", "mbt"]
 FRAMES_PER_SECOND = 100
 PRE_EMPHASIS = 0.97
@@ -29,8 +31,8 @@ def num_samples(frames: int, sample_rate_hz: int) -> int:
 def log_mel(
     waves: Float[Tensor, "batch samples"], *, form: Form, sample_rate_hz: int, num_mel_bins: int
 ) -> Float[Tensor, "batch frames mel"]:
-    """Natural logarithms of the energies in mel bands."""
-    window, bands = _window(form, sample_rate_hz), _bands(form, sample_rate_hz, num_mel_bins)
+    """Natural logarithms of the energies in mel bands, on the device of `waves`."""
+    window, bands = _window(form, sample_rate_hz, waves.device), _bands(form, sample_rate_hz, num_mel_bins, waves.device)
     frames = waves.unfold(-1, len(window), sample_rate_hz // FRAMES_PER_SECOND)
     padded = frames.new_zeros(*frames.shape[:-1], _fft_size(sample_rate_hz))
     windowed = padded[..., : len(window)]
@@ -55,13 +57,13 @@ def _fft_size(sample_rate_hz: int) -> int:
 
 
 @cache
-def _window(form: Form, sample_rate_hz: int) -> Float[Tensor, " window"]:
+def _window(form: Form, sample_rate_hz: int, device: torch.device) -> Float[Tensor, " window"]:
     size = _window_size(sample_rate_hz)
-    return torch.hann_window(size, periodic=False) if form == "kaldi" else torch.hamming_window(size)
+    return send(torch.hann_window(size, periodic=False) if form == "kaldi" else torch.hamming_window(size), device)
 
 
 @cache
-def _bands(form: Form, sample_rate_hz: int, num_mel_bins: int) -> Float[Tensor, "frequency mel"]:
+def _bands(form: Form, sample_rate_hz: int, num_mel_bins: int, device: torch.device) -> Float[Tensor, "frequency mel"]:
     """Triangles with corners evenly spaced in mel. Kaldi's sides are straight in mel, the others' in Hz."""
     hertz = np.arange(_fft_size(sample_rate_hz) // 2 + 1) * sample_rate_hz / _fft_size(sample_rate_hz)
     lowest, highest = _mel(np.array([LOWEST_HZ[form], sample_rate_hz / 2]))
@@ -71,7 +73,7 @@ def _bands(form: Form, sample_rate_hz: int, num_mel_bins: int) -> Float[Tensor, 
         corners = 700 * np.expm1(corners / 1127)
     left, centre, right = corners[:-2], corners[1:-1], corners[2:]
     rising, falling = (places[:, None] - left) / (centre - left), (right - places[:, None]) / (right - centre)
-    return torch.from_numpy(np.minimum(rising, falling).clip(0)).float()
+    return send(torch.from_numpy(np.minimum(rising, falling).clip(0)).float(), device)
 
 
 def _mel(hertz: Float[np.ndarray, " any"]) -> Float[np.ndarray, " any"]:

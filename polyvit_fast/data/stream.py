@@ -42,7 +42,7 @@ class Batch:
     labels: Tensor
     """int64 [batch], or float32 multi-hot [batch, num_classes] of a multi-label task."""
     mixup_ratio: float = 1.0
-    """Weight of each example against its mirror image in the reversed batch; 1 mixes nothing."""
+    """Weight of each example against its neighbour (0 with 1, 2 with 3 …); 1 mixes nothing."""
 
 
 @lru_cache(maxsize=64)
@@ -66,10 +66,15 @@ def label_tensor(task: Task, samples: Sequence[Sample]) -> Tensor:
     return labels
 
 
+EVAL_GRIDS = 128
+"""Grids that an evaluation computes at once, at most: they keep a GPU busy, and need less memory than training on a few."""
+
+
 class Loader:
     """The batches of one task: training batches by step, validation batches in order.
 
     `rank` of `world_size` loads its share of every training batch; the shares of all ranks together are the batch of one process.
+    Validation batches do not depend on them.
     """
 
     def __init__(
@@ -83,17 +88,23 @@ class Loader:
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name, self.config, self.task, self.report = name, config, config.tasks[name], report
-        if self.task.batch % world_size:
-            raise ValueError(f"tasks.{name}.batch = {self.task.batch} does not divide by the {world_size} processes")
         self.source = self.task.train if train else self.task.val
         self.samples = self.source.samples(self.task)
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
-        share = self.task.batch // world_size
-        pieces = self.task.modality.eval_views * self.task.micro_batches  # evaluation has to fit the same memory
-        self.first, self.size = rank * share, share if train else max(1, share // pieces)
-        self.decoder = self.source.decoder(self.task, batch=self.size, train=train, num_threads=config.num_threads)
+        share = _share(name, self.task, world_size) if train else 0
+        self.first, self.size = rank * share, share or _evaluation_size(self.task)
+        on_gpu = config.device == "cuda" and config.decoding != "cpu"
+        options = {"batch": self.size, "train": train, "num_threads": config.num_threads}
+        self.decoder = self.source.decoder(self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
+        note = getattr(self.decoder, "note", "")  # why it does not decode on the GPU, when it should
+        if note:
+            report(f"task {name}: {note}")
+
+    def grid_dtype(self) -> torch.dtype:
+        """That of the grids, from one decoded sample."""
+        return self._decode_or_replace(sample_index(self.config.seed, self.name, 0, len(self.samples)), 0)[1].dtype
 
     def fingerprint(self) -> str:
         """A word for all samples, their order and their labels: what a step sees follows from it, the seed and the step."""
@@ -138,8 +149,10 @@ class Loader:
         return torch.cat([grids[row] for row in range(len(used))])
 
     def load_validation(self, start: int) -> Batch:
-        """Up to `size` samples from `start`, all views of each; broken files are left out and reported."""
+        """Up to `size` samples from `start`, all views of each; broken files are left out and reported. Empty behind the last sample."""
         indices = [i for i in range(start, min(start + self.size, len(self.samples))) if i not in self.broken]
+        if not indices:
+            return Batch(self._no_grid(), label_tensor(self.task, []))
         try:
             return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
         except Exception:
@@ -187,6 +200,28 @@ class Loader:
             )
 
 
+def _share(name: str, task: Task, world_size: int) -> int:
+    """One process's part of a task's batch. Raises ValueError when there is no such part."""
+    if task.batch % world_size:
+        raise ValueError(f"tasks.{name}.batch = {task.batch} does not divide by the {world_size} processes")
+    share, pieces = task.batch // world_size, task.micro_batches
+    if share % pieces:
+        raise ValueError(
+            f"tasks.{name}: the share of each of the {world_size} processes, {share}, does not divide into micro_batches = {pieces}"
+        )
+    if task.mixup and share // pieces % 2 and share // pieces < task.batch:
+        raise ValueError(
+            f"tasks.{name}: mixup pairs neighbours, but {world_size} processes and micro_batches = {pieces} cut the batch of {task.batch} "
+            f"into pieces of {share // pieces}; choose a batch that makes them even"
+        )
+    return share
+
+
+def _evaluation_size(task: Task) -> int:
+    # Not by the number of processes: with it, rounding would change, and a metric in its last digits.
+    return max(1, min(task.batch // task.micro_batches, EVAL_GRIDS) // task.modality.eval_views)
+
+
 @dataclass(frozen=True)
 class Job:
     """A batch to be made: whose, which, and how."""
@@ -216,9 +251,13 @@ def _training_job(loader: Loader, step: int) -> Job:
     return Job(loader, step, lambda: loader.step_samples(step), lambda: loader.load(step))
 
 
-def validation_jobs(loader: Loader) -> Iterator[Job]:
-    """Every validation sample of a task exactly once."""
-    for start in range(0, len(loader.samples), loader.size):
+def validation_jobs(loader: Loader, rank: int = 0, world_size: int = 1) -> Iterator[Job]:
+    """The batches of `rank`, dealt to all ranks in turn: together every validation sample of a task exactly once.
+
+    Every rank has equally many; those that come after the last sample are empty.
+    """
+    for first in range(0, len(loader.samples), loader.size * world_size):
+        start = first + loader.size * rank
         yield Job(
             loader,
             start,
@@ -255,6 +294,7 @@ class _Worker:
         self.stopped = threading.Event()
         self.running: tuple[Job, float] | None = None
         self.stop = stop
+        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.thread = threading.Thread(target=self._work, args=(jobs,), daemon=True, name="prefetch")
         self.thread.start()
 
@@ -275,6 +315,8 @@ class _Worker:
             return item
 
     def _work(self, jobs: Iterable[Job]) -> None:
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a thread begins with the first one
         try:
             for job in jobs:
                 self.running = (job, time.monotonic())

@@ -15,13 +15,13 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from polyvit_fast.config import Decoder, Modality
-from polyvit_fast.data.colour import jitter_colours, recolour
+from polyvit_fast.data.colour import GREY, Colours, draw_colours, recolour
 from polyvit_fast.data.frames import read_clips
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media
 
 THOROUGH_CLIPS = 8  # of 32 frames with stride 2 they are 20 seconds, twice the length of Kinetics' files
-Clip = UInt8[np.ndarray, "frames height width 3"]
+EVAL_PLACES = {1: (0.5,), 3: (0.0, 0.5, 1.0)}  # of the squares along the longer side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,74 +106,103 @@ class Video(Modality):
 
     def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Files to uint8 grids [sample, view, frames, size, size, 3]; a broken file raises MediaError, the next call works."""
-        return _Decoder(self, train, num_threads)
+        on_cpu = VideoDecoder(self, train, num_threads)
+        if device == "cpu":
+            return on_cpu
+        from polyvit_fast.data.device_video import DeviceVideos
+
+        return DeviceVideos(on_cpu, batch, torch.device("cuda", torch.cuda.current_device()))
 
 
-class _Decoder:
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one training clip: from 0 to 1, where in the file and in its frames it lies; and how it is changed."""
+
+    start: float
+    top: float
+    left: float
+    scales: tuple[float, float]
+    mirrored: bool
+    colours: tuple[Colours, ...]
+    """Changes of colours, one after the other."""
+
+
+class VideoDecoder:
+    """Decodes on the CPU."""
+
     def __init__(self, video: Video, train: bool, num_threads: int) -> None:
-        self.video, self.num_threads = video, num_threads
+        self.video, self.train, self.num_threads = video, train, num_threads
         self.num_views = 1 if train else video.eval_views
-        self.read = self._random_clip if train else self._even_clips
 
     def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample view frames size size 3"]:
+        """Grids; raises MediaError on a broken file."""
         grid = np.empty((len(media), self.num_views, *self.video.grid), np.uint8)
 
         def fill(i: int) -> None:
-            self.read(media[i], rngs[i], grid[i])
+            self._read(media[i], draw(self.video, rngs[i]) if self.train else None, grid[i])
 
         map_in_threads(fill, range(len(media)), self.num_threads)
         return torch.from_numpy(grid)
 
-    def _random_clip(self, media: Media, rng: np.random.Generator, out: UInt8[np.ndarray, "1 frames size size 3"]) -> None:
+    def _read(self, media: Media, draws: Draws | None, out: UInt8[np.ndarray, "view frames size size 3"]) -> None:
         video = self.video
-        start, top, left = rng.random(3)
-        scales = rng.uniform(*video.scale_jitter, 2)
-
-        def choose(count: int) -> Int[np.ndarray, "1 frames"]:
-            return _numbers(video, count, np.array([int(start * (_last_start(video, count) + 1))]))
-
-        [clip] = read_clips(media, choose, resize=lambda *size: _scaled(video, size, scales), max_pixels=video.max_pixels)
-        height, width = clip.shape[1:3]
-        clip = _square(clip, int(top * (height - video.size + 1)), int(left * (width - video.size + 1)), video.size)
-        out[0] = self._recoloured(clip[:, :, ::-1] if video.flip and rng.random() < 0.5 else clip, rng)
-
-    def _recoloured(self, clip: Clip, rng: np.random.Generator) -> Clip:
-        video = self.video
-        if (video.colour_jitter or video.hue_jitter_degrees) and rng.random() < video.colour_jitter_chance:
-            clip = jitter_colours(clip, rng, video.colour_jitter, video.hue_jitter_degrees)
-        if video.grey_chance and rng.random() < video.grey_chance:
-            clip = recolour(clip, brightness=1.0, contrast=1.0, saturation=0.0, hue_degrees=0.0)
-        return clip
-
-    def _even_clips(self, media: Media, rng: np.random.Generator, out: UInt8[np.ndarray, "view frames size size 3"]) -> None:
-        video = self.video
-
-        def choose(count: int) -> Int[np.ndarray, "clips frames"]:
-            places = np.linspace(0, 1, video.eval_clips) if video.eval_clips > 1 else np.array([0.5])
-            return _numbers(video, count, np.rint(places * _last_start(video, count)).astype(int))
-
-        clips = read_clips(media, choose, resize=lambda *size: _scaled(video, size, (1.0, 1.0)), max_pixels=video.max_pixels)
-        places = (0.5,) if video.eval_crops == 1 else (0.0, 0.5, 1.0)
-        spare = np.array(clips.shape[2:4]) - video.size
-        along = np.array([spare[0] > spare[1], spare[0] <= spare[1]])
-        corners = [np.where(along, np.rint(place * spare).astype(int), spare // 2) for place in places]
-        out[:] = [_square(clip, int(top), int(left), video.size) for clip in clips for top, left in corners]
+        clips = read_clips(
+            media,
+            lambda count: frame_numbers(video, count, draws),
+            resize=lambda height, width: scaled(video, height, width, draws),
+            max_pixels=video.max_pixels,
+        )
+        places = corners(video, clips.shape[2], clips.shape[3], draws)
+        squares = [clip[:, top : top + video.size, left : left + video.size] for clip in clips for top, left in places]
+        for view, square in zip(out, squares, strict=True):
+            view[:] = _changed(square, draws) if draws else square
 
 
-def _numbers(video: Video, count: int, starts: Int[np.ndarray, " clips"]) -> Int[np.ndarray, "clips frames"]:
-    """The numbers of the frames of clips that start at `starts`, in a file of `count` frames, the last of which repeats."""
+def draw(video: Video, rng: np.random.Generator) -> Draws:
+    """A random clip."""
+    start, top, left = rng.random(3)
+    scales = rng.uniform(*video.scale_jitter, 2)
+    mirrored = video.flip and rng.random() < 0.5
+    colours = []
+    if (video.colour_jitter or video.hue_jitter_degrees) and rng.random() < video.colour_jitter_chance:
+        colours.append(draw_colours(rng, video.colour_jitter, video.hue_jitter_degrees))
+    if video.grey_chance and rng.random() < video.grey_chance:
+        colours.append(GREY)
+    return Draws(start, top, left, (scales[0], scales[1]), mirrored, tuple(colours))
+
+
+def frame_numbers(video: Video, count: int, draws: Draws | None) -> Int[np.ndarray, "clips frames"]:
+    """The numbers of the clips' frames in a file of `count` frames, the last of which repeats: one random clip, or evenly spaced ones."""
+    last_start = max(0, count - (video.frames - 1) * video.stride - 1)
+    if draws:
+        starts = np.array([int(draws.start * (last_start + 1))])
+    else:
+        places = np.linspace(0, 1, video.eval_clips) if video.eval_clips > 1 else np.array([0.5])
+        starts = np.rint(places * last_start).astype(int)
     return np.minimum(starts[:, None] + video.stride * np.arange(video.frames), count - 1)
 
 
-def _last_start(video: Video, count: int) -> int:
-    return max(0, count - (video.frames - 1) * video.stride - 1)
-
-
-def _scaled(video: Video, size: tuple[int, ...], scales: Sequence[float] | np.ndarray) -> tuple[int, int]:
+def scaled(video: Video, height: int, width: int, draws: Draws | None) -> tuple[int, int]:
     """(height, width) of a frame whose short side was brought to `short_side` and whose sides were then scaled, at least the grid's."""
-    height, width = (max(video.size, round(side * video.short_side / min(size) * scale)) for side, scale in zip(size, scales, strict=True))
-    return height, width
+    factors = draws.scales if draws else (1.0, 1.0)
+    short = min(height, width)
+    rows, columns = (max(video.size, round(s * video.short_side / short * f)) for s, f in zip((height, width), factors, strict=True))
+    return rows, columns
 
 
-def _square(clip: Clip, top: int, left: int, size: int) -> UInt8[np.ndarray, "frames size size 3"]:
-    return clip[:, top : top + size, left : left + size]
+def corners(video: Video, height: int, width: int, draws: Draws | None) -> list[tuple[int, int]]:
+    """(top, left) of the squares of a clip whose frames were scaled to `height` and `width`."""
+    spare = np.array([height, width]) - video.size
+    if draws:
+        return [(int(draws.top * (spare[0] + 1)), int(draws.left * (spare[1] + 1)))]
+    along = np.array([spare[0] > spare[1], spare[0] <= spare[1]])
+    squares = [np.where(along, np.rint(place * spare).astype(int), spare // 2) for place in EVAL_PLACES[video.eval_crops]]
+    return [(int(top), int(left)) for top, left in squares]
+
+
+def _changed(clip: UInt8[np.ndarray, "frames size size 3"], draws: Draws) -> UInt8[np.ndarray, "frames size size 3"]:
+    if draws.mirrored:
+        clip = clip[:, :, ::-1]
+    for colours in draws.colours:
+        clip = recolour(clip, *colours)
+    return clip

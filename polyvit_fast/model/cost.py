@@ -21,9 +21,10 @@ def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
 
     Counted are blocks, patch embedding and head; not normalisation, softmax, GELU and sums, which are small beside them.
     """
-    tokens = modality.num_tokens
-    attention = 2 * tokens**2 * model.dim
-    blocks = model.depth * (tokens * _block_matrices(model) + attention)
+    tokens, matrices = modality.num_tokens, _block_matrices(model)
+    whole = tokens * matrices + 2 * tokens**2 * model.dim
+    class_token = matrices + 2 * tokens * model.num_heads * model.dim
+    blocks = _num_whole_blocks(model) * whole + _ends_with_class_token(model) * class_token
     return 2 * (blocks + (tokens - 1) * _tubelet_elements(modality) * model.dim + model.dim * num_classes)
 
 
@@ -33,24 +34,54 @@ def state_bytes(model: nn.Module, optim: Optim) -> int:
     return FP32_BYTES * copies * num_parameters(model)
 
 
-def activation_bytes(model: Model, task: Task, precision: Literal["fp32", "bf16"] = "fp32") -> int:
-    """Memory that one micro-batch of `task` holds from its forward to its backward pass.
+def activation_bytes(model: Model, task: Task, precision: Literal["fp32", "bf16"] = "fp32", recompute: bool = False) -> int:
+    """Memory that one micro-batch of `task` holds from its forward to its backward pass, on a GPU.
 
     Counted is what autograd keeps: per block both inputs of the norms, and the inputs of attention, the GELU and all linear layers but
-    the last, which is computed again unless there is dropout; in bf16 the weights' rounded copies too. Not counted: short-lived results
-    and gradients (about one block's share), the allocator's slack, the input grid, decoded batches.
+    the last, which is computed again unless there is dropout (a CPU keeps it); in bf16 the weights' rounded copies too. With `recompute`
+    it is the input of every block and all that one block keeps. Not counted: short-lived results and gradients (about one block's
+    share), the allocator's slack, the input grid, decoded batches.
     """
     narrow = BF16_BYTES if precision == "bf16" else FP32_BYTES
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
-    residual = FP32_BYTES * model.dim
+    residual = FP32_BYTES * tokens * model.dim
+    embedding = residual if model.dropout else 0
+    end = (FP32_BYTES * model.dim if _ends_with_class_token(model) else residual) + narrow * model.dim
+    num_whole, num_last, num_inputs = _num_whole_blocks(model), int(_ends_with_class_token(model)), 0
+    if recompute:  # the block that the backward pass is in, and the inputs of all others
+        num_whole, num_last, num_inputs = (1, 0, model.depth - 1) if num_whole else (0, 1, 0)
+    whole, last = _whole_block_bytes(model, tokens, narrow), _class_token_bytes(model, tokens, narrow)
+    blocks = num_whole * whole + num_last * last + num_inputs * residual
+    matrices = num_whole * _block_matrices(model) + num_last * (_block_matrices(model) - 3 * model.dim**2)  # its qkv stays fp32
+    weights = matrices + model.dim * (_tubelet_elements(task.modality) + task.num_classes)
+    return batch * (embedding + blocks + end) + (BF16_BYTES * weights if precision == "bf16" else 0)
+
+
+def _whole_block_bytes(model: Model, tokens: int, narrow: int) -> int:
+    """Kept for one example by a block that computes all tokens."""
     statistics = FP32_BYTES * (4 + model.num_heads)
-    hidden = (2 if model.dropout else 1) * model.mlp_dim
-    masks = 2 * model.dim + model.mlp_dim if model.dropout else 0
-    block = 2 * residual + narrow * (6 * model.dim + hidden + masks) + statistics
-    ends = residual * (2 if model.dropout else 1)
-    weights = model.depth * _block_matrices(model) + model.dim * (_tubelet_elements(task.modality) + task.num_classes)
-    rounded_weights = BF16_BYTES * weights if precision == "bf16" else 0
-    return batch * (tokens * (model.depth * block + ends) + narrow * model.dim) + rounded_weights
+    return tokens * (2 * FP32_BYTES * model.dim + statistics + narrow * (5 * model.dim + _mlp_elements(model)))
+
+
+def _class_token_bytes(model: Model, tokens: int, narrow: int) -> int:
+    """Kept for one example by a block that computes the class token alone: of all tokens only what the first norm and the scores are."""
+    seen = FP32_BYTES * (2 * model.dim + 2 + model.num_heads)
+    query = FP32_BYTES * model.dim * (1 + 2 * model.num_heads)
+    return tokens * seen + query + FP32_BYTES * (model.dim + 2) + narrow * (model.dim + _mlp_elements(model))
+
+
+def _mlp_elements(model: Model) -> int:
+    """Kept for one token by the MLP, and the masks of a block's dropout."""
+    return 3 * model.dim + 3 * model.mlp_dim if model.dropout else model.dim + model.mlp_dim
+
+
+def _ends_with_class_token(model: Model) -> bool:
+    """Whether the last block computes the class token alone: a shared block does, an adaptor does not."""
+    return model.num_adaptor_layers < model.depth
+
+
+def _num_whole_blocks(model: Model) -> int:
+    return model.depth - _ends_with_class_token(model)
 
 
 def _block_matrices(model: Model) -> int:

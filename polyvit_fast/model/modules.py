@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as all_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.checkpoint import checkpoint
 
 from polyvit_fast.config import Model
 from polyvit_kernels import ops
-from polyvit_kernels.ops.dtypes import matmul_dtype
+from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
 
 Tokens = Float[Tensor, "batch tokens dim"]
+OneToken = Float[Tensor, "batch 1 dim"]
 
 GELU = {"tanh": partial(functional.gelu, approximate="tanh"), "erf": functional.gelu}
 
@@ -49,6 +51,21 @@ class Attention(nn.Module):
         """Every token's weighted mean over all tokens' values, projected, in training with dropout, and added to `residual`."""
         mixed = ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))).flatten(2)
         return _linear_add(mixed, self.proj, self.dropout * self.training, residual)
+
+    def class_token(self, x: Tokens, out_dtype: torch.dtype) -> OneToken:
+        """What `forward` gives for the first token, without a key or a value of any token; computed in the dtype of x, fp32 at least.
+
+        For one query q it is cheaper to bring q through the keys' weights, q · (W x + b) = (Wᵀ q) · x + a constant that the softmax does
+        not see, and the mean of the tokens, not each of them, through the values' weights.
+        """
+        with without_autocast(x):
+            query, key, value = self.qkv.weight.to(x.dtype).unflatten(0, (3, self.num_heads, -1)).unbind()
+            query_bias, _, value_bias = self.qkv.bias.to(x.dtype).chunk(3)
+            q = functional.linear(x[:, 0], query.flatten(0, 1), query_bias).unflatten(1, (self.num_heads, -1)) / query.shape[1] ** 0.5
+            q = (q.transpose(0, 1) @ key).transpose(0, 1)
+            mean = (q @ x.transpose(1, 2)).softmax(-1) @ x
+            mixed = (mean.transpose(0, 1) @ value.transpose(1, 2)).transpose(0, 1).flatten(1) + value_bias
+        return _linear_add(mixed[:, None].to(out_dtype), self.proj, self.dropout * self.training, None)
 
 
 class Mlp(nn.Module):
@@ -100,15 +117,44 @@ class Block(nn.Module):
         options = {"gelu": model.gelu, "dropout": model.dropout, "rescale_drop_path": model.rescale_drop_path}
         return cls(model.dim, model.num_heads, model.mlp_dim, **options)
 
-    def forward(self, x: Tokens, drop_path_rate: float = 0.0) -> Tokens:
-        """The tokens after both branches; in training each branch is left out of an example with the chance `drop_path_rate`."""
+    def forward(self, x: Tokens, drop_path_rate: float = 0.0, class_token: bool = False, recompute: bool = False) -> Tokens | OneToken:
+        """The tokens after both branches; in training each branch is left out of an example with the chance `drop_path_rate`.
+
+        `class_token`: the first token alone, `[batch, 1, dim]`, for less than a tenth of the work, unless a part of the block has hooks.
+        `recompute`: keep `x` alone for the backward pass, which computes the rest again. With dropout that reads the state of the random
+        numbers, and cannot be captured in a CUDA graph.
+        """
+        factors = branch_factors(x, drop_path_rate, self.rescale) if self.training and drop_path_rate else None
+        run = self._class_token if class_token and self._is_plain() else self._all_tokens
+        if recompute and torch.is_grad_enabled():
+            random = self.training and bool(self.attn.dropout or self.mlp.dropout)
+            out = checkpoint(run, x, factors, use_reentrant=False, preserve_rng_state=random)
+        else:
+            out = run(x, factors)
+        return out[:, :1] if class_token else out
+
+    def _all_tokens(self, x: Tokens, factors: Tensor | None) -> Tokens:
         dtype = matmul_dtype(x)
-        if self.training and drop_path_rate:
-            x = add_branch(x, self.attn(self.norm1(x, dtype)), drop_path_rate, self.rescale)
-            return add_branch(x, self.mlp(self.norm2(x, dtype)), drop_path_rate, self.rescale)
+        if factors is not None:
+            x = torch.addcmul(x, self.attn(self.norm1(x, dtype)), factors[0])
+            return torch.addcmul(x, self.mlp(self.norm2(x, dtype)), factors[1])
         x, normal = _beside(self.norm1, x, dtype)
         x, normal = _beside(self.norm2, self.attn(normal, x), dtype)
         return self.mlp(normal, x)
+
+    def _class_token(self, x: Tokens, factors: Tensor | None) -> OneToken:
+        x, normal = _beside(self.norm1, x, torch.promote_types(x.dtype, torch.float32))
+        dtype = matmul_dtype(x)
+        attention = self.attn.class_token(normal, dtype)
+        if factors is None:
+            first = x[:, :1] + attention
+            return self.mlp(self.norm2(first, dtype), first)
+        first = torch.addcmul(x[:, :1], attention, factors[0])
+        return torch.addcmul(first, self.mlp(self.norm2(first, dtype)), factors[1])
+
+    def _is_plain(self) -> bool:
+        """Whether nobody listens to a part of the block, and its queries, keys and values are those of a linear layer."""
+        return is_plain(self.attn.qkv) and all(is_untouched(part) for part in self.modules() if part is not self)
 
 
 def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype) -> tuple[Tokens, Tokens]:
@@ -148,13 +194,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def add_branch(x: Tokens, branch: Tokens, drop_path_rate: float, rescale: bool) -> Tokens:
-    """`x + branch`, for each example with the chance `1 - drop_path_rate` and else `x` (arXiv 1603.09382, eq. 2).
+def branch_factors(x: Tokens, drop_path_rate: float, rescale: bool) -> Float[Tensor, "2 batch 1 1"]:
+    """What a block's two branches are multiplied by in each example: 0 with the chance `drop_path_rate`, else 1 (arXiv 1603.09382, eq. 2).
 
-    With `rescale` a kept branch is divided by that chance.
+    With `rescale` that 1 is divided by its chance.
     """
-    kept = torch.empty(len(x), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - drop_path_rate)
-    return torch.addcmul(x, branch, kept / (1 - drop_path_rate) if rescale else kept)
+    kept = torch.empty(2, len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - drop_path_rate)
+    return kept.div_(1 - drop_path_rate) if rescale else kept
 
 
 def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:

@@ -42,18 +42,19 @@ class PolyViT(nn.Module):
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
         return cls(train.model, train.modalities, heads, seed=train.seed)
 
-    def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0) -> Float[Tensor, "batch num_classes"]:
+    def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises.
 
         In training a residual branch of the last block is left out with the chance `drop_path_rate`; the chance falls linearly to 0 in
-        the first. Raises ValueError for an unknown task or a grid of another size.
+        the first. The last block computes the class token alone, unless its parts have hooks. `recompute`: the backward pass computes
+        every block again from its input (see `Block`). Raises ValueError for an unknown task or a grid of another size.
         """
         if task not in self.modality_of:
             raise ValueError(f"the model has no task {task!r}; it has {', '.join(self.modality_of)}")
-        x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate)
+        x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate, recompute)
         rates = drop_path_ramp(self.depth, drop_path_rate)[self.depth - len(self.blocks) :]
-        for block, rate in zip(self.blocks, rates, strict=True):
-            x = block(x, rate)
+        for left, (block, rate) in enumerate(zip(self.blocks, rates, strict=True), 1 - len(self.blocks)):
+            x = block(x, rate, class_token=not left, recompute=recompute)
         # The head reads the class token alone, and the norm takes each token by itself.
         return self.heads[task](self.norm(x[:, 0]))
 

@@ -38,13 +38,14 @@ class Tokenizer(nn.Module):
                 raise ValueError(f"{modality.name}: the {name} has {len(values)} numbers for {channels} channels")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
-    def forward(self, grid: Grid, drop_path_rate: float = 0.0) -> Float[Tensor, "batch tokens dim"]:
+    def forward(self, grid: Grid, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch tokens dim"]:
         """Tokens, the class token first, then tubelets in the order (frames, rows, columns). Raises ValueError for another grid size.
 
         The adaptors have a ramp of drop-path rates of their own, from 0 to the full rate, as in the paper's code.
+        `recompute`: see `Block`.
         """
         x = ops.patch_embed(grid, self.weight, self.bias, self.cls_token, self.pos_embed, self.mean, self.std)
         x = functional.dropout(x, self.dropout, self.training)
         for block, rate in zip(self.blocks, drop_path_ramp(len(self.blocks), drop_path_rate), strict=True):
-            x = block(x, rate)
+            x = block(x, rate, recompute=recompute)
         return x

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.stream import Loader, prefetch, validation_jobs
+from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, validation_jobs
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
+from polyvit_fast.train.distributed import ALONE, World, joined
 from polyvit_fast.train.metrics import Metrics
 
 Progress = Callable[[str, int, int], None]
@@ -44,39 +45,70 @@ def view_logits(model: PolyViT, task: str, grid: Tensor, precision: str) -> Tens
     return logits.float().view(batch, views, -1).mean(1)
 
 
-def evaluate(model: PolyViT, config: Train, loaders: dict[str, Loader], progress: Progress) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: PolyViT, config: Train, loaders: dict[str, Loader], progress: Progress, world: World = ALONE
+) -> dict[str, dict[str, float]]:
     """The metrics of each task in `loaders`, with `num_examples`, `num_broken` files left out and `examples_per_second`.
 
-    `progress(task, done, total)` is called after every batch.
+    The processes of `world` share the batches and all get the metrics of one process. `progress(task, done, total)` is called after every
+    round of them, equally often on each process.
     """
     was_training = model.training
     model.eval()
     try:
-        return {name: _evaluate_task(model, config, loader, progress) for name, loader in loaders.items()}
+        return {name: _evaluate_task(model, config, loader, progress, world) for name, loader in loaders.items()}
     finally:
         model.train(was_training)
 
 
-def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress) -> dict[str, float]:
-    started, metrics, done = time.monotonic(), Metrics(loader.task), 0
-    batches = prefetch(validation_jobs(loader), depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds)
-    for name, batch in batches:
-        if len(batch.labels):
-            logits = view_logits(model, name, batch.grid.to(config.device), config.precision)
-            metrics.update(logits.cpu(), batch.labels)
-        done += len(batch.labels)
-        progress(name, done, len(loader.samples))
-    if not done:
+def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World) -> dict[str, float]:
+    started, metrics, total = time.monotonic(), Metrics(loader.task), len(loader.samples)
+    jobs = validation_jobs(loader, world.rank, world.size)
+    batches = prefetch(jobs, depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds)
+    for number, batch in enumerate(_in_step(batches, world), 1):
+        logits = _logits(model, config, loader, batch)
+        for answers in world.gather((logits, batch.labels)):
+            metrics.update(*answers)
+        progress(loader.name, min(number * world.size * loader.size, total), total)
+    num_broken = sum(world.gather(len(loader.broken)))
+    count, seconds = metrics.num_examples, time.monotonic() - started
+    row = world.from_first(metrics.compute() | {"num_examples": count, "num_broken": num_broken, "examples_per_second": count / seconds})
+    if not row["num_examples"]:
         raise ValueError(f"task {loader.name}: no validation file could be read")
-    seconds = time.monotonic() - started
-    counts = {"num_examples": done, "num_broken": len(loader.broken), "examples_per_second": done / seconds}
-    return metrics.compute() | counts
+    return row
+
+
+def _in_step(batches: Iterator[tuple[str, Batch]], world: World) -> Iterator[Batch]:
+    """This process's batches, each when every process has its own. Raises DataError on all of them when one has none."""
+    while True:
+        error = found = None
+        try:
+            found = next(batches, None)
+        except DataError as failure:
+            error = failure
+        if world.agree(error is not None):
+            reasons = world.from_first(world.gather(error and str(error)))
+            raise error or DataError(next(f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
+        if found is None:
+            return
+        yield found[1]
+
+
+def _logits(model: PolyViT, config: Train, loader: Loader, batch: Batch) -> Tensor:
+    """The logits of a batch, on the CPU; of an empty one as well, for all processes have to run a sharded model together."""
+    grid, count = batch.grid, len(batch.labels)
+    if grid.is_cuda:
+        grid.record_stream(torch.cuda.current_stream())  # it was made on another one
+    if not count:
+        grid = torch.zeros(1, *grid.shape[1:])
+    return view_logits(model, loader.name, grid.to(config.device), config.precision)[:count].cpu()
 
 
 def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], progress: Progress) -> dict[str, dict[str, float]]:
     """The metrics of a run's checkpoint: its newest, its best, or that of a step; they are added to the run's evaluations.jsonl too.
 
-    Raises ValueError when there is no such checkpoint or task.
+    Under torchrun the processes share the work, and only the first one gets the metrics. Raises ValueError when there is no such checkpoint
+    or task.
     """
     unknown = sorted(set(tasks) - config.tasks.keys())
     if unknown:
@@ -84,12 +116,20 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     found = find_checkpoint(folder, which)
     model = PolyViT.from_config(config)
     model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
-    loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
-    with on_device(config):
-        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress)
+    with on_device(config), joined(config.device) as world:
+        with world.first_first():
+            loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
+        shown = progress if world.rank == 0 else _unseen
+        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, shown, world)
+        if world.rank:
+            return {}
     with open(folder / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
     return rows
+
+
+def _unseen(task: str, done: int, total: int) -> None:
+    """The first process shows the progress."""
 
 
 def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:

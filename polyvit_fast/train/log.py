@@ -25,6 +25,8 @@ from polyvit_fast.config import Train
 Rows = Mapping[str, Mapping[str, int | float]]
 """Numbers by task and name."""
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
+SHOWN_APART = ("loss", "accuracy", "examples_per_second", "steps", "data_wait_ratio")
+SHOWN_WAIT = 0.05  # of a task's time; a smaller share of waiting for data is not worth a place on the line
 
 
 class Log:
@@ -86,7 +88,9 @@ class Log:
             self.progress.advance(self.task_bars[name])
 
     def interval(self, step: int, lr: float, rows: Rows) -> None:
-        """Report the means since the last interval: for each task that had a step its loss, accuracy, examples_per_second and steps."""
+        """Report the means since the last interval: for each task that had a step its loss, accuracy, examples_per_second, steps, and the
+        share of its time in which the device waited for its data.
+        """
         self._record("train", step, rows, lr=lr)
         self.progress.update(self.run_bar, completed=step, numbers=f"lr {lr:.3g}")
         for name, row in rows.items():
@@ -157,6 +161,39 @@ class Log:
         return timedelta(seconds=round(per_step * (self.total_steps - step)))
 
 
+class PeerLog:
+    """Where the other processes of a run report to: what must be told goes to the terminal, the first process writes all else."""
+
+    def __init__(self, rank: int, console: Console | None = None) -> None:
+        self.rank, self.console = rank, console or Console(stderr=True)
+
+    def __enter__(self) -> PeerLog:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def tick(self, step: int, task: str | Sequence[str]) -> None:
+        """The first process counts."""
+
+    def interval(self, step: int, lr: float, rows: Rows) -> None:
+        """The first process reports the means of all."""
+
+    def evaluating(self, task: str, done: int, total: int) -> None:
+        """The first process shows the bar."""
+
+    def evaluation(self, step: int, rows: Rows) -> None:
+        """The first process reports the metrics, which are the same."""
+
+    def message(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        """Print a text that is particular to this process: what all of them say as information, the first one says."""
+        if level != "info":
+            self.console.print(f"process {self.rank}: {level}: {text}", style=STYLES[level], markup=False, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """The first process keeps the log file."""
+
+
 def _progress(console: Console) -> Progress:
     columns = [
         TextColumn("{task.description}", markup=False),
@@ -191,8 +228,10 @@ def _numbers(row: Mapping[str, int | float]) -> str:
     parts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
     parts += [f"acc {row['accuracy']:.1%}"] if "accuracy" in row else []
     parts += [f"{row['examples_per_second']:,.0f}/s"] if "examples_per_second" in row else []
+    waited = row.get("data_wait_ratio", 0)
+    parts += [f"waits {waited:.0%}"] if waited >= SHOWN_WAIT else []
     # Counts of trouble, such as skipped steps, when there is any.
-    parts += [f"{key} {value}" for key, value in row.items() if key not in ("loss", "accuracy", "examples_per_second", "steps") and value]
+    parts += [f"{key} {value}" for key, value in row.items() if key not in SHOWN_APART and value]
     return " ".join(parts)
 
 

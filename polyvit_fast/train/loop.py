@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
 
-from polyvit_fast.config import Plan, Train
-from polyvit_fast.data.stream import Batch, DataError, Interrupted, Loader, prefetch, training_jobs
-from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.randomness import key
-from polyvit_fast.train import checkpoint
+from polyvit_fast.config import Train
+from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
+from polyvit_fast.train.capture import Captured, capture
+from polyvit_fast.train.distributed import joined
 from polyvit_fast.train.evaluate import evaluate, on_device
-from polyvit_fast.train.log import Log, Result
-from polyvit_fast.train.record import describe_run, resume_differences, to_json
+from polyvit_fast.train.feed import Inputs, Slots, feed, pinned
+from polyvit_fast.train.log import Result
+from polyvit_fast.train.run import Interval, NonFiniteError, Run, opened, save
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
 from polyvit_fast.train.step import Step, TaskCounters
 
-RNG_LAW = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row with a loss or gradient that is not finite."""
+FAILED = 1000
+"""What a process tells the others instead of a signal's number, all of which are smaller, when its data failed."""
 
 
 @dataclass
@@ -51,57 +47,41 @@ class Outcome:
     """Of each task, at the last evaluation."""
     results: list[Result]
     """The same as the lines of a table."""
-
-
-@dataclass
-class Run:
-    """Everything that a run holds on to."""
-
-    config: Train
-    plan: Plan
-    step: Step
-    loaders: dict[str, Loader]
-    validation: dict[str, Loader]
-    log: Log
-    done: int = 0
-    """Steps behind us."""
-    metrics_step: int = -1
-    """Steps that were behind us at the last evaluation."""
-    saved: int = -1
-    """Steps that were behind us at the last checkpoint."""
-    best_step: int | None = None
-    best_score: float = float("-inf")
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    interval_seconds: dict[str, float] = field(default_factory=dict)
-    """Time that each task took since the last log line."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time that each task took in the whole run, waiting for its data included."""
+    rank: int = 0
+    """Which of the run's processes this is."""
 
 
 def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
-    """Train `config` in its run folder, from the newest checkpoint there when it agrees.
+    """Train `config` in its run folder, from the newest checkpoint there when it agrees. Under torchrun, all processes do so together.
 
-    Raises ValueError for a configuration or data list that cannot work, DataError, NonFiniteError, CheckpointError.
+    Raises ValueError for a configuration or data list that cannot work, DataError, NonFiniteError, CheckpointError, PeerLost.
     """
     plan = make_plan(config)
-    with on_device(config), _opened(config, plan, experiment, argv) as run, _stop_on_signals(run) as stop:
-        jobs = training_jobs(run.loaders, plan, run.done)
-        batches = prefetch(jobs, depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds, stop=lambda: stop.signal)
-        while run.done < len(plan) and not stop.signal:
+    with (
+        joined(config.device) as world,
+        on_device(config),
+        opened(config, plan, world, experiment, argv) as run,
+        _stop_on_signals(run) as stop,
+    ):
+        step, arrivals = _prepared(run, stop)
+        while run.done < len(plan):
             try:
-                _one_step(run, batches)
+                _one_step(run, step, arrivals, stop)
             except Interrupted:
                 break
             if run.done % config.log_every_steps == 0 or run.done == len(plan):
-                _log_interval(run)
+                _begin_interval(run)
+            _log_intervals(run, wait=False)
             evaluated = config.eval_every_steps and run.done % config.eval_every_steps == 0 and _evaluate(run, stop)
             if (evaluated or run.done % config.save_every_steps == 0) and run.done < len(plan):
                 _save(run)
         if run.saved < run.done:
             _save(run, must=True)
-        if run.metrics_step < run.done and not stop.signal and _evaluate(run, stop):
+        if run.metrics_step < run.done and not _all_stop(run, stop) and _evaluate(run, stop):
             _save(run, must=True)
-        return Outcome(run.done, stop.signal, run.metrics, _results(run))
+        if run.step.device.type == "cuda":
+            run.log.message(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        return Outcome(run.done, stop.signal, run.metrics, _results(run), world.rank)
 
 
 def _results(run: Run) -> list[Result]:
@@ -113,33 +93,84 @@ def _results(run: Run) -> list[Result]:
     return results
 
 
-def _one_step(run: Run, batches: Iterator[tuple[str, Batch]]) -> None:
-    started, step, config = time.monotonic(), run.done, run.config
-    names = run.plan[step]
-    torch.manual_seed(key(config.seed, "step", step) >> 1)
-    for _ in names:
-        name, batch = next(batches)
-        run.step.forward_backward(name, batch, 1 / len(names))
-    run.step.update(names, learning_rate(config, run.plan, step), step)
+def _prepared(run: Run, stop: Stop) -> tuple[Step | Captured, Iterator[tuple[str, Inputs]]]:
+    """What makes the steps, and the batches in the order of the plan, on the device, with those to come decoded ahead."""
+    config, step, jobs = run.config, run.step, training_jobs(run.loaders, run.plan, run.done)
+    ahead = {"depth": config.prefetch, "timeout_seconds": config.decode_timeout_seconds, "stop": lambda: stop.signal}
+    if step.device.type == "cpu":
+        return step, ((name, Inputs.of(batch)) for name, batch in prefetch(jobs, **ahead))
+    slots = Slots(config, {name: loader.grid_dtype() for name, loader in run.loaders.items()}, step.device, run.world.size)
+    steps = step
+    if config.capture and not config.sharded and run.done < len(run.plan):
+        run.log.message("recording the steps as CUDA graphs")
+        steps = capture(step, slots, run.plan, lambda text: run.log.message(text, "warning"))
+    return steps, feed(prefetch(pinned(jobs), **ahead), slots)
+
+
+def _one_step(run: Run, step: Step | Captured, arrivals: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
+    names, clock = run.plan[run.done], run.clock
+    step.begin(names, learning_rate(run.config, run.plan, run.done), run.done)
+    for place, _ in enumerate(names, 1):
+        name, inputs = _next_inputs(run, arrivals, stop)
+        clock.data_is_there()
+        step.forward_backward(name, inputs, last=place == len(names))
+        if place == len(names):
+            step.update()
+        clock.end(name)
     run.done += 1
-    seconds = (time.monotonic() - started) / len(names)
-    for name in names:
-        run.interval_seconds[name] += seconds
-        run.seconds[name] += seconds
-        run.log.tick(run.done, name)
+    run.log.tick(run.done, names)
 
 
-def _log_interval(run: Run) -> None:
-    counters = run.step.read_counters()
-    rows = {}
-    for name, row in counters.items():
-        if row.steps:
-            speed = row.steps * run.config.tasks[name].batch / max(run.interval_seconds[name], 1e-9)
-            rows[name] = {"loss": row.loss, "accuracy": row.matches, "examples_per_second": speed, "steps": row.steps}
-            rows[name] |= {"skipped": row.skipped, "broken_files": len(run.loaders[name].broken)}
-            run.interval_seconds[name] = 0.0
-    run.log.interval(run.done, learning_rate(run.config, run.plan, run.done - 1), rows)
-    _check_patience(run, counters)
+def _next_inputs(run: Run, arrivals: Iterator[tuple[str, Inputs]], stop: Stop) -> tuple[str, Inputs]:
+    """The next batch, when every process has its own. Raises Interrupted when one was asked to stop, DataError when one has none."""
+    error, found = None, None
+    try:
+        found = next(arrivals)
+    except DataError as failure:
+        error = failure
+    except Interrupted:
+        pass
+    stopped = _all_stop(run, stop, FAILED if error else 0)
+    if stopped == FAILED:
+        reasons = run.world.from_first(run.world.gather(error and str(error)))
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+        raise error or DataError(f"process {rank}: {reason}")
+    if stopped or found is None:
+        raise Interrupted
+    return found
+
+
+def _all_stop(run: Run, stop: Stop, status: int = 0) -> int:
+    """The signal that one of the processes got, or a larger `status` that one of them has; 0: go on. All processes call it."""
+    agreed = run.world.agree(max(status, stop.signal))
+    if 0 < agreed < FAILED:
+        stop.signal = agreed
+    return agreed
+
+
+def _begin_interval(run: Run) -> None:
+    rate = learning_rate(run.config, run.plan, run.done - 1)
+    run.intervals.append(Interval(run.done, rate, run.step.read_counters(), run.clock.lap()))
+
+
+def _log_intervals(run: Run, *, wait: bool) -> None:
+    """Log what the device has finished; with `wait`, all."""
+    while run.intervals and (wait or run.intervals[0].reading.is_there()):
+        interval = run.intervals.popleft()
+        counters = interval.reading.counters()
+        run.count_time(interval.spans)
+        rows = {}
+        for name, row in counters.items():
+            if row.steps:
+                time = run.interval_times[name]
+                seconds = max(time.seconds, 1e-9)
+                rows[name] = {"loss": row.loss, "accuracy": row.matches, "steps": row.steps}
+                rows[name] |= {"examples_per_second": row.steps * run.config.tasks[name].batch / seconds}
+                rows[name] |= {"data_wait_ratio": time.waited / seconds, "skipped": row.skipped}
+                rows[name] |= {"broken_files": len(run.loaders[name].broken)}
+                time.seconds = time.waited = 0.0
+        run.log.interval(interval.step, interval.lr, rows)
+        _check_patience(run, counters)
 
 
 def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
@@ -154,135 +185,31 @@ def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
             )
 
 
+def _save(run: Run, *, must: bool = False) -> None:
+    _log_intervals(run, wait=True)
+    save(run, must=must)
+
+
 def _evaluate(run: Run, stop: Stop) -> bool:
     def progress(task: str, done: int, total: int) -> None:
-        if stop.signal:
+        if _all_stop(run, stop):
             raise _Stopped
         run.log.evaluating(task, done, total)
 
+    _log_intervals(run, wait=True)
     try:
         with run.step.optimizer.averaged():
-            run.metrics, run.metrics_step = evaluate(run.step.model, run.config, run.validation, progress), run.done
+            run.metrics = evaluate(run.step.model, run.config, run.validation, progress, run.world)
     except _Stopped:
         return False
+    run.metrics_step = run.done
     run.log.evaluation(run.done, run.metrics)
     values = [run.metrics[name][task.metric] for name, task in run.config.tasks.items()]
     score = sum(value for value in values if not math.isnan(value)) / len(values)
     if score > run.best_score:
         run.best_step, run.best_score = run.done, score
+    run.clock.restart()
     return True
-
-
-def _save(run: Run, *, must: bool = False) -> None:
-    step, done = run.step, run.done
-    tensors = {"model": step.parameters.named(step.parameters.values), "optimizer": step.optimizer.tensors()}
-    if step.optimizer.ema is not None:
-        tensors["ema"] = step.parameters.named(step.optimizer.ema)
-    state = {
-        "step": done,
-        "counters": step.counters.tolist(),
-        "rng": {"seed": run.config.seed, "law": RNG_LAW},
-        "best_step": run.best_step,
-        "best_score": None if run.best_step is None else run.best_score,
-        "metrics": run.metrics,
-        "metrics_step": run.metrics_step,
-        "seconds": run.seconds,
-        "interval_seconds": run.interval_seconds,
-        "samples": {name: loader.fingerprint() for name, loader in run.loaders.items()},
-    }
-    try:
-        keep, config = run.config.keep, to_json(run.config)
-        checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
-        run.saved = done
-    except checkpoint.CheckpointError as error:
-        if must:
-            raise
-        run.log.message(f"step {done}: {error}. Training goes on; the next try is in {run.config.save_every_steps} steps", "error")
-
-
-@contextmanager
-def _opened(config: Train, plan: Plan, experiment: str, argv: list[str]) -> Iterator[Run]:
-    """The run, fresh or resumed, with its log open."""
-    if not config.out:
-        raise ValueError("out is empty: it must name the run folder")
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
-    found = checkpoint.newest(config.folder)
-    _check_resume(config, found)
-    model = PolyViT.from_config(config).to(config.device).train()
-    step = Step(model, config)
-    describe_run(config.folder, experiment, argv, config)
-    first_step = found.step if found else 0
-    totals = dict(count_steps(plan))
-    with Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step])) as log:
-        log.message(
-            f"{experiment}: {_size(model)} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}; run folder {config.folder}"
-        )
-        loaders = {name: Loader(name, config, train=True, report=log.message) for name in totals}
-        validation = {name: Loader(name, config, train=False, report=log.message) for name in config.tasks}
-        run = Run(
-            config,
-            plan,
-            step,
-            loaders,
-            validation,
-            log,
-            interval_seconds=dict.fromkeys(config.tasks, 0.0),
-            seconds=dict.fromkeys(config.tasks, 0.0),
-        )
-        if found:
-            _restore(run, found)
-            log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
-        try:
-            yield run
-        except (DataError, NonFiniteError) as error:
-            if run.saved < run.done:
-                _save(run)
-            log.note(f"error: {error}")  # who catches it tells it on the terminal
-            raise
-
-
-def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
-    if found is None:
-        if checkpoint.any_left(config.folder):
-            raise ValueError(f"{config.folder} holds checkpoints, but not a single whole one; move it away, or choose another --out")
-        return
-    if not config.resume:
-        raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
-    different = resume_differences(found.config, to_json(config))
-    if different:
-        raise ValueError(
-            f"{config.folder} holds a checkpoint of another configuration; it differs in: {'; '.join(different)}. "
-            "Choose another --out, or set these fields back to resume"
-        )
-
-
-def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
-    step = run.step
-    for name, loader in run.loaders.items():
-        before, now = found.state["samples"].get(name), loader.fingerprint()
-        if before != now:
-            raise ValueError(
-                f"task {name}: its training files are not those of {found.path} (names and labels: {before}; now {now}), so their order "
-                "would change. Put them back to resume, or choose another --out"
-            )
-    step.parameters.load(step.parameters.values, found.load_tensors("model"))
-    step.optimizer.load(found.load_tensors("optimizer"))
-    if step.optimizer.ema is not None:
-        step.parameters.load(step.optimizer.ema, found.load_tensors("ema"))
-    step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
-    run.done, run.metrics, run.metrics_step = found.step, found.state["metrics"], found.state["metrics_step"]
-    run.saved = run.done
-    run.seconds.update(found.state["seconds"])
-    run.interval_seconds.update(found.state["interval_seconds"])
-    if found.state["best_step"] is not None:
-        run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
-
-
-def _size(model: PolyViT) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,7 +21,8 @@ def softmax_loss(logits: Float[Tensor, "batch classes"], labels: Labels, label_s
 def sigmoid_loss(logits: Float[Tensor, "batch classes"], labels: Labels, label_smoothing: float) -> Float[Tensor, ""]:
     """Binary cross-entropy summed over classes, mean over the batch; smoothed targets are y (1 - s) + s / C."""
     num_classes = logits.shape[1]
-    targets = labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
+    # F.one_hot would ask a GPU whether all labels are in range, which waits for it.
+    targets = labels if labels.is_floating_point() else (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
     targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum") / len(logits)
 
@@ -28,10 +30,10 @@ def sigmoid_loss(logits: Float[Tensor, "batch classes"], labels: Labels, label_s
 LOSSES: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
 
-def mixed_loss(loss: Loss, logits: Tensor, labels: Tensor, mirrored: Tensor, mixup_ratio: Tensor | float, label_smoothing: float) -> Tensor:
-    """`loss` on labels mixed with those of the reversed batch. Both losses are linear in the target, so mixing them is the same."""
-    own, other = loss(logits, labels, label_smoothing), loss(logits, mirrored, label_smoothing)
-    return mixup_ratio * own + (1 - mixup_ratio) * other
+def mixed_loss(loss: Loss, logits: Tensor, labels: Labels, partners: Labels, ratio: Float[Tensor, ""], label_smoothing: float) -> Tensor:
+    """`ratio` of the `loss` by `labels` and the rest by the labels of the examples mixed in: both losses are linear in the target."""
+    own, other = loss(logits, labels, label_smoothing), loss(logits, partners, label_smoothing)
+    return ratio * own + (1 - ratio) * other
 
 
 def matches(logits: Float[Tensor, "batch classes"], labels: Labels) -> Float[Tensor, ""]:

@@ -34,11 +34,14 @@ class Metrics:
         num_classes = task.num_classes + self.padding
         self.num_positives = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self.metrics: dict[str, Metric]
+        # Without sync_on_compute = False they wait for the other processes of a run, which hold no examples.
         if task.multi_label:
-            self.metrics = {"mAP": MultilabelAveragePrecision(num_classes, average=None).to(device)}
+            average_precision = MultilabelAveragePrecision(num_classes, average=None, sync_on_compute=False)
+            self.metrics = {"mAP": average_precision.to(device)}
         else:
             ranks = (1, 5) if task.num_classes > 5 else (1,)
-            self.metrics = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro").to(device) for k in ranks}
+            accuracies = (MulticlassAccuracy(num_classes, top_k=k, average="micro", sync_on_compute=False) for k in ranks)
+            self.metrics = {f"top{k}": accuracy.to(device) for k, accuracy in zip(ranks, accuracies, strict=True)}
 
     def update(self, logits: Float[Tensor, "batch classes"], labels: Labels) -> None:
         """Add a batch; labels are int64 [batch], or multi-hot floats [batch, classes] of a multi-label task."""

@@ -1,11 +1,12 @@
-"""Parameters and gradients as one flat buffer each, and one optimizer over all tasks on top of them.
+"""The parameters of a model as flat stretches of memory, and one optimizer over all tasks on top of them.
 
 Parameters that a step does not use have a zero gradient, not none: their momentum decays and still moves them, as in the paper's code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +20,63 @@ ALIGNMENT = 64  # elements: every parameter starts at a 256-byte boundary of the
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Parameters in one flat stretch that are updated alike, and their gradients."""
+
+    values: Tensor
+    grads: Tensor
+    decays: bool
+    """Whether they are subject to weight decay."""
+
+
+class Parameters(ABC):
+    """What an optimizer and checkpoints need of a model's parameters, whole on this process or spread over several.
+
+    Values that belong to the parameters, such as moments, come as `parts`: a flat tensor per piece.
+    """
+
+    pieces: list[Piece]
+    taint: Tensor
+    """A number beside the gradients, 0 but for NaN: added here on any process, it forbids the update on all of them alike."""
+    shapes: dict[str, torch.Size]
+    """Of the whole parameters, by name."""
+    is_averaged: bool
+    """Whether processes' gradients are averaged, not summed, when they come together."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Of the whole gradient, `taint` included; on the device, the same on all processes, which call it together."""
+
+    @abstractmethod
+    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The parts as a tensor per parameter. Where they are spread over processes, all call it, and only the first gets any."""
+
+    @abstractmethod
+    def fill(self, parts: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
+        """Set the parts from a whole tensor per parameter. Raises ValueError when names or shapes differ."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters' values, as in `whole`."""
+        return self.whole([piece.values for piece in self.pieces])
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Set the parameters' values, as in `fill`."""
+        self.fill([piece.values for piece in self.pieces], tensors)
+
+    def zero_grads(self) -> None:
+        """Forget the gradient."""
+        for piece in self.pieces:
+            piece.grads.zero_()
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """Raise ValueError when names or shapes are not those of the parameters."""
+        ours, theirs = self.shapes, {name: tensor.shape for name, tensor in tensors.items()}
+        if ours != theirs:
+            different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(different[:5])} differ")
+
+
+@dataclass(frozen=True)
 class Slot:
     """Where a parameter lies in the flat buffers."""
 
@@ -26,48 +84,61 @@ class Slot:
     shape: torch.Size
     start: int
 
-    def view(self, buffer: Tensor) -> Tensor:
-        """This parameter's part of a flat buffer."""
-        return buffer[self.start : self.start + self.shape.numel()].view(self.shape)
+    def view(self, buffer: Tensor, begin: int = 0) -> Tensor:
+        """This parameter's part of a flat buffer, or of the stretch of one that begins at `begin`."""
+        start = self.start - begin
+        return buffer[start : start + self.shape.numel()].view(self.shape)
 
 
-class FlatParameters:
+class FlatParameters(Parameters):
     """All parameters of a model in one flat buffer, their gradients in another; the model's own tensors become views of them.
 
-    Weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the others are not.
+    Weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the others are not; `taint` last.
     """
 
+    is_averaged = False
+
     def __init__(self, model: nn.Module) -> None:
-        named = sorted(model.named_parameters(), key=lambda item: not _is_matrix(*item))
+        self.leaves = dict(sorted(model.named_parameters(), key=lambda item: not is_matrix(*item)))
+        self.shapes = {name: parameter.shape for name, parameter in self.leaves.items()}
         self.slots: list[Slot] = []
         self.decayed = size = 0
-        for name, parameter in named:
+        for name, parameter in self.leaves.items():
             self.slots.append(Slot(name, parameter.shape, size))
             size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-            self.decayed = size if _is_matrix(name, parameter) else self.decayed
-        device = named[0][1].device
-        self.values, self.grads = torch.zeros(size, device=device), torch.zeros(size, device=device)
-        for slot, (_, parameter) in zip(self.slots, named, strict=True):
+            self.decayed = size if is_matrix(name, parameter) else self.decayed
+        device = next(iter(self.leaves.values())).device
+        self.values, self.grads = (torch.zeros(size + ALIGNMENT, device=device) for _ in range(2))
+        self.taint = self.grads[size]
+        for slot, parameter in zip(self.slots, self.leaves.values(), strict=True):
             slot.view(self.values).copy_(parameter.detach())
             parameter.data = slot.view(self.values)
             parameter.grad = slot.view(self.grads)
+        stretches = ((slice(0, self.decayed), True), (slice(self.decayed, None), False))
+        self.pieces = [Piece(self.values[where], self.grads[where], decays) for where, decays in stretches]
 
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
         """A flat buffer as a tensor per parameter."""
         return {slot.name: slot.view(buffer) for slot in self.slots}
 
-    def load(self, buffer: Tensor, tensors: dict[str, Tensor]) -> None:
-        """Fill a flat buffer from a tensor per parameter. Raises ValueError when names or shapes differ."""
-        ours = {slot.name: slot.shape for slot in self.slots}
-        theirs = {name: tensor.shape for name, tensor in tensors.items()}
-        if ours != theirs:
-            different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(different[:5])} differ")
-        for slot in self.slots:
-            slot.view(buffer).copy_(tensors[slot.name])
+    def norm(self) -> Tensor:
+        """Of the whole gradient, which processes have summed before, `taint` included."""
+        return torch.linalg.vector_norm(self.grads)
+
+    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The parts as a tensor per parameter, without a copy."""
+        matrices, others = parts
+        return {slot.name: slot.view(matrices) if slot.start < self.decayed else slot.view(others, self.decayed) for slot in self.slots}
+
+    def fill(self, parts: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
+        """Set the parts from a tensor per parameter. Raises ValueError when names or shapes differ."""
+        self.check(tensors)
+        for name, view in self.whole(parts).items():
+            view.copy_(tensors[name])
 
 
-def _is_matrix(name: str, parameter: Tensor) -> bool:
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is subject to weight decay."""
     return parameter.ndim >= 2 and name.endswith("weight")
 
 
@@ -77,35 +148,35 @@ class Optimizer:
     Nothing changes on an update whose loss or gradient is not finite.
     """
 
-    def __init__(self, parameters: FlatParameters, config: Optim) -> None:
+    def __init__(self, parameters: Parameters, config: Optim) -> None:
         self.parameters, self.config = parameters, config
-        values = parameters.values
+        values = [piece.values for piece in parameters.pieces]
         names = ("momentum",) if config.name == "sgd" else ("exp_avg", "exp_avg_sq")
-        self.moments = {name: torch.zeros_like(values) for name in names}
-        self.count = torch.zeros((), device=values.device)
-        self.ema = values.clone() if config.ema_decay else None
+        self.moments = {name: [torch.zeros_like(part) for part in values] for name in names}
+        self.count = torch.zeros((), device=values[0].device)
+        self.ema = [part.clone() for part in values] if config.ema_decay else None
 
-    def update(self, lr: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, lr: Tensor) -> tuple[Tensor, Tensor]:
         """One update from the gradients gathered so far, which are zeroed. Gives (gradient norm, whether it was done)."""
-        flat, config = self.parameters, self.config
-        norm = torch.linalg.vector_norm(flat.grads)
-        done = finite & norm.isfinite()
-        scale = (config.clip_norm / norm).clamp(max=1.0) if config.clip_norm else torch.ones_like(norm)
+        norm, clip_norm = self.parameters.norm(), self.config.clip_norm
+        done = norm.isfinite()
+        scale = (clip_norm / norm).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
         self.count += done
-        for part, decay in ((slice(0, flat.decayed), config.weight_decay), (slice(flat.decayed, None), 0.0)):
-            self._update_part(part, lr, scale, done, decay)
+        for index in range(len(self.parameters.pieces)):
+            self._update_piece(index, lr, scale, done)
         return norm, done
 
-    def _update_part(self, part: slice, lr: Tensor, scale: Tensor, done: Tensor, weight_decay: float) -> None:
-        values, grads, config = self.parameters.values[part], self.parameters.grads[part], self.config
-        moments = {name: moment[part] for name, moment in self.moments.items()}
-        ema = None if self.ema is None else self.ema[part]
-        common = {"lr": lr, "scale": scale, "ok": done, "weight_decay": weight_decay, "ema": ema, "ema_decay": config.ema_decay}
+    def _update_piece(self, index: int, lr: Tensor, scale: Tensor, done: Tensor) -> None:
+        piece, config = self.parameters.pieces[index], self.config
+        moments = {name: parts[index] for name, parts in self.moments.items()}
+        ema = None if self.ema is None else self.ema[index]
+        common = {"lr": lr, "scale": scale, "ok": done, "ema": ema, "ema_decay": config.ema_decay}
+        common["weight_decay"] = config.weight_decay if piece.decays else 0.0
         if config.name == "sgd":
-            ops.sgd_(values, grads, moments["momentum"], **common, momentum=config.momentum)
+            ops.sgd_(piece.values, piece.grads, moments["momentum"], **common, momentum=config.momentum)
         else:
             first, second = moments["exp_avg"], moments["exp_avg_sq"]
-            ops.adamw_(values, grads, first, second, self.count, **common, betas=config.betas, eps=config.eps)
+            ops.adamw_(piece.values, piece.grads, first, second, self.count, **common, betas=config.betas, eps=config.eps)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -113,22 +184,37 @@ class Optimizer:
         if self.ema is None:
             yield
             return
-        values = self.parameters.values
-        kept = values.clone()
-        values.copy_(self.ema)
+        values = [piece.values for piece in self.parameters.pieces]
+        kept = [part.clone() for part in values]
+        _copy(values, self.ema)
         try:
             yield
         finally:
-            values.copy_(kept)
+            _copy(values, kept)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that must be saved beside the weights, by name."""
-        moments = {f"{moment}.{name}": t for moment, buffer in self.moments.items() for name, t in self.parameters.named(buffer).items()}
+        """All that must be saved beside the weights, by name; as in `Parameters.whole`."""
+        moments = {f"{moment}.{name}": t for moment, parts in self.moments.items() for name, t in self.parameters.whole(parts).items()}
         return moments | {"count": self.count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave. Raises ValueError when it belongs to another model or optimizer."""
-        for moment, buffer in self.moments.items():
+        for moment, parts in self.moments.items():
             prefix = f"{moment}."
-            self.parameters.load(buffer, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            self.parameters.fill(parts, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         self.count.copy_(tensors["count"])
+
+    def average_tensors(self) -> dict[str, Tensor] | None:
+        """The moving average as in `Parameters.whole`, when there is one."""
+        return None if self.ema is None else self.parameters.whole(self.ema)
+
+    def load_average(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `average_tensors` gave. Raises ValueError when there is no moving average here, or it is another model's."""
+        if self.ema is None:
+            raise ValueError("optim.ema_decay = 0: there is no moving average to restore")
+        self.parameters.fill(self.ema, tensors)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

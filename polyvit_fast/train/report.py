@@ -20,13 +20,12 @@ GIB = 1 << 30
 GPU_GIB = (16, 24, 40, 80)
 COUNTED_RATIO = 0.8  # of a GPU's memory may be what is counted here; the rest is for what is not
 MANY_PASSES = 300  # as many epochs as long recipes have on ImageNet alone (DeiT, arXiv 2012.12877)
-TRAINING_FLOPS = 3  # of a forward pass: the backward pass multiplies each matrix twice
 SUSTAINED_FLOPS = 1e14  # a round number to scale from, about a tenth of the bf16 peak of an H100
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What one task costs (`num_steps` in this schedule, forward FLOPs of a view, activations of a micro-batch) and how much data it has.
+    """What one task costs (`num_steps` in this schedule, FLOPs of a view, activations of a micro-batch) and how much data it has.
 
     A number of samples is None when they cannot be listed; `problem` says why.
     """
@@ -35,6 +34,7 @@ class TaskReport:
     task: Task
     num_steps: int
     forward_flops: int
+    num_forwards: int
     activation_bytes: int
     num_train: int | None
     num_val: int | None
@@ -42,8 +42,8 @@ class TaskReport:
 
     @property
     def training_flops(self) -> int:
-        """Of all its steps."""
-        return TRAINING_FLOPS * self.forward_flops * self.task.batch * self.num_steps
+        """Of all its steps, each view of which costs `num_forwards` forward passes."""
+        return self.num_forwards * self.forward_flops * self.task.batch * self.num_steps
 
     @property
     def num_passes(self) -> float | None:
@@ -76,7 +76,7 @@ class Report:
         if micro_batches is None:
             return self.state_bytes + row.activation_bytes
         task = replace(row.task, micro_batches=micro_batches)
-        return self.state_bytes + activation_bytes(self.config.model, task, self.config.precision)
+        return self.state_bytes + activation_bytes(self.config.model, task, self.config.precision, self.config.recompute)
 
     @property
     def is_large(self) -> bool:
@@ -105,8 +105,13 @@ def _task_report(config: Train, name: str, num_steps: int) -> TaskReport:
     task = config.tasks[name]
     (num_train, train_problem), (num_val, val_problem) = _count(task.train, task), _count(task.val, task)
     flops = forward_flops(config.model, task.modality, task.num_classes)
-    kept = activation_bytes(config.model, task, config.precision)
-    return TaskReport(name, task, num_steps, flops, kept, num_train, num_val, train_problem or val_problem)
+    kept = activation_bytes(config.model, task, config.precision, config.recompute)
+    return TaskReport(name, task, num_steps, flops, _num_forwards(config), kept, num_train, num_val, train_problem or val_problem)
+
+
+def _num_forwards(config: Train) -> int:
+    """Forward passes that a training step costs: its own, two for a backward pass that multiplies each matrix twice, one recomputed."""
+    return 4 if config.recompute else 3
 
 
 def _count(source: Source, task: Task) -> tuple[int | None, str]:
@@ -199,9 +204,10 @@ def _largest_note(report: Report) -> str:
     if more:
         lower = _bytes(report.peak_bytes(row, more[0]))
         return f"{start}; --tasks.{row.name}.micro-batches {more[0]} lowers that to {lower}, with the same gradient."
-    narrow = report.state_bytes + activation_bytes(report.config.model, row.task, "bf16")
-    if narrow < report.peak_bytes(row):
-        return f"{start}, with single examples; --precision bf16 lowers that to {_bytes(narrow)}."
+    for flag, changes in (("--precision bf16", {"precision": "bf16"}), ("--recompute", {"recompute": True})):
+        lower = replace(report, config=replace(report.config, **changes)).peak_bytes(row, row.task.micro_batches)
+        if lower < report.peak_bytes(row):
+            return f"{start}, with single examples; {flag} lowers that to {_bytes(lower)}."
     return f"{start}, with single examples in {report.config.precision}: a smaller model or grid lowers that."
 
 
@@ -229,15 +235,17 @@ def _data_notes(report: Report) -> Iterator[str]:
 def _memory_note(report: Report) -> str:
     average = ", moving average" if report.config.optim.ema_decay else ""
     free = f", but the columns of GPUs leave {1 - COUNTED_RATIO:.0%} for them (-: even one example is too much)"
+    again = ", each block's input and what one block keeps" if report.config.recompute else ""
     return (
         f"The state, {_bytes(report.state_bytes)}, lasts for the whole run: parameters, gradients, optimizer{average}. Activations are "
-        f"what a micro-batch keeps for its backward pass in {report.config.precision}. Short-lived results and the allocator's slack are "
-        f"not counted{free if report.is_large else ''}."
+        f"what a micro-batch keeps for its backward pass in {report.config.precision}{again}. Short-lived results and the allocator's "
+        f"slack are not counted{free if report.is_large else ''}."
     )
 
 
 def _compute_note(report: Report) -> str:
-    text = "FLOPs are two per multiplication of matrices in blocks, patches and head; training takes three times the forward pass."
+    passes = {3: "three", 4: "four"}[_num_forwards(report.config)]
+    text = f"FLOPs are two per multiplication of matrices in blocks, patches and head; training takes {passes} times the forward pass."
     hours = report.training_flops / SUSTAINED_FLOPS / 3600
     if hours > 0.1:
         time = f"{_digits(hours / 24)} days" if hours > 48 else f"{_digits(hours)} hours"

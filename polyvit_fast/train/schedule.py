@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -14,31 +15,29 @@ from polyvit_fast.randomness import permutation
 
 def task_by_task(config: Train) -> Plan:
     """All U_j steps of one task, then all of the next; the order of the tasks is drawn by the seed."""
-    names = list(config.tasks)
-    order = permutation(len(names), config.seed, "task-by-task")
-    return [(names[j],) for j in order for _ in range(config.tasks[names[j]].steps)]
+    order = permutation(len(config.tasks), config.seed, "task-by-task")
+    return _one_a_step(config, np.repeat(order, np.array(_steps(config))[order]))
 
 
 def alternating(config: Train) -> Plan:
     """The tasks in turn, one step each, ΣU_j steps in all."""
-    turns = [(name,) for name in config.tasks]
-    return [turns[step % len(turns)] for step in range(_total(config))]
+    return _one_a_step(config, np.resize(np.arange(len(config.tasks)), sum(_steps(config))))
 
 
 def uniform(config: Train) -> Plan:
     """An equal number of steps for each task, ΣU_j in all (the first tasks get one more when it does not divide), permuted."""
-    share, rest = divmod(_total(config), len(config.tasks))
+    share, rest = divmod(sum(_steps(config)), len(config.tasks))
     return _permuted(config, [share + (j < rest) for j in range(len(config.tasks))])
 
 
 def weighted(config: Train) -> Plan:
     """Exactly U_j steps for task j, permuted by the seed: the paper's best."""
-    return _permuted(config, [task.steps for task in config.tasks.values()])
+    return _permuted(config, _steps(config))
 
 
 def accumulating(config: Train) -> Plan:
     """Every update from the mean of all T tasks' gradients; ΣU_j / T updates, rounded down."""
-    return [tuple(config.tasks)] * (_total(config) // len(config.tasks))
+    return [tuple(config.tasks)] * (sum(_steps(config)) // len(config.tasks))
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -57,10 +56,19 @@ def make_plan(config: Train) -> Plan:
     plan = (SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule)(config)
     if not plan:
         raise ValueError(f"schedule = {config.schedule!r} plans no step; give the tasks more steps")
-    for step, names in enumerate(plan):
-        if not names or not set(names) <= config.tasks.keys():
-            raise ValueError(f"schedule: step {step} is {names!r}; it must name tasks among {', '.join(config.tasks)}")
+    for names in _kinds(plan):
+        if not isinstance(names, tuple) or not names or not set(names) <= config.tasks.keys():
+            step = plan.index(names)
+            raise ValueError(f"schedule: step {step} is {names!r}; it must name tasks among {', '.join(config.tasks)}, as a tuple")
     return plan
+
+
+def _kinds(plan: list[Any]) -> Iterable[Any]:
+    """Each different step once, of which there are few among millions, in the order of their first; lists, where there are any."""
+    try:
+        return dict.fromkeys(plan)
+    except TypeError:
+        return [names for names in plan if isinstance(names, list)]
 
 
 def learning_rate(config: Train, plan: Plan, step: int) -> float:
@@ -84,11 +92,16 @@ def count_steps(plan: Iterable[tuple[str, ...]]) -> Counter[str]:
     return counts
 
 
-def _total(config: Train) -> int:
-    return sum(task.steps for task in config.tasks.values())
+def _steps(config: Train) -> list[int]:
+    return [task.steps for task in config.tasks.values()]
 
 
 def _permuted(config: Train, counts: list[int]) -> Plan:
+    tasks = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
+    return _one_a_step(config, tasks[permutation(len(tasks), config.seed, "schedule")])
+
+
+def _one_a_step(config: Train, tasks: np.ndarray) -> Plan:
+    """The plan of one task a step, from their numbers. All steps of a task are the same tuple: eight bytes a step."""
     single = [(name,) for name in config.tasks]
-    tasks = np.repeat(np.arange(len(single)), counts)
-    return [single[j] for j in tasks[permutation(len(tasks), config.seed, "schedule")].tolist()]
+    return list(map(single.__getitem__, tasks.data))

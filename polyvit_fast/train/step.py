@@ -1,20 +1,27 @@
 """One training step: forward and backward of a task's batch, then one update for all tasks.
 
-Both parts are functions of device tensors only. The host sends a batch and a learning rate, and reads the counters at intervals.
+Both parts are functions of device tensors only, so that a GPU can record them once (`capture`). The host sends a batch, a learning rate and
+a step number, and reads the counters at intervals.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from polyvit_fast.config import Task, Train
-from polyvit_fast.data.stream import Batch
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.randomness import key
+from polyvit_fast.train.distributed import World
+from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
 from polyvit_fast.train.optim import FlatParameters, Optimizer
+from polyvit_fast.train.reduce import Reducer
+from polyvit_fast.train.sharded import ShardedParameters
 
 
 @dataclass(frozen=True)
@@ -29,65 +36,138 @@ class TaskCounters:
     last_skipped_step: int
 
 
+class Reading:
+    """The counters of every task, on their way from the device to the host."""
+
+    def __init__(self, values: Tensor, rows: dict[str, int]) -> None:
+        self.rows, self.event = rows, None
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event(blocking=True)
+            self.event.record()
+        else:
+            self.values = values.clone()
+
+    def is_there(self) -> bool:
+        """Whether the device has come that far."""
+        return self.event is None or self.event.query()
+
+    def counters(self) -> dict[str, TaskCounters]:
+        """Waits for the device when it has not come that far."""
+        if self.event is not None:
+            self.event.synchronize()
+        return {name: _task_counters(*self.values[row].tolist()) for name, row in self.rows.items()}
+
+
 class Step:
-    """The model, its optimizer and the counters on the device."""
+    """The model, its optimizer and the counters on the device; with several processes, this one's share of them."""
 
-    def __init__(self, model: PolyViT, config: Train) -> None:
-        self.model, self.config = model, config
-        self.parameters = FlatParameters(model)
+    def __init__(self, model: PolyViT, config: Train, world: World | None = None) -> None:
+        self.model, self.config, self.world = model, config, world or World()
+        self.device = next(model.parameters()).device
+        self.used = {name: parameters_of(model, name) for name in config.tasks}
+        if config.sharded:
+            self.parameters, self.reducer = ShardedParameters(model, self.world, config.grad_reduce), None
+        else:
+            self.parameters = FlatParameters(model)
+            self.reducer = Reducer(self.parameters, self.world, config.grad_reduce) if self.world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
-        device = self.parameters.values.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}
-        self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.lr = torch.zeros((), device=device)
+        self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
+        self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        self.lr, self.share, self.number = (torch.zeros((), device=self.device, dtype=dtype) for dtype in (None, None, torch.float64))
 
-    def forward_backward(self, name: str, batch: Batch, weight: float) -> None:
-        """Add `weight` times the gradient of the task's mean loss over the batch to the flat gradient."""
-        task, device = self.config.tasks[name], self.lr.device
-        grid, labels = batch.grid.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-        mirrored = labels.flip(0)
+    def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
+        """Say what comes: the tasks of step number `step`, whose gradients are averaged, and its learning rate."""
+        self.lr.fill_(lr)
+        self.number.fill_(step)
+        self.share.fill_(1 / len(names) if self.parameters.is_averaged else 1 / (len(names) * self.world.size))
+        rank = (self.world.rank,) if self.world.rank else ()  # dropout differs between processes
+        torch.manual_seed(key(self.config.seed, "step", step, *rank) >> 1)
+
+    def forward_backward(self, name: str, inputs: Inputs, last: bool = True) -> None:
+        """Add the gradient of the task's mean loss over the batch, times its share of the step, to the flat gradient.
+
+        `last`: nothing is added to it after this in this step, so that the processes may sum theirs.
+        """
+        task, grid, labels = self.config.tasks[name], inputs.grid, inputs.labels
+        partners = neighbours(labels)
         if task.mixup:
             # lerp in the grid's own units: the tokenizer normalises afterwards, and both are linear.
-            grid = grid.float().lerp(grid.flip(0).float(), 1 - batch.mixup_ratio)
+            grid = grid.float().lerp(neighbours(grid).float(), 1 - inputs.mixup_ratio)
         row = self.counters[self.rows[name]]
-        pieces = zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, mirrored)), strict=True)
-        for grid_piece, labels_piece, mirrored_piece in pieces:
-            loss, right = self._loss(name, task, grid_piece, labels_piece, mirrored_piece, batch.mixup_ratio)
-            (loss * (weight / task.micro_batches)).backward()
+        pieces = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
+        for number, piece in enumerate(pieces, 1):
+            loss, right = self._loss(name, task, *piece, inputs.mixup_ratio)
             with torch.no_grad():
-                self.finite &= loss.isfinite()
-                row[0] += loss.detach().nan_to_num(0.0, 0.0, 0.0) / task.micro_batches
+                self.parameters.taint.add_(loss * 0)  # NaN unless the loss is finite: then nobody updates
+                row[0] += loss.nan_to_num(0.0, 0.0, 0.0) / task.micro_batches
                 row[1] += right / task.micro_batches
+            with self._summed(name, last and number == len(pieces)):
+                (loss * (self.share / task.micro_batches)).backward()
         row[2] += 1
+        self.took_part[self.rows[name]] = True
 
-    def _loss(self, name: str, task: Task, grid: Tensor, labels: Tensor, mirrored: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-        with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = self.model(grid, name, task.drop_path_rate)
+    def _loss(self, name: str, task: Task, grid: Tensor, labels: Tensor, partners: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        # Without autocast's cache: what it keeps in a recorded graph would lie in the graph's memory.
+        with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False):
+            logits = self.model(grid, name, task.drop_path_rate, self.config.recompute)
         loss = LOSSES[task.loss]
         if task.mixup:
-            value = mixed_loss(loss, logits, labels, mirrored, ratio, task.label_smoothing)
+            value = mixed_loss(loss, logits, labels, partners, ratio, task.label_smoothing)
         else:
             value = loss(logits, labels, task.label_smoothing)
         return value, matches(logits.detach(), labels)
 
-    @torch.no_grad()
-    def update(self, names: tuple[str, ...], lr: float, step: int) -> None:
-        """One update from the gathered gradient; left out, and counted for the tasks in `names`, when anything is not finite."""
-        self.lr.fill_(lr)
-        _, done = self.optimizer.update(self.lr, self.finite)
-        for name in names:
-            row = self.counters[self.rows[name]]
-            row[3] += ~done
-            row[4] = torch.where(done, 0, row[4] + 1)
-            row[5] = torch.where(done, row[5], step)
-        self.finite.fill_(True)
+    def _summed(self, name: str, last: bool) -> AbstractContextManager[None]:
+        return self.reducer.overlapped(self.used[name]) if self.reducer and last else nullcontext()
 
-    def read_counters(self) -> dict[str, TaskCounters]:
-        """The counters of every task: the one word from the device to the host. Interval sums start again."""
-        values = self.counters.tolist()
+    @torch.no_grad()
+    def update(self) -> None:
+        """One update from the gathered gradient; left out, and counted for the step's tasks, when anything is not finite."""
+        _, done = self.optimizer.update(self.lr)
+        skipped = self.took_part & ~done
+        total, in_a_row, last = self.counters[:, 3:].unbind(1)
+        total += skipped
+        in_a_row.copy_(torch.where(self.took_part & done, 0.0, in_a_row + skipped))
+        last.copy_(torch.where(skipped, self.number, last))
+        self.took_part.zero_()
+
+    def read_counters(self) -> Reading:
+        """Send the counters of every task to the host, means over all processes; sums of the interval start again."""
+        values = self.counters.clone()
+        means = values[:, :2].contiguous()
+        self.world.sum_(means)
+        values[:, :2] = means / self.world.size
         self.counters[:, :3] = 0
-        return {name: _task_counters(*values[row]) for name, row in self.rows.items()}
+        return Reading(values, self.rows)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, steps may be tried out: afterwards weights, optimizer and counters are as before, and the gradient is zero."""
+        counters = self.counters.clone()
+        try:
+            yield
+        finally:
+            self.counters.copy_(counters)
+            self.took_part.zero_()
+            self.parameters.zero_grads()
+
+
+def parameters_of(model: PolyViT, task: str) -> list[str]:
+    """Names of the parameters that a step of `task` has gradients for: all but other modalities' tokenizers and other tasks' heads."""
+    own = {"tokenizers": model.modality_of[task], "heads": task}
+    return [name for name, _ in model.named_parameters() if (part := name.split("."))[1] == own.get(part[0], part[1])]
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """The examples of a batch in other places: 0 and 1 swap, 2 and 3, and so on; an odd last one stays.
+
+    Unlike a reversed batch's, these pairs are the same when several processes or micro-batches share the batch.
+    """
+    even = len(x) // 2 * 2
+    swapped = x[:even].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return swapped if even == len(x) else torch.cat([swapped, x[even:]])
 
 
 def _task_counters(loss: float, matches: float, steps: float, *counts: float) -> TaskCounters:

@@ -29,22 +29,52 @@ def test_a_part_gets_its_share_of_what_is_left():
     assert gpu.limit(90, [30]) == 90
 
 
-def test_parts_are_tests_tuning_and_a_process_for_each_benchmark(tmp_path):
+def test_parts_are_tests_tuning_a_process_for_each_benchmark_and_a_profile(tmp_path):
     found = gpu.parts(tmp_path, tuning=True, is_small=False)
-    assert [part.name for part in found] == ["tests", "tuning", *(f"benchmark of {name}" for name in gpu.BENCHES)]
+    names = [part.name for part in found]
+    rooms = [f"tests of {room}" for room in gpu.ROOMS if gpu.gpu_files(room)]
+    assert names == ["tests of kernels", "tuning", *rooms, *(f"benchmark of {name}" for name in gpu.BENCHES), "profile"]
     assert sum(part.weight for part in found) <= 9 * 60
-    assert [part.name for part in gpu.parts(tmp_path, tuning=False, is_small=False)] == [
-        part.name for part in found if part.name != "tuning"
-    ]
+    assert [part.name for part in gpu.parts(tmp_path, tuning=False, is_small=False)] == [name for name in names if name != "tuning"]
     for part in found:
         paths = [Path(word.removeprefix("--ignore=")) for word in part.command if word.endswith(".py") or "/tests/kernels" in word]
         assert paths
         assert all(path.exists() for path in paths if not str(path).startswith("--"))
 
 
-def test_every_benchmark_of_a_kernel_is_run():
+def test_tests_of_the_rooms_run_what_is_marked_for_a_gpu(tmp_path):
+    found = gpu.parts(tmp_path, tuning=False, is_small=False, only=["tests"])[1:]
+    assert [part.name for part in found] == ["tests of model", "tests of train", "tests of data"]
+    for part in found:
+        assert part.command[part.command.index("gpu") - 1] == "-m"
+        files = [Path(word) for word in part.command if word.endswith(".py")]
+        assert files
+        assert not any(path.name == "test_schedule.py" for path in files)
+
+
+def test_parts_can_be_chosen_by_a_word(tmp_path):
+    def chosen(*only):
+        return [part.name for part in gpu.parts(tmp_path, tuning=True, is_small=False, only=only)]
+
+    assert chosen("step", "profile") == ["benchmark of step", "profile"]
+    assert chosen("tuning") == ["tuning"]
+    assert chosen("ste") == []
+    done = subprocess.run([sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path), "--only", "ste"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no part is called so; there are: tests of kernels, tuning" in " ".join(done.stderr.split())
+
+
+def test_a_part_that_lacks_a_package_is_left_out_and_the_others_are_not(log):
+    part = Part(name="part", command=("-c", "raise SystemExit(1)"), weight=1, needs=("torch", "no_such_package"))
+    ended = gpu.run(part, 60, log, gpu.variables(True))
+    assert (ended.is_well, ended.words) == (True, "left out: no_such_package not installed")
+    assert not card.is_installed("no_such_package.inside")
+
+
+def test_every_benchmark_is_run_but_that_of_decoders_on_a_cpu():
     written = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
     assert set(gpu.BENCHES) == written - {"data"}
+    assert set(gpu.NEEDS) == set(gpu.BENCHES) - set(gpu.KERNEL_BENCHES)
 
 
 def test_a_part_that_fails_is_told_with_its_last_words(log):
@@ -82,10 +112,10 @@ def test_last_words_are_pytests_count_and_the_first_failures():
 
 
 def test_what_benchmarks_wrote_is_put_together_and_a_missing_one_is_no_harm(tmp_path):
-    for name, group in (("attention", "a"), ("update", "b")):
+    for name, group in (("attention", "a"), ("update", "b"), ("step", "c")):
         (tmp_path / f".{name}.json").write_text(json.dumps({"machine_info": {}, "benchmarks": [{"group": group}]}))
     (tmp_path / ".mlp.json").touch()
-    assert [bench["group"] for bench in gpu.gather(tmp_path)["benchmarks"]] == ["a", "b"]
+    assert [bench["group"] for bench in gpu.gather(tmp_path)["benchmarks"]] == ["a", "b", "c"]
     assert [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
 
 
@@ -134,12 +164,16 @@ def test_every_part_runs_on_a_cpu_and_the_table_comes_last(tmp_path):
     assert done.stdout.endswith((tmp_path / "summary.txt").read_text())
     lines = done.stdout.splitlines()
     for kernel in ("attention forward", "MLP + residual backward", "add + LayerNorm backward", "patch embed forward", "AdamW step"):
-        assert any(line.startswith(kernel) and " eager " in line for line in lines[-30:]), kernel
-    assert lines[-1].startswith("absent, ")
+        assert any(line.startswith(kernel) and " eager " in line for line in lines[-40:]), kernel
+    assert any(line.startswith("mixed, made once") and "waits for data" in line for line in lines)
+    assert lines[-1].startswith("PolyViT-Ti, three tasks")
+    assert "ours / it" in lines[-1]
+    assert "matmul" in (tmp_path / "profile.txt").read_text()
     log = (tmp_path / "log.txt").read_text()
     assert all(f"{name}_update 3000: " in log for name in ("adamw", "sgd"))
     assert gpu.TABLE_PATH.read_text() == table
     benches = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
     assert {bench["extra_info"]["contender"] for bench in benches} >= {"ours", "eager"}
-    assert all(len(bench["stats"]["data"]) == 1 and bench["stats"]["data"][0] > 0 for bench in benches)
-    assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "benchmarks.json", "log.txt", "tile_table.py"}
+    raced = [bench["stats"]["data"] for bench in benches if "absent" in bench["extra_info"]]
+    assert all(len(times) == 1 and times[0] > 0 for times in raced)
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "benchmarks.json", "profile.txt", "log.txt", "tile_table.py"}

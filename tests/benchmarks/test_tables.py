@@ -1,6 +1,6 @@
 """The lines that people read."""
 
-from tables import Measurement, kernel_lines, rate_lines
+from tables import Measurement, kernel_lines, rate_lines, sections, step_lines
 
 INFO = {
     "alike": True,
@@ -62,3 +62,60 @@ def test_rates_are_compared_with_ours():
     ours, other = rate_lines(rows)
     assert ours.split() == ["images", "ours", "200.0", "images/s"]
     assert other.endswith("50.0 images/s  ours / it = 4.00")
+
+
+def test_a_rate_s_note_ends_its_line():
+    rows = [Measurement(group="plan", median=2.0, info={"contender": "ours", "amount": 10, "unit": "steps", "note": "at most 3 MiB"})]
+    assert rate_lines(rows)[0].endswith("5.0 steps/s  at most 3 MiB")
+
+
+STEP = {
+    "kind": "step",
+    "amount": 256,
+    "unit": "images",
+    "mfu": 0.5,
+    "peak_gib": 20.0,
+    "note": "",
+    "target_rate": 5000.0,
+    "target_ratio": 1.25,
+    "target_memory": None,
+    "absent": {},
+    "card": "NVIDIA H200",
+}
+
+
+def step(contender, ms, **info):
+    return Measurement(group="ViT-B", median=ms / 1e3, info=STEP | {"contender": contender} | info)
+
+
+def test_a_step_has_a_line_for_each_contender_ours_first_and_the_verdict_on_its_targets():
+    rows = [
+        step("timm", 90.0, mfu=0.35),
+        step("timm torch.compile", 60.0, note="SDPA cuDNN", absent={}),
+        step("ours eager", 45.0),
+        step("ours", 50.0, absent={"HF ViT": "not installed"}),
+    ]
+    ours, *others, absent = step_lines([rows[3], *rows[:3]])
+    assert ours.split(maxsplit=4)[:3] == ["ViT-B", "ours", "5120.0"]
+    assert ours.endswith("MFU 50.0%, 20.0 GiB, target 5,000/s reached, 1.25 times timm torch.compile missed")
+    assert [line.split()[1:3] for line in others] == [["ours", "eager"], ["timm", "torch.compile"], ["timm", "2844.4"]]
+    assert others[1].endswith("images/s  ours / it = 1.20, MFU 50.0%, 20.0 GiB, SDPA cuDNN")
+    assert absent == "absent, not installed: HF ViT"
+
+
+def test_memory_is_judged_against_the_fastest_other():
+    rows = [step("ours", 50.0, peak_gib=20.0, target_rate=None, target_ratio=1 / 1.02, target_memory=1.1)]
+    rows += [step("each task alone", 49.5, peak_gib=18.0)]
+    assert step_lines(rows)[0].endswith("target 0.98 times each task alone reached, 1.1 times its memory missed")
+
+
+def test_targets_of_a_step_are_not_judged_elsewhere_and_a_cpu_has_neither_mfu_nor_memory():
+    rows = [step("ours", 50.0, card="CPU, 2 cores", mfu=None, peak_gib=None)]
+    assert step_lines(rows)[0].endswith("5120.0 images/s")
+
+
+def test_each_kind_of_measurement_has_its_table():
+    rate = Measurement(group="images", median=2.0, info={"contender": "ours", "amount": 4, "unit": "images"})
+    titles = [title for title, _ in sections([rate, row("ours", 48.0), step("ours", 50.0)])]
+    assert titles == ["rates (median)", "kernels (median)", "training steps (median)"]
+    assert sections([]) == []

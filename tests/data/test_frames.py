@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from polyvit_fast.data.frames import read_clips
+from polyvit_fast.data.frames import read_clips, read_header
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError
 
@@ -848,3 +848,42 @@ def test_damaged_bytes_give_frames_or_a_reason(video, tmp_path_factory, name, ch
     with suppress(MediaError):
         clips, _ = read(path, lambda count: np.array([[0, count // 2], [count - 1, 3]]), size=(24, 32))
         assert clips.shape == (2, 2, 24, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "plain"),
+    [
+        ("h264.mp4", "h264", True),
+        ("h264-29.97.mp4", "h264", True),
+        ("h264-fragments.mp4", "h264", True),
+        ("h264.mkv", "h264", True),
+        ("hevc.mp4", "hevc", True),
+        ("vp9.webm", "vp9", True),
+        ("vp8.webm", "vp8", True),
+        ("mpeg4.mp4", "mpeg4", True),
+    ],
+)
+def test_headers_of_usual_files(tmp_path, name, codec, plain):
+    path = encode(tmp_path / name, KINDS[name])
+    header = read_header(Media(str(path)), LIMIT)
+    assert (header.codec, header.num_frames, header.height, header.width) == (codec, COUNT, HEIGHT, WIDTH)
+    assert (header.pixels, header.plain) == ("yuv420p", plain)
+    assert header.container.startswith(("mov,", "matroska,"))
+
+
+@pytest.mark.parametrize("format", ["mp4", "matroska"])
+@pytest.mark.parametrize("oddity", ["turned", "rate"])
+def test_headers_of_files_whose_frames_are_not_simply_the_kth(tmp_path, format, oddity):
+    times = tuple(np.cumsum(np.where(np.arange(60) < 30, 20, 60)).tolist()) if oddity == "rate" else ()
+    kind = Kind(format, "libx264", X264, count=60, degrees=90 if oddity == "turned" else 0, times=times)
+    header = read_header(Media(str(encode(tmp_path / "a.video", kind))), LIMIT)
+    assert not header.plain
+    assert header.num_frames == 60
+
+
+def test_headers_of_broken_files_say_why(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video" * 99)
+    with pytest.raises(MediaError, match="not a video"):
+        read_header(Media(str(tmp_path / "a.mp4")), LIMIT)
+    with pytest.raises(MediaError, match="more than max_pixels = 100"):
+        read_header(Media(str(encode(tmp_path / "b.mp4", KINDS["h264.mp4"]))), 100)

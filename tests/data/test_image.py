@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageOps
 
+from polyvit_fast.data import dali
 from polyvit_fast.data import image as module
 from polyvit_fast.data.image import Image
 from polyvit_fast.media import Media, MediaError
@@ -215,7 +216,7 @@ def test_large_pictures_are_decoded_in_pieces(five, monkeypatch, limit, calls):
     whole = decoder(media, rngs(5))
     monkeypatch.setattr(module, "PIECE_PIXELS", limit)
     sizes = []
-    monkeypatch.setattr(module, "run", lambda *args, run=module.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
+    monkeypatch.setattr(dali, "run", lambda *args, run=dali.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
     assert torch.equal(decoder(media, rngs(5)), whole)
     assert len(sizes) == 1 + calls
     assert sum(sizes[1:]) == 5

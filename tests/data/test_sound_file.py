@@ -7,6 +7,7 @@ import pytest
 import soundfile
 from sounds import amplitude, encode, noise, silent_video, tone, write
 
+from polyvit_fast.data import dali
 from polyvit_fast.data import sound_file as module
 from polyvit_fast.data.sound_file import SoundReader, read_header
 from polyvit_fast.media import Media, MediaError
@@ -211,7 +212,7 @@ def test_long_files_are_decoded_in_pieces(tmp_path, monkeypatch, limit, calls):
     whole = read(*paths)
     monkeypatch.setattr(module, "PIECE_BYTES", limit)
     sizes = []
-    monkeypatch.setattr(module, "run", lambda *args, run=module.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
+    monkeypatch.setattr(dali, "run", lambda *args, run=dali.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
     for wave, expected in zip(read(*paths), whole, strict=True):
         assert np.array_equal(wave, expected)
     assert len(sizes) == calls

@@ -107,7 +107,7 @@ def plain_kaldi(wave):
     frames = wave.unfold(-1, 400, 160)
     frames = frames - frames.mean(-1, keepdim=True)
     frames = torch.cat([frames[..., :1] * 0.03, frames[..., 1:] - 0.97 * frames[..., :-1]], -1) * torch.hann_window(400, periodic=False)
-    return (torch.fft.rfft(frames, 512).abs().square() @ _bands("kaldi", RATE, 128)).clamp_min(2.0**-23).log()
+    return (torch.fft.rfft(frames, 512).abs().square() @ _bands("kaldi", RATE, 128, frames.device)).clamp_min(2.0**-23).log()
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

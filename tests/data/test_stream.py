@@ -157,6 +157,79 @@ def test_validation_holds_every_sample_once_and_leaves_broken_ones_out(tmp_path)
     assert list(loader.broken) == [16]
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 30])
+def test_ranks_together_validate_every_sample_once_in_equally_many_batches(world_size):
+    config = tiny_config(tasks={"t": tile_task(batch=4, val=Synthetic(num_samples=30))})
+    loader = Loader("t", config, train=False, rank=1, world_size=world_size)
+    dealt = [[job.run() for job in validation_jobs(loader, rank, world_size)] for rank in range(world_size)]
+    assert {len(batches) for batches in dealt} == {-(-8 // world_size)}
+    in_order = [batch for batches in zip(*dealt, strict=True) for batch in batches]
+    assert torch.cat([batch.labels for batch in in_order]).tolist() == [sample.labels[0] for sample in loader.samples]
+    assert all(batch.grid.shape == (len(batch.labels), 1, 1, 16, 16, 3) for batch in in_order)
+    alone = [job.run() for job in validation_jobs(loader)]
+    assert all(torch.equal(ours.grid, theirs.grid) for ours, theirs in zip(in_order, alone, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "piece"),
+    [({"batch": 6}, 2, 3), ({"batch": 12, "micro_batches": 4}, 1, 3), ({"batch": 8, "micro_batches": 2}, 4, 1), ({"batch": 2}, 2, 1)],
+    ids=str,
+)
+def test_mixup_needs_pieces_of_whole_pairs(changes, world_size, piece):
+    with pytest.raises(ValueError, match=rf"tasks.t: mixup pairs neighbours, but {world_size} processes .* into pieces of {piece}; choose"):
+        Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.2, **changes)}), train=True, world_size=world_size)
+    Loader("t", tiny_config(tasks={"t": tile_task(**changes)}), train=True, world_size=world_size)  # without mixup anything goes
+
+
+@pytest.mark.parametrize(("batch", "micro_batches", "world_size"), [(7, 1, 1), (8, 2, 2), (8, 1, 4), (4, 1, 2)])
+def test_mixup_of_a_whole_batch_or_of_whole_pairs(batch, micro_batches, world_size):
+    task = tile_task(mixup=0.2, batch=batch, micro_batches=micro_batches)
+    assert Loader("t", tiny_config(tasks={"t": task}), train=True, world_size=world_size).size == batch // world_size
+
+
+def test_a_share_must_divide_into_micro_batches():
+    with pytest.raises(ValueError, match=r"the share of each of the 4 processes, 2, does not divide into micro_batches = 4"):
+        Loader("t", tiny_config(tasks={"t": tile_task(batch=8, micro_batches=4)}), train=True, world_size=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Synthetic):
+    """Notes the device that its decoder is asked for, in the decoder's note."""
+
+    def decoder(self, task, *, device, **options):
+        decode = super().decoder(task, device=device, **options)
+
+        def noted(media, rngs):
+            return decode(media, rngs)
+
+        noted.note = f"decoded on {device}"
+        return noted
+
+
+@pytest.mark.parametrize(
+    ("changes", "device"),
+    [
+        ({}, "cpu"),
+        ({"device": "cuda"}, "cuda"),
+        ({"device": "cuda", "decoding": "gpu"}, "cuda"),
+        ({"device": "cuda", "decoding": "cpu"}, "cpu"),
+    ],
+    ids=str,
+)
+def test_decoders_are_told_the_device_and_their_note_is_reported(changes, device):
+    told: list[str] = []
+    Loader("t", tiny_config(tasks={"t": tile_task(train=Told())}, **changes), train=True, report=told.append)
+    assert told == [f"task t: decoded on {device}"]
+
+
+def test_the_grids_dtype_is_known_before_the_first_batch(tmp_path):
+    path = colour_folders(tmp_path)
+    loader = Loader("colours", colour_config(path), train=True)
+    Path(loader.step_samples(0)[0].media.path).write_bytes(b"broken")  # the one that is tried first
+    assert loader.grid_dtype() == torch.uint8
+    assert Loader("a", tiny_config(), train=True).grid_dtype() == torch.float32
+
+
 def test_mixup_ratio_is_drawn_by_the_step():
     loader = Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.3)}), train=True)
     ratios = [loader.load(step).mixup_ratio for step in range(100)]
@@ -182,6 +255,15 @@ def test_prefetch_works_ahead_and_ends_with_its_reader(config):
     batches.close()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_batches_are_made_on_the_gpu_of_their_process(config, monkeypatch):
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device)))
+    list(prefetch(training_jobs({"a": Loader("a", config, train=True)}, [("a",)], 0), depth=1, timeout_seconds=60))
+    assert chosen == [("prefetch", 3)]
 
 
 def test_prefetch_raises_in_its_place(tmp_path):
@@ -230,7 +312,7 @@ def test_gif_and_jpeg_stand_side_by_side(tmp_path):
 class Partly(Synthetic):
     """Grids that hold their sample's number; one file in three is broken for half of the random draws."""
 
-    def decoder(self, task, *, batch, train, num_threads):
+    def decoder(self, task, **options):
         def decode(media, rngs):
             numbers = [int(one.path.partition(":")[2]) for one in media]
             if any(number % 3 == 0 and rng.random() < 0.5 for number, rng in zip(numbers, rngs, strict=True)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ahead_of_time import build_library, run_aot
 from interpreted import on_kernels as on_kernels  # a fixture
+from interpreted import registered as registered  # another
 
 from polyvit_kernels import aot
 
@@ -22,6 +23,11 @@ def memory_that_nobody_wrote_holds_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def what_is_registered_is_called(registered):
+    """Not torch's own operators, which would be called on a CPU."""
 
 
 @pytest.fixture

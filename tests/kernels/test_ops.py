@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from compare import DEVICE, outputs_and_gradients
 from samples import normal
 
 import polyvit_kernels as ops
+from polyvit_kernels.ops import dtypes
 
 WEIGHTS = [normal(24, 16), normal(24), normal(16, 24), normal(16)]
 GRID = [normal(2, 1, 8, 8, 3), normal(16, 1, 4, 4, 3), normal(16), normal(1, 1, 16), normal(1, 5, 16)]
@@ -56,3 +58,63 @@ def test_another_batch_is_not_compiled_again(name):
         with torch.no_grad():
             assert torch.equal(compiled(*example), call(*example))
     assert counter.frame_count <= 2
+
+
+ON_CPU = [name for name in CALLS if name not in ("attention_varlen", "patch_embed")]  # those two are always the registered ones
+PRECISIONS = {
+    "fp64": (torch.float64, False),
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "autocast": (torch.float32, True),
+}
+
+
+def on_both_paths(name, inputs, autocast, monkeypatch):
+    """Outputs and gradients of the registered operation, and of torch's own operators."""
+    runs = []
+    for registered in (True, False):
+        monkeypatch.setattr(dtypes, "runs_registered", lambda x, registered=registered: registered)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            runs.append(outputs_and_gradients(lambda **tensors: CALLS[name][0](*tensors.values()), inputs))
+    return runs
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="torch's own operators are called on a CPU")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ON_CPU)
+def test_torchs_own_operators_give_what_the_registered_ones_give(name, precision, monkeypatch):
+    dtype, autocast = PRECISIONS[precision]
+    inputs = {str(i): tensor.to(dtype) for i, tensor in enumerate(CALLS[name][1])}
+    registered, own = on_both_paths(name, inputs, autocast, monkeypatch)
+    assert {key: tensor.dtype for key, tensor in own.items()} == {key: tensor.dtype for key, tensor in registered.items()}
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if precision == "fp32" else 0.05
+    torch.testing.assert_close(own, registered, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="torch's own operators are called on a CPU")
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "repeated", "empty"])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_torchs_own_operators_in_every_layout(name, layout, monkeypatch):
+    views = {
+        "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+        "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        "repeated": lambda x: x[:1].expand_as(x),
+        "empty": lambda x: x[:0],
+    }
+    tensors = CALLS[name][1]
+    count = 2 if name == "add_layer_norm" else 1
+    inputs = {str(i): tensor for i, tensor in enumerate(tensors)}
+    inputs |= {str(i): views[layout](tensors[i]) for i in range(count)} | ({"3": views[layout](tensors[3])} if name == "linear_add" else {})
+    registered, own = on_both_paths(name, inputs, False, monkeypatch)
+    torch.testing.assert_close(own, registered, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_registered_operation_is_what_runs_on_a_gpu_alone(name, monkeypatch):
+    monkeypatch.undo()
+    call, tensors = CALLS[name]
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    with torch.profiler.profile() as profile:
+        call(*leaves)
+    calls = {event.key for event in profile.key_averages() if event.key.startswith("polyvit::")}
+    assert bool(calls) == (DEVICE.type == "cuda" or name not in ON_CPU)

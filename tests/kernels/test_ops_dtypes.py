@@ -3,7 +3,15 @@ import torch
 from compare import DEVICE
 from torch.nn import functional
 
-from polyvit_kernels.ops.dtypes import FLOATING, check_floating, check_one_device, matmul_dtype, norm_dtype
+from polyvit_kernels.ops.dtypes import (
+    FLOATING,
+    check_floating,
+    check_one_device,
+    is_autocast_on,
+    matmul_dtype,
+    norm_dtype,
+    without_autocast,
+)
 
 KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -39,8 +47,22 @@ def test_autocast_of_another_device_changes_nothing_nor_do_whole_numbers_change(
 
 
 def test_meta_tensors_have_no_autocast():
+    meta = torch.zeros(2, device="meta")
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        assert matmul_dtype(torch.zeros(2, device="meta")) == torch.float32
+        assert matmul_dtype(meta) == torch.float32
+        assert not is_autocast_on(meta)
+        with without_autocast(meta):
+            assert matmul_dtype(torch.zeros(2, device=DEVICE)) == torch.bfloat16
+
+
+def test_autocast_is_switched_off_for_a_while():
+    x = torch.ones(2, 2, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        with without_autocast(x):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+    with without_autocast(x):
+        assert (x @ x).dtype == torch.float32
 
 
 def test_tensors_on_several_devices_are_told_by_name():

@@ -1,8 +1,11 @@
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from grids import PAPER, SMALL, Clip, Picture, task
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from polyvit_fast.config import MODELS, Model, Optim
 from polyvit_fast.model.cost import activation_bytes, forward_flops, num_parameters, state_bytes
@@ -21,29 +24,64 @@ MODEL = Model(dim=64, depth=3, num_heads=4, mlp_dim=160)
 
 @pytest.mark.parametrize("size", GMACS)
 def test_forward_cost_of_the_paper_s_grids(size):
-    # The table holds blocks and patch embedding, to three digits or whole numbers; a head of no classes adds nothing.
-    gmacs = [forward_flops(MODELS[size], modality, 0) / 2e9 for modality in GRIDS]
+    # The table holds blocks of all tokens, as adaptors are, and patch embedding, to three digits or whole numbers; no classes, no head.
+    model = replace(MODELS[size], num_adaptor_layers=MODELS[size].depth)
+    gmacs = [forward_flops(model, modality, 0) / 2e9 for modality in GRIDS]
     for value, expected in zip(gmacs, GMACS[size], strict=True):
         digits = len(expected.partition(".")[2])
         assert f"{value:.{digits}f}" == expected
 
 
+@pytest.mark.parametrize("num_adaptor_layers", [0, 1, 3])
 @pytest.mark.parametrize("name", SMALL)
-def test_flops_are_those_that_torch_counts(name, monkeypatch):
+def test_flops_are_those_that_torch_counts(name, num_adaptor_layers, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = PolyViT(MODEL, SMALL, {"task": (name, 7)})
+    config = replace(MODEL, num_adaptor_layers=num_adaptor_layers)
+    model = PolyViT(config, SMALL, {"task": (name, 7)})
     # torch counts products and does not look into operations of ours; the reference is made of products.
     for operation in ("attention", "patch_embed"):
         monkeypatch.setattr(ops, operation, getattr(reference, operation))
+    # The counter listens to all modules, which would bring back all tokens in the last block.
+    monkeypatch.setattr(torch.nn.modules.module, "_has_any_global_hook", lambda: False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *SMALL[name].grid), "task")
-    assert counter.get_total_flops() == forward_flops(MODEL, SMALL[name], 7)
+    assert counter.get_total_flops() == forward_flops(config, SMALL[name], 7)
 
 
-def kept_bytes(model, grid, precision):
+def test_the_last_block_costs_next_to_nothing():
+    model, modality = MODELS["B"], Picture(size=224)
+    without = replace(model, depth=11, num_adaptor_layers=11)
+    assert forward_flops(without, modality, 0) < forward_flops(model, modality, 0) < 1.001 * forward_flops(without, modality, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Storage that operators made and that is still there: the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given | self.live.keys():
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+def peak_bytes(run):
+    with LiveBytes() as mode:
+        run()
+    return mode.most
+
+
+def kept_bytes(model, grid, precision, recompute=False, leaves=None):
     """Storage that autograd really holds between forward and backward, parameters and the grid left out."""
-    given = {tensor.untyped_storage().data_ptr() for tensor in (grid, *model.parameters())}
+    given = {tensor.untyped_storage().data_ptr() for tensor in (grid, *(leaves or model).parameters())}
     kept = {}
 
     def pack(tensor):
@@ -52,21 +90,49 @@ def kept_bytes(model, grid, precision):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(grid, "task", 0.3)
+            logits = model(grid, "task", 0.3, recompute)
         size = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in given)
     logits.float().sum().backward()
     return size
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("changes", [{}, {"num_adaptor_layers": 1}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"num_adaptor_layers": 1}, {"num_adaptor_layers": 3}, {"dropout": 0.1}], ids=str)
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.usefixtures("registered")
 def test_activation_bytes_are_those_that_autograd_keeps(name, changes, precision):
     config, modality = replace(MODEL, **changes), SMALL[name]
     model = PolyViT(config, SMALL, {"task": (name, 7)}).train()
     kept = kept_bytes(model, torch.zeros(8, *modality.grid, dtype=torch.uint8), precision)
     counted = activation_bytes(config, task(modality, 7, batch=24, micro_batches=3, drop_path_rate=0.3), precision)
     assert counted == pytest.approx(kept, rel=0.001)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [{}, {"num_adaptor_layers": 1}, {"num_adaptor_layers": 3}, {"dropout": 0.1}, {"depth": 1}], ids=str)
+@pytest.mark.usefixtures("registered")
+def test_recomputing_keeps_the_input_of_each_block_and_then_one_block(changes, precision):
+    config, modality = replace(MODEL, **changes), SMALL["clip"]
+    model, grid = PolyViT(config, SMALL, {"task": ("clip", 7)}).train(), torch.zeros(8, *modality.grid, dtype=torch.uint8)
+    blocks = [*model.tokenizers["clip"].blocks, *model.blocks]
+    block = blocks[max(len(blocks) - 2, 0)]
+    x = torch.randn(8, modality.num_tokens, config.dim).requires_grad_()
+    one = kept_bytes(lambda grid, task, *_: block(grid, 0.3, class_token=config.depth == 1), x, precision, leaves=block)
+    counted = activation_bytes(config, task(modality, 7, batch=8), precision, recompute=True)
+    assert counted == pytest.approx(kept_bytes(model, grid, precision, recompute=True) + one, rel=0.003)
+    assert counted < activation_bytes(config, task(modality, 7, batch=8), precision) or config.depth == 1
+
+
+@pytest.mark.usefixtures("registered")
+def test_recomputing_lowers_the_peak_as_counted():
+    config, modality = replace(MODEL, depth=8), Picture(size=48, patch=8)
+    model, grid = PolyViT(config, {"picture": modality}, {"task": ("picture", 7)}).train(), torch.zeros(8, *modality.grid)
+    model(grid, "task").sum().backward()  # gradients have their memory from now on
+    peaks = [peak_bytes(lambda again=again: model(grid, "task", 0.3, again).sum().backward()) for again in (False, True)]
+    counted = [activation_bytes(config, task(modality, 7, batch=8), recompute=recompute) for recompute in (False, True)]
+    one_block = counted[0] / 7
+    assert all(low < peak < low + one_block for peak, low in zip(peaks, counted, strict=True))
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 def test_state_bytes_count_every_copy():

@@ -438,7 +438,7 @@ def test_a_whole_model_written_and_read_is_still_fused(calls):
 
 
 @pytest.mark.parametrize("name", ["Hugging Face ViT", "Hugging Face DINOv2", "timm ViT", "timm EVA", "torchvision ViT"])
-def test_compiled_in_one_graph(name, unchecked_types):
+def test_compiled_in_one_graph(name, unchecked_types, registered):
     model, batch = FAMILIES[name]()
     fused, plain = pair(model)
     graphs = []

@@ -4,7 +4,7 @@ from compare import assert_within_rule, outputs_and_gradients
 from torch import nn
 
 from polyvit_fast.config import Model
-from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, add_branch, drop_path_ramp, has_hooks, is_plain, is_untouched
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, branch_factors, drop_path_ramp, has_hooks, is_plain, is_untouched
 from polyvit_kernels import ops
 
 
@@ -76,12 +76,12 @@ def test_drop_path_rate_rises_linearly_from_nothing():
 @pytest.mark.parametrize(("rescale", "kept_value"), [(False, 1.0), (True, 1 / 0.7)])
 def test_branches_are_left_out_per_example_with_the_given_chance(rescale, kept_value):
     torch.manual_seed(0)
-    x, branch = torch.zeros(20_000, 2, 3), torch.ones(20_000, 2, 3)
-    added = add_branch(x, branch, 0.3, rescale)
-    assert torch.equal(added, added[:, :1, :1].expand_as(added))
-    share = (added[:, 0, 0] == torch.tensor(kept_value)).double().mean()
-    assert (added[:, 0, 0] == 0).double().mean() == 1 - share
-    assert share == pytest.approx(0.7, abs=0.015)  # 4.6 deviations
+    factors = branch_factors(torch.zeros(20_000, 2, 3), 0.3, rescale)
+    assert factors.shape == (2, 20_000, 1, 1)
+    for branch in factors:
+        share = (branch == torch.tensor(kept_value)).double().mean()
+        assert (branch == 0).double().mean() == 1 - share
+        assert share == pytest.approx(0.7, abs=0.015)  # 4.6 deviations
 
 
 def test_both_branches_are_left_out_independently():
@@ -106,13 +106,13 @@ def test_evaluation_drops_nothing():
 
 def test_a_dropped_branch_gives_no_gradient_and_the_input_keeps_its_own():
     torch.manual_seed(0)
-    x, branch = normal(50, 2, 3).requires_grad_(), normal(50, 2, 3).requires_grad_()
-    added = add_branch(x, branch, 0.5, False)
+    x = normal(40, 2, 32).requires_grad_()
+    added = block().train()(x, 0.6)
     added.sum().backward()
-    kept = (added != x).any(-1).any(-1)
-    assert 0 < kept.sum() < 50
-    assert torch.equal(branch.grad[:, 0, 0], kept.float())
-    assert torch.equal(x.grad, torch.ones_like(x))
+    dropped = (added == x).all(-1).all(-1)
+    assert 0 < dropped.sum() < 40
+    assert torch.equal(x.grad[dropped], torch.ones_like(x[dropped]))
+    assert not torch.equal(x.grad[~dropped], torch.ones_like(x[~dropped]))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -251,3 +251,110 @@ def test_what_a_plain_linear_layer_is():
     assert not is_plain(hooked)
     everywhere.remove()
     assert is_plain(hooked)
+
+
+PRECISIONS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.4])
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_class_token_alone_is_that_of_all_tokens_with_all_gradients(precision, gelu, drop_path_rate):
+    dtype, autocast = PRECISIONS[precision]
+    whole = block(gelu=gelu)
+    inputs = {name.replace(".", "_"): 1.5 * parameter.detach() for name, parameter in whole.named_parameters()} | {"x": normal(6, 9, 32)}
+
+    def run(dtype, class_token, **values):
+        names = {name: values[name.replace(".", "_")] for name, _ in whole.named_parameters()}
+        torch.manual_seed(7)
+        options = {"drop_path_rate": drop_path_rate, "class_token": class_token}
+        return torch.func.functional_call(whole.to(dtype).train(), names, (values["x"],), options)[:, :1]
+
+    rounded = {name: value.to(dtype) for name, value in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = outputs_and_gradients(lambda **values: run(dtype, True, **values), rounded)
+        yardstick = outputs_and_gradients(lambda **values: run(dtype, False, **values), rounded)
+    exact = {name: value.double() for name, value in rounded.items()}
+    true = outputs_and_gradients(lambda **values: run(torch.float64, False, **values), exact)
+    assert_within_rule(found, yardstick, true, torch.bfloat16 if precision != "fp32" else torch.float32)
+
+
+def test_a_replaced_part_is_called_with_all_tokens():
+    replaced, sizes = block(), []
+    replaced.mlp.forward = lambda x, *more, forward=replaced.mlp.forward: (sizes.append(x.shape), forward(x, *more))[1]
+    torch.testing.assert_close(replaced(normal(2, 5, 32), class_token=True), block()(normal(2, 5, 32))[:, :1])
+    assert sizes == [(2, 5, 32)]
+
+
+@pytest.mark.parametrize("path", ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"])
+def test_who_listens_to_a_part_hears_of_all_tokens(path):
+    listened, shapes = block(), []
+    listened.get_submodule(path).register_forward_hook(lambda module, args, out: shapes.append(out.shape[:2]))
+    found = listened(normal(2, 5, 32), class_token=True)
+    assert shapes == [(2, 5)]
+    torch.testing.assert_close(found, block()(normal(2, 5, 32), class_token=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_class_token_passes_adapters(path):
+    adapted = block()
+    torch.manual_seed(1)
+    adapted.set_submodule(path, LowRank(adapted.get_submodule(path)))
+    x = normal(2, 5, 32)
+    torch.testing.assert_close(adapted(x, class_token=True), adapted(x)[:, :1], rtol=1e-5, atol=1e-6)
+    assert (adapted(x, class_token=True) - block()(x, class_token=True)).abs().max() > 1e-3
+
+
+def test_class_token_without_a_bias_of_queries_keys_and_values():
+    unbiased, x = block(qkv_bias=False), normal(2, 5, 32)
+    torch.testing.assert_close(unbiased(x, class_token=True), unbiased(x)[:, :1])
+
+
+def test_dropout_of_the_class_token_has_the_law_of_all_tokens():
+    torch.manual_seed(0)
+    dropping, x = block(dropout=0.3).train(), normal(1, 4, 32).expand(4000, -1, -1)
+    with torch.no_grad():
+        alone, among = dropping(x, class_token=True).double(), dropping(x)[:, :1].double()
+    for power in (1, 2):
+        expected, deviation = among.pow(power).mean(0), among.pow(power).std(0) / 4000**0.5
+        assert ((alone.pow(power).mean(0) - expected).abs() < 6 * deviation).all()  # 4.2 deviations of a difference
+    assert (alone[1:] != alone[:-1]).any()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("class_token", [False, True], ids=["all tokens", "class token"])
+@pytest.mark.parametrize(("dropout", "drop_path_rate"), [(0.0, 0.0), (0.0, 0.5), (0.2, 0.5)])
+def test_recomputed_block_is_the_same_to_the_bit(dropout, drop_path_rate, class_token, autocast):
+    runs = []
+    for recompute in (False, True):
+        trained, x = block(dropout=dropout).train(), normal(8, 5, 32).requires_grad_()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = trained(x, drop_path_rate, class_token=class_token, recompute=recompute)
+        drawn_next = torch.rand(3)
+        out.square().sum().backward()
+        runs.append([out, x.grad, drawn_next, *(parameter.grad for parameter in trained.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(("dropout", "reads"), [(0.0, False), (0.2, True)])
+def test_recomputing_reads_the_random_state_for_dropout_alone(dropout, reads, monkeypatch):
+    asked, real = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: (asked.append(True), real())[1])
+    for module in (block(dropout=dropout).train(), block(dropout=dropout).eval()):
+        module(normal(2, 5, 32).requires_grad_(), 0.5, recompute=True).sum().backward()
+        assert bool(asked) == (reads and module.training)
+        asked.clear()
+
+
+def test_hooks_on_a_recomputed_block_run_once():
+    trained, calls = block(), []
+    trained.register_forward_hook(lambda module, args, out: calls.append("block"))
+    trained.norm2.register_forward_hook(lambda module, args, out: calls.append("norm2"))
+    trained(normal(2, 5, 32).requires_grad_(), recompute=True).sum().backward()
+    assert calls == ["norm2", "block", "norm2"]
+
+
+def test_nothing_is_recomputed_without_gradients():
+    with torch.no_grad():
+        assert torch.equal(block()(normal(2, 5, 32), recompute=True), block()(normal(2, 5, 32)))

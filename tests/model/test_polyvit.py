@@ -70,7 +70,39 @@ def test_logits_are_written_out():
     assert (len(model.tokenizers["picture"].blocks), len(model.blocks)) == (1, 3)
     for block in model.blocks:
         x = block(x)
-    torch.testing.assert_close(model(grid, "birds"), model.heads["birds"](model.norm(x)[:, 0]))
+    torch.testing.assert_close(model(grid, "birds"), model.heads["birds"](model.norm(x)[:, 0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_adaptor_layers", [0, 3, 4])
+def test_the_last_block_is_asked_for_the_class_token_unless_it_is_an_adaptor(num_adaptor_layers):
+    model, rows = polyvit(replace(MODEL, num_adaptor_layers=num_adaptor_layers)), []
+    for block in [*model.tokenizers["picture"].blocks, *model.blocks]:
+        block.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    model(normal(2, *SMALL["picture"].grid), "birds")
+    assert rows == [5, 5, 5, 5 if num_adaptor_layers == 4 else 1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("num_adaptor_layers", [0, 2, 4])
+def test_recomputed_gradients_are_the_same_to_the_bit(num_adaptor_layers, dropout):
+    runs = []
+    for recompute in (False, True):
+        model = polyvit(replace(MODEL, num_adaptor_layers=num_adaptor_layers, dropout=dropout)).train()
+        torch.manual_seed(1)
+        logits = model(normal(6, *SMALL["clip"].grid), "motion", 0.4, recompute)
+        logits.square().sum().backward()
+        runs.append([logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    assert len(runs[0]) > 40
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("num_adaptor_layers", [0, 2])
+def test_with_recomputation_only_the_inputs_of_blocks_are_kept(num_adaptor_layers):
+    model, kept = polyvit(replace(MODEL, num_adaptor_layers=num_adaptor_layers)).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(normal(6, *SMALL["clip"].grid), "motion", 0.4, True)
+    assert sum(tensor.shape == (6, 9, 32) for tensor in kept) == 4
+    assert not any(tensor.shape[-1] in (64, 96) for tensor in kept if tensor.shape[:1] == (6,))
 
 
 @pytest.mark.parametrize("task", HEADS)

@@ -1,14 +1,20 @@
-from dataclasses import replace
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+from processes import started, together
 from tiny_runs import Tile, tile_task, tiny_config
 
-from polyvit_fast.data.stream import Loader
+from polyvit_fast.config import Train
+from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import generator
 from polyvit_fast.train import checkpoint
+from polyvit_fast.train.distributed import World
 from polyvit_fast.train.evaluate import evaluate, evaluate_run, find_checkpoint, view_logits
 from polyvit_fast.train.loop import train
 
@@ -74,3 +80,104 @@ def test_a_runs_checkpoints_are_found_by_newest_best_and_step(tmp_path, config):
 def test_a_folder_without_a_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match="holds no whole checkpoint yet"):
         find_checkpoint(tmp_path, "newest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Synthetic):
+    """Some of its samples cannot be read, in a batch or alone."""
+
+    numbers: tuple[int, ...] = ()
+
+    def decoder(self, task, **options):
+        decode = super().decoder(task, **options)
+
+        def decode_good(media, rngs):
+            if any(int(one.path.partition(":")[2]) in self.numbers for one in media):
+                raise ValueError("damaged")
+            return decode(media, rngs)
+
+        return decode_good
+
+
+def uneven_config(**changes) -> Train:
+    """No number of samples divides by the batch or the processes; batches 2 and 3 of task c hold nothing good."""
+    mine = {"batch": 4, "num_classes": 7}
+    tasks = {
+        "a": tile_task(**mine, val=Broken(num_samples=30, seed=1, numbers=(0, 17))),
+        "b": tile_task(**mine, val=Synthetic(num_samples=13, seed=1), loss="sigmoid", multi_label=True, modality=Tile(views=2)),
+        "c": tile_task(**mine, val=Broken(num_samples=14, seed=1, numbers=tuple(range(8, 14)))),
+    }
+    return tiny_config(tasks=tasks, max_bad_ratio=0.9, **changes)
+
+
+def evaluated(world: World) -> dict[str, object]:
+    """Both evaluations of a run, of which the second knows the broken files, and what was told of the first."""
+    config, told = uneven_config(), []
+    loaders = {name: Loader(name, config, train=False, rank=world.rank, world_size=world.size) for name in config.tasks}
+    model = untrained(config)
+    rows = evaluate(model, config, loaders, lambda *place: told.append(place), world)
+    again = evaluate(model, config, loaders, quiet, world)
+    for row in (*rows.values(), *again.values()):
+        assert row.pop("examples_per_second") > 0
+    return {"rows": rows, "again": again, "told": told}
+
+
+def test_processes_evaluate_as_one():
+    alone = evaluated(World())
+    assert {name: (row["num_examples"], row["num_broken"]) for name, row in alone["rows"].items()} == {
+        "a": (28, 2),
+        "b": (13, 0),
+        "c": (8, 6),
+    }
+    assert 0 < alone["rows"]["b"]["mAP"] < 1
+    for size in (2, 4):
+        found = together(size, evaluated)
+        assert all(one["rows"] == one["again"] == alone["rows"] for one in found)  # to the last digit
+        assert all(one["told"] == found[0]["told"] for one in found)
+        assert found[0]["told"] == [
+            place for place in alone["told"] if place[1] == place[2] or place[1] % (4 // (2 if place[0] == "b" else 1) * size) == 0
+        ]
+
+
+def broken_on_one(world: World) -> str:
+    task = tile_task(batch=4, val=Broken(num_samples=14, numbers=(8, 9)))  # both in the third batch, which is the first process's
+    config = tiny_config(tasks={"c": task})
+    try:
+        evaluate(untrained(config), config, {"c": Loader("c", config, train=False)}, quiet, world)
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_process_that_cannot_go_on_stops_all():
+    told = together(2, broken_on_one)
+    assert told[0].startswith("task c: 2 of 14 files are broken")
+    assert told[1] == f"process 0: {told[0]}"
+
+
+def test_a_run_is_evaluated_by_several_processes(tmp_path):
+    config = uneven_config()
+    checkpoint.save(tmp_path, 3, {"model": untrained(config).state_dict()}, {"best_step": None}, {}, keep=1)
+    expected = evaluate_run(tmp_path, config, "newest", (), quiet)
+    started_at = time.time()
+    first, other = started(2, evaluate_run, tmp_path, config, "newest", ("a", "c"), quiet)
+    lines = [json.loads(line) for line in Path(tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert other == {}
+    assert first.keys() == {"a", "c"}
+    assert all(first[name][key] == expected[name][key] for name in first for key in ("top1", "top5", "loss", "num_examples", "num_broken"))
+    assert [line["tasks"].keys() for line in lines] == [{"a", "b", "c"}, {"a", "c"}]
+    assert lines[-1]["time"] >= started_at - 1
+
+
+def test_nothing_that_can_be_read_is_an_error():
+    config = uneven_config()
+    task = replace(config.tasks["c"], val=Broken(num_samples=5, numbers=(0, 1, 2, 3, 4)))
+    config = replace(config, tasks={"c": task}, max_bad_ratio=1.0)
+    with pytest.raises((ValueError, DataError), match="task c: "):
+        evaluate(untrained(config), config, {"c": Loader("c", config, train=False)}, quiet)
+
+
+def test_the_batch_of_an_evaluation_does_not_depend_on_the_processes():
+    for batch, micro_batches, views, size in ((8, 1, 1, 8), (8, 2, 1, 4), (8, 1, 3, 2), (4096, 1, 1, 128), (4096, 1, 4, 32), (2, 1, 4, 1)):
+        config = tiny_config(tasks={"a": tile_task(batch=batch, micro_batches=micro_batches, modality=Tile(views=views))})
+        assert {Loader("a", config, train=False, rank=1, world_size=world_size).size for world_size in (2, 3, 512)} == {size}

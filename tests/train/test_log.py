@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polyvit_fast.train.log import Log, Result, print_results
+from polyvit_fast.train.log import Log, PeerLog, Result, print_results
 
 TOTALS = {"shapes": 60, "motion": 40}
 
@@ -269,3 +269,23 @@ def test_the_result_table_is_readable_when_piped(tmp_path, capsys):
     assert shown.splitlines()[0].split() == ["task", "modality", "metric", "value", "steps", "examples/s"]
     assert any(line.split() == ["shapes", "image", "top1", "0.9812", "1,200", "1,534"] for line in shown.splitlines())
     assert any(line.split()[-4:] == ["mAP", "1.0000", "130,000", "-"] for line in shown.splitlines())
+
+
+def test_other_processes_tell_only_what_is_their_own():
+    console = plain()
+    with PeerLog(3, console) as log:
+        log.message("what all processes know")
+        log.message("task a: broken file x.jpg", "warning")
+        log.tick(1, "a")
+        log.interval(1, 0.1, {"a": {"loss": 1.0}})
+        log.evaluating("a", 1, 2)
+        log.evaluation(1, {"a": {"top1": 1.0}})
+        log.note("error")
+    assert text(console) == "process 3: warning: task a: broken file x.jpg\n"
+
+
+def test_waiting_for_data_is_shown_where_it_matters(tmp_path):
+    console = plain()
+    with Log(tmp_path, {"a": 10, "b": 10}, 20, console=console) as log:
+        log.interval(5, 0.1, {"a": {"loss": 1.0, "data_wait_ratio": 0.31}, "b": {"loss": 2.0, "data_wait_ratio": 0.02}})
+    assert "a loss 1.000 waits 31% | b loss 2.000\n" in text(console)

@@ -20,7 +20,8 @@ from polyvit_fast.data.stream import DataError
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.log import Log
-from polyvit_fast.train.loop import NonFiniteError, train
+from polyvit_fast.train.loop import train
+from polyvit_fast.train.run import NonFiniteError
 from polyvit_fast.train.schedule import make_plan
 
 

@@ -36,10 +36,10 @@ def test_losses_by_hand(smoothing):
 @pytest.mark.parametrize("name", LOSSES)
 def test_mixed_loss_is_the_loss_of_mixed_targets(name):
     logits, hard = tensors(LOGITS, HARD)
-    ratio = 0.3
-    mixed = ratio * np.eye(5)[HARD] + (1 - ratio) * np.eye(5)[HARD[::-1]]
+    ratio, partners = 0.3, [1, 0, 3, 2, 5, 4]
+    mixed = ratio * np.eye(5)[HARD] + (1 - ratio) * np.eye(5)[HARD[partners]]
     by_hand = {"softmax": by_hand_softmax, "sigmoid": by_hand_sigmoid}[name]
-    value = mixed_loss(LOSSES[name], logits, hard, hard.flip(0), ratio, 0.0)
+    value = mixed_loss(LOSSES[name], logits, hard, hard[partners], torch.tensor(ratio), 0.0)
     assert value.item() == pytest.approx(by_hand(mixed), rel=1e-5)
 
 
@@ -52,3 +52,14 @@ def test_matches():
 def test_losses_are_taken_in_fp32():
     logits, hard, _ = tensors(LOGITS, HARD, MULTI)
     assert softmax_loss(logits.bfloat16(), hard, 0.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_ask_no_tensor_for_its_values(name):
+    """On a GPU that would wait for the device; a tensor without values cannot answer."""
+    logits, labels = torch.zeros(6, 5, device="meta", requires_grad=True), torch.zeros(6, dtype=torch.int64, device="meta")
+    value = mixed_loss(LOSSES[name], logits, labels, labels, torch.zeros((), device="meta"), 0.1)
+    value.backward()
+    assert logits.grad.shape == (6, 5)
+    for answers in (labels, torch.zeros(6, 5, device="meta")):
+        assert matches(logits, answers).shape == ()

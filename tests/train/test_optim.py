@@ -30,8 +30,10 @@ def run(config, steps=50, finite=lambda step: True):
     for step in range(steps):
         x = torch.randn(16, 5, generator=torch.Generator().manual_seed(step)) * (1 + step % 3)
         lr = 0.1 / (1 + step)
-        (ours(x) ** 2).mean().backward()
-        optimizer.update(torch.tensor(lr), torch.tensor(finite(step)))
+        loss = (ours(x) ** 2).mean()
+        loss.backward()
+        flat.taint.add_(loss.detach() * (0.0 if finite(step) else torch.nan))
+        optimizer.update(torch.tensor(lr))
         if finite(step):
             (theirs(x) ** 2).mean().backward()
             if config.clip_norm:
@@ -62,40 +64,69 @@ def test_non_finite_steps_leave_no_trace(name):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_changes_nothing(name, poison):
+@pytest.mark.parametrize("place", [5, -1], ids=["gradient", "taint"])
+def test_what_is_not_finite_changes_nothing(name, poison, place):
     _, _, optimizer = run(Optim(name=name, ema_decay=0.9), steps=3)
-    buffers = [optimizer.parameters.values, *optimizer.moments.values(), optimizer.count, optimizer.ema]
+    flat = optimizer.parameters
+    buffers = [flat.values, *(part for parts in optimizer.moments.values() for part in parts), optimizer.count, *optimizer.ema]
     before = [buffer.clone() for buffer in buffers]
-    optimizer.parameters.grads[5] = poison
-    _, done = optimizer.update(torch.tensor(0.1), torch.tensor(True))
+    (flat.taint if place == -1 else flat.grads[place]).fill_(poison)
+    norm, done = optimizer.update(torch.tensor(0.1))
+    assert not norm.isfinite()
     assert not done
     assert all(torch.equal(a, b) for a, b in zip(before, buffers, strict=True))
-    assert not optimizer.parameters.grads.any()
+    assert not flat.grads.any()
+    assert flat.taint == 0
+
+
+def test_the_norm_is_that_of_all_gradients():
+    net = small_net()
+    flat = FlatParameters(net)
+    (net(torch.randn(16, 5, generator=torch.Generator().manual_seed(0))) ** 2).mean().backward()
+    expected = torch.stack([p.grad.norm() for p in net.parameters()]).norm()
+    torch.testing.assert_close(flat.norm(), expected)
+    flat.zero_grads()
+    assert flat.norm() == 0
 
 
 def test_moving_average():
     ours, _, optimizer = run(Optim(name="sgd", ema_decay=0.5), steps=1)
-    start = FlatParameters(small_net()).values
-    torch.testing.assert_close(optimizer.ema, 0.5 * start + 0.5 * optimizer.parameters.values)
+    flat = optimizer.parameters
+    average, start = optimizer.average_tensors(), dict(small_net().named_parameters())
+    for name, value in flat.tensors().items():
+        torch.testing.assert_close(average[name], 0.5 * start[name] + 0.5 * value)
     now = ours[0].weight.detach().clone()
     with optimizer.averaged():
+        assert torch.equal(ours[0].weight, average["0.weight"])
         assert not torch.equal(ours[0].weight, now)
     assert torch.equal(ours[0].weight, now)
+    fresh = Optimizer(FlatParameters(small_net()), optimizer.config)
+    fresh.load_average(average)
+    assert all(torch.equal(t, average[name]) for name, t in fresh.average_tensors().items())
+
+
+def test_without_a_moving_average_there_is_none_to_save_or_restore():
+    optimizer = Optimizer(FlatParameters(small_net()), Optim())
+    assert optimizer.average_tensors() is None
+    with optimizer.averaged():
+        pass
+    with pytest.raises(ValueError, match="ema_decay = 0"):
+        optimizer.load_average({})
 
 
 def test_heads_of_absent_tasks_coast_on_their_momentum():
     config = tiny_config()
     model = PolyViT.from_config(config)
     optimizer = Optimizer(FlatParameters(model), Optim(name="sgd", momentum=0.9, clip_norm=0.0))
-    lr, yes = torch.tensor(0.1), torch.tensor(True)
+    lr = torch.tensor(0.1)
     grid = torch.randn(2, 1, 16, 16, 3)
     model(grid, "b").square().sum().backward()
     gradient = model.heads["b"].weight.grad.clone()
-    optimizer.update(lr, yes)
+    optimizer.update(lr)
     before = model.heads["b"].weight.detach().clone()
     for n in (1, 2):
         model(grid, "a").square().sum().backward()
-        optimizer.update(lr, yes)
+        optimizer.update(lr)
         after = model.heads["b"].weight.detach().clone()
         torch.testing.assert_close(after - before, -0.1 * 0.9**n * gradient, rtol=1e-4, atol=1e-6)
         before = after
@@ -109,6 +140,20 @@ def test_flat_parameters_are_the_models_own_and_aligned():
     assert all(p.data_ptr() % 256 == flat.values.data_ptr() % 256 for p in model.parameters())
     flat.values.fill_(7)
     assert all((p == 7).all() for p in model.parameters())
+    assert flat.taint.data_ptr() not in {p.grad.data_ptr() for p in model.parameters()}
+    flat.taint.fill_(3)
+    assert flat.norm() == 3
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+def test_weights_are_loaded_by_name():
+    flat, other = FlatParameters(small_net()), small_net()
+    for p in other.parameters():
+        torch.nn.init.normal_(p)
+    flat.load(dict(other.state_dict()))
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in flat.tensors().items())
+    with pytest.raises(ValueError, match=r"0.bias, 0.weight, 1.bias"):
+        flat.load(dict(nn.Sequential(nn.Linear(5, 8)).state_dict()))
 
 
 def test_saved_tensors_restore_and_foreign_ones_are_refused():

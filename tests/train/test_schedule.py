@@ -70,6 +70,9 @@ def test_any_function_is_a_schedule():
     [
         ("weigthed", "schedule = 'weigthed' is unknown; there are: task-by-task, .*weighted"),
         (lambda config: [("a",), ("x",)], r"step 1 is \('x',\); it must name tasks among a, b, c"),
+        (lambda config: [("a",), "b"], "step 1 is 'b'; .* as a tuple"),
+        (lambda config: [("a",), ["b"]], r"step 1 is \['b'\]; .* as a tuple"),
+        (lambda config: [("a",), ()], r"step 1 is \(\)"),
         (lambda config: [], "plans no step"),
     ],
 )
@@ -101,6 +104,24 @@ def test_learning_rate_is_scaled_by_the_task():
     assert rate[1] / rate[0] == pytest.approx(0.5, rel=0.01)
     shared = three_tasks("accumulating")
     assert rates(replace(shared, optim=replace(shared.optim, lr=1.0)))[0] == pytest.approx(1.6 / 3)
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_a_plan_of_many_steps_holds_each_different_step_once(schedule):
+    plan = make_plan(three_tasks(schedule))
+    assert len({id(names) for names in plan}) == len(set(plan))
+
+
+def test_plans_are_the_same_for_ever():
+    tasks = {name: tile_task(steps=steps) for name, steps in (("a", 3), ("b", 4), ("c", 2))}
+    plans = {schedule: make_plan(tiny_config(tasks=tasks, schedule=schedule, seed=5)) for schedule in SCHEDULES}
+    assert {schedule: " ".join("+".join(names) for names in plan) for schedule, plan in plans.items()} == {
+        "task-by-task": "b b b b a a a c c",
+        "alternating": "a b c a b c a b c",
+        "uniform": "b b a c c a a c b",
+        "weighted": "b b a c c a a b b",
+        "accumulating": "a+b+c a+b+c a+b+c",
+    }
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from(sorted(SCHEDULES)), st.integers(0, 99))

@@ -6,12 +6,20 @@ from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.data.stream import Batch, Loader
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
-from polyvit_fast.train.step import Step
+from polyvit_fast.train.step import Step, neighbours, parameters_of
 
 
 def fresh(config):
     return Step(PolyViT.from_config(config), config)
+
+
+def one_step(step, names, batches, lr=1e-3, number=0):
+    step.begin(names, lr, number)
+    for name, batch in zip(names, batches, strict=True):
+        step.forward_backward(name, Inputs.of(batch))
+    step.update()
 
 
 def gradient_by_autograd(config, batches):
@@ -22,9 +30,10 @@ def gradient_by_autograd(config, batches):
         task = config.tasks[name]
         grid, labels = batch.grid.float(), batch.labels
         if task.mixup:
-            grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid.flip(0)
+            partners = [i + 1 - 2 * (i % 2) for i in range(len(labels))]
+            grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid[partners]
             one_hot = torch.nn.functional.one_hot(labels, task.num_classes).float()
-            labels = batch.mixup_ratio * one_hot + (1 - batch.mixup_ratio) * one_hot.flip(0)
+            labels = batch.mixup_ratio * one_hot + (1 - batch.mixup_ratio) * one_hot[partners]
         losses.append(LOSSES[task.loss](model(grid, name), labels, task.label_smoothing))
     (sum(losses) / len(losses)).backward()
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -37,8 +46,9 @@ def test_gradient_is_that_of_the_mean_over_tasks_and_micro_batches(changes):
     config = tiny_config(tasks={"a": tile_task(**changes), "b": tile_task(loss="sigmoid", multi_label=True)})
     batches = [(name, Loader(name, config, train=True).load(3)) for name in config.tasks]
     step = fresh(config)
+    step.begin(tuple(config.tasks), 0.0, 0)
     for name, batch in batches:
-        step.forward_backward(name, batch, 1 / 2)
+        step.forward_backward(name, Inputs.of(batch))
     for name, gradient in step.parameters.named(step.parameters.grads).items():
         torch.testing.assert_close(gradient, gradient_by_autograd(config, batches)[name], rtol=1e-4, atol=1e-6)
 
@@ -51,12 +61,11 @@ def test_counters_are_means_since_the_last_reading(config):
         batch = loader.load(i)
         with torch.no_grad():
             losses.append(LOSSES["softmax"](step.model(batch.grid, "a"), batch.labels, 0.0).item())
-        step.forward_backward("a", batch, 1.0)
-        step.update(("a",), 1e-3, i)
-    counters = step.read_counters()
+        one_step(step, ("a",), [batch], number=i)
+    counters = step.read_counters().counters()
     assert counters["a"].loss == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert (counters["a"].steps, counters["b"].steps, counters["a"].skipped) == (3, 0, 0)
-    assert step.read_counters()["a"].steps == 0
+    assert step.read_counters().counters()["a"].steps == 0
 
 
 def test_a_non_finite_batch_is_skipped_and_counted(config):
@@ -65,10 +74,10 @@ def test_a_non_finite_batch_is_skipped_and_counted(config):
     poisoned = Batch(torch.full_like(batch.grid, float("nan")), batch.labels)
     before = step.parameters.values.clone()
     for i, b in enumerate([poisoned, poisoned, batch, poisoned]):
-        step.forward_backward("a", b, 1.0)
-        step.update(("a",), 0.1 if b is poisoned else 0.0, i)
+        one_step(step, ("a",), [b], 0.1 if b is poisoned else 0.0, i)
         assert torch.equal(step.parameters.values, before)
-    row = step.read_counters()["a"]
+        assert not step.parameters.grads.any()
+    row = step.read_counters().counters()["a"]
     assert (row.skipped, row.skipped_in_a_row, row.last_skipped_step) == (3, 1, 3)
 
 
@@ -76,8 +85,48 @@ def test_bf16_autocast_stays_close_and_keeps_fp32_parameters(config):
     batch = Loader("a", config, train=True).load(0)
     exact, rounded = fresh(config), fresh(replace(config, precision="bf16"))
     for step in (exact, rounded):
-        step.forward_backward("a", batch, 1.0)
+        step.begin(("a",), 0.0, 0)
+        step.forward_backward("a", Inputs.of(batch))
     cosine = torch.nn.functional.cosine_similarity(exact.parameters.grads, rounded.parameters.grads, dim=0)
     assert cosine > 0.98
     assert not torch.equal(exact.parameters.grads, rounded.parameters.grads)
     assert rounded.parameters.values.dtype == torch.float32
+
+
+def test_an_accumulating_step_counts_its_skipped_tasks_only(config):
+    step = fresh(config)
+    batches = {name: Loader(name, config, train=True).load(0) for name in config.tasks}
+    poisoned = Batch(torch.full_like(batches["b"].grid, float("inf")), batches["b"].labels)
+    one_step(step, ("a", "b"), [batches["a"], poisoned], number=3)
+    one_step(step, ("a",), [batches["a"]], number=4)
+    rows = step.read_counters().counters()
+    assert [(row.skipped, row.skipped_in_a_row, row.last_skipped_step) for row in rows.values()] == [(1, 0, 3), (1, 1, 3)]
+
+
+def test_a_rehearsal_changes_nothing(config):
+    step = fresh(config)
+    batch = Loader("a", config, train=True).load(0)
+    one_step(step, ("a",), [batch])
+    values, counters = step.parameters.values.clone(), step.counters.clone()
+    with step.rehearsal():
+        step.begin(("a",), 0.1, 7)
+        step.forward_backward("a", Inputs.of(batch))
+        step.parameters.taint.fill_(torch.nan)
+        step.update()
+        step.forward_backward("a", Inputs.of(batch))
+    assert torch.equal(step.parameters.values, values)
+    assert torch.equal(step.counters, counters)
+    assert not step.parameters.grads.any()
+
+
+def test_neighbours_swap_in_pairs():
+    assert neighbours(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert neighbours(torch.arange(5)).tolist() == [1, 0, 3, 2, 4]
+    assert neighbours(torch.arange(1)).tolist() == [0]
+    assert neighbours(torch.arange(8).view(4, 2)).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
+
+
+def test_the_parameters_of_a_task_are_those_that_get_a_gradient(config):
+    model = PolyViT.from_config(config)
+    model(Loader("a", config, train=True).load(0).grid, "a").sum().backward()
+    assert parameters_of(model, "a") == [name for name, parameter in model.named_parameters() if parameter.grad is not None]

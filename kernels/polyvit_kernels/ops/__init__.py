@@ -1,6 +1,7 @@
 """The public operations: differentiable functions of a Vision Transformer, and updates in place on flat buffers.
 
-Each is registered with torch.library as `polyvit::<name>`. On a CPU they run on torch's own operators, on CUDA by what `tiles.pick` says.
+Each is registered with torch.library as `polyvit::<name>`, which runs on CUDA by what `tiles.pick` says. On a CPU the functions call
+torch's own operators (and so do the registered operations, for those who call them).
 `reference.py` says what each computes.
 """
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import tiles
+from polyvit_kernels.ops import dtypes
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 
 MOST_SEQUENCES = 65_535
@@ -31,6 +32,8 @@ def attention(qkv: Float[Tensor, "batch tokens 3 heads head_dim"]) -> Float[Tens
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but attention needs [batch, tokens, 3, heads, head_dim]")
     check_floating(qkv=qkv)
     qkv = qkv.to(matmul_dtype(qkv))
+    if not dtypes.runs_registered(qkv):
+        return functional.scaled_dot_product_attention(*_split(qkv)).transpose(1, 2)
     backend = _route("attention", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) if qkv.is_cuda else "triton"
     if backend != "triton":
         return _library_attention(qkv, backend)

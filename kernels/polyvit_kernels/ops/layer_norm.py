@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyvit_kernels import tiles
+from polyvit_kernels.ops import dtypes
 from polyvit_kernels.ops.dtypes import check_floating, check_one_device, norm_dtype
 
 
@@ -25,7 +26,8 @@ def layer_norm(
     _check_layer_norm(x, weight, bias)
     out_dtype = out_dtype or norm_dtype(x)
     check_floating(out_dtype=out_dtype)
-    return _layer_norm(x, weight, bias, eps, out_dtype)[0]
+    run = _layer_norm if dtypes.runs_registered(x) else _layer_norm_by_torch
+    return run(x, weight, bias, eps, out_dtype)[0]
 
 
 def layer_norm_beside(
@@ -39,7 +41,7 @@ def layer_norm_beside(
 
     Raises ValueError as `layer_norm` does.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not (torch.is_grad_enabled() and x.requires_grad and dtypes.runs_registered(x)):
         return x, layer_norm(x, weight, bias, eps, out_dtype)
     _check_layer_norm(x, weight, bias)
     out_dtype = out_dtype or norm_dtype(x)
@@ -67,7 +69,8 @@ def add_layer_norm(
     kind = torch.promote_types(x.dtype, residual.dtype)
     out_dtype = out_dtype or norm_dtype(x.new_empty(0, dtype=kind))
     check_floating(out_dtype=out_dtype)
-    return _add_layer_norm(x, residual, weight, bias, eps, out_dtype)[:2]
+    run = _add_layer_norm if dtypes.runs_registered(x) else _add_layer_norm_by_torch
+    return run(x, residual, weight, bias, eps, out_dtype)[:2]
 
 
 def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:

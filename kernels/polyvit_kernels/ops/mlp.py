@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from polyvit_kernels.ops import dtypes
 from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype
 from polyvit_kernels.tiles import Tile, pick_for
 
@@ -35,6 +36,8 @@ def linear_gelu(
     x, weight, bias = _cast(x, weight, bias)
     _check_gelu(gelu)
     _check_layer(x, x.shape[-1:], weight, bias)
+    if not dtypes.runs_registered(x):
+        return _linear_gelu(x, weight, bias, gelu, False, _by_torch)[0]
     return _linear_gelu_op(x, weight, bias, gelu, _is_recorded(x, weight, bias))[0]
 
 
@@ -49,6 +52,8 @@ def linear_add(
     x, weight, bias = _cast(x, weight, bias)
     _check_layer(x, x.shape[-1:], weight, bias)
     _check_residual(residual, x, weight)
+    if not dtypes.runs_registered(x):
+        return _linear_add(x, weight, bias, residual, _by_torch)
     return _linear_add_op(x, weight, bias, residual)
 
 
@@ -63,7 +68,8 @@ def mlp(
 ) -> Float[Tensor, "*batch out"]:
     """Two linear layers with a GELU between them, plus `residual` if there is one, which autocast leaves as it is.
 
-    For the backward the input and the pre-activation are kept; the activation is computed again. Raises ValueError as `linear_gelu` does.
+    For the backward the input and the pre-activation are kept; the activation is computed again, but on a CPU kept too. Raises ValueError
+    as `linear_gelu` does.
     """
     check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     x, *layers = _cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -74,11 +80,13 @@ def mlp(
     if residual is not None:
         check_floating(residual=residual)
         _check_residual(residual, x, fc2_weight)
+    if not dtypes.runs_registered(x):
+        return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, gelu, False, _by_torch)[0]
     return _mlp_op(x, *layers, residual, gelu, _is_recorded(x, *layers))[0]
 
 
 def _cast(*operands: Tensor) -> list[Tensor]:
-    return [tensor.to(matmul_dtype(tensor)) for tensor in operands]
+    return [tensor.to(matmul_dtype(tensor)) for tensor in operands] if dtypes.is_autocast_on(operands[0]) else list(operands)
 
 
 def _is_recorded(*tensors: Tensor) -> bool:

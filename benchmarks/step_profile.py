@@ -1,0 +1,144 @@
+"""Where the time of a ViT-B training step goes, by families of kernels: ours, and timm's, from torch's profiler, both run eagerly.
+
+python benchmarks/step_profile.py --out FILE           on a GPU
+python benchmarks/step_profile.py --out FILE --small   a small model on the CPU's path, to see that it works
+"""
+
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import card
+import torch
+from bench_step import vit
+from race import told
+from steps import Trainer, fastest_backend, our_trainer, peer_trainer
+from torch.profiler import ProfilerActivity, profile
+from twins import timm_vit
+
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_kernels import commands
+
+STEPS = 5
+KERNELS_SHOWN = 4
+OTHER = "other"
+# The first that is found in a kernel's name, or on a CPU in an operator's, names its family.
+FAMILIES = {
+    "copy": r"memcpy|memset|copy_kernel|direct_copy|catarray|fillfunctor|aten::(copy_|_to_copy|fill_|zero_|cat|clone)$",
+    "loss": r"log_?softmax|nll_loss|binary_cross_entropy|log_sigmoid",
+    "attention": r"attention|flash|fmha|sdpa|softmax",
+    "optimizer": r"adam|sgd_|multi_tensor_apply|normtwoops|linalg_vector_norm",
+    "norm": r"layer_?norm|gammabeta",
+    "mlp": r"gelu",
+    "patch embed": r"patch_embed|conv|im2col|fprop|dgrad|wgrad",
+    "matmul": r"gemm|nvjet|cutlass|xmma|splitk|gemv|linear_add|addmm|aten::(mm|bmm)$",
+}
+
+
+def family(name: str) -> str:
+    """Which part of a step a kernel belongs to, by its name."""
+    return next((key for key, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+@dataclass
+class Share:
+    """What a family takes in a step: microseconds, launches, and microseconds of each kernel."""
+
+    us: float = 0.0
+    launches: float = 0.0
+    kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def shares(events: Iterable[tuple[str, float, int]], steps: int) -> dict[str, Share]:
+    """Of (kernel, microseconds, launches) in so many steps, the largest first."""
+    found: dict[str, Share] = defaultdict(Share)
+    for name, us, launches in events:
+        share = found[family(name)]
+        share.us += us / steps
+        share.launches += launches / steps
+        share.kernels[name] += us / steps
+    return dict(sorted(found.items(), key=lambda item: -item[1].us))
+
+
+def lines(title: str, found: dict[str, Share], seconds: float) -> list[str]:
+    """A table: a line for each family, and under it the kernels that take most. `seconds` is a step by the clock, unobserved."""
+    total = sum(share.us for share in found.values())
+    table = [f"{title}: {seconds * 1e3:.2f} ms a step; its kernels take {total / 1e3:.2f} ms"]
+    for name, share in found.items():
+        table.append(f"  {name:12} {share.us / 1e3:9.3f} ms {share.us / max(total, 1e-9):6.1%} {share.launches:7.0f} launches")
+        most = sorted(share.kernels.items(), key=lambda item: -item[1])[:KERNELS_SHOWN]
+        table += [f"    {us / 1e3:9.3f} ms  {kernel[:100]}" for kernel, us in most]
+    return table
+
+
+def observed(trainer: Trainer) -> list[tuple[str, float, int]]:
+    """(kernel, microseconds, launches) of `STEPS` steps; on a CPU of operators."""
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if card.HAS_GPU else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(STEPS):
+            trainer.step()
+        synchronize()
+    rows = profiler.key_averages()
+    if not card.HAS_GPU:
+        return [(row.key, row.self_cpu_time_total, row.count) for row in rows]
+    # A range that somebody marked holds the kernels in it once more.
+    on_card = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA and not getattr(row, "is_user_annotation", False)]
+    return [(row.key, row.self_device_time_total, row.count) for row in on_card]
+
+
+def synchronize() -> None:
+    """Wait for the card, where there is one."""
+    if card.HAS_GPU:
+        torch.cuda.synchronize()
+
+
+def step_seconds(trainer: Trainer) -> float:
+    """The time of a step by the clock, after a few."""
+    for _ in range(3):
+        trainer.step()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        trainer.step()
+    synchronize()
+    return (time.perf_counter() - start) / STEPS
+
+
+def report(title: str, build: Callable[[], Trainer]) -> list[str]:
+    """The table of one contender, or why there is none."""
+    try:
+        trainer = build()
+        seconds = step_seconds(trainer)
+        return lines(title, shares(observed(trainer), STEPS), seconds)
+    except Exception as error:
+        return [f"{title}: {told(error)}"]
+
+
+def main() -> int:
+    """The command; gives its status."""
+    parser = commands.parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="file for the tables")
+    parser.add_argument("--small", action="store_true", help="a small model")
+    args = parser.parse_args()
+    case = vit("Ti", 1) if args.small else vit("B", 256)
+    case = replace(case, model=replace(case.model, depth=1)) if args.small else case
+    model = PolyViT.from_config(case.config).to(card.DEVICE)
+    backend = fastest_backend(case.model, case.task)
+    tables = [
+        f"{card.name()}, {'ViT-Ti of one block' if args.small else 'ViT-B/16'}, batch {case.task.batch}, 224 × 224",
+        *report("ours, eager", partial(our_trainer, case.config, model, captured=False)),
+        *report("timm, eager", partial(peer_trainer, case, timm_vit, model, compiled=False, backend=backend)),
+    ]
+    args.out.write_text("\n".join(tables) + "\n")
+    print("\n".join(tables))
+    print(f"profile of a step written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

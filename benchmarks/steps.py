@@ -1,0 +1,359 @@
+"""Whole training steps: forward, loss, backward and update, by ours and by others, raced against one another."""
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import card
+import peers
+import torch
+from card import DEVICE, HAS_GPU
+from race import Lane, Watch, race, time_on_cpu, time_steps_on_card, told
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from twins import Build, twin_of
+
+from polyvit_fast.config import Model, Optim, Task, Train
+from polyvit_fast.model.cost import forward_flops
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.capture import Captured
+from polyvit_fast.train.feed import Slots
+from polyvit_fast.train.loss import LOSSES
+from polyvit_fast.train.step import Step
+
+NO_TIME = "no time was left"
+LR = 1e-4
+FURTHEST_LOSS = 0.02
+"""How far a contender's losses in its first two steps may be from ours, relatively: bf16 is within 0.01."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A model in training. `step` is one whole step; `loss` reads the loss of the last one; `flops` are those that a step computes."""
+
+    step: Callable[[], object]
+    loss: Callable[[], float]
+    flops: float
+    note: str = ""
+    peak_gib: float | None = None
+    """The device memory that it took, where its maker measured that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """A step and the ways to make it; a way that is a string is not there, for that reason. The first is ours.
+
+    A step handles `amount` `unit`s. Targets are for an H200: units a second, how many times as fast as the best peer, and how many times
+    that one's memory.
+    """
+
+    title: str
+    amount: float
+    unit: str
+    ways: Mapping[str, Callable[[], Trainer] | str]
+    furthest: float = FURTHEST_LOSS
+    """How far losses may be from those of the first way, relatively."""
+    target_rate: float | None = None
+    target_ratio: float | None = None
+    target_memory: float | None = None
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """A contest's lanes, what is known of each way, why others are absent, and the clocks right after the race."""
+
+    contest: Contest
+    lanes: dict[str, Lane]
+    facts: dict[str, dict[str, object]]
+    absent: dict[str, str]
+    clocks: dict[str, float] = field(default_factory=dict)
+
+    def info(self, contender: str) -> dict[str, object]:
+        """What is written beside a contender's times."""
+        contest, seconds, facts = self.contest, median(self.lanes[contender].seconds), self.facts[contender]
+        rate, peak = facts["flops"] / seconds, card.peak_flops(card.name())  # pyright: ignore[reportOperatorIssue]
+        targets = {name: getattr(contest, name) for name in ("target_rate", "target_ratio", "target_memory")}
+        return {
+            "kind": "step",
+            "contender": contender,
+            "amount": contest.amount,
+            "unit": contest.unit,
+            "tflops": rate / 1e12,
+            "mfu": peak and rate / peak,
+            **facts,
+            **targets,
+            "absent": self.absent,
+            "card": card.name(),
+            "clocks": self.clocks,
+            "versions": card.versions(),
+        }
+
+
+class StepTrack:
+    """Remembers the contests that were measured; keeps no model."""
+
+    def __init__(self, *, rounds: int, calls: int, seconds: float) -> None:
+        self._rounds, self._calls = rounds, calls
+        self._end = time.monotonic() + seconds
+        self._watch: Watch = time_steps_on_card if HAS_GPU else time_on_cpu
+        self._measured: dict[str, Measured | None] = {}
+
+    def measured(self, title: str, contest_of: Callable[[], Contest]) -> Measured | None:
+        """Measured now or before; None when the time was over before its turn."""
+        if title not in self._measured:
+            self._measured[title] = self._measure(contest_of) if self._has_time() else None
+        return self._measured[title]
+
+    def _has_time(self) -> bool:
+        return time.monotonic() < self._end
+
+    def _measure(self, contest_of: Callable[[], Contest]) -> Measured:
+        forget()
+        with warnings.catch_warnings():
+            # Peers may warn of what they like.
+            warnings.simplefilter("ignore")
+            return self._raced(contest_of())
+
+    def _raced(self, contest: Contest) -> Measured:
+        trainers, absent = enter(contest, self._has_time)
+        lanes = {name: Lane(name=name, run=trainer.step) for name, trainer in trainers.items()}
+        race(list(lanes.values()), self._watch, self._rounds, self._calls)
+        clocks = card.clocks() if HAS_GPU else {}
+        absent |= {name: lane.error for name, lane in lanes.items() if lane.error}
+        facts = {name: {"flops": one.flops, "peak_gib": one.peak_gib, "note": one.note} for name, one in trainers.items()}
+        for lane in lanes.values():
+            lane.run = _nothing
+        finished = {name: lane for name, lane in lanes.items() if name not in absent}
+        return Measured(contest=replace(contest, ways={}), lanes=finished, facts=facts, absent=absent, clocks=clocks)
+
+
+def _nothing() -> None:
+    """Instead of a step that has been timed, whose model is no longer needed."""
+
+
+def enter(contest: Contest, has_time: Callable[[], bool]) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """The trainers that run and have the losses of the first in their first two steps, and why the others are absent."""
+    trainers: dict[str, Trainer] = {}
+    absent: dict[str, str] = {}
+    expected: list[float] = []
+    for name, way in contest.ways.items():
+        if isinstance(way, str) or not has_time():
+            absent[name] = way if isinstance(way, str) else NO_TIME
+            continue
+        try:
+            with Footprint() as footprint:
+                trainer = way()
+                losses = first_losses(trainer)
+            expected = expected or losses
+            assert_equal_losses(losses, expected, contest.furthest)
+        except Exception as error:
+            absent[name] = told(error)
+            continue
+        trainer.peak_gib = footprint.gib if trainer.peak_gib is None else trainer.peak_gib
+        trainers[name] = trainer
+    return trainers, absent
+
+
+def first_losses(trainer: Trainer) -> list[float]:
+    """Of two steps: the second shows the first update."""
+    losses = []
+    for _ in range(2):
+        trainer.step()
+        losses.append(trainer.loss())
+    return losses
+
+
+def assert_equal_losses(found: Sequence[float], expected: Sequence[float], furthest: float = FURTHEST_LOSS) -> None:
+    """ValueError unless each loss is as near to the expected one as that, relatively."""
+    # A NaN is not near.
+    if not all(abs(a - b) <= furthest * abs(b) for a, b in zip(found, expected, strict=True)):
+        raise ValueError(f"its losses are {_told(found)}, those of the first contender {_told(expected)}")
+
+
+def _told(losses: Sequence[float]) -> str:
+    return " and ".join(f"{loss:.4g}" for loss in losses)
+
+
+class Footprint:
+    """Inside, the device memory that the process takes is watched: `gib` is the most, beyond what it held before; None on a CPU."""
+
+    gib: float | None = None
+
+    def __enter__(self) -> "Footprint":
+        if HAS_GPU:
+            release()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_reserved()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if HAS_GPU:
+            torch.cuda.synchronize()
+            self.gib = (torch.cuda.max_memory_reserved() - self._before) / 2**30
+
+
+def release() -> None:
+    """Give memory back that no tensor needs."""
+    gc.collect()
+    if HAS_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def forget() -> None:
+    """Forget what was compiled and recorded, when nothing of it runs any more: the compiler gives up on what it has seen at many sizes."""
+    release()
+    if HAS_GPU:
+        torch.compiler.reset()
+        # It may lie in the memory of a recording that is gone; one that lives would still use it.
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on one task's batch."""
+
+    model: Model
+    task: Task
+    seed: int = 0
+
+    @property
+    def config(self) -> Train:
+        """A run of this task alone. Nothing is clipped, as the others clip nothing."""
+        return run_of(self.model, {"task": self.task})
+
+    @property
+    def nominal_flops(self) -> float:
+        """Of a step of the whole model, all tokens through all blocks."""
+        return 3 * self.task.batch * nominal_flops(self.model, self.task)
+
+
+def run_of(model: Model, tasks: dict[str, Task]) -> Train:
+    """A run as it is compared: AdamW without decay, no clipping, bf16 on a GPU."""
+    optim = Optim(name="adamw", lr=LR, clip_norm=0.0)
+    return Train(tasks=tasks, model=model, optim=optim, device=DEVICE.type, precision="bf16" if HAS_GPU else "fp32")
+
+
+def nominal_flops(model: Model, task: Task) -> float:
+    """Operations of one example's forward pass when every token goes through every block, as in all other libraries."""
+    tokens = task.modality.num_tokens
+    frames, rows, columns = task.modality.tubelet
+    block = tokens * model.dim * (4 * model.dim + 2 * model.mlp_dim) + 2 * tokens**2 * model.dim
+    patches = (tokens - 1) * frames * rows * columns * task.modality.grid[3] * model.dim
+    return 2.0 * (model.depth * block + patches + model.dim * task.num_classes)
+
+
+def batch_of(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A grid and labels on the device: bytes for colours, numbers of the given mean and deviation for spectrograms."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shape, common = (task.batch, *task.modality.grid), {"generator": generator, "device": DEVICE}
+    mean, std = (torch.tensor(values, device=DEVICE) for values in task.modality.normalisation)
+    if task.modality.name == "audio":
+        grid = torch.randn(shape, **common) * std + mean
+    else:
+        grid = torch.randint(0, 256, shape, dtype=torch.uint8, **common)
+    if task.multi_label:
+        return grid, (torch.rand(task.batch, task.num_classes, **common) < 0.01).float()
+    return grid, torch.randint(0, task.num_classes, (task.batch,), **common)
+
+
+def our_trainer(config: Train, model: PolyViT, *, captured: bool, compiled: bool = False) -> Trainer:
+    """Our step on one batch of each task of `config`, one update after each; the losses are added up."""
+    model = deepcopy(model).train()
+    step = Step(model, config)
+    if compiled:
+        step.model = torch.compile(model, dynamic=False)
+    batches = {name: batch_of(task) for name, task in config.tasks.items()}
+    slots = Slots(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
+    steps = Captured(step, slots, [(name,) for name in config.tasks]) if captured else step
+
+    def fill(name: str) -> None:
+        inputs, (grid, labels) = slots.inputs(name, 0), batches[name]
+        inputs.grid.copy_(grid)
+        inputs.labels.copy_(labels)
+
+    def run() -> None:
+        for name in batches:
+            if len(batches) > 1:  # the slot holds one task's batch at a time
+                fill(name)
+            steps.begin((name,), LR, 1)
+            steps.forward_backward(name, slots.inputs(name, 0))
+            steps.update()
+
+    def loss() -> float:
+        found = step.counters[:, 0].sum().item()
+        step.counters.zero_()
+        return found
+
+    fill(next(iter(batches)))
+    flops = sum(3 * task.batch * forward_flops(config.model, task.modality, task.num_classes) for task in config.tasks.values())
+    return Trainer(step=run, loss=loss, flops=flops)
+
+
+def peer_trainer(case: Case, build: Build, ours: PolyViT, *, compiled: bool, backend: SDPBackend | None) -> Trainer:
+    """Another library's model with our weights, torch's fused AdamW, SDPA's backend pinned."""
+    grid, labels = batch_of(case.task)
+    twin = twin_of(build, ours, case.model, case.task, grid)
+    call = torch.compile(twin.module, dynamic=False) if compiled else twin.module
+    optimizer = torch.optim.AdamW(twin.module.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    last = torch.zeros((), device=DEVICE)
+
+    def run() -> None:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU):
+                logits = twin.logits(call, twin.pixels)
+            loss = LOSSES[case.task.loss](logits, labels, case.task.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            last.copy_(loss.detach())
+
+    note = "" if backend is None else peers.backend_name(backend)
+    return Trainer(step=run, loss=last.item, flops=case.nominal_flops, note=note)
+
+
+def fastest_backend(model: Model, task: Task) -> SDPBackend | None:
+    """Which of SDPA's backends takes the least time there and back for the model's attention on this task; None on a CPU."""
+    if not HAS_GPU:
+        return None
+    shape = (task.batch, task.modality.num_tokens, model.num_heads, model.head_dim)
+    q, k, v, upstream = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+
+    def run() -> None:
+        torch.autograd.grad(functional.scaled_dot_product_attention(*leaves), leaves, upstream)
+
+    def seconds(backend: SDPBackend) -> float:
+        try:
+            with sdpa_kernel(backend):
+                lane = Lane(name="", run=run)
+                time_steps_on_card(lane, 3)
+                return median(time_steps_on_card(lane, 7))
+        except RuntimeError:  # it has no kernel for this
+            return float("inf")
+
+    return min(peers.BACKENDS.values(), key=seconds)
+
+
+def apart(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
+    """Each task of `config` by a model of its own, one step of each after the other; the memory is that of the largest."""
+    trainers, peaks = [], []
+    for name, task in config.tasks.items():
+        with Footprint() as footprint:
+            own = PolyViT.from_config(replace(config, tasks={name: task}))
+            own.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in own.state_dict()})
+            trainers.append(our_trainer(replace(config, tasks={name: task}), own.to(DEVICE), captured=captured))
+            first_losses(trainers[-1])
+        peaks.append(footprint.gib)
+    return Trainer(
+        step=lambda: [trainer.step() for trainer in trainers],
+        loss=lambda: sum(trainer.loss() for trainer in trainers),
+        flops=sum(trainer.flops for trainer in trainers),
+        peak_gib=max(peaks) if HAS_GPU else None,
+    )

@@ -1,0 +1,95 @@
+"""The step as CUDA graphs: recorded once, then replayed by one call of the host, so that the GPU never waits for Python.
+
+There is a graph for the forward and backward of each task in each of the two input slots, and one for the update. All of them share one
+memory pool, for no two run at the same time: a run of many tasks needs the memory of its largest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from polyvit_fast.config import Plan
+from polyvit_fast.train.feed import NUM_SLOTS, Inputs, Slots
+from polyvit_fast.train.step import Step
+
+WARM_UPS = 3
+"""Runs before a recording, in which libraries choose algorithms, kernels are compiled and communicators are made."""
+
+_failed: list[torch.cuda.CUDAGraph] = []
+# Graphs recorded on one stream share cuBLAS's workspace (pytorch issue 193402): none is destroyed while another may run.
+
+
+class CaptureError(RuntimeError):
+    """A step that cannot be recorded; the message is the reason."""
+
+
+class Captured:
+    """A `Step` whose forward, backward and update are replayed from recordings. Raises CaptureError when one cannot be made.
+
+    Everything that the step reads must keep its place in memory: the inputs are those of `slots`.
+    """
+
+    def __init__(self, step: Step, slots: Slots, plan: Plan) -> None:
+        if step.config.recompute and step.config.model.dropout:
+            raise CaptureError("recompute = True with dropout reads the state of the random numbers, which a recording cannot")
+        self.step = step
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.graphs: dict[tuple[str, int, bool], torch.cuda.CUDAGraph] = {}
+        with step.rehearsal():
+            step.begin(plan[0], lr=0.0, step=0)
+            for name, last in recordings(plan, is_reduced=step.reducer is not None):
+                self._warm_up(lambda name=name, last=last: step.forward_backward(name, slots.inputs(name, 0), last))
+                for slot in range(NUM_SLOTS):
+                    run = lambda name=name, slot=slot, last=last: step.forward_backward(name, slots.inputs(name, slot), last)  # noqa: E731
+                    self.graphs[name, slot, last] = self._record(run, f"task {name}")
+            step.parameters.taint.fill_(torch.nan)  # an update that must not change a weight
+            self._warm_up(step.update)
+            self.update_graph = self._record(step.update, "the update")
+
+    def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
+        """As `Step.begin`."""
+        self.step.begin(names, lr, step)
+
+    def forward_backward(self, name: str, inputs: Inputs, last: bool = True) -> None:
+        """As `Step.forward_backward`, on the inputs of a slot."""
+        self.graphs[name, inputs.slot, last or self.step.reducer is None].replay()
+
+    def update(self) -> None:
+        """As `Step.update`."""
+        self.update_graph.replay()
+
+    def _warm_up(self, run: Callable[[], None]) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _record(self, run: Callable[[], None], what: str) -> torch.cuda.CUDAGraph:
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        try:
+            # Only this thread: others go on decoding, pinning and copying.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                run()
+        except Exception as error:
+            generator.graphsafe_set_state(before)  # else it would stay in the broken recording
+            _failed.extend([graph, *self.graphs.values()])
+            raise CaptureError(f"{what}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}") from error
+        return graph
+
+
+def recordings(plan: Plan, *, is_reduced: bool) -> list[tuple[str, bool]]:
+    """(task, whether it is the last of its step) of all that the plan needs; where nothing is reduced, all count as the last."""
+    return sorted({(name, not is_reduced or place == len(names)) for names in set(plan) for place, name in enumerate(names, 1)})
+
+
+def capture(step: Step, slots: Slots, plan: Plan, report: Callable[[str], None]) -> Step | Captured:
+    """The step captured, or as it is, after a report, when it cannot be."""
+    try:
+        return Captured(step, slots, plan)
+    except CaptureError as error:
+        report(f"the step cannot be recorded as a CUDA graph ({error}); it runs operation by operation, which may be slower")
+        return step

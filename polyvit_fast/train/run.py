@@ -1,0 +1,223 @@
+"""A run with all that it holds on to: opened fresh or from its newest checkpoint, and saved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from polyvit_fast.config import Plan, Train
+from polyvit_fast.data.stream import DataError, Loader
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train import checkpoint
+from polyvit_fast.train.clock import Clock, Span, TaskTime
+from polyvit_fast.train.distributed import PeerLost, World
+from polyvit_fast.train.log import Log, PeerLog
+from polyvit_fast.train.record import describe_run, resume_differences, to_json
+from polyvit_fast.train.schedule import count_steps
+from polyvit_fast.train.step import Reading, Step
+
+RNG_LAW = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row with a loss or gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What is to be logged after `step` steps, as soon as the device has come that far."""
+
+    step: int
+    lr: float
+    reading: Reading
+    spans: list[Span]
+
+
+@dataclass
+class Run:
+    """Everything that a run holds on to."""
+
+    config: Train
+    plan: Plan
+    world: World
+    step: Step
+    loaders: dict[str, Loader]
+    validation: dict[str, Loader]
+    log: Log | PeerLog
+    clock: Clock
+    done: int = 0
+    """Steps behind us."""
+    metrics_step: int = -1
+    """Steps that were behind us at the last evaluation."""
+    saved: int = -1
+    """Steps that were behind us at the last checkpoint."""
+    best_step: int | None = None
+    best_score: float = float("-inf")
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: deque[Interval] = field(default_factory=deque)
+    """Those that are not logged yet."""
+    interval_times: dict[str, TaskTime] = field(default_factory=dict)
+    """Of each task since the last log line."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that each task took in the whole run, waiting for its data included."""
+
+    def count_time(self, spans: list[Span]) -> None:
+        """Add minibatches that have ended on the device to the tasks' times."""
+        for name, time in self.clock.total(spans, self.config.tasks).items():
+            self.interval_times[name].seconds += time.seconds
+            self.interval_times[name].waited += time.waited
+            self.seconds[name] += time.seconds
+
+
+@contextmanager
+def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
+    """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used."""
+    if not config.out:
+        raise ValueError("out is empty: it must name the run folder")
+    with world.first_first():
+        try:
+            config.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
+    found = _newest_checkpoint(config, world)
+    _check_resume(config, found)
+    model = PolyViT.from_config(config).to(config.device).train()
+    step = Step(model, config, world)
+    first_step = found.step if found else 0
+    totals = dict(count_steps(plan))
+    if world.rank == 0:
+        describe_run(config.folder, experiment, argv, config)
+        log = Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step]))
+    else:
+        log = PeerLog(world.rank)
+    with log:
+        shares = f", {world.size} processes" if world.size > 1 else ""
+        log.message(
+            f"{experiment}: {_size(model)} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{shares}; "
+            f"run folder {config.folder}"
+        )
+        report = log.message if world.rank == 0 else partial(log.message, level="warning")
+        place = {"report": report, "rank": world.rank, "world_size": world.size}
+        with world.first_first():  # files that the demo makes, indexes of shards: one process makes them
+            loaders = {name: Loader(name, config, train=True, **place) for name in totals}
+            validation = {name: Loader(name, config, train=False, **place) for name in config.tasks}
+        times = {name: TaskTime() for name in config.tasks}
+        run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), interval_times=times)
+        run.seconds = dict.fromkeys(config.tasks, 0.0)
+        if found:
+            _restore(run, found)
+            log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
+        try:
+            yield run
+        except (DataError, NonFiniteError, PeerLost) as error:
+            if run.saved < run.done and not (config.sharded and isinstance(error, PeerLost)):  # the lost one's shards would be needed
+                with suppress(checkpoint.CheckpointError):  # the error at hand is the one to tell
+                    _write(run)
+            log.note(f"error: {error}")  # who catches it tells it on the terminal
+            raise
+
+
+def save(run: Run, *, must: bool = False) -> None:
+    """Save a checkpoint. When that fails, training goes on after a message, or with `must` CheckpointError is raised, in all processes."""
+    error = None
+    try:
+        _write(run)
+    except checkpoint.CheckpointError as failure:
+        error = failure
+    failed = run.world.agree(int(error is not None))
+    run.saved = -1 if failed else run.done
+    if failed and must:
+        raise error or checkpoint.CheckpointError(f"step {run.done}: the first process could not write the checkpoint")
+    if error:
+        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.save_every_steps} steps", "error")
+    run.clock.restart()
+
+
+def _write(run: Run) -> None:
+    """Write a checkpoint in the first process; the others give it their parts of what is sharded."""
+    step, done = run.step, run.done
+    run.count_time(_ended(run.clock.lap(), step))
+    tensors = {"model": step.parameters.tensors(), "optimizer": step.optimizer.tensors()}
+    average = step.optimizer.average_tensors()
+    if average is not None:
+        tensors["ema"] = average
+    if run.world.rank:
+        return
+    state = {
+        "step": done,
+        "counters": step.counters.tolist(),
+        "rng": {"seed": run.config.seed, "law": RNG_LAW},
+        "best_step": run.best_step,
+        "best_score": None if run.best_step is None else run.best_score,
+        "metrics": run.metrics,
+        "metrics_step": run.metrics_step,
+        "seconds": run.seconds,
+        "interval_times": {name: (time.seconds, time.waited) for name, time in run.interval_times.items()},
+        "samples": {name: loader.fingerprint() for name, loader in run.loaders.items()},
+    }
+    keep, config = run.config.keep, to_json(run.config)
+    checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
+
+
+def _ended(spans: list[Span], step: Step) -> list[Span]:
+    if step.device.type == "cuda":
+        torch.cuda.synchronize()
+    return spans
+
+
+def _newest_checkpoint(config: Train, world: World) -> checkpoint.Checkpoint | None:
+    """That of all processes. Raises ValueError where this one does not see the first one's."""
+    found = checkpoint.newest(config.folder)
+    step, first = found.step if found else None, world.from_first(found.step if found else None)
+    if world.agree(step != first):
+        raise ValueError(
+            f"process {world.rank} sees the checkpoint of step {step} in {config.folder}, the first process that of step {first}; "
+            "the run folder must be one that all of them share"
+        )
+    return found
+
+
+def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
+    if found is None:
+        if checkpoint.any_left(config.folder):
+            raise ValueError(f"{config.folder} holds checkpoints, but not a single whole one; move it away, or choose another --out")
+        return
+    if not config.resume:
+        raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
+    different = resume_differences(found.config, to_json(config))
+    if different:
+        raise ValueError(
+            f"{config.folder} holds a checkpoint of another configuration; it differs in: {'; '.join(different)}. "
+            "Choose another --out, or set these fields back to resume"
+        )
+
+
+def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
+    step = run.step
+    for name, loader in run.loaders.items():
+        before, now = found.state["samples"].get(name), loader.fingerprint()
+        if before != now:
+            raise ValueError(
+                f"task {name}: its training files are not those of {found.path} (names and labels: {before}; now {now}), so their order "
+                "would change. Put them back to resume, or choose another --out"
+            )
+    step.parameters.load(found.load_tensors("model"))
+    step.optimizer.load(found.load_tensors("optimizer"))
+    if run.config.optim.ema_decay:
+        step.optimizer.load_average(found.load_tensors("ema"))
+    step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
+    run.done, run.metrics, run.metrics_step = found.step, found.state["metrics"], found.state["metrics_step"]
+    run.saved = run.done
+    run.seconds.update(found.state["seconds"])
+    run.interval_times.update({name: TaskTime(*times) for name, times in found.state.get("interval_times", {}).items()})
+    if found.state["best_step"] is not None:
+        run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
+
+
+def _size(model: PolyViT) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"

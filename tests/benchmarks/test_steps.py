@@ -1,0 +1,148 @@
+"""Who takes part in a contest of whole steps, what is counted, and what becomes of one who trains another model."""
+
+import math
+from dataclasses import replace
+
+import bench_step
+import pytest
+import steps
+import torch
+import twins
+from cases import case_of, model_of
+from problem import OURS
+from steps import (
+    Contest,
+    StepTrack,
+    Trainer,
+    apart,
+    assert_equal_losses,
+    enter,
+    first_losses,
+    nominal_flops,
+    our_trainer,
+    peer_trainer,
+    run_of,
+)
+
+from polyvit_fast.data.audio import Audio
+from polyvit_fast.model.cost import forward_flops
+from polyvit_fast.model.polyvit import PolyViT
+
+
+def trainer(losses=(1.0, 0.9), flops=1.0):
+    left = iter(losses)
+    return Trainer(step=lambda: None, loss=lambda: next(left), flops=flops)
+
+
+def contest(ways, **changes):
+    return Contest(title="contest", amount=4, unit="images", ways=ways, **changes)
+
+
+def always():
+    return True
+
+
+def test_all_libraries_make_the_step_that_ours_makes():
+    case = case_of()
+    model = model_of(case)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = first_losses(our_trainer(case.config, model, captured=False))
+    assert ours[1] < ours[0]
+    for build in (twins.timm_vit, twins.hugging_face_vit):
+        losses = first_losses(peer_trainer(case, build, model, compiled=False, backend=None))
+        assert losses == pytest.approx(ours, rel=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_multi_label_task_is_trained_alike():
+    # So many tokens that the second class token of theirs has little weight.
+    case = case_of(Audio(clip_seconds=1.6, num_mel_bins=1024, channels=1), loss="sigmoid", multi_label=True, batch=2)
+    model = PolyViT.from_config(case.config)
+    ours = first_losses(our_trainer(case.config, model, captured=False))
+    assert_equal_losses(first_losses(peer_trainer(case, twins.hugging_face_ast, model, compiled=False, backend=None)), ours)
+
+
+def test_tasks_apart_have_the_weights_of_the_shared_model(monkeypatch):
+    monkeypatch.setattr(steps, "LR", 1e-12)  # else a task's step changes the weights for the next
+    case = case_of()
+    config = run_of(case.model, {"a": case.task, "b": replace(case.task, num_classes=3)})
+    model = PolyViT.from_config(config)
+    mixed, alone = our_trainer(config, model, captured=False), apart(config, model, captured=False)
+    assert mixed.flops == alone.flops
+    assert first_losses(mixed) == pytest.approx(first_losses(alone), rel=1e-5)
+    assert alone.peak_gib is None
+
+
+def test_who_trains_something_else_is_absent_for_that_reason():
+    def broken():
+        raise RuntimeError("no memory\nmore")
+
+    ways = {OURS: trainer, "same": trainer, "other": lambda: trainer((1.0, 0.97)), "nan": lambda: trainer((math.nan, 1.0))}
+    trainers, absent = enter(contest(ways | {"missing": "not installed", "broken": broken}), always)
+    assert list(trainers) == [OURS, "same"]
+    assert absent["other"] == "ValueError: its losses are 1 and 0.97, those of the first contender 1 and 0.9"
+    assert "nan" in absent["nan"]
+    assert (absent["missing"], absent["broken"]) == ("not installed", "RuntimeError: no memory")
+
+
+def test_losses_may_differ_where_the_contest_says_so_but_not_be_nan():
+    ways = {OURS: trainer, "other": lambda: trainer((5.0, 4.0)), "nan": lambda: trainer((math.nan, 1.0))}
+    assert list(enter(contest(ways, furthest=math.inf), always)[0]) == [OURS, "other"]
+
+
+def test_who_comes_too_late_is_absent():
+    times = iter([True, False])
+    trainers, absent = enter(contest({OURS: trainer, "late": trainer}), lambda: next(times))
+    assert (list(trainers), absent) == ([OURS], {"late": steps.NO_TIME})
+
+
+def test_a_contest_is_measured_once_and_keeps_no_model():
+    built = []
+
+    def build():
+        built.append(0)
+        return trainer(flops=2e9)
+
+    track = StepTrack(rounds=2, calls=3, seconds=60)
+    found = track.measured("contest", lambda: contest({OURS: build}, target_rate=5.0))
+    assert track.measured("contest", lambda: pytest.fail("again")) is found
+    assert len(built) == 1
+    assert found.contest.ways == {}
+    assert len(found.lanes[OURS].seconds) == 6
+    info = found.info(OURS)
+    assert info["tflops"] > 0
+    assert (info["kind"], info["amount"], info["target_rate"], info["peak_gib"]) == ("step", 4, 5.0, None)
+    assert StepTrack(rounds=1, calls=1, seconds=0).measured("contest", lambda: pytest.fail("too late")) is None
+
+
+def test_nominal_flops_are_those_that_torch_counts_in_another_library():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = case_of()
+    twin = twins.twin_of(twins.timm_vit, model_of(case), case.model, case.task, steps.batch_of(case.task)[0])
+    for module in twin.module.modules():
+        module.fused_attn = False  # torch's counter does not know the CPU's
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin.module(twin.pixels)
+    assert counter.get_total_flops() == case.task.batch * nominal_flops(case.model, case.task)
+    assert forward_flops(case.model, case.task.modality, 7) <= nominal_flops(case.model, case.task)
+
+
+COSTS = [("ViT-B", 35.1, 197), ("ViViT-B", 903, 3137), ("ViT-S", 9.2, 197), ("AST-B", 261, 1213), ("ViT-L", 123, 197), ("ViT-Ti", 2.5, 197)]
+
+
+@pytest.mark.parametrize(("name", "gflops", "tokens"), COSTS)
+def test_models_on_a_gpu_have_the_cost_that_targets_were_set_for(name, gflops, tokens):
+    rivals = next(rivals for rivals in bench_step.ON_A_GPU if rivals.title.startswith(name))
+    case = rivals.case()
+    assert case.task.modality.num_tokens == tokens
+    assert nominal_flops(case.model, case.task) / 1e9 == pytest.approx(gflops, rel=0.02)
+    assert set(rivals.contenders) <= bench_step.ways_of(case, None).keys()
+
+
+def test_nine_tasks_fill_one_model():
+    tasks = bench_step.nine_tasks()
+    assert len(tasks) == 9
+    assert {task.micro_batches for task in tasks.values()} == {1}
+    assert all(task.batch % 2 == 0 for task in tasks.values())
+    assert len({rivals.title for rivals in bench_step.ON_A_GPU}) == len(bench_step.ON_A_GPU)
