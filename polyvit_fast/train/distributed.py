@@ -31,6 +31,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Place among the processes of this machine: the number of its GPU."""
+    local_size: int = 1
+    """Processes on this machine, which share its cores."""
 
     def agree(self, status: int) -> int:
         """The largest of all processes' numbers; all call it. Never waits for a GPU. Raises PeerLost."""
@@ -128,7 +130,8 @@ def _place() -> World | None:
     if len(found) < len(TORCHRUN) or not all(value.isdecimal() for value in found.values()):
         told = ", ".join(f"{name}={value}" for name, value in found.items())
         raise ValueError(f"torchrun sets {', '.join(TORCHRUN)} to numbers, but here is only {told}; start with torchrun, or unset them")
-    return World(*(int(found[name]) for name in TORCHRUN))
+    rank, size, local_rank = (int(found[name]) for name in TORCHRUN)
+    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _own_gpu(world: World) -> torch.device:

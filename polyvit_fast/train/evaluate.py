@@ -24,12 +24,12 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def on_device(config: Train) -> Iterator[None]:
+def on_device(config: Train, world: World = ALONE) -> Iterator[None]:
     """Inside, PyTorch computes with the configuration's number of threads. Raises ValueError when its device is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or look at what nvidia-smi says")
     before = torch.get_num_threads()
-    torch.set_num_threads(config.compute_threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    torch.set_num_threads(config.compute_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size - 1))
     try:
         yield
     finally:
@@ -116,7 +116,7 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     found = find_checkpoint(folder, which)
     model = PolyViT.from_config(config)
     model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
-    with on_device(config), joined(config.device) as world:
+    with joined(config.device) as world, on_device(config, world):
         with world.first_first():
             loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
         shown = progress if world.rank == 0 else _unseen

@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.device import DeviceDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
 from polyvit_fast.train.capture import Captured, capture
 from polyvit_fast.train.distributed import joined
@@ -22,6 +23,7 @@ from polyvit_fast.train.run import Interval, NonFiniteError, Run, opened, save
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
 from polyvit_fast.train.step import Step, TaskCounters
 
+GIB = 1 << 30
 FAILED = 1000
 """What a process tells the others instead of a signal's number, all of which are smaller, when its data failed."""
 
@@ -59,7 +61,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     plan = make_plan(config)
     with (
         joined(config.device) as world,
-        on_device(config),
+        on_device(config, world),
         opened(config, plan, world, experiment, argv) as run,
         _stop_on_signals(run) as stop,
     ):
@@ -80,8 +82,17 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
         if run.metrics_step < run.done and not _all_stop(run, stop) and _evaluate(run, stop):
             _save(run, must=True)
         if run.step.device.type == "cuda":
-            run.log.message(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+            _tell_memory(run)
         return Outcome(run.done, stop.signal, run.metrics, _results(run), world.rank)
+
+
+def _tell_memory(run: Run) -> None:
+    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, DeviceDecoder)]
+    held = max((decoder.memory_bytes()[1] for decoder in decoders), default=0)
+    run.log.message(
+        f"peak GPU memory {torch.cuda.max_memory_reserved() / GIB:.1f} GiB by PyTorch; the decoder that needs the most takes "
+        f"{held / GIB:.1f} GiB"
+    )
 
 
 def _results(run: Run) -> list[Result]:

@@ -86,7 +86,7 @@ def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[
             raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
     found = _newest_checkpoint(config, world)
     _check_resume(config, found)
-    model = PolyViT.from_config(config).to(config.device).train()
+    model = PolyViT.from_config(config).train()
     step = Step(model, config, world)
     first_step = found.step if found else 0
     totals = dict(count_steps(plan))

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def shard(model: PolyViT, world: World, precision: Literal["fp32", "bf16"]) -> None:
-    """Spread the model's parameters over all processes; each block is whole only while it computes. Gradients travel in `precision`.
+def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precision: Literal["fp32", "bf16"]) -> None:
+    """Spread the model's parameters over all processes, on `device`; each block is whole only while it computes.
+
+    The model may still lie on the CPU: block by block it moves, so that no GPU ever holds all of it. Gradients travel in `precision`.
 
     Raises ValueError when there is one process only.
     """
@@ -33,7 +35,7 @@ def shard(model: PolyViT, world: World, precision: Literal["fp32", "bf16"]) -> N
         raise ValueError("sharded = True spreads the model over processes, but there is one; start several with torchrun, or leave it off")
     # What a block returns is a view, and nothing changes it in place, of which this warns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
+    mesh = init_device_mesh(device, (world.size,))
     # Not the matrix products' dtype: autocast sees to that, as without shards.
     policy = MixedPrecisionPolicy(reduce_dtype=DTYPES[precision])
     for module in (*(block for block in model.modules() if isinstance(block, Block)), model):
@@ -47,8 +49,8 @@ class ShardedParameters(Parameters):
     is_averaged = True
 
     @torch.no_grad()
-    def __init__(self, model: PolyViT, world: World, precision: Literal["fp32", "bf16"]) -> None:
-        shard(model, world, precision)
+    def __init__(self, model: PolyViT, world: World, device: Literal["cpu", "cuda"], precision: Literal["fp32", "bf16"]) -> None:
+        shard(model, world, device, precision)
         self.world = world
         self.shards = {name: cast("DTensor", parameter) for name, parameter in model.named_parameters()}
         self.shapes = {name: shard.shape for name, shard in self.shards.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from polyvit_fast.config import Task, Train
+from polyvit_fast.config import Train
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
 from polyvit_fast.train.distributed import World
@@ -64,14 +64,14 @@ class Step:
 
     def __init__(self, model: PolyViT, config: Train, world: World | None = None) -> None:
         self.model, self.config, self.world = model, config, world or World()
-        self.device = next(model.parameters()).device
         self.used = {name: parameters_of(model, name) for name in config.tasks}
         if config.sharded:
-            self.parameters, self.reducer = ShardedParameters(model, self.world, config.grad_reduce), None
+            self.parameters, self.reducer = ShardedParameters(model, self.world, config.device, config.grad_reduce), None
         else:
-            self.parameters = FlatParameters(model)
+            self.parameters = FlatParameters(model.to(config.device))
             self.reducer = Reducer(self.parameters, self.world, config.grad_reduce) if self.world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
+        self.device = self.parameters.taint.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}
         self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
@@ -98,7 +98,7 @@ class Step:
         row = self.counters[self.rows[name]]
         pieces = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
         for number, piece in enumerate(pieces, 1):
-            loss, right = self._loss(name, task, *piece, inputs.mixup_ratio)
+            loss, right = self._loss(name, piece, inputs.mixup_ratio)
             with torch.no_grad():
                 self.parameters.taint.add_(loss * 0)  # NaN unless the loss is finite: then nobody updates
                 row[0] += loss.nan_to_num(0.0, 0.0, 0.0) / task.micro_batches
@@ -108,7 +108,9 @@ class Step:
         row[2] += 1
         self.took_part[self.rows[name]] = True
 
-    def _loss(self, name: str, task: Task, grid: Tensor, labels: Tensor, partners: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, name: str, piece: tuple[Tensor, ...], ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a piece's (grid, labels, partners' labels), and the share of right answers."""
+        task, (grid, labels, partners) = self.config.tasks[name], piece
         # Without autocast's cache: what it keeps in a recorded graph would lie in the graph's memory.
         with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False):
             logits = self.model(grid, name, task.drop_path_rate, self.config.recompute)

@@ -170,18 +170,14 @@ def test_ranks_together_validate_every_sample_once_in_equally_many_batches(world
     assert all(torch.equal(ours.grid, theirs.grid) for ours, theirs in zip(in_order, alone, strict=False))
 
 
-@pytest.mark.parametrize(
-    ("changes", "world_size", "piece"),
-    [({"batch": 6}, 2, 3), ({"batch": 12, "micro_batches": 4}, 1, 3), ({"batch": 8, "micro_batches": 2}, 4, 1), ({"batch": 2}, 2, 1)],
-    ids=str,
-)
-def test_mixup_needs_pieces_of_whole_pairs(changes, world_size, piece):
-    with pytest.raises(ValueError, match=rf"tasks.t: mixup pairs neighbours, but {world_size} processes .* into pieces of {piece}; choose"):
-        Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.2, **changes)}), train=True, world_size=world_size)
-    Loader("t", tiny_config(tasks={"t": tile_task(**changes)}), train=True, world_size=world_size)  # without mixup anything goes
+@pytest.mark.parametrize(("batch", "world_size", "share"), [(6, 2, 3), (12, 4, 3), (2, 2, 1)])
+def test_mixup_needs_shares_of_whole_pairs(batch, world_size, share):
+    with pytest.raises(ValueError, match=rf"tasks.t: mixup pairs neighbours, but {world_size} processes .* into shares of {share}; choose"):
+        Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.2, batch=batch)}), train=True, world_size=world_size)
+    Loader("t", tiny_config(tasks={"t": tile_task(batch=batch)}), train=True, world_size=world_size)  # without mixup anything goes
 
 
-@pytest.mark.parametrize(("batch", "micro_batches", "world_size"), [(7, 1, 1), (8, 2, 2), (8, 1, 4), (4, 1, 2)])
+@pytest.mark.parametrize(("batch", "micro_batches", "world_size"), [(7, 1, 1), (6, 2, 1), (8, 2, 2), (8, 4, 2), (8, 1, 4), (4, 1, 2)])
 def test_mixup_of_a_whole_batch_or_of_whole_pairs(batch, micro_batches, world_size):
     task = tile_task(mixup=0.2, batch=batch, micro_batches=micro_batches)
     assert Loader("t", tiny_config(tasks={"t": task}), train=True, world_size=world_size).size == batch // world_size

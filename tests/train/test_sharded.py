@@ -53,7 +53,7 @@ def sharded(world: World) -> dict[str, dict[str, object]]:
 
 def sharded_in(world: World, precision: str) -> dict[str, object]:
     model = PolyViT.from_config(config())
-    parameters = ShardedParameters(model, world, precision)
+    parameters = ShardedParameters(model, world, "cpu", precision)
     optimizer = Optimizer(parameters, config().optim)
     found: dict[str, object] = {"elements": sum(len(piece.values) for piece in parameters.pieces)}
     found["done"] = train(model, parameters, optimizer, world, precision)
@@ -64,7 +64,7 @@ def sharded_in(world: World, precision: str) -> dict[str, object]:
     found["metrics"] = evaluate(model, config(), validation, lambda *_: None, world)
     saved = world.from_first(saved)
     fresh = PolyViT.from_config(replace(config(), seed=1))
-    parameters = ShardedParameters(fresh, world, precision)
+    parameters = ShardedParameters(fresh, world, "cpu", precision)
     optimizer = Optimizer(parameters, config().optim)
     parameters.load(saved["model"])
     optimizer.load(saved["optimizer"])
@@ -130,4 +130,4 @@ def test_shards_together_are_one_model(precision):
 
 def test_one_process_has_nothing_to_share():
     with pytest.raises(ValueError, match="sharded = True spreads the model over processes, but there is one"):
-        ShardedParameters(PolyViT.from_config(config()), World(), "fp32")
+        ShardedParameters(PolyViT.from_config(config()), World(), "cpu", "fp32")
