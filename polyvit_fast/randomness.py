@@ -26,4 +26,4 @@ def permutation(count: int, *parts: int | str) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return np.argsort(x, kind="stable")
+    return np.argsort(x)  # splitmix64 is one to one: there are no ties whose order could depend on the algorithm

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 _DECLARED: list[torch.library.Library] = []
+"""Kept, for an operator goes with its library."""
 
 
 def declare_operators() -> None:
@@ -22,7 +23,7 @@ def declare_operators() -> None:
     if apart.exists() and str(apart) not in sys.path:
         sys.path.append(str(apart))
     package = importlib.util.find_spec("torchvision")
-    if _DECLARED or package is None or _extension_loads(package):
+    if hasattr(torch.ops.torchvision, "nms") or package is None or _extension_loads(package):
         return
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
