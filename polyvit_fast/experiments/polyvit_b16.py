@@ -19,7 +19,7 @@ path and label, or path and labels (several separated by ;), where a label is a 
 | audioset | audioset/train.csv, audioset/val.csv | 527 | the balanced set: 20,361 and 18,589 clips |
 | vggsound | vggsound/train.csv, vggsound/val.csv | 309 | 172,427 and 14,448 clips |
 
-Cost, computed and not measured: 92,683,471 parameters (177,737,935 with 6 adaptor layers), 417,920 steps, 25.2 EFLOP. The micro-batches
+Cost, computed and not measured: 92,683,471 parameters (177,737,935 with 6 adaptor layers), 417,920 steps, 23.1 EFLOP. The micro-batches
 below are for a GPU of 24 GiB. `polyvit-fast plan polyvit_b16` tells more, also for other sizes.
 
 Result: none; we have not run it. The paper's abstract says that one such model has 8.3 times fewer parameters than nine single-task models

@@ -5,7 +5,7 @@ Command: polyvit-fast train vit_b16_imagenet --device cuda
 Files: data/imagenet/train/ and data/imagenet/val/, a folder per class, or where --tasks.imagenet.train.path and
 --tasks.imagenet.val.path say. The released code takes 99 % of ILSVRC 2012's training pictures and the other 1 %.
 
-Cost, computed and not measured: 86,859,496 parameters, 20,000 steps, 3.41 EFLOP.
+Cost, computed and not measured: 86,859,496 parameters, 20,000 steps, 3.13 EFLOP.
 
 Result: none; we have not run it. For scale: a ViT-B/16 of ImageNet-21K, fine-tuned at 384 pixels, has 84.53 % top-1 (README of
 google-research/vision_transformer). Here weights are random, because this version cannot read those; the rates are for fine-tuning.

@@ -6,7 +6,7 @@ ViViT's usual test, 4 clips in 3 crops each: --tasks.kinetics400.modality.eval-c
 Files: data/kinetics400/train.csv and data/kinetics400/val.csv, with the columns path and label (0 to 399; paths start beside the CSV),
 or where --tasks.kinetics400.train.path and --tasks.kinetics400.val.path say. The released code takes 214,834 and 17,637 clips.
 
-Cost, computed and not measured: 88,929,424 parameters, 100,680 steps (30 epochs), 7.05 EFLOP.
+Cost, computed and not measured: 88,929,424 parameters, 100,680 steps (30 epochs), 6.48 EFLOP.
 
 Result: none; we have not run it. For scale: ViViT-B/16x2, whose tubelets are half as long, has 79.9 % top-1 in 4 x 3 views (README of
 ViViT in google-research/scenic). It starts from a ViT-B/16 of ImageNet-21K; here weights are random, because this version cannot read

@@ -5,11 +5,14 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +39,9 @@ def started(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
     deadline, port = time.monotonic() + SECONDS, free_port()
     pipes = [_START.Pipe(duplex=False) for _ in range(size)]
     processes = [_START.Process(target=_work, args=(rank, size, port, pipes[rank][1], function, arguments)) for rank in range(size)]
-    for process in processes:
-        process.start()
+    with _own_path():
+        for process in processes:
+            process.start()
     try:
         answers = [_answer(rank, pipe, deadline) for rank, (pipe, _) in enumerate(pipes)]
     finally:
@@ -47,6 +51,17 @@ def started(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
     failed = [answer for good, answer in answers if not good]
     assert not failed, "\n".join(failed)
     return [answer for _, answer in answers]
+
+
+@contextmanager
+def _own_path() -> Iterator[None]:
+    """Inside, processes inherit a path without the folder that `torchvision_without_extension` adds: what it declares they do not have."""
+    path = sys.path[:]
+    sys.path[:] = [folder for folder in path if folder != str(Path(sys.prefix) / "foreign")]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
 
 
 def _answer(rank: int, pipe: Connection, deadline: float) -> tuple[bool, Any]:
