@@ -7,6 +7,9 @@ memory pool, for no two run at the same time: a run of many tasks needs the memo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import product
 
 import torch
 
@@ -17,8 +20,8 @@ from polyvit_fast.train.step import Step
 WARM_UPS = 3
 """Runs before a recording, in which libraries choose algorithms, kernels are compiled and communicators are made."""
 
-_failed: list[torch.cuda.CUDAGraph] = []
-# Graphs recorded on one stream share cuBLAS's workspace (pytorch issue 193402): none is destroyed while another may run.
+_broken: list[torch.cuda.CUDAGraph] = []
+"""Recordings that failed: the allocator still asks them which stream was theirs."""
 
 
 class CaptureError(RuntimeError):
@@ -37,15 +40,16 @@ class Captured:
         self.step = step
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: dict[tuple[str, int, bool], torch.cuda.CUDAGraph] = {}
+        # All warm-ups first, with ordinary memory, which the first recording gives back; the largest first, into whose memory others fit.
+        kinds = sorted(recordings(plan, is_reduced=step.reducer is not None), key=self._num_tokens, reverse=True)
         with step.rehearsal():
             step.begin(plan[0], lr=0.0, step=0)
-            for name, last in recordings(plan, is_reduced=step.reducer is not None):
-                self._warm_up(lambda name=name, last=last: step.forward_backward(name, slots.inputs(name, 0), last))
-                for slot in range(NUM_SLOTS):
-                    run = lambda name=name, slot=slot, last=last: step.forward_backward(name, slots.inputs(name, slot), last)  # noqa: E731
-                    self.graphs[name, slot, last] = self._record(run, f"task {name}")
-            step.parameters.taint.fill_(torch.nan)  # an update that must not change a weight
-            self._warm_up(step.update)
+            for name, last in kinds:
+                self._warm_up(partial(step.forward_backward, name, slots.inputs(name, 0), last))
+            self._warm_up(step.refuse)
+            for (name, last), slot in product(kinds, range(NUM_SLOTS)):
+                run = partial(step.forward_backward, name, slots.inputs(name, slot), last)
+                self.graphs[name, slot, last] = self._record(run, f"task {name}")
             self.update_graph = self._record(step.update, "the update")
 
     def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
@@ -60,6 +64,10 @@ class Captured:
         """As `Step.update`."""
         self.update_graph.replay()
 
+    def _num_tokens(self, kind: tuple[str, bool]) -> int:
+        task = self.step.config.tasks[kind[0]]
+        return task.batch // task.micro_batches * task.modality.num_tokens
+
     def _warm_up(self, run: Callable[[], None]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -71,14 +79,28 @@ class Captured:
         graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
         try:
-            # Only this thread: others go on decoding, pinning and copying.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            # The outer stream, for the inner context does not come back to it when the recording fails. Only this thread is recorded:
+            # others go on decoding, pinning and copying.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 run()
         except Exception as error:
+            _broken.append(graph)
             generator.graphsafe_set_state(before)  # else it would stay in the broken recording
-            _failed.extend([graph, *self.graphs.values()])
-            raise CaptureError(f"{what}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}") from error
+            with suppress(RuntimeError):  # until torch 2.13 the allocator would stay in it too (pytorch pull request 180395)
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            torch.cuda.synchronize()
+            raise CaptureError(f"{what}: {_cause(error)}") from error
         return graph
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first: what follows it only says that the recording has failed before."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def recordings(plan: Plan, *, is_reduced: bool) -> list[tuple[str, bool]]:
@@ -88,8 +110,13 @@ def recordings(plan: Plan, *, is_reduced: bool) -> list[tuple[str, bool]]:
 
 def capture(step: Step, slots: Slots, plan: Plan, report: Callable[[str], None]) -> Step | Captured:
     """The step captured, or as it is, after a report, when it cannot be."""
+    captured, reason = None, "another process of the run cannot"
     try:
-        return Captured(step, slots, plan)
+        captured = Captured(step, slots, plan)
     except CaptureError as error:
-        report(f"the step cannot be recorded as a CUDA graph ({error}); it runs operation by operation, which may be slower")
+        reason = str(error)
+    if step.world.agree(int(captured is None)):  # all processes or none: recorded sums meet no others
+        report(f"the step cannot be recorded as a CUDA graph ({reason}); it runs operation by operation, which may be slower")
         return step
+    assert captured
+    return captured

@@ -105,6 +105,7 @@ def feed(batches: Iterable[tuple[str, Batch]], slots: Slots) -> Iterator[tuple[s
     The host is at most `NUM_SLOTS` minibatches ahead of the GPU.
     """
     copies = torch.cuda.Stream(slots.device)
+    copies.wait_stream(torch.cuda.current_stream())  # which zeroes the slots
     full, free = ([torch.cuda.Event(blocking=True) for _ in range(NUM_SLOTS)] for _ in range(2))
     for count, (name, batch) in enumerate(batches):
         slot = count % NUM_SLOTS

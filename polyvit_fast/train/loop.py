@@ -66,6 +66,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
         _stop_on_signals(run) as stop,
     ):
         step, arrivals = _prepared(run, stop)
+        run.clock.restart()
         while run.done < len(plan):
             try:
                 _one_step(run, step, arrivals, stop)
@@ -83,6 +84,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
             _save(run, must=True)
         if run.step.device.type == "cuda":
             _tell_memory(run)
+        del step, arrivals  # recordings that processes share must be gone before their transport is: NCCL waits for that
         return Outcome(run.done, stop.signal, run.metrics, _results(run), world.rank)
 
 
@@ -114,7 +116,7 @@ def _prepared(run: Run, stop: Stop) -> tuple[Step | Captured, Iterator[tuple[str
     steps = step
     if config.capture and not config.sharded and run.done < len(run.plan):
         run.log.message("recording the steps as CUDA graphs")
-        steps = capture(step, slots, run.plan, lambda text: run.log.message(text, "warning"))
+        steps = capture(step, slots, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
     return steps, feed(prefetch(pinned(jobs), **ahead), slots)
 
 
@@ -165,8 +167,8 @@ def _begin_interval(run: Run) -> None:
 
 
 def _log_intervals(run: Run, *, wait: bool) -> None:
-    """Log what the device has finished; with `wait`, all."""
-    while run.intervals and (wait or run.intervals[0].reading.is_there()):
+    """Log what the devices of all processes have finished; with `wait`, all."""
+    while run.intervals and (wait or not run.world.agree(int(not run.intervals[0].reading.is_there()))):
         interval = run.intervals.popleft()
         counters = interval.reading.counters()
         run.count_time(interval.spans)

@@ -117,10 +117,6 @@ class FlatParameters(Parameters):
         stretches = ((slice(0, self.decayed), True), (slice(self.decayed, None), False))
         self.pieces = [Piece(self.values[where], self.grads[where], decays) for where, decays in stretches]
 
-    def named(self, buffer: Tensor) -> dict[str, Tensor]:
-        """A flat buffer as a tensor per parameter."""
-        return {slot.name: slot.view(buffer) for slot in self.slots}
-
     def norm(self) -> Tensor:
         """Of the whole gradient, which processes have summed before, `taint` included."""
         return torch.linalg.vector_norm(self.grads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ from polyvit_fast.train.schedule import count_steps
 from polyvit_fast.train.step import Reading, Step
 
 RNG_LAW = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
+
+
+STUCK_SECONDS = 30.0
 
 
 class NonFiniteError(RuntimeError):
@@ -68,10 +72,10 @@ class Run:
 
     def count_time(self, spans: list[Span]) -> None:
         """Add minibatches that have ended on the device to the tasks' times."""
-        for name, time in self.clock.total(spans, self.config.tasks).items():
-            self.interval_times[name].seconds += time.seconds
-            self.interval_times[name].waited += time.waited
-            self.seconds[name] += time.seconds
+        for name, taken in self.clock.total(spans, self.config.tasks).items():
+            self.interval_times[name].seconds += taken.seconds
+            self.interval_times[name].waited += taken.waited
+            self.seconds[name] += taken.seconds
 
 
 @contextmanager
@@ -114,12 +118,30 @@ def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[
             log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
         try:
             yield run
-        except (DataError, NonFiniteError, PeerLost) as error:
-            if run.saved < run.done and not (config.sharded and isinstance(error, PeerLost)):  # the lost one's shards would be needed
+        except (DataError, NonFiniteError, PeerLost, torch.OutOfMemoryError) as error:
+            # Where a process is lost, its shards are needed, or sums that wait for it may hold the GPU.
+            lost = isinstance(error, PeerLost) and (config.sharded or _is_stuck(step))
+            if run.saved < run.done and not lost:
                 with suppress(checkpoint.CheckpointError):  # the error at hand is the one to tell
                     _write(run)
             log.note(f"error: {error}")  # who catches it tells it on the terminal
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = str(error).partition(". ")[0]
+                raise ValueError(
+                    f"the GPU's memory is too small ({reason}): give the largest task more micro_batches, or set --recompute; "
+                    "`polyvit-fast plan` estimates what fits"
+                ) from error
             raise
+
+
+def _is_stuck(step: Step) -> bool:
+    """Whether the GPU does not come to the end of its work in a while, as when it waits for a process that is gone."""
+    deadline = time.monotonic() + STUCK_SECONDS
+    while step.device.type == "cuda" and not torch.cuda.current_stream().query():
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def save(run: Run, *, must: bool = False) -> None:
@@ -157,7 +179,7 @@ def _write(run: Run) -> None:
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
-        "interval_times": {name: (time.seconds, time.waited) for name, time in run.interval_times.items()},
+        "interval_times": {name: (taken.seconds, taken.waited) for name, taken in run.interval_times.items()},
         "samples": {name: loader.fingerprint() for name, loader in run.loaders.items()},
     }
     keep, config = run.config.keep, to_json(run.config)

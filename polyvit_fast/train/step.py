@@ -91,7 +91,7 @@ class Step:
         `last`: nothing is added to it after this in this step, so that the processes may sum theirs.
         """
         task, grid, labels = self.config.tasks[name], inputs.grid, inputs.labels
-        partners = neighbours(labels)
+        partners = neighbours(labels) if task.mixup else labels
         if task.mixup:
             # lerp in the grid's own units: the tokenizer normalises afterwards, and both are linear.
             grid = grid.float().lerp(neighbours(grid).float(), 1 - inputs.mixup_ratio)
@@ -135,6 +135,11 @@ class Step:
         last.copy_(torch.where(skipped, self.number, last))
         self.took_part.zero_()
 
+    def refuse(self) -> None:
+        """An update that changes nothing but the counters: its gradient is not finite."""
+        self.parameters.taint.fill_(torch.nan)
+        self.update()
+
     def read_counters(self) -> Reading:
         """Send the counters of every task to the host, means over all processes; sums of the interval start again."""
         values = self.counters.clone()
@@ -146,7 +151,7 @@ class Step:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Inside, steps may be tried out: afterwards weights, optimizer and counters are as before, and the gradient is zero."""
+        """Inside, forwards, backwards and refused updates may be tried out: afterwards the counters are as before, the gradient is zero."""
         counters = self.counters.clone()
         try:
             yield

@@ -1,5 +1,6 @@
 import gc
 import itertools
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -205,7 +206,10 @@ def nccl():
         "cpu:gloo,cuda:nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=torch.device("cuda", 0)
     )
     yield
-    gc.collect()  # NCCL waits for the graphs that use it
+    # NCCL waits for the graphs that use it, which a failed test's traceback would keep.
+    for name in ("last_traceback", "last_value", "last_exc", "last_type"):
+        vars(sys).pop(name, None)
+    gc.collect()
     dist.destroy_process_group()
 
 
