@@ -125,6 +125,8 @@ def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[
                 with suppress(checkpoint.CheckpointError):  # the error at hand is the one to tell
                     _write(run)
             log.note(f"error: {error}")  # who catches it tells it on the terminal
+            if isinstance(error, PeerLost):
+                raise PeerLost(f"{_place(run)}: {error}. The same command goes on from the newest checkpoint") from error
             if isinstance(error, torch.OutOfMemoryError):
                 reason = str(error).partition(". ")[0]
                 raise ValueError(
@@ -132,6 +134,11 @@ def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[
                     "`polyvit-fast plan` estimates what fits"
                 ) from error
             raise
+
+
+def _place(run: Run) -> str:
+    tasks = ", ".join(run.plan[run.done]) if run.done < len(run.plan) else "none left"
+    return f"process {run.world.rank}, step {run.done} (task {tasks})"
 
 
 def _is_stuck(step: Step) -> bool:
