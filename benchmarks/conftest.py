@@ -108,7 +108,7 @@ def report_step(benchmark, play, step_track) -> Callable[..., None]:
     """The same of a whole training step."""
 
     def run(rivals, contender):
-        found = step_track.measured(rivals.title, rivals.contest)
+        found = step_track.measured(rivals.title, rivals.contest, rivals.contenders)
         _fail_or_skip(benchmark, found, contender, "is not there")
         play(rivals.title, found.info(contender), found.lanes[contender].seconds)
 

@@ -5,12 +5,13 @@
     python benchmarks/gpu.py --out DIR --minutes 5 --skip-tuning
     python benchmarks/gpu.py --out DIR --small            every part on the CPU's path, to see that it works
 
-torch, triton, jaxtyping, einops, safetensors, pytest, pytest-benchmark and this checkout are all that kernels need; whole steps need tyro
-too, the training loop rich, tensorboard and torchmetrics. Nothing need be installed: a part that lacks a package is left out and says so.
-A part that fails or has used up its time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time
-of every call), profile.txt (the kernels of a step), tuning.json, tile_table.py (with the rows that tuning chose, as in the checkout) and
-log.txt. Tuning rewrites the checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all
-parts ended well or were left out, 1 when one did not, 2 without a GPU.
+Needed are torch, triton, jaxtyping, einops, safetensors, pytest and pytest-benchmark, with which the kernels' parts run; whole steps and
+the other tests need numpy, Pillow and tyro too; the training loop rich, tensorboard and torchmetrics; tests of data nvidia-dali, av,
+soundfile and hypothesis. This checkout itself need not be installed. A part that lacks a package is left out and says so, one that fails or
+has used up its time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time of every call),
+profile.txt (the kernels of a step), tuning.json, tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Tuning
+rewrites the checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all parts ended well
+or were left out, 1 when one did not, 2 without a GPU or one of the seven packages that are needed.
 """
 
 import json
@@ -23,8 +24,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
+
+# Before anything that imports them: a sentence tells more than the traceback of the first that is not there.
+if lacking := [
+    name for name in ("torch", "triton", "jaxtyping", "einops", "safetensors", "pytest", "pytest_benchmark") if not find_spec(name)
+]:
+    print(f"these packages are needed and not installed: {', '.join(lacking)}", file=sys.stderr)
+    sys.exit(2)
 
 import card
 from tables import Measurement, sections
@@ -33,20 +42,25 @@ from tune import NOBODY_HERE, RESULTS, TABLE_PATH
 from polyvit_kernels import commands
 
 FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
-KERNEL_BENCHES = {"attention": 35, "mlp": 35, "layer_norm": 15, "update": 12, "patch_embed": 12, "cross_entropy": 12}
-BENCHES = KERNEL_BENCHES | {"step": 190, "train": 35, "schedule": 12}
-"""Files bench_<name>.py, and their shares of the time: guesses, until a card has run them."""
-TESTS_SHARE, ROOM_SHARE, TUNING_SHARE, PROFILE_SHARE = 75, 15, 45, 15
+KERNEL_BENCHES = {"attention": 35, "mlp": 35, "layer_norm": 25, "update": 25, "patch_embed": 25, "cross_entropy": 25}
+BENCHES = KERNEL_BENCHES | {"step": 110, "train": 35}
+"""Files bench_<name>.py that a GPU is needed for, and their shares of the time, each well beyond what imports take."""
+TESTS_SHARE, ROOM_SHARE, TUNING_SHARE, PROFILE_SHARE = 75, 30, 45, 15
 ROOMS = ("model", "train", "data")
 """Folders of tests beside that of the kernels; of these, what is marked for a GPU is run."""
-WHOLE = ("tyro", "jaxtyping")
-NEEDS = {"step": WHOLE, "schedule": WHOLE, "train": (*WHOLE, "rich", "tensorboard", "torchmetrics")}
+WHOLE = ("numpy", "PIL", "tyro")
+NEEDS = {
+    "step": WHOLE,
+    "train": (*WHOLE, "rich", "tensorboard", "torchmetrics"),
+    "data": (*WHOLE, "nvidia.dali", "av", "soundfile", "hypothesis"),
+}
+"""Packages, of benchmarks and of rooms."""
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
 WORKERS = 16
 LAST_SECONDS = 5  # for the table
 GRACE_SECONDS = 10  # between a request to end and the end
 LONGEST_STEP = 20  # seconds that a part may take after it was told to begin nothing new
-LONGEST_CONTEST = 40  # the same of whole steps, whose contenders compile
+LONGEST_CONTEST = 90  # the same of whole steps, whose contenders compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +111,13 @@ def _script(name: str) -> str:
 
 
 def _kernel_tests(is_small: bool) -> tuple[str, ...]:
-    """Without `tests/conftest.py`, which needs all that training needs, and without run-time type checks."""
+    """Without `tests/conftest.py`, which needs all that training needs, and without run-time type checks; first what only a GPU shows."""
     folder = card.ROOT / "tests" / "kernels"
     if is_small:
         return (*_tests(folder), str(folder / "test_rows.py"))
     workers = ("-n", str(min(WORKERS, len(os.sched_getaffinity(0))))) if card.is_installed("xdist") else ()
-    return (*_tests(folder), *workers, str(folder), *(f"--ignore={folder / f'test_{name}.py'}" for name in NEED_NO_GPU))
+    first, others = folder / "test_gpu.py", {folder / f"test_{name}.py" for name in NEED_NO_GPU}
+    return (*_tests(folder), *workers, str(first), *map(str, sorted({*folder.glob("test_*.py")} - others - {first})))
 
 
 def _room_tests() -> Iterator[Part]:
@@ -176,7 +191,7 @@ def run(part: Part, seconds: float, log: TextIO, variables: dict[str, str]) -> E
         is_late = True
     finally:
         _end(process)
-    with open(log.name) as file:
+    with open(log.name, encoding="utf-8", errors="replace") as file:
         file.seek(place)
         words = last_words(file.read())
     taken = time.monotonic() - start
@@ -214,23 +229,31 @@ def measurements(document: dict[str, Any]) -> Iterator[Measurement]:
 
 
 def gather(out: Path) -> dict[str, Any]:
-    """All parts' benchmarks in one document, in `benchmarks.json`."""
+    """All parts' benchmarks in one document, in `benchmarks.json`, without what was cut short when a part was killed."""
     merged: dict[str, Any] = {"benchmarks": []}
     for name in (*BENCHES, "kernels", "whole"):
         path = _json(out, name)
-        if path.exists() and path.stat().st_size:
-            found = json.loads(path.read_text())
-            merged = {**found, "benchmarks": [*merged["benchmarks"], *found["benchmarks"]]}
+        found = _read(path)
         path.unlink(missing_ok=True)
+        if found:
+            merged = {**found, "benchmarks": [*merged["benchmarks"], *found["benchmarks"]]}
     (out / "benchmarks.json").write_text(json.dumps(merged, indent=1) + "\n")
     return merged
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def tuning_lines(path: Path, began: float) -> list[str]:
     """A line for each case that got other blocks in this run."""
     if not path.exists() or path.stat().st_mtime < began:
         return []
-    cases = json.loads(path.read_text())["cases"]
+    cases = _read(path).get("cases", [])
     changed = [case for case in cases if case["new"] and case["new"] != case["old"]]
     told = [f"{case['op']} {'×'.join(map(str, case['size']))}: {case['old']} {_us(case['old_us'])}" for case in changed]
     return [f"{words} → {case['new']} {_us(case['new_us'])}" for words, case in zip(told, changed, strict=True)]
@@ -276,7 +299,7 @@ def main() -> int:
     if not card.HAS_GPU and not args.small:
         print("there is no CUDA GPU here (--small runs every part on the CPU's path)", file=sys.stderr)
         return NOBODY_HERE
-    began, end = time.time(), time.monotonic() + 60 * args.minutes - LAST_SECONDS
+    began, end = time.time(), time.monotonic() + 60 * args.minutes - LAST_SECONDS - GRACE_SECONDS
     out = args.out.resolve()
     commands.make_folder(parser, "--out", args.out)
     todo = parts(out, tuning=not args.skip_tuning, is_small=args.small, only=args.only)
@@ -284,9 +307,9 @@ def main() -> int:
         names = ", ".join(part.name for part in parts(out, tuning=True, is_small=args.small))
         parser.error(f"--only: no part is called so; there are: {names}")
     ended = []
-    with (out / "log.txt").open("w") as log:
+    with (out / "log.txt").open("w", encoding="utf-8") as log:
         for index, part in enumerate(todo):
-            seconds = limit(end - time.monotonic(), [other.weight for other in todo[index:]]) - GRACE_SECONDS
+            seconds = limit(end - time.monotonic(), [other.weight for other in todo[index:]])
             ended.append(run(part, max(seconds, 1.0), log, variables(args.small)))
             print(f"{part.name}: {ended[-1].seconds:.0f} s, {ended[-1].words}", flush=True)
     results = RESULTS / card.folder_name() / "tuning.json"
@@ -295,7 +318,7 @@ def main() -> int:
         if path.exists():
             shutil.copy(path, out)
     text = summary(ended, changes, gather(out))
-    (out / "summary.txt").write_text(text)
+    (out / "summary.txt").write_text(text, encoding="utf-8")
     print(f"\n{text}", end="")
     return 0 if all(part.is_well for part in ended) else 1
 

@@ -27,12 +27,17 @@ class Lane:
     spin: int = 1 << 19
 
 
-def race(lanes: Sequence[Lane], watch: Watch, rounds: int, calls: int) -> None:
-    """`calls` timed calls of every lane in each round, a round beginning with another lane. A lane that raises leaves the race."""
+def race(lanes: Sequence[Lane], watch: Watch, rounds: int, calls: int, has_time: Callable[[], bool] = lambda: True) -> None:
+    """`calls` timed calls of every lane in each round, a round beginning with another lane. A lane that raises leaves the race.
+
+    The first round is run in any case, another only while `has_time`.
+    """
     for lane in lanes:
         _attempt(lane, lambda lane=lane: [lane.run() for _ in range(WARM_UP_CALLS)])
     for turn in range(rounds):
-        first = turn % len(lanes)
+        if turn and not has_time():
+            break
+        first = turn % max(len(lanes), 1)
         for lane in (*lanes[first:], *lanes[:first]):
             if not lane.error:
                 _attempt(lane, lambda lane=lane: lane.seconds.extend(watch(lane, calls)))

@@ -86,6 +86,7 @@ class Measured:
             "unit": contest.unit,
             "tflops": rate / 1e12,
             "mfu": peak and rate / peak,
+            "host_share": facts["host_seconds"] and facts["host_seconds"] / seconds,  # pyright: ignore[reportOperatorIssue]
             **facts,
             **targets,
             "absent": self.absent,
@@ -104,33 +105,52 @@ class StepTrack:
         self._watch: Watch = time_steps_on_card if HAS_GPU else time_on_cpu
         self._measured: dict[str, Measured | None] = {}
 
-    def measured(self, title: str, contest_of: Callable[[], Contest]) -> Measured | None:
-        """Measured now or before; None when the time was over before its turn."""
+    def measured(self, title: str, contest_of: Callable[[], Contest], contenders: Sequence[str]) -> Measured | None:
+        """Measured now or before; None when the time was over before its turn. All `contenders` are absent where it cannot be built."""
         if title not in self._measured:
-            self._measured[title] = self._measure(contest_of) if self._has_time() else None
+            self._measured[title] = self._measure(title, contest_of, contenders) if self._has_time() else None
         return self._measured[title]
 
     def _has_time(self) -> bool:
         return time.monotonic() < self._end
 
-    def _measure(self, contest_of: Callable[[], Contest]) -> Measured:
+    def _measure(self, title: str, contest_of: Callable[[], Contest], contenders: Sequence[str]) -> Measured:
         forget()
         with warnings.catch_warnings():
             # Peers may warn of what they like.
             warnings.simplefilter("ignore")
-            return self._raced(contest_of())
+            try:
+                contest = contest_of()
+            except Exception as error:
+                nothing = Contest(title=title, amount=0, unit="", ways={})
+                return Measured(contest=nothing, lanes={}, facts={}, absent=dict.fromkeys(contenders, told(error)))
+            return self._raced(contest)
 
     def _raced(self, contest: Contest) -> Measured:
         trainers, absent = enter(contest, self._has_time)
         lanes = {name: Lane(name=name, run=trainer.step) for name, trainer in trainers.items()}
-        race(list(lanes.values()), self._watch, self._rounds, self._calls)
+        race(list(lanes.values()), self._watch, self._rounds, self._calls, self._has_time)
         clocks = card.clocks() if HAS_GPU else {}
         absent |= {name: lane.error for name, lane in lanes.items() if lane.error}
         facts = {name: {"flops": one.flops, "peak_gib": one.peak_gib, "note": one.note} for name, one in trainers.items()}
+        for name, lane in lanes.items():
+            facts[name]["host_seconds"] = seconds_on_host(lane.run) if HAS_GPU and not lane.error else None
         for lane in lanes.values():
             lane.run = _nothing
         finished = {name: lane for name, lane in lanes.items() if name not in absent}
         return Measured(contest=replace(contest, ways={}), lanes=finished, facts=facts, absent=absent, clocks=clocks)
+
+
+def seconds_on_host(run: Callable[[], object]) -> float:
+    """How long Python needs to queue a step on a card that has nothing else to do."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return median(times)
 
 
 def _nothing() -> None:
@@ -154,6 +174,7 @@ def enter(contest: Contest, has_time: Callable[[], bool]) -> tuple[dict[str, Tra
             assert_equal_losses(losses, expected, contest.furthest)
         except Exception as error:
             absent[name] = told(error)
+            trainer = None  # its memory is for the next
             continue
         trainer.peak_gib = footprint.gib if trainer.peak_gib is None else trainer.peak_gib
         trainers[name] = trainer
@@ -296,15 +317,21 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool, compiled: bool
     return Trainer(step=run, loss=loss, flops=flops)
 
 
-def peer_trainer(case: Case, build: Build, ours: PolyViT, *, compiled: bool, backend: SDPBackend | None) -> Trainer:
-    """Another library's model with our weights, torch's fused AdamW, SDPA's backend pinned."""
+def peer_trainer(case: Case, build: Build, ours: PolyViT, *, compiled: bool, backend: SDPBackend | None, recorded: bool = False) -> Trainer:
+    """Another library's model with our weights, torch's fused AdamW, SDPA's backend pinned.
+
+    With `recorded`, what is compiled is replayed from CUDA graphs, as ours is.
+    """
     grid, labels = batch_of(case.task)
     twin = twin_of(build, ours, case.model, case.task, grid)
-    call = torch.compile(twin.module, dynamic=False) if compiled else twin.module
+    mode = "reduce-overhead" if recorded else None
+    call = torch.compile(twin.module, dynamic=False, mode=mode) if compiled else twin.module
     optimizer = torch.optim.AdamW(twin.module.parameters(), lr=LR, weight_decay=0.0, fused=True)
     last = torch.zeros((), device=DEVICE)
 
     def run() -> None:
+        if recorded:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any more
         with nullcontext() if backend is None else sdpa_kernel(backend):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU):

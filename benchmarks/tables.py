@@ -1,11 +1,12 @@
 """Measurements as lines of text: for the end of `pytest benchmarks`, and for that of `gpu.py`."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from problem import OURS
+from race import told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,27 @@ class Measurement:
 
 
 def sections(measurements: Sequence[Measurement]) -> list[tuple[str, list[str]]]:
-    """(title, lines) of the tables that there is something for."""
+    """(title, lines) of the tables that there is something for; a row that no line can be made of is named at the end of its table."""
     steps = [row for row in measurements if row.info.get("kind") == "step"]
     kernels = [row for row in measurements if "absent" in row.info and row not in steps]
     rates = [row for row in measurements if "absent" not in row.info]
     tables = {
-        "rates (median)": rate_lines(rates),
-        "kernels (median)": kernel_lines(kernels),
-        "training steps (median)": step_lines(steps),
+        "rates (median)": _guarded(rate_lines, rates),
+        "kernels (median)": _guarded(kernel_lines, kernels),
+        "training steps (median)": _guarded(step_lines, steps),
     }
     return [(title, lines) for title, lines in tables.items() if lines]
+
+
+def _guarded(lines_of: Callable[[list[Measurement]], list[str]], rows: list[Measurement]) -> list[str]:
+    whole, left_out = [], []
+    for row in rows:
+        try:
+            lines_of([row])
+            whole.append(row)
+        except (KeyError, TypeError) as error:
+            left_out.append(f"left out, {told(error)}: {row.group}, {row.info.get('contender')}")
+    return lines_of(whole) + left_out
 
 
 def rate_lines(measurements: Iterable[Measurement]) -> list[str]:
@@ -63,7 +75,7 @@ def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
 def step_lines(measurements: Sequence[Measurement]) -> list[str]:
     """A line for each contender, of each group ours first and then the others from fast to slow, and the absent ones.
 
-    It has units a second, how many times as fast ours is, MFU, memory; that of ours has the verdict on its targets.
+    It has units a second, how many times as fast ours is, MFU, memory, the share of a step that Python takes to queue it; that of ours has the verdict on its targets.
     """
     lines = []
     groups = _by_group(measurements)
@@ -75,7 +87,9 @@ def step_lines(measurements: Sequence[Measurement]) -> list[str]:
             ratio = "" if ours is None or row is ours else f"ours / it = {row.median / ours.median:.2f}"
             mfu = "" if row.info["mfu"] is None else f"MFU {row.info['mfu']:.1%}"
             memory = "" if row.info["peak_gib"] is None else f"{row.info['peak_gib']:.1f} GiB"
-            words = filter(None, (ratio, mfu, memory, row.info["note"], _step_verdict(row, rows) if row is ours else ""))
+            share = row.info.get("host_share")
+            host = "" if share is None else f"host {share:.1%}"
+            words = filter(None, (ratio, mfu, memory, host, row.info["note"], _step_verdict(row, rows) if row is ours else ""))
             lines.append(f"{group:{width}} {row.contender:22} {rate:9.1f} {row.info['unit']}/s  {', '.join(words)}".rstrip())
     return lines + _absent_lines(groups)
 

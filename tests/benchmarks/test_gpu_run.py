@@ -37,9 +37,20 @@ def test_parts_are_tests_tuning_a_process_for_each_benchmark_and_a_profile(tmp_p
     assert sum(part.weight for part in found) <= 9 * 60
     assert [part.name for part in gpu.parts(tmp_path, tuning=False, is_small=False)] == [name for name in names if name != "tuning"]
     for part in found:
-        paths = [Path(word.removeprefix("--ignore=")) for word in part.command if word.endswith(".py") or "/tests/kernels" in word]
+        paths = [Path(word) for word in part.command if word.endswith(".py")]
         assert paths
-        assert all(path.exists() for path in paths if not str(path).startswith("--"))
+        assert all(path.exists() for path in paths)
+
+
+def test_tests_of_kernels_begin_with_what_only_a_gpu_can_show(tmp_path):
+    [part] = gpu.parts(tmp_path, tuning=False, is_small=False, only=["kernels"])
+    folder = SCRIPT.parents[1] / "tests" / "kernels"
+    files = [Path(word) for word in part.command if word.endswith(".py")]
+    left_out = {folder / f"test_{name}.py" for name in gpu.NEED_NO_GPU}
+    assert files[0] == folder / "test_gpu.py"
+    assert len(files) == len(set(files))
+    assert set(files) | left_out == set(folder.glob("test_*.py"))
+    assert not left_out & set(files)
 
 
 def test_tests_of_the_rooms_run_what_is_marked_for_a_gpu(tmp_path):
@@ -50,6 +61,10 @@ def test_tests_of_the_rooms_run_what_is_marked_for_a_gpu(tmp_path):
         files = [Path(word) for word in part.command if word.endswith(".py")]
         assert files
         assert not any(path.name == "test_schedule.py" for path in files)
+    names = {part.name: {Path(word).name for word in part.command if word.endswith(".py")} for part in found}
+    assert names["tests of train"] >= {"test_captured_gpu.py", "test_reduce.py"}
+    assert {"nvidia.dali", "av", "soundfile"} <= set(found[2].needs)
+    assert all("PIL" in part.needs for part in found)
 
 
 def test_parts_can_be_chosen_by_a_word(tmp_path):
@@ -71,10 +86,16 @@ def test_a_part_that_lacks_a_package_is_left_out_and_the_others_are_not(log):
     assert not card.is_installed("no_such_package.inside")
 
 
-def test_every_benchmark_is_run_but_that_of_decoders_on_a_cpu():
+def test_every_benchmark_is_run_but_those_of_a_cpu():
     written = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
-    assert set(gpu.BENCHES) == written - {"data"}
-    assert set(gpu.NEEDS) == set(gpu.BENCHES) - set(gpu.KERNEL_BENCHES)
+    assert set(gpu.BENCHES) == written - {"data", "schedule"}
+    assert set(gpu.NEEDS) == set(gpu.BENCHES) - set(gpu.KERNEL_BENCHES) | {"data"}
+
+
+def test_no_part_is_so_short_that_imports_are_all_it_does(tmp_path):
+    weights = {part.name: part.weight for part in gpu.parts(tmp_path, tuning=True, is_small=False)}
+    assert all(weights[f"tests of {room}"] >= 30 for room in gpu.ROOMS)
+    assert all(weights[f"benchmark of {name}"] >= 25 for name in gpu.BENCHES)
 
 
 def test_a_part_that_fails_is_told_with_its_last_words(log):
@@ -82,6 +103,11 @@ def test_a_part_that_fails_is_told_with_its_last_words(log):
     assert not ended.is_well
     assert ended.words == "status 1; no memory"
     assert gpu.run(python("print('done')"), 60, log, gpu.variables(True)).is_well
+
+
+def test_words_of_a_part_need_not_be_utf_8(log):
+    ended = gpu.run(python(r"import sys; sys.stdout.buffer.write(b'no \xff memory\n')"), 60, log, gpu.variables(True))
+    assert ended.words == "no \N{REPLACEMENT CHARACTER} memory"
 
 
 def test_a_part_is_told_how_long_it_has(log):
@@ -115,6 +141,7 @@ def test_what_benchmarks_wrote_is_put_together_and_a_missing_one_is_no_harm(tmp_
     for name, group in (("attention", "a"), ("update", "b"), ("step", "c")):
         (tmp_path / f".{name}.json").write_text(json.dumps({"machine_info": {}, "benchmarks": [{"group": group}]}))
     (tmp_path / ".mlp.json").touch()
+    (tmp_path / ".train.json").write_text('{"machine_info": {}, "benchm')
     assert [bench["group"] for bench in gpu.gather(tmp_path)["benchmarks"]] == ["a", "b", "c"]
     assert [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
 
@@ -130,6 +157,8 @@ def test_tuning_is_told_where_blocks_changed(tmp_path):
     ]
     assert gpu.tuning_lines(path, began + 1) == []
     assert gpu.tuning_lines(tmp_path / "missing", began) == []
+    path.write_text('{"cases": [')
+    assert gpu.tuning_lines(path, began) == []
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path):
@@ -139,6 +168,14 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert "no CUDA GPU" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_without_packages_that_every_part_needs_the_command_names_them(tmp_path):
+    done = subprocess.run([sys.executable, "-ES", str(SCRIPT), "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("these packages are needed and not installed: torch, triton")
+    assert "jaxtyping" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_help_says_what_is_written_and_what_holds_unless_told_otherwise():

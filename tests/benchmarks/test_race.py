@@ -33,6 +33,19 @@ def test_a_contender_that_raises_leaves_the_race_and_the_others_go_on():
     assert (lanes[1].error, len(lanes[1].seconds)) == ("", 4)
 
 
+def test_without_time_the_first_round_is_the_last():
+    lanes = [Lane(name=name, run=lambda: None) for name in "ab"]
+    left = iter([True, False])
+    race(lanes, time_on_cpu, rounds=5, calls=3, has_time=lambda: next(left))
+    assert [len(lane.seconds) for lane in lanes] == [6, 6]
+    race(lanes, time_on_cpu, rounds=5, calls=3, has_time=lambda: False)
+    assert [len(lane.seconds) for lane in lanes] == [9, 9]
+
+
+def test_nobody_may_race():
+    race([], time_on_cpu, rounds=2, calls=1)
+
+
 def test_a_call_is_timed_alone():
     lane = Lane(name="sleeps", run=lambda: time.sleep(0.02))
     assert all(0.02 <= seconds < 0.5 for seconds in time_on_cpu(lane, 3))

@@ -1,6 +1,7 @@
 """Who takes part in a contest of whole steps, what is counted, and what becomes of one who trains another model."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import bench_step
@@ -104,15 +105,70 @@ def test_a_contest_is_measured_once_and_keeps_no_model():
         return trainer(flops=2e9)
 
     track = StepTrack(rounds=2, calls=3, seconds=60)
-    found = track.measured("contest", lambda: contest({OURS: build}, target_rate=5.0))
-    assert track.measured("contest", lambda: pytest.fail("again")) is found
+    found = track.measured("contest", lambda: contest({OURS: build}, target_rate=5.0), [OURS])
+    assert track.measured("contest", lambda: pytest.fail("again"), [OURS]) is found
     assert len(built) == 1
     assert found.contest.ways == {}
     assert len(found.lanes[OURS].seconds) == 6
     info = found.info(OURS)
     assert info["tflops"] > 0
     assert (info["kind"], info["amount"], info["target_rate"], info["peak_gib"]) == ("step", 4, 5.0, None)
-    assert StepTrack(rounds=1, calls=1, seconds=0).measured("contest", lambda: pytest.fail("too late")) is None
+    assert StepTrack(rounds=1, calls=1, seconds=0).measured("contest", lambda: pytest.fail("too late"), [OURS]) is None
+
+
+def test_a_contest_that_cannot_be_built_is_tried_once_and_says_why():
+    tries = []
+
+    def broken():
+        tries.append(0)
+        raise RuntimeError("no memory\nmore")
+
+    track = StepTrack(rounds=1, calls=1, seconds=60)
+    for _ in range(2):
+        found = track.measured("contest", broken, [OURS, "timm"])
+        assert (found.absent, found.lanes) == (dict.fromkeys([OURS, "timm"], "RuntimeError: no memory"), {})
+    assert len(tries) == 1
+
+
+def test_a_race_that_outlasts_its_time_ends_after_a_round():
+    track = StepTrack(rounds=50, calls=2, seconds=60)
+
+    def build():
+        return Trainer(step=lambda: setattr(track, "_end", 0), loss=lambda: 1.0, flops=1.0)
+
+    assert len(track.measured("contest", lambda: contest({OURS: build}), [OURS]).lanes[OURS].seconds) == 2
+
+
+def test_who_trains_something_else_leaves_its_memory_to_the_next():
+    kept = []
+
+    def other():
+        found = trainer((5.0, 4.0))
+        kept.append(weakref.ref(found))
+        return found
+
+    def after():
+        assert kept[0]() is None
+        return trainer()
+
+    assert list(enter(contest({OURS: trainer, "other": other, "after": after}), always)[0]) == [OURS, "after"]
+
+
+def test_a_peer_is_recorded_by_its_compiler_which_is_told_of_each_step(monkeypatch):
+    modes, steps_begun = [], []
+    monkeypatch.setattr(torch, "compile", lambda module, mode, **_: modes.append(mode) or module)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps_begun.append(0))
+    case = case_of()
+    for recorded in (False, True):
+        first_losses(peer_trainer(case, twins.timm_vit, model_of(case), compiled=True, backend=None, recorded=recorded))
+    assert modes == [None, "reduce-overhead"]
+    assert len(steps_begun) == 2
+
+
+@pytest.mark.parametrize("size", ["Ti", "S"])
+def test_small_models_are_held_against_a_recorded_peer(size):
+    rivals = next(rivals for rivals in bench_step.ON_A_GPU if rivals.title.startswith(f"ViT-{size}"))
+    assert f"timm {bench_step.RECORDED}" in rivals.contenders
 
 
 def test_nominal_flops_are_those_that_torch_counts_in_another_library():

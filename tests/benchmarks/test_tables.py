@@ -119,3 +119,12 @@ def test_each_kind_of_measurement_has_its_table():
     titles = [title for title, _ in sections([rate, row("ours", 48.0), step("ours", 50.0)])]
     assert titles == ["rates (median)", "kernels (median)", "training steps (median)"]
     assert sections([]) == []
+
+
+def test_a_row_that_lacks_something_costs_no_other():
+    broken = {key: value for key, value in step("timm", 60.0).info.items() if key != "mfu"}
+    found = dict(sections([row("ours", 48.0), step("ours", 50.0), Measurement(group="ViT-B", median=0.06, info=broken)]))
+    assert len(found["kernels (median)"]) == 2
+    ours, left_out = found["training steps (median)"]
+    assert ours.startswith("ViT-B ours")
+    assert left_out == "left out, KeyError: 'mfu': ViT-B, timm"

@@ -33,9 +33,10 @@ def declare_operators() -> None:
 
 def _extension_loads(package: ModuleSpec) -> bool:
     assert package.submodule_search_locations
-    [extension] = Path(package.submodule_search_locations[0]).glob("_C*.so")
+    extensions = sorted(Path(package.submodule_search_locations[0]).glob("_C*.so"))  # one, two or none, as it was built
     try:
-        torch.ops.load_library(extension)
+        for extension in extensions:
+            torch.ops.load_library(extension)
     except OSError:
         return False
-    return True
+    return bool(extensions)
