@@ -75,7 +75,8 @@ def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
 def step_lines(measurements: Sequence[Measurement]) -> list[str]:
     """A line for each contender, of each group ours first and then the others from fast to slow, and the absent ones.
 
-    It has units a second, how many times as fast ours is, MFU, memory, the share of a step that Python takes to queue it; that of ours has the verdict on its targets.
+    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it; that of ours
+    has the verdict on its targets.
     """
     lines = []
     groups = _by_group(measurements)
