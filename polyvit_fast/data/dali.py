@@ -15,10 +15,13 @@ class UnavailableError(Exception):
 
 
 class Graph:
-    """A graph that is built when it first runs, so that a task that never runs holds nothing, and again after `release`."""
+    """A graph that is built when it first runs, so that a task that never runs holds nothing, and again after `release`.
 
-    def __init__(self, build: Callable[[], Any]) -> None:
-        self.build = build
+    A `fragile` one is built anew after a failed run: DALI then calls a graph with operators for a GPU invalid; on the CPU it goes on.
+    """
+
+    def __init__(self, build: Callable[[], Any], *, fragile: bool = False) -> None:
+        self.build, self.fragile = build, fragile
         self.pipeline: Any = None
 
     def ready(self) -> Any:
@@ -32,7 +35,12 @@ class Graph:
 
     def run(self, failure: str, **inputs: list[np.ndarray]) -> Any:
         """As the function `run`, and as `ready`."""
-        return run(self.ready(), failure, **inputs)
+        try:
+            return run(self.ready(), failure, **inputs)
+        except MediaError:
+            if self.fragile:
+                self.release()
+            raise
 
     def release(self) -> None:
         """Give back threads and memory."""

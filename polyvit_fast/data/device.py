@@ -22,9 +22,9 @@ PATIENCE = 3  # batches in a row that the GPU refuses and the CPU decodes, befor
 class DeviceDecoder(ABC):
     """Grids on `device`, equal to those of `on_cpu` but for rounding: random numbers are drawn from the same generators in the same order.
 
-    A batch that the GPU refuses goes through `on_cpu` (None: it decodes nothing), which decodes it too or says why a file is broken. What
-    a call gives back is complete: any stream may use it, but those other than the default one must be told to PyTorch (`record_stream`)
-    before it is freed. On the CPU, where tests run the same code, there are no streams.
+    A batch that the GPU refuses or has no memory for goes through `on_cpu` (None: it decodes nothing), which decodes it too or says why a
+    file is broken. What a call gives back is complete: any stream may use it, but those other than the default one must be told to PyTorch
+    (`record_stream`) before it is freed. On the CPU, where tests run the same code, there are no streams.
     """
 
     note: str = ""
@@ -61,13 +61,13 @@ class DeviceDecoder(ABC):
             grid = self.decode(media, rngs)
             self.refused = 0
             return grid
-        except (MediaError, UnavailableError) as error:
-            self.release()  # after an error DALI calls a graph invalid; a new one certainly works
-            for rng, state in zip(rngs, states, strict=True):
-                rng.bit_generator.state = state
-            grid = send(on_cpu(media, rngs), self.device)
-            self._count_refusal(error)
-            return grid
+        except (MediaError, UnavailableError, torch.OutOfMemoryError) as error:
+            refusal = error.with_traceback(None)  # its frames hold tensors, whose memory the CPU's grids may need
+        for rng, state in zip(rngs, states, strict=True):
+            rng.bit_generator.state = state
+        grid = send(on_cpu(media, rngs), self.device)
+        self._count_refusal(refusal)
+        return grid
 
     def _count_refusal(self, error: Exception) -> None:
         self.refused = PATIENCE if isinstance(error, UnavailableError) else self.refused + 1

@@ -41,11 +41,14 @@ class DeviceImages(DeviceDecoder):
     def __init__(self, on_cpu: ImageDecoder, device: torch.device) -> None:
         super().__init__(on_cpu, device)
         self.images = on_cpu
-        self.pictures = Graph(lambda: _picture_pipeline(on_cpu, device))
+        self.pictures = Graph(lambda: _picture_pipeline(on_cpu, device), fragile=True)
         self.graphs = [on_cpu.headers, on_cpu.pixels, self.pictures]
 
     def decode(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample 1 1 size size 3"]:
-        """Bounded memory: the engine may decode whole pictures, of which those of one run have `PIECE_PIXELS` together."""
+        """Bounded memory: the engine may decode whole pictures, of which those of one run have `PIECE_PIXELS` together.
+
+        Changes compute in copies of several bytes for each level, and so go through parts of the batch too.
+        """
         wanted = self.images.wanted(media, rngs)
         areas = [one.height * one.width for one in wanted]
         outputs = []
@@ -53,7 +56,9 @@ class DeviceImages(DeviceDecoder):
             self.count(sum(len(one.content) for one in wanted[piece]), 3 * sum(areas[piece]))
             [output] = self.pictures.run(PIXELS_FAILURE, **inputs(wanted[piece]))
             outputs.append(self.borrow(output.as_tensor()))
-        return changed(torch.cat(outputs), [one.changes for one in wanted])[:, None, None]
+        pictures, changes = torch.cat(outputs), [one.changes for one in wanted]
+        parts = pieces([self.images.image.size**2] * len(wanted), PIECE_PIXELS // 4)  # floats need four times the bytes
+        return torch.cat([changed(pictures[part], changes[part]) for part in parts])[:, None, None]
 
 
 def changed(pictures: UInt8[Tensor, "batch height width 3"], changes: Sequence[Changes]) -> UInt8[Tensor, "batch height width 3"]:

@@ -86,7 +86,7 @@ class DeviceVideos(DeviceDecoder):
         self.refused_files: set[Media] = set()
         self.num_frames = self.video.frames * (1 if on_cpu.train else self.video.eval_clips)
         num_crops = 1 if on_cpu.train else self.video.eval_crops
-        self.squares = Graph(lambda: _square_pipeline(self.video.size, num_crops, batch, on_cpu.num_threads, device))
+        self.squares = Graph(lambda: _square_pipeline(self.video.size, num_crops, batch, on_cpu.num_threads, device), fragile=True)
         self.graphs = [self.squares]
 
     def decode(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample view frames size size 3"]:
@@ -96,7 +96,7 @@ class DeviceVideos(DeviceDecoder):
         done: set[int] = set()
         for piece in pieces([clip.file_bytes + clip.decoded_bytes for clip in clips], PIECE_BYTES) if clips else ():
             done |= self._decode_or_refuse(clips[piece], grid)
-        if clips and not done:
+        if len(clips) > 1 and not done:  # of a single one, `refused_files` tells all: it says nothing about NVDEC
             raise MediaError("NVDEC refuses all of a batch")
         others = [row for row in range(len(media)) if row not in done]
         if others:
@@ -124,9 +124,8 @@ class DeviceVideos(DeviceDecoder):
             self._decode_piece(clips, grid)
             return {clip.row for clip in clips}
         except MediaError:
-            self.squares.release()
-        if len(clips) > 1:
-            return set().union(*[self._decode_or_refuse([clip], grid) for clip in clips])
+            if len(clips) > 1:
+                return set().union(*[self._decode_or_refuse([clip], grid) for clip in clips])
         self.refused_files.add(clips[0].media)
         clips[0].rng.bit_generator.state = clips[0].state
         return set()

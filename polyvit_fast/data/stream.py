@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Plan, Task, Train
-from polyvit_fast.data.device import own_stream
+from polyvit_fast.data.device import DeviceDecoder, own_stream
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator, key, permutation
 
 
 class DataError(RuntimeError):
     """Training data that cannot go on: too many broken files, or a decoder that hangs."""
+
+
+DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
+"""No file's fault: good files would be called broken one after the other, so these pass and end the run."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -141,6 +145,8 @@ class Loader:
             if len(trusted) == len(used):
                 return together
             grids = dict(zip(trusted, together.split(1), strict=True))
+        except DEVICE_ERRORS:
+            raise
         except Exception:
             grids = {}
         for row, position in enumerate(positions):
@@ -155,12 +161,16 @@ class Loader:
             return Batch(self._no_grid(), label_tensor(self.task, []))
         try:
             return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
+        except DEVICE_ERRORS:
+            raise
         except Exception:
             grids, good = [], []
             for index in indices:
                 try:
                     grids.append(self._decode([index], [index]))
                     good.append(index)
+                except DEVICE_ERRORS:
+                    raise
                 except Exception as error:
                     self._mark_broken(index, error)
             samples = [self.samples[i] for i in good]
@@ -175,6 +185,11 @@ class Loader:
         self._report_note()
         return grid
 
+    def release(self) -> None:
+        """Let the decoder give back the memory that it keeps for the next batch, for there is none, or not soon."""
+        if isinstance(self.decoder, DeviceDecoder):
+            self.decoder.release()
+
     def _report_note(self) -> None:
         """Tell what a decoder for the GPU leaves to the CPU, and why, when that is news."""
         note = getattr(self.decoder, "note", "")
@@ -188,6 +203,8 @@ class Loader:
             index = self._stand_in(wanted, attempt)
             try:
                 return index, self._decode([index], [position])
+            except DEVICE_ERRORS:
+                raise
             except Exception as error:
                 self._mark_broken(index, error)
         raise AssertionError("unreachable")
@@ -252,12 +269,14 @@ class Job:
 
 
 def training_jobs(loaders: dict[str, Loader], plan: Plan, first_step: int) -> Iterator[Job]:
-    """The batches of the plan's steps from `first_step` on, in order."""
-    counts = dict.fromkeys(loaders, 0)
+    """The batches of the plan's steps from `first_step` on, in order; who asks for one has made the one before."""
+    counts, last = dict.fromkeys(loaders, 0), {name: step for step, names in enumerate(plan) for name in names}
     for step, names in enumerate(plan):
         for name in names:
             if step >= first_step:
                 yield _training_job(loaders[name], counts[name])
+                if step == last[name]:
+                    loaders[name].release()
             counts[name] += 1
 
 

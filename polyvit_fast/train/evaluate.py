@@ -70,6 +70,7 @@ def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Prog
         for answers in world.gather((logits, batch.labels)):
             metrics.update(*answers)
         progress(loader.name, min(number * world.size * loader.size, total), total)
+    loader.release()
     num_broken = sum(world.gather(len(loader.broken)))
     count, seconds = metrics.num_examples, time.monotonic() - started
     row = world.from_first(metrics.compute() | {"num_examples": count, "num_broken": num_broken, "examples_per_second": count / seconds})

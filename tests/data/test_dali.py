@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,17 @@ def test_a_graph_is_built_when_it_first_runs_and_again_after_release(decoding):
     assert graph.pipeline is None
     assert graph.ready() is decoding
     assert len(builds) == 2
+
+
+@pytest.mark.parametrize("fragile", [False, True])
+def test_only_a_failed_run_of_a_fragile_graph_drops_it(decoding, fragile):
+    graph = Graph(lambda: decoding, fragile=fragile)
+    for content, fails in ((picture(5), False), (np.frombuffer(b"no picture at all", np.uint8), True)):
+        with pytest.raises(MediaError) if fails else nullcontext():
+            graph.run("bad", content=[content])
+        assert (graph.pipeline is None) == (fragile and fails)
+    graph.run("bad", content=[picture(5)])
+    assert graph.pipeline is decoding
 
 
 def test_a_graph_that_cannot_be_built_gives_the_reason():

@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -41,9 +43,41 @@ def test_a_refused_batch_goes_through_the_cpu_with_the_same_random_numbers():
     assert decoder.note == ""
     assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
     assert decoder.note == "a batch went through the CPU, for the GPU's decoder refused: too odd"
-    assert decoder.graphs[0].pipeline is None
+    graph = decoder.graphs[0].pipeline
+    assert graph is not None  # the file was odd, the graphs are well
     assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
+    assert decoder.graphs[0].pipeline is graph
     assert (decoder.calls, decoder.refused) == (2, 0)
+
+
+class Hungry(DeviceDecoder):
+    """Holds a tensor when the GPU's memory ends."""
+
+    held = None
+
+    def decode(self, media, rngs):
+        tensor = by_cpu(media, rngs)
+        self.held = weakref.ref(tensor)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_batch_that_the_gpu_has_no_memory_for_goes_through_the_cpu_without_what_the_gpu_held():
+    def alone(media, rngs):
+        assert decoder.held is not None
+        assert decoder.held() is None
+        return by_cpu(media, rngs)
+
+    decoder = Hungry(alone, CPU)
+    assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
+    assert decoder.note.startswith("a batch went through the CPU, for the GPU's decoder refused: CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        Hungry(None, CPU)(MEDIA, rngs())
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error"), RuntimeError("a fault")], ids=repr)
+def test_other_errors_are_no_refusals(error):
+    with pytest.raises(type(error)):
+        Refusing([error])(MEDIA, rngs())
 
 
 def test_after_refusals_in_a_row_the_gpu_is_asked_no_more():

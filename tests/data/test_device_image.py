@@ -74,6 +74,16 @@ def test_runs_are_bounded_and_counted(media, monkeypatch):
     assert counts == [6, 1, 2, 3]  # headers, then pixels
 
 
+def test_changes_are_made_in_parts(media, monkeypatch):
+    _, decoder = both(Image(size=64, colour_jitter=0.4, rand_augment_ops=2), train=True)
+    whole = decoder(media, rngs(6))
+    monkeypatch.setattr(module, "PIECE_PIXELS", 4 * 4 * 64 * 64)
+    counts = []
+    monkeypatch.setattr(module, "changed", lambda *args, changed=module.changed: (counts.append(len(args[0])), changed(*args))[1])
+    assert torch.equal(decoder(media, rngs(6)), whole)
+    assert counts == [4, 2]
+
+
 def test_idle_decoders_hold_no_graph_and_work_again(media):
     _, decoder = both(Image(size=32), train=True)
     assert all(graph.pipeline is None for graph in decoder.graphs)
@@ -96,6 +106,7 @@ def test_bad_files_say_why_and_the_next_batch_works(media, tmp_path, kind):
         decoder([Media(str(tmp_path / "bad.jpg"))], rngs(1))
     with pytest.raises(MediaError):
         decoder([media[0], Media(str(tmp_path / "bad.jpg"))], rngs(2))
+    assert decoder.images.headers.pipeline is not None
     assert torch.equal(decoder(media[:1], rngs(1)), before)
     assert decoder.note == ""
 
@@ -111,6 +122,8 @@ def test_what_dalis_gpu_refuses_the_cpu_form_decodes(media, monkeypatch):
     monkeypatch.setattr(dali, "run", refuse)
     assert torch.equal(decoder(media, rngs(6)), on_cpu(media, rngs(6)))
     assert "nvJPEG: not supported" in decoder.note
+    assert decoder.pictures.pipeline is None
+    assert decoder.images.headers.pipeline is not None
 
 
 def test_pictures_that_are_not_jpeg_have_the_cpus_pixels(tmp_path):

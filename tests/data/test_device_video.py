@@ -10,6 +10,7 @@ from test_image import photo
 
 from polyvit_fast.data import dali
 from polyvit_fast.data import device_video as module
+from polyvit_fast.data.device import PATIENCE
 from polyvit_fast.data.device_video import CODECS, DeviceVideos, can_decode, missing_nvdec
 from polyvit_fast.data.frames import Header, read_header
 from polyvit_fast.data.video import Video, VideoDecoder
@@ -163,6 +164,18 @@ def test_when_nvdec_refuses_all_the_cpu_decodes_and_says_so(media, monkeypatch):
     refusing(monkeypatch, *media)
     assert torch.equal(decoder(media, rngs(4)), on_cpu(media, rngs(4)))
     assert decoder.note == "a batch went through the CPU, for the GPU's decoder refused: NVDEC refuses all of a batch"
+    assert decoder.squares.pipeline is None
+
+
+def test_batches_of_one_do_not_give_nvdec_up(media, monkeypatch):
+    on_cpu, decoder = both(Video(**SMALL), train=True)
+    sizes = refusing(monkeypatch, *media[:2])
+    for _ in range(PATIENCE):
+        for one in media[:2]:
+            assert torch.equal(decoder([one], rngs(1)), on_cpu([one], rngs(1)))
+    decoder(media[3:], rngs(1))
+    assert sizes == [1, 1, 1]  # each refused file is tried once
+    assert (decoder.note, decoder.refused) == ("", 0)
 
 
 def test_without_nvdec_the_cpu_decodes_and_says_so(media, monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Task, Train
+from polyvit_fast.data.device import DeviceDecoder
 from polyvit_fast.data.image import Image
 from polyvit_fast.data.manifest import Folder
 from polyvit_fast.data.stream import DataError, Loader, prefetch, sample_index, training_jobs, validation_jobs
@@ -331,3 +332,59 @@ def test_a_partly_broken_file_is_judged_where_it_is_used():
         assert torch.equal(batch.grid[:, 0, 0, 0, 0].long() % 3, batch.labels)
     kept = sum((batch.grid[:, 0, 0, 0, 0] % 3 == 0).sum() for batch in batches)
     assert 15 < kept < 60  # of 53 places: some were used where they are whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(Synthetic):
+    """The device fails for batches (with `batches`), or for single files of batches that hold a broken one."""
+
+    error: Exception
+    batches: bool
+
+    def decoder(self, task, **options):
+        def decode(media, rngs):
+            decode.sizes.append(len(media))
+            raise self.error if self.batches or len(media) == 1 else ValueError("damaged there")
+
+        decode.sizes = []
+        return decode
+
+
+@pytest.mark.parametrize("batches", [True, False])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")], ids=repr)
+def test_the_devices_own_errors_pass_and_no_file_is_called_broken(error, batches):
+    source = Failing(num_samples=12, error=error, batches=batches)
+    told: list[str] = []
+    for train in (True, False):
+        loader = Loader("a", tiny_config(tasks={"a": tile_task(train=source, val=source)}), train=train, report=told.append)
+        with pytest.raises(type(error)) as raised:
+            loader.load(0) if train else loader.load_validation(0)
+        assert raised.value is error
+        assert (loader.broken, told) == ({}, [])
+        assert loader.decoder.sizes == [loader.size, 1][: 1 if batches else 2]
+
+
+class Kept(DeviceDecoder):
+    """A decoder that says when it gives its memory back."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        super().__init__(None, torch.device("cpu"))
+        self.name, self.said = name, said
+
+    def decode(self, media, rngs):
+        return torch.zeros(len(media), 1, 1, 16, 16, 3)
+
+    def release(self) -> None:
+        super().release()
+        self.said.append(self.name)
+
+
+def test_a_task_whose_batches_are_all_made_gives_its_memory_back():
+    config, said = tiny_config(), []
+    loaders = {name: Loader(name, config, train=True) for name in config.tasks}
+    for name, loader in loaders.items():
+        loader.decoder = Kept(name, said)
+    for job in training_jobs(loaders, [("a",), ("b", "a"), ("b",), ("b",)], 0):
+        job.run()
+        said.append(job.task.upper())
+    assert said == ["A", "B", "A", "a", "B", "B", "b"]
