@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polyvit_fast.train.distributed import World, reachable
+from polyvit_fast.train.distributed import reachable
 from polyvit_fast.train.optim import FlatParameters
 
 BUCKET_BYTES = 25 << 20
@@ -38,8 +38,7 @@ class Reducer:
     Nothing in it waits on the host for a GPU, so that a CUDA graph can record it.
     """
 
-    def __init__(self, parameters: FlatParameters, world: World, precision: Literal["fp32", "bf16"]) -> None:
-        self.world = world
+    def __init__(self, parameters: FlatParameters, precision: Literal["fp32", "bf16"]) -> None:
         self.buckets = list(_buckets(parameters, precision))
         self.waiting: list[set[str]] | None = None
         self.works: list[dist.Work] = []
@@ -53,9 +52,6 @@ class Reducer:
 
         Earlier backward passes of the step run outside. All processes enter it, with the same names. Raises PeerLost.
         """
-        if self.world.size == 1:
-            yield
-            return
         used = frozenset(used)
         self.works, self.waiting = [], [set(bucket.names & used) for bucket in self.buckets]
         self.waiting[-1].add(LEAVING)

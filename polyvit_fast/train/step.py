@@ -16,7 +16,7 @@ from torch import Tensor
 from polyvit_fast.config import Train
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
-from polyvit_fast.train.distributed import World
+from polyvit_fast.train.distributed import ALONE, World
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
 from polyvit_fast.train.optim import FlatParameters, Optimizer
@@ -62,14 +62,14 @@ class Reading:
 class Step:
     """The model, its optimizer and the counters on the device; with several processes, this one's share of them."""
 
-    def __init__(self, model: PolyViT, config: Train, world: World | None = None) -> None:
-        self.model, self.config, self.world = model, config, world or World()
+    def __init__(self, model: PolyViT, config: Train, world: World = ALONE) -> None:
+        self.model, self.config, self.world = model, config, world
         self.used = {name: parameters_of(model, name) for name in config.tasks}
         if config.sharded:
             self.parameters, self.reducer = ShardedParameters(model, self.world, config.device, config.grad_reduce), None
         else:
             self.parameters = FlatParameters(model.to(config.device))
-            self.reducer = Reducer(self.parameters, self.world, config.grad_reduce) if self.world.size > 1 else None
+            self.reducer = Reducer(self.parameters, config.grad_reduce) if self.world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
         self.device = self.parameters.taint.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}

@@ -82,7 +82,7 @@ def reduced(world: World) -> dict[str, dict[str, object]]:
 def reduced_in(world: World, precision: str) -> dict[str, object]:
     model = PolyViT.from_config(config())
     parameters = FlatParameters(model)
-    reducer = Reducer(parameters, world, precision)
+    reducer = Reducer(parameters, precision)
     for task, of, part in (("a", 1, 0), ("b", 2, 0), ("b", 2, 1)):
         backward(model, task, 0, world, of, part)  # outside of the context the hooks sleep
     own = parameters.grads.clone()
@@ -168,7 +168,7 @@ def test_buckets_hold_every_gradient_once_and_the_taint_last(monkeypatch, bucket
     monkeypatch.setattr(reduce, "BUCKET_BYTES", bucket_bytes)
     sent = Sent(monkeypatch)
     parameters = FlatParameters(PolyViT.from_config(config()))
-    with Reducer(parameters, World(0, 2), "fp32").overlapped([]):
+    with Reducer(parameters, "fp32").overlapped([]):
         pass
     parameters.grads.copy_(torch.arange(len(parameters.grads)))
     *matrices, rest = sent.tensors
@@ -179,20 +179,11 @@ def test_buckets_hold_every_gradient_once_and_the_taint_last(monkeypatch, bucket
     assert len(matrices) == {1: 11, SMALL_BUCKET: 7, 25 << 20: 1}[bucket_bytes]  # of 11 weight matrices
 
 
-def test_alone_nothing_is_sent(monkeypatch):
-    sent = Sent(monkeypatch)
-    model = PolyViT.from_config(config())
-    parameters = FlatParameters(model)
-    with Reducer(parameters, World(), "fp32").overlapped(parameters.leaves):
-        backward(model, "a", 0, World(), 1, 0)
-    assert not sent.tensors
-
-
 def test_a_gradient_that_comes_too_late_is_an_error(monkeypatch):
     Sent(monkeypatch)
     model = PolyViT.from_config(config())
     parameters = FlatParameters(model)
-    reducer = Reducer(parameters, World(0, 2), "fp32")
+    reducer = Reducer(parameters, "fp32")
     with pytest.raises(RuntimeError, match=r"has a gradient that its bucket left without"), reducer.overlapped([]):
         backward(model, "a", 0, World(), 1, 0)
     with reducer.overlapped(name for name in parameters.leaves if not name.startswith("heads.b")):  # and is forgotten
@@ -219,7 +210,7 @@ def test_a_graph_records_the_reduction_inside_the_backward_pass(nccl, monkeypatc
     monkeypatch.setattr(reduce, "BUCKET_BYTES", 1 << 17)
     model = PolyViT.from_config(replace(config(), model=Model(dim=128, depth=2, num_heads=2, mlp_dim=512))).cuda()
     parameters = FlatParameters(model)
-    reducer = Reducer(parameters, World(0, 2), precision)
+    reducer = Reducer(parameters, precision)
     grid, labels = (tensor.cuda() for tensor in batch("a", 0))
     used = [name for name in parameters.leaves if not name.startswith("heads.b")]
     assert len(reducer.buckets) > 3
