@@ -106,7 +106,7 @@ class Step:
             with self._summed(name, last and number == len(pieces)):
                 (loss * (self.share / task.micro_batches)).backward()
         row[2] += 1
-        self.took_part[self.rows[name]] = True
+        self.took_part[self.rows[name]].fill_(True)  # an assignment would copy the number from the host, which no graph records
 
     def _loss(self, name: str, piece: tuple[Tensor, ...], ratio: Tensor) -> tuple[Tensor, Tensor]:
         """Of a piece's (grid, labels, partners' labels), and the share of right answers."""
@@ -146,7 +146,7 @@ class Step:
         means = values[:, :2].contiguous()
         self.world.sum_(means)
         values[:, :2] = means / self.world.size
-        self.counters[:, :3] = 0
+        self.counters[:, :3].zero_()
         return Reading(values, self.rows)
 
     @contextmanager

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from compare import DEVICE, outputs_and_gradients
+from recordable import META, recording
+from recordable import on_meta as on_meta  # a fixture
 from samples import normal
 
 import polyvit_kernels as ops
@@ -11,20 +13,19 @@ from polyvit_kernels.ops import dtypes
 
 WEIGHTS = [normal(24, 16), normal(24), normal(16, 24), normal(16)]
 GRID = [normal(2, 1, 8, 8, 3), normal(16, 1, 4, 4, 3), normal(16), normal(1, 1, 16), normal(1, 5, 16)]
-STATISTICS = [torch.zeros_like(normal(3)), torch.ones_like(normal(3))]
+PLACES = (DEVICE, META)
+STATISTICS = {place.type: [torch.zeros(3, device=place), torch.ones(3, device=place)] for place in PLACES}
+CU_TOKENS = {place.type: torch.tensor([0, 4, 10], dtype=torch.int32, device=place) for place in PLACES}
 CALLS = {
     "attention": (ops.attention, [normal(2, 5, 3, 2, 16)]),
-    "attention_varlen": (
-        lambda qkv: ops.attention_varlen(qkv, torch.tensor([0, 4, 10], dtype=torch.int32, device=qkv.device), 6),
-        [normal(10, 3, 2, 16)],
-    ),
+    "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, CU_TOKENS[qkv.device.type], 6), [normal(10, 3, 2, 16)]),
     "linear_gelu": (lambda *x: ops.linear_gelu(*x, "erf"), [normal(5, 16), *WEIGHTS[:2]]),
     "linear_add": (ops.linear_add, [normal(5, 16), *WEIGHTS[:2], normal(5, 24)]),
     "mlp": (lambda *x: ops.mlp(*x, "tanh"), [normal(5, 16), *WEIGHTS]),
     "layer_norm": (ops.layer_norm, [normal(5, 16), normal(16), normal(16)]),
     "layer_norm_beside": (lambda *x: torch.cat(ops.layer_norm_beside(*x)), [normal(5, 16), normal(16), normal(16)]),
     "add_layer_norm": (lambda *x: torch.cat(ops.add_layer_norm(*x)), [normal(5, 16), normal(5, 16), normal(16), normal(16)]),
-    "patch_embed": (lambda *x: ops.patch_embed(*x, *STATISTICS), GRID),
+    "patch_embed": (lambda *x: ops.patch_embed(*x, *STATISTICS[x[0].device.type]), GRID),
 }
 
 
@@ -113,8 +114,47 @@ def test_torchs_own_operators_in_every_layout(name, layout, monkeypatch):
 def test_the_registered_operation_is_what_runs_on_a_gpu_alone(name, monkeypatch):
     monkeypatch.undo()
     call, tensors = CALLS[name]
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # attention and MLP in fp32 are torch's on a GPU
+    leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
     with torch.profiler.profile() as profile:
         call(*leaves)
     calls = {event.key for event in profile.key_averages() if event.key.startswith("polyvit::")}
     assert bool(calls) == (DEVICE.type == "cuda" or name not in ON_CPU)
+
+
+RECORDED = CALLS | {
+    "attention of 197 tokens": (ops.attention, [normal(2, 197, 3, 2, 64)]),
+    "attention of 300 tokens": (ops.attention, [normal(1, 300, 3, 2, 80)]),
+    "attention of more examples than a launch takes": (ops.attention, [normal(1, 1, 3, 1, 16).expand(65_537, -1, -1, -1, -1)]),
+    "mlp with a residual": (lambda *x: ops.mlp(*x[:-1], "erf", x[-1]), [normal(5, 16), *WEIGHTS, normal(5, 16)]),
+    "patch_embed of bytes": (
+        lambda *x: ops.patch_embed(torch.zeros(2, 1, 8, 8, 3, dtype=torch.uint8, device=x[0].device), *x, *STATISTICS[x[0].device.type]),
+        GRID[1:],
+    ),
+}
+
+
+@pytest.mark.usefixtures("on_meta", "unchecked_types")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", RECORDED)
+def test_an_operation_can_be_recorded(name, dtype):
+    call, tensors = RECORDED[name]
+    leaves = [tensor.to(META, dtype).requires_grad_() for tensor in tensors]
+    with recording():
+        gradients = torch.autograd.grad(call(*leaves).sum(), leaves)
+    assert all(gradient.is_meta for gradient in gradients)
+
+
+@pytest.mark.usefixtures("on_meta", "unchecked_types")
+@pytest.mark.parametrize("more", [(), ("ema",), ("ema", "copy")], ids=str)
+def test_an_update_can_be_recorded(more):
+    buffers = [torch.zeros(300, device=META) for _ in range(4)]
+    extra = {name: torch.zeros(300, device=META, dtype=torch.bfloat16 if name == "copy" else None) for name in more}
+    numbers = {name: torch.ones((), device=META, dtype=torch.bool if name == "ok" else None) for name in ("lr", "scale", "ok")}
+    with recording():
+        ops.sgd_(*buffers[:3], **numbers, **extra, momentum=0.9, weight_decay=0.1, ema_decay=0.9)
+        ops.adamw_(*buffers, numbers["lr"], **numbers, **extra, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, ema_decay=0.9)
+
+
+def test_every_public_operation_is_recorded_above():
+    assert set(ops.__all__) == {*CALLS, "sgd_", "adamw_"}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from recordable import META, recording
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.data.audio import Audio
@@ -9,8 +10,8 @@ from polyvit_fast.train.feed import ALIGNMENT, Inputs, Slots, copy_batch, withou
 CPU = torch.device("cpu")
 
 
-def slots_of(config, processes=1, **dtypes):
-    return Slots(config, {name: dtypes.get(name, torch.float32) for name in config.tasks}, CPU, processes)
+def slots_of(config, processes=1, device=CPU, **dtypes):
+    return Slots(config, {name: dtypes.get(name, torch.float32) for name in config.tasks}, device, processes)
 
 
 def test_a_batch_arrives_whole_in_either_slot(config):
@@ -72,3 +73,11 @@ def test_on_a_cpu_a_batch_is_taken_where_it_is(config):
     inputs = Inputs.of(batch)
     assert inputs.grid.data_ptr() == batch.grid.data_ptr()
     assert inputs.mixup_ratio.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_copied_without_waiting_for_the_device(config, channels):
+    inputs = slots_of(config, device=META).inputs("a", 0)
+    batch = Batch(torch.zeros(8, 1, 16, 16, channels), torch.zeros(8, dtype=torch.int64), 0.25)
+    with recording(feeds=True):
+        copy_batch(batch, inputs)
