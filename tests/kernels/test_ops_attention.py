@@ -9,7 +9,7 @@ from samples import activations, normal
 
 import polyvit_kernels as ops
 from polyvit_kernels import reference, tiles
-from polyvit_kernels.ops.attention import _library_attention, _route
+from polyvit_kernels.ops.attention import ALIGNMENT, _aligned, _library_attention, _route
 
 DTYPES = [torch.float32, torch.bfloat16]
 ON_THE_CARD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -84,6 +84,22 @@ def test_the_kernels_by_the_public_function(tokens):
 def test_the_kernels_in_every_layout(name):
     shape, view = VIEWS[name]
     assert_attention_obeys(normal(*shape), ON_THE_CARD, view)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_libraries_get_rows_that_they_can_load(name, dtype):
+    shape, view = VIEWS[name]
+    packed = view(normal(*shape).to(dtype))
+    found = _aligned(packed)
+    assert torch.equal(found, packed)
+    assert all(part[:, token].data_ptr() % ALIGNMENT == 0 for part in found.unbind(2) for token in range(packed.shape[1]))
+    assert (found is packed) == all(step * packed.itemsize % ALIGNMENT == 0 for step in (packed.storage_offset(), *packed.stride()[:-1]))
+
+
+def test_what_no_copy_could_align_is_left_alone():
+    packed = normal(2, 5, 3, 2, 5)[:, 1:]
+    assert _aligned(packed) is packed
 
 
 UPSTREAM = {

@@ -15,6 +15,9 @@ from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 MOST_SEQUENCES = 65_535
 """In one launch: what the third axis of a grid may have."""
 
+ALIGNMENT = 16
+"""Bytes: what the attention kernels of PyTorch's backends load at once, without looking at the address."""
+
 _PRIORITIES = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -93,7 +96,22 @@ vars(_rows)["_dynamo_marked_constant"] = True
 
 def _library_attention(qkv: Tensor, backend: str) -> Tensor:
     with sdpa_kernel(_PRIORITIES[backend], set_priority=True):
-        return functional.scaled_dot_product_attention(*_split(qkv)).transpose(1, 2)
+        return functional.scaled_dot_product_attention(*_split(_aligned(qkv))).transpose(1, 2)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied where an address in it is no multiple of `ALIGNMENT`: the libraries' kernels would read there, and lose the CUDA context.
+
+    They leave a head_dim alone whose rows no copy can align. What the compiler passes on it aligns itself: it cannot follow a question
+    about addresses.
+    """
+    if x.shape[-1] * x.itemsize % ALIGNMENT:
+        return x
+    steps = [stride * x.itemsize for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    starts_aligned = torch.compiler.is_compiling() or x.data_ptr() % ALIGNMENT == 0
+    if starts_aligned and x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("polyvit::attention", mutates_args=(), device_types="cpu")
