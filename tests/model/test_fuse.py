@@ -437,6 +437,11 @@ def test_a_whole_model_written_and_read_is_still_fused(calls):
     assert calls == WHOLE
 
 
+def compiling_looks_like_exporting() -> bool:
+    """Whether torch.compile takes `torch.compiler.is_exporting()` for true, as in torch 2.11."""
+    return bool(torch.compile(lambda x: x * torch.compiler.is_exporting(), fullgraph=True, backend="eager")(torch.ones(())))
+
+
 @pytest.mark.parametrize("name", ["Hugging Face ViT", "Hugging Face DINOv2", "timm ViT", "timm EVA", "torchvision ViT"])
 def test_compiled_in_one_graph(name, unchecked_types, registered):
     model, batch = FAMILIES[name]()
@@ -451,7 +456,8 @@ def test_compiled_in_one_graph(name, unchecked_types, registered):
     assert_as_exact(fused, plain, batch, call=compiled)
     assert len(graphs) == 1
     nodes = [node for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
-    assert Counter(str(node.target) for node in nodes if "polyvit" in str(node.target)).total() >= 9
+    fewest = 7 if name.startswith("Hugging Face") and compiling_looks_like_exporting() else 9  # transformers then gives attention a mask
+    assert Counter(str(node.target) for node in nodes if "polyvit" in str(node.target)).total() >= fewest
 
 
 def test_hooks_and_adapters_in_a_compiled_model(unchecked_types):
