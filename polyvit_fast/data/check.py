@@ -20,6 +20,7 @@ from uuid import uuid4
 import torch
 
 from polyvit_fast.config import Decoder, Source, Task, Train
+from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.media import Media, MediaError, Sample
 from polyvit_fast.randomness import generator
@@ -145,7 +146,7 @@ class _Worker:
         self.pipe: Any = None
 
     def decode(self, media: Media, deadline_seconds: float) -> str:
-        """Why a file cannot be used; empty when it can."""
+        """Why a file cannot be used; empty when it can. Raises ValueError when nothing of its kind can be decoded on this machine."""
         if self.process is None or not self.process.is_alive():
             self._start()
         self.pipe.send(media)
@@ -153,9 +154,12 @@ class _Worker:
             self.kill()
             return f"it was not decoded within {deadline_seconds:g} seconds"
         try:
-            return self.pipe.recv()
+            answer = self.pipe.recv()
         except EOFError:
             return f"the decoder crashed on it ({self._cause_of_death()})"
+        if isinstance(answer, UnavailableError):
+            raise ValueError(f"task {self.name}: {answer}") from answer
+        return answer
 
     def kill(self) -> None:
         """End the process, if there is one."""
@@ -208,11 +212,13 @@ def _work(pipe: Any, task: Task, split: Split) -> None:
             pipe.send(_reason(decoder, media))
 
 
-def _reason(decoder: Decoder, media: Media) -> str:
+def _reason(decoder: Decoder, media: Media) -> str | UnavailableError:
     try:
         grid = decoder([media], [generator("check", media.name)])
     except MediaError as error:
         return str(error)
+    except UnavailableError as error:
+        return error
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())
     return "" if torch.isfinite(grid).all() else "some of its numbers are not finite"

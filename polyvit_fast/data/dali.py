@@ -11,7 +11,7 @@ from polyvit_fast.media import MediaError
 
 
 class UnavailableError(Exception):
-    """DALI cannot build a graph on this machine, for instance for want of a library: the message is the reason."""
+    """What DALI cannot do on this machine, for instance for want of a library, with any file: the message is the reason."""
 
 
 class Graph:

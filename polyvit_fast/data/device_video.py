@@ -28,8 +28,9 @@ from polyvit_fast.media import Media, MediaError
 PIECE_BYTES = 3 << 27  # files and frames of one run; a clip that alone needs more is the CPU's
 FILE_BYTES = 1 << 26  # DALI reads a file through for every clip; of larger ones the CPU's decoder reads only what it needs
 BUFFERED_FRAMES = 8  # that DALI holds for each file beside the wanted ones
-CODECS = {"cuda": frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"}), "cpu": frozenset({"vp8", "vp9"})}
-"""What DALI's decoder for a device decodes. AV1, which Hopper's NVDEC lacks, and MPEG-2, which DALI lacks there, are the CPU's."""
+CODECS = {"cuda": frozenset({"h264", "hevc", "vp8", "mpeg4"}), "cpu": frozenset({"vp8", "vp9"})}
+"""What DALI's decoder for a device decodes into the frames that are asked for. The CPU's are AV1, which Hopper's NVDEC lacks, MPEG-2, which
+DALI lacks there, and VP9, of which DALI 2.4 showed frames three too early on an H100 (driver 580.159), though not of every file."""
 CONTAINERS = ("mov,", "matroska,")  # others have quirks: AVI stores more frames than there are, transport streams name no keyframes
 SIDES = (144, 4096)  # the least of NVDEC's decoder for HEVC, the most of that for H.264
 BT709 = 1

@@ -19,17 +19,21 @@ from torch.nn import functional
 
 from polyvit_fast.config import Decoder, Modality
 from polyvit_fast.data.colour import Colours, draw_colours, recolour
-from polyvit_fast.data.dali import Graph, new_pipeline, pieces
-from polyvit_fast.data.image_file import check_size, read_for_dali
+from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, pieces
+from polyvit_fast.data.image_file import check_size, kind_of, read_for_dali, specimen
 from polyvit_fast.data.rand_augment import Operation, augmented, draw_operations
 from polyvit_fast.data.threads import map_in_threads
-from polyvit_fast.media import Media
+from polyvit_fast.media import Media, MediaError
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) of a rectangle, in pixels of the upright picture."""
 CROP_ATTEMPTS = 10  # a 4:3 picture needs more than these once in 10^6 crops, a 2:1 picture once in 700
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
+MISSING_DECODER = (
+    "{kind} files cannot be decoded on this machine, not even a whole one of 8 × 8 pixels: the package nvidia-nvimgcodec-cu13 lacks the "
+    "library for them in its folder extensions; pip install --force-reinstall nvidia-nvimgcodec-cu13 brings it back"
+)
 PIECE_PIXELS = 1 << 26  # 192 MiB; a batch of photographs by a telephone would be gigabytes before they are resampled
 
 
@@ -147,7 +151,7 @@ class ImageDecoder:
         self.pixels.ready()
 
     def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample 1 1 size size 3"]:
-        """Grids; raises MediaError on a broken file."""
+        """Grids; raises MediaError on a broken file, UnavailableError when nothing of its kind can be decoded here."""
         wanted = self.wanted(media, rngs)
         grid = np.empty((len(media), 1, *self.image.grid), np.uint8)
         for piece in pieces([one.box[2] * one.box[3] for one in wanted], PIECE_PIXELS):
@@ -164,12 +168,25 @@ class ImageDecoder:
         return wanted
 
     def _decode(self, wanted: list[Wanted], out: np.ndarray) -> None:
-        [crops] = self.pixels.run(PIXELS_FAILURE, **inputs(wanted))
+        try:
+            [crops] = self.pixels.run(PIXELS_FAILURE, **inputs(wanted))
+        except MediaError:
+            for kind in {kind_of(one.content.tobytes()) for one in wanted}:
+                self._check_decodable(kind)
+            raise
 
         def fill(i: int) -> None:
             out[i] = self._finish(torch.from_dlpack(crops[i]), wanted[i].changes)
 
         map_in_threads(fill, range(len(wanted)), self.num_threads)
+
+    def _check_decodable(self, kind: str) -> None:
+        """Raises UnavailableError when no file of that kind can be decoded: then the files are not to blame."""
+        try:
+            if kind:
+                self.pixels.run("", content=[np.frombuffer(specimen(kind), np.uint8)], box=[np.array((0, 0, 8, 8), np.int32)])
+        except MediaError as error:
+            raise UnavailableError(MISSING_DECODER.format(kind=kind)) from error
 
     def _read(self, media: Media) -> np.ndarray:
         return np.frombuffer(read_for_dali(media, self.image.max_pixels), np.uint8)

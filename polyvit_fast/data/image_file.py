@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 
 from polyvit_fast.media import Media, MediaError
+
+SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP": rb"RIFF....WEBP", "BMP": rb"BM", "TIFF": rb"II\*\0|MM\0\*", "PPM": rb"P6"}
+"""How files of each kind begin."""
 
 
 def read_for_dali(media: Media, max_pixels: int) -> bytes:
@@ -24,6 +28,20 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
     """Raise MediaError when a picture is larger than `max_pixels`."""
     if height * width > max_pixels:
         raise MediaError(f"it has {width} x {height} pixels, more than max_pixels = {max_pixels}")
+
+
+def kind_of(content: bytes) -> str:
+    """A key of `SIGNATURES`, or nothing for another kind."""
+    return next((kind for kind, signature in SIGNATURES.items() if re.match(signature, content, re.DOTALL)), "")
+
+
+def specimen(kind: str) -> bytes:
+    """A picture of 8 × 8 pixels, whole and of the plainest sort: whatever cannot decode it decodes none of its kind."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, kind)
+    return file.getvalue()
 
 
 def _gif_as_ppm(content: bytes, max_pixels: int) -> bytes:

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Plan, Task, Train
+from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.device import DeviceDecoder, own_stream
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator, key, permutation
 
 
 class DataError(RuntimeError):
-    """Training data that cannot go on: too many broken files, or a decoder that hangs."""
+    """Training data that cannot go on: too many broken files, a decoder that hangs, or none for a kind of files."""
 
 
-DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
-"""No file's fault: good files would be called broken one after the other, so these pass and end the run."""
+NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError)
+"""Good files would be called broken one after the other, so these pass and end the run."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -145,7 +146,7 @@ class Loader:
             if len(trusted) == len(used):
                 return together
             grids = dict(zip(trusted, together.split(1), strict=True))
-        except DEVICE_ERRORS:
+        except NO_FILES_FAULT:
             raise
         except Exception:
             grids = {}
@@ -161,7 +162,7 @@ class Loader:
             return Batch(self._no_grid(), label_tensor(self.task, []))
         try:
             return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
-        except DEVICE_ERRORS:
+        except NO_FILES_FAULT:
             raise
         except Exception:
             grids, good = [], []
@@ -169,7 +170,7 @@ class Loader:
                 try:
                     grids.append(self._decode([index], [index]))
                     good.append(index)
-                except DEVICE_ERRORS:
+                except NO_FILES_FAULT:
                     raise
                 except Exception as error:
                     self._mark_broken(index, error)
@@ -181,7 +182,10 @@ class Loader:
 
     def _decode(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
-        grid = self.decoder([self.samples[i].media for i in indices], rngs)
+        try:
+            grid = self.decoder([self.samples[i].media for i in indices], rngs)
+        except UnavailableError as error:
+            raise DataError(f"task {self.name}: {error}") from error
         self._report_note()
         return grid
 
@@ -203,7 +207,7 @@ class Loader:
             index = self._stand_in(wanted, attempt)
             try:
                 return index, self._decode([index], [position])
-            except DEVICE_ERRORS:
+            except NO_FILES_FAULT:
                 raise
             except Exception as error:
                 self._mark_broken(index, error)

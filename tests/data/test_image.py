@@ -1,9 +1,15 @@
 import io
+import os
 import resource
+import shutil
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +22,7 @@ from PIL import ImageOps
 from polyvit_fast.data import dali
 from polyvit_fast.data import image as module
 from polyvit_fast.data.image import Image
+from polyvit_fast.data.image_file import SIGNATURES, kind_of, specimen
 from polyvit_fast.media import Media, MediaError
 from polyvit_fast.randomness import generator
 
@@ -414,3 +421,45 @@ def test_shape_of_the_tokens():
     assert image.normalisation == ((127.5,) * 3, (127.5,) * 3)
     with pytest.raises(ValueError, match="rows = 100 does not divide by the tubelet's 16"):
         Image(size=100).check_grid()
+
+
+@pytest.fixture(scope="module")
+def without_opencv(tmp_path_factory):
+    """The environment of a process whose nvImageCodec lacks the extension that decodes PNG, WebP and BMP."""
+    folder, whole = tmp_path_factory.mktemp("extensions"), Path(find_spec("nvidia.nvimgcodec").submodule_search_locations[0]) / "extensions"
+    for file in whole.iterdir():
+        if "opencv" not in file.name:
+            shutil.copy(file, folder)
+    return os.environ | {"NVIMGCODEC_EXTENSIONS_PATH": str(folder)}
+
+
+EXPERIMENT = """
+from polyvit_fast.config import Model, Task, Train
+from polyvit_fast.data.image import Image
+from polyvit_fast.data.manifest import Folder
+
+task = Task(modality=Image(size=32), train=Folder(path="train"), val=Folder(path="train"), num_classes=2, steps=4, batch=2)
+config = Train(tasks={"pictures": task}, model=Model(dim=32, depth=1, num_heads=2, mlp_dim=32), out="run")
+"""
+
+
+@pytest.mark.parametrize(("command", "status"), [("train", 65), ("check", 2)])
+def test_a_missing_decoder_is_told_as_what_it_is(tmp_path, without_opencv, command, status):
+    (tmp_path / "mine.py").write_text(EXPERIMENT)
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            photo(40, 60, seed=i).save(tmp_path / "train" / name / f"{i}.png")
+    command = [sys.executable, "-m", "polyvit_fast", command, "mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=without_opencv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert "task pictures: PNG files cannot be decoded on this machine, not even a whole one of 8 × 8 pixels" in done.stderr
+    assert "broken" not in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_whole_picture_of_each_kind_is_known_and_decoded(decoders):
+    for kind in SIGNATURES:
+        assert kind_of(specimen(kind)) == kind
+        decoders[0]._check_decodable(kind)
+    assert kind_of(b"GIF89a") == kind_of(b"RIFF....WAVE") == kind_of(b"") == ""
