@@ -1,6 +1,6 @@
 """Every row of the tile table compiled ahead of time, on a machine that needs no GPU, and held to its budget.
 
-    python -m polyvit_kernels.aot --arch 80 90 100 120     the table of registers, spills, shared memory and instructions
+    python -m polyvit_kernels.aot --arch 80 90 100 120     the table of registers, spills, shared memory, instructions and ptxas's messages
     python -m polyvit_kernels.aot --out build/aot          also the images and the C table that CMakeLists.txt makes a library of
     python -m polyvit_kernels.aot --library                what the installed C library holds
     python -m polyvit_kernels.aot --library build/aot/libpolyvit_kernels.so      what that of `make aot` holds
@@ -68,6 +68,7 @@ def records(entries: Sequence[Entry], images: Sequence[Image]) -> list[dict]:
             "columns": image.columns,
             "bytes": len(image.cubin),
             "multiplies": image.multiplies,
+            "messages": image.messages,
             "constants": dict(image.constants),
             "excesses": image.excesses(),
         }
@@ -90,11 +91,15 @@ def _cells(record: dict) -> tuple[str, ...]:
     sizes = (span(*record["tokens"]), span(record["features"]))
     numbers = (record[name] for name in ("warps", "stages", "registers"))
     spills = f"{record['spill_stores']}/{record['spill_loads']}"
-    rest = (spills, str(record["shared"]), tensor or "-", str(record["bytes"]), _kernel(record))
+    messages = "; ".join(message.partition(":")[0] for message in record["messages"])
+    rest = (spills, str(record["shared"]), tensor or "-", messages, str(record["bytes"]), _kernel(record))
     return (record["op"], *sizes, record["dtype"], f"sm_{record['arch']}", *map(str, numbers), *rest)
 
 
-HEADINGS = ("op", "tokens", "features", "dtype", "gpu", "warps", "stages", "registers", "spills", "shared", "tensor", "bytes", "kernel")
+HEADINGS = (
+    *("op", "tokens", "features", "dtype", "gpu", "warps", "stages", "registers", "spills", "shared", "tensor", "messages", "bytes"),
+    "kernel",
+)
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:

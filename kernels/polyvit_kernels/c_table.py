@@ -13,7 +13,10 @@ _ALIGNMENT = 64
 
 
 def write(folder: Path, entries: Sequence[Entry], images: Sequence[Image]) -> None:
-    """`polyvit_table.c`, `polyvit_cubins.bin` and `lookups.txt`: the same bytes for the same table and compiler."""
+    """`polyvit_table.c`, `polyvit_cubins.bin` and `lookups.txt`: the same bytes for the same table and images.
+
+    The images may differ: for sm_100, ptxas itself does not repeat its bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     cubins = [image.cubin + b"\0" * (-len(image.cubin) % _ALIGNMENT) for image in images]
     (folder / "polyvit_cubins.bin").write_bytes(b"".join(cubins))

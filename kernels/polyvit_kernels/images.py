@@ -1,14 +1,16 @@
 """A kernel compiled for a GPU that need not be there, what its launch needs, and the budget that it is held to."""
 
+import io
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from polyvit_kernels import cubin
 from polyvit_kernels.cubin import Usage
@@ -22,6 +24,7 @@ TENSOR_COLUMNS = 512
 
 _TENSOR_INSTRUCTIONS = {8: "HMMA", 9: "HGMMA", 10: "UTC", 12: "HMMA"}
 _PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+_MESSAGE = re.compile(r"^ptxas.*?\b(?:warning *: |info *: (?=\(C\d+\)|Potential ))(.+)$", re.M)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,10 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """A compiled kernel: `shared` bytes of dynamic shared memory, `columns` of tensor memory; it `multiplies` matrices of 16 bits."""
+    """A compiled kernel: `shared` bytes of dynamic shared memory, `columns` of tensor memory; it `multiplies` matrices of 16 bits.
+
+    `messages` are ptxas's warnings and advice, such as that it made wgmma wait: neither registers nor spills show that.
+    """
 
     name: str
     arch: int
@@ -47,11 +53,12 @@ class Image:
     constants: Mapping[str, str]
     usage: Usage
     multiplies: bool
+    messages: tuple[str, ...]
     cubin: bytes
 
     def excesses(self) -> list[str]:
-        """What is beyond the budget: nothing spills, blocks fit the GPU, and its own tensor-core instructions multiply matrices."""
-        found = []
+        """What is beyond the budget: nothing spills, blocks fit the GPU, its own tensor-core instructions multiply, ptxas is content."""
+        found = list(self.messages)
         if self.usage.spill_stores or self.usage.spill_loads or self.usage.stack:
             found.append(f"{self.usage.spill_stores} spill stores, {self.usage.spill_loads} loads, {self.usage.stack} bytes of stack")
         if self.shared > SHARED_BYTES[self.arch]:
@@ -76,8 +83,7 @@ def build(variant: Variant, arch: int) -> Image:
     signature = {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
     source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.constants), attrs=attrs)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel, log = _compile(source, GPUTarget("cuda", arch, 32), {"num_warps": variant.num_warps, "num_stages": variant.num_stages})
     metadata = kernel.metadata
     parameters = tuple(
         Parameter(name=name, type=kind, multiple=16 if name in variant.divisible else 1)
@@ -96,8 +102,26 @@ def build(variant: Variant, arch: int) -> Image:
         constants={name: _text(value) for name, value in variant.constants.items()},
         usage=cubin.read(kernel.asm["cubin"]),
         multiplies=bool(re.search(r"tt\.dot .*tensor<\w+x(bf16|f16)>", kernel.asm["ttir"])),
+        messages=messages(log),
         cubin=kernel.asm["cubin"],
     )
+
+
+def _compile(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[CompiledKernel, str]:
+    """The kernel, and what ptxas printed."""
+    log = io.StringIO()
+    with knobs.nvidia.scope(), redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        kernel = triton.compile(source, target=target, options=options)
+        if "ptxas" not in log.getvalue():  # Triton's cache keeps the image and not the words: ptxas must say them again
+            backend: Any = make_backend(target)
+            backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), target.arch)
+    return kernel, log.getvalue()
+
+
+def messages(log: str) -> tuple[str, ...]:
+    """Warnings and advice in what ptxas printed, without the lines of every compilation (sizes, times)."""
+    return tuple(_MESSAGE.findall(log))
 
 
 def _text(value: object) -> str:

@@ -1,5 +1,8 @@
 """The rows that `tiles.pick` reads, the first that fits wins. `benchmarks/tune.py` rewrites the rows of the card that it runs on."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from polyvit_kernels.tiles import ANY, Tile
 
 _AMPERE = (80,)
@@ -12,10 +15,11 @@ _EVERY = ("fp32", "fp16", "bf16")
 # What `benchmarks/tune.py` measured, a card after the other: it rewrites this tuple and nothing else.
 _MEASURED = ()
 
-# The choice between our kernels and a backend of torch's scaled_dot_product_attention. Up to 256 tokens attention is bound by memory and
-# the libraries' tiles of 128 and more are wasted; beyond, cuDNN leads on Hopper (forward and backward at 512 to 16k tokens: figures of
-# arXiv 2407.08608) and FlashAttention-2 elsewhere (cuDNN reaches 0.8 to 0.9 of it on A100, A10G and RTX PRO 6000: huggingface/transformers
-# issue 48163).
+# The choice between our kernels and a backend of torch's scaled_dot_product_attention, for both directions: what training takes decides.
+# Up to 256 tokens attention is bound by memory and the libraries' tiles of 128 and more are wasted; beyond, cuDNN leads on Hopper (1.10 to
+# 1.44 times as fast in both directions together, though our forward alone is 1.02 to 1.04 times as fast at 401, 1212 and 3137 tokens), by
+# the figures of others on Blackwell too (arXiv 2407.08608), and FlashAttention-2 elsewhere (cuDNN reaches 0.8 to 0.9 of it on A100, A10G
+# and RTX PRO 6000: huggingface/transformers issue 48163).
 _ATTENTION_BACKEND = (
     Tile(op="attention", archs=_ALL, tokens=(1, 256), features=128),
     Tile(op="attention", archs=(90, 100), tokens=(257, ANY), features=128, backend="cudnn", source="published"),
@@ -58,7 +62,7 @@ _ATTENTION_SHORT_FORWARD = tuple(
     for tokens, keys in ((_FINE_AMPERE if archs == _AMPERE else _FINE) if features == 64 else _COARSE)
 )
 
-# Where no row is, the two-phase kernel of `_ATTENTION_LONG_BACKWARD` does it.
+# Where no row is, the two-phase kernel of `_ATTENTION_LONG_BACKWARD` does it. Hopper: with two stages ptxas serialises wgmma (C7515).
 _ATTENTION_SHORT_BACKWARD = tuple(
     Tile(
         op="attention_short_backward",
@@ -71,12 +75,12 @@ _ATTENTION_SHORT_BACKWARD = tuple(
     )
     for archs, features, tokens, block_n, warps, stages in (
         *((archs, 32, (1, 64), 64, 4, 1) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
-        *((archs, 32, (65, 128), 32, 4, 2) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
-        *((archs, 32, (129, 256), 32, 8, 2) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
+        *((archs, 32, (65, 128), 32, 4, 1 if archs == _HOPPER else 2) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
+        *((archs, 32, (129, 256), 32, 8, 1 if archs == _HOPPER else 2) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
         *((archs, 64, (1, 64), 64, 4, 1) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL)),
         *((archs, 64, (65, 128), 32, 8, 1) for archs in (_AMPERE, _SMALL)),
-        *((archs, 64, (65, 128), 64, 8, 2) for archs in (_HOPPER, _BLACKWELL)),
-        *((archs, 64, (129, 256), 32, 8, stages) for archs, stages in ((_AMPERE, 1), (_HOPPER, 2), (_BLACKWELL, 1))),
+        *((archs, 64, (65, 128), 64, 8, stages) for archs, stages in ((_HOPPER, 1), (_BLACKWELL, 2))),
+        *((archs, 64, (129, 256), 32, 8, 1) for archs in (_AMPERE, _BLACKWELL)),
         *((archs, features, (1, 64), 32, 8, 1) for archs in (_AMPERE, _SMALL, _HOPPER, _BLACKWELL) for features in (80, 128)),
         *((archs, features, (65, 128), 32, 8, 1) for archs in (_AMPERE, _HOPPER, _BLACKWELL) for features in (80, 128)),
     )
@@ -100,23 +104,24 @@ _ATTENTION_LONG_FORWARD = tuple(
     )
 )
 
+# Up to 256 tokens on Hopper: 559 us at 256 × 197 × 12 heads, where the short kernel's tiles take 702 (256/32, two stages, wgmma serialised)
+# and 756 (one stage, 4 spills).
 _ATTENTION_LONG_BACKWARD = tuple(
     Tile(
         op="attention_long_backward",
         archs=archs,
+        tokens=tokens,
         features=features,
         blocks={"BLOCK_D": _block_d(features), "BLOCK_M": block, "BLOCK_N": step, "KEYS_M": step, "KEYS_N": block},
         num_warps=warps,
         num_stages=stages,
     )
-    for archs, features, block, step, warps, stages in (
-        *((archs, 32, 128, 32, 8, 3) for archs in (_AMPERE, _SMALL)),
-        *((archs, 64, 128, 32, 8, 3) for archs in (_AMPERE, _SMALL)),
-        *((_AMPERE, features, 128, 32, 8, 2) for features in (80, 128)),
-        *((_SMALL, features, 64, 32, 4, 1) for features in (80, 128)),
-        *((archs, 32, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL)),
-        *((archs, 64, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL)),
-        *((archs, features, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL) for features in (80, 128)),
+    for archs, tokens, features, block, step, warps, stages in (
+        *((archs, (1, ANY), features, 128, 32, 8, 3) for archs in (_AMPERE, _SMALL) for features in (32, 64)),
+        *((_AMPERE, (1, ANY), features, 128, 32, 8, 2) for features in (80, 128)),
+        *((_SMALL, (1, ANY), features, 64, 32, 4, 1) for features in (80, 128)),
+        (_HOPPER, (129, 256), 64, 64, 64, 4, 1),
+        *((archs, (1, ANY), features, 128, 64, 8, 2) for archs in (_HOPPER, _BLACKWELL) for features in (32, 64, 80, 128)),
     )
 )
 
@@ -130,6 +135,8 @@ _ATTENTION = (
 
 # Two programs share a processor (128 registers a thread on Hopper): one finishes its tile while the other multiplies. Where the product
 # is deep, as in the second layer of an MLP, a wider tile reads less, and its end counts for little. Few rows: enough programs for the card.
+# Such kernels on an H100 (gemm-prototypes.json, 50,432 rows, base128 and base256): 536 us against 551 with GELU, 797 against 938 with its
+# gradient, 187 against 208 for 768 features, but 463 against 422 for 3072.
 _MLP = tuple(
     Tile(
         op=op,
@@ -197,7 +204,43 @@ _PATCH_EMBED = (
 
 _UPDATE = tuple(Tile(op=op, archs=_ALL, dtypes=("fp32",), blocks={"BLOCK": 1024}) for op in ("sgd_update", "adamw_update"))
 
+_BY_HAND = (*_ATTENTION, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE)
+
+_H100 = "nvidia-h100-80gb-hbm3"
+# Of these rows, those timed as they stand on an H100, in bf16: op, tokens, features, and the file.
+_TIMED = {
+    ("attention", (1, 256), 128): "attention-today.json",
+    ("attention", (257, ANY), 128): "attention-today.json",
+    ("attention_short_forward", (193, 208), 64): "attention-today.json",
+    ("attention_long_forward", (1, ANY), 64): "attention-today.json",
+    ("attention_long_forward", (1, ANY), 80): "attention-today.json",
+    ("attention_long_backward", (129, 256), 64): "attention-prototypes.json",
+    ("attention_long_backward", (1, ANY), 64): "attention-today.json",
+    ("attention_long_backward", (1, ANY), 80): "attention-today.json",
+    ("linear_gelu_forward", (1025, ANY), ANY): "bench-mlp.json",
+    ("linear_add_forward", (1025, ANY), 1536): "profile-vit-b-eager.txt",
+    ("linear_add_forward", (1025, ANY), ANY): "profile-vit-b-eager.txt",
+    ("dgelu_backward", (1025, ANY), ANY): "profile-vit-b-eager.txt",
+    ("layer_norm_forward", (1, ANY), 1024): "bench-layer_norm.json",
+    ("layer_norm_backward", (1, ANY), 1024): "profile-vit-b-eager.txt",
+    ("patch_embed_forward", (1, ANY), ANY): "profile-vit-b-eager.txt",
+    ("patch_embed_backward", (1, ANY), ANY): "profile-vit-b-eager.txt",
+    ("adamw_update", (1, ANY), ANY): "profile-vit-b-eager.txt",
+}
+
+
+def _with_source(row: Tile) -> Iterator[Tile]:
+    """The row, with Hopper's part apart where that was timed."""
+    file = _TIMED.get((row.op, row.tokens, row.features))
+    if file is None or 90 not in row.archs:
+        yield row
+        return
+    yield replace(row, archs=_HOPPER, source=f"{_H100}/{file}")
+    if others := tuple(arch for arch in row.archs if arch != 90):
+        yield replace(row, archs=others)
+
+
 # The narrowest row that fits comes first, and of equally narrow ones the measured one.
 TABLE = tuple(
-    sorted((*_MEASURED, *_ATTENTION, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE), key=lambda tile: tile.features),
+    sorted((*_MEASURED, *(part for row in _BY_HAND for part in _with_source(row))), key=lambda tile: tile.features),
 )

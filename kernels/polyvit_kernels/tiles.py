@@ -25,7 +25,7 @@ class Tile:
     """A row: on the GPUs `archs`, for at most so many tokens and features, `op` runs by `backend` with these blocks.
 
     `blocks` are the kernel's compile-time constants by name. `source` says where the choice comes from: "compiled" (fits the card's
-    registers and memory, never timed), "published" (figures of others), or the file of the measurement.
+    registers and memory, never timed), "published" (figures of others), or the file of the measurement under `benchmarks/results`.
     """
 
     op: str

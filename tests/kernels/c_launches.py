@@ -205,7 +205,7 @@ def check_what_is_refused(gpu: Gpu) -> None:
 
 def check_an_image_is_loaded_once_per_context(gpu: Gpu) -> None:
     gpu.set(capability=90, context=1000, loads=0)
-    row = gpu.held.polyvit_kernels_find(b"attention_short_backward", b"bf16", 90, 197, 64)
+    row = gpu.held.polyvit_kernels_find(b"attention_short_forward", b"bf16", 90, 197, 64)
     kernel = gpu.held.polyvit_kernels_choose(row, None, None)
     statuses = []
     threads = [threading.Thread(target=lambda: statuses.append(gpu.held.polyvit_kernels_load(kernel))) for _ in range(16)]

@@ -12,14 +12,19 @@ from polyvit_kernels.tile_table import TABLE
 
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
-# A row with the blocks below, in place of the table.
+# One row in place of the table.
 ONE_ROW = """
 from polyvit_kernels import aot
 from polyvit_kernels.tiles import Tile
-blocks = {{"BLOCK_D": 64, "BLOCK_M": {block_m}, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}}
-aot.TABLE = (Tile(op="{op}", archs=(80, 90), features=64, blocks=blocks, num_warps={warps}),)
+aot.TABLE = (Tile(op="{op}", archs=(80, 90), features=64, blocks={blocks}, num_warps={warps}, num_stages={stages}),)
 aot.main()
 """
+FORWARD = {"BLOCK_D": 64, "BLOCK_M": 64, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}
+BACKWARD = {"BLOCK_D": 64, "BLOCK_M": 256, "BLOCK_N": 32}
+
+
+def one_row(op="attention_short_forward", blocks=FORWARD, warps=4, stages=1):
+    return ONE_ROW.format(op=op, blocks=blocks, warps=warps, stages=stages)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,11 @@ def test_every_kernel_fits_the_gpu(records):
     assert not too_large, "\n".join(too_large)
 
 
+def test_ptxas_has_nothing_to_say(records):
+    advised = [f"{name(r)}: {message}" for r in records for message in r["messages"]]
+    assert not advised, "\n".join(advised)
+
+
 def test_matrices_are_multiplied_by_the_tensor_cores_own_instructions(records):
     without = [f"{name(r)}: {r['tensor']}" for r in records if r["multiplies"] and not r["tensor"].get(TENSOR_INSTRUCTION[r["arch"]])]
     assert not without, "\n".join(without)
@@ -82,7 +92,7 @@ def test_the_command_agrees_and_prints_a_line_per_kernel(records, table_folder):
 
 
 def test_a_kernel_that_spills_is_named(tmp_path):
-    code = ONE_ROW.format(op="attention_short_forward", block_m=128, warps=4)
+    code = one_row(blocks=FORWARD | {"BLOCK_M": 128})
     done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
     assert done.returncode == 1
     assert "beyond the budget:" in done.stderr
@@ -92,8 +102,23 @@ def test_a_kernel_that_spills_is_named(tmp_path):
     assert "spill stores" in done.stderr
 
 
+def test_a_kernel_of_which_ptxas_complains_is_named_and_marked_in_the_table(tmp_path):
+    """This row was in the table: 232 registers, no spill, and wgmma one after the other."""
+    code = one_row("attention_short_backward", BACKWARD, warps=8, stages=2)
+    done = run_python("-c", code, "--arch", "90", "--dtype", "bf16", "--json", tmp_path / "table.json")
+    assert done.returncode == 1
+    headings, line, totals = done.stdout.splitlines()
+    assert "messages" in headings
+    assert "  (C7515) Potential Performance Loss  " in line
+    assert totals.endswith(" 1 failures")
+    (record,) = json.loads((tmp_path / "table.json").read_text())
+    (message,) = record["messages"]
+    assert message in done.stderr
+    assert message.startswith("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+
+
 def test_a_kernel_that_does_not_compile_is_named(tmp_path):
-    code = ONE_ROW.format(op="attention_short_forward", block_m=64, warps=3)
+    code = one_row(warps=3)
     done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
     assert done.returncode == 1
     assert "attention_short_forward bf16 sm_80 tokens 1..1073741824 features 64, kernel 0: " in done.stderr
@@ -102,7 +127,7 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path):
 
 
 def test_a_row_that_no_module_compiles_is_named():
-    done = run_python("-c", ONE_ROW.format(op="attention_sideways", block_m=64, warps=4))
+    done = run_python("-c", one_row("attention_sideways"))
     assert done.returncode == 1
     assert "no module compiles the rows of attention_sideways" in done.stderr
 

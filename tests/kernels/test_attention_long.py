@@ -23,7 +23,7 @@ def assert_kernels_obey(qkv, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 128, 192, 256, 257, 401, 576, 577])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 128, 129, 192, 197, 256, 257, 401, 576, 577])
 def test_every_length(tokens, dtype):
     assert_kernels_obey(normal(2 if tokens < 200 else 1, tokens, 3, 1, 64).to(dtype), dtype)
 

@@ -16,7 +16,7 @@ def image(cubin):
     parameters = (Parameter(name="p_x", type="*bf16", multiple=16), Parameter(name="eps", type="fp32", multiple=1))
     constants = {"WIDTH": "768", "p_residual": "none"}
     sizes = {"arch": 90, "num_warps": 8, "num_stages": 1, "shared": 2048, "columns": 0}
-    return Image(name="k", parameters=parameters, constants=constants, usage=usage, multiplies=False, cubin=cubin, **sizes)
+    return Image(name="k", parameters=parameters, constants=constants, usage=usage, multiplies=False, messages=(), cubin=cubin, **sizes)
 
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):

@@ -1,10 +1,12 @@
 """A compiled kernel and the budget."""
 
+import json
+
 import pytest
 from ahead_of_time import ROOT, run_python
 
 from polyvit_kernels.cubin import Usage
-from polyvit_kernels.images import Image
+from polyvit_kernels.images import Image, messages
 
 BUILD = """
 import json
@@ -21,10 +23,38 @@ Path(sys.argv[1], "image").write_bytes(image.cubin)
 print(json.dumps({name: value for name, value in asdict(image).items() if name != "cubin"}))
 """
 
+# A tile that the table once had, compiled twice: the second time it comes from Triton's cache.
+ADVISED = """
+import json
+import sys
+from triton import knobs
+from polyvit_kernels import attention_short, images
+from polyvit_kernels.tiles import Tile
+knobs.cache.dir = sys.argv[1]
+blocks = {"BLOCK_D": 64, "BLOCK_M": 256, "BLOCK_N": 32}
+row = Tile(op="attention_short_backward", archs=(90,), features=64, blocks=blocks, num_warps=8, num_stages=2)
+(variant,) = attention_short.variants(row, "bf16")
+built = [images.build(variant, 90) for _ in range(2)]
+print(json.dumps([[image.messages, image.excesses(), image.usage.spill_stores] for image in built]))
+"""
+LOG = """\
+ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas-blackwell info    : Function properties for k
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : (C7515) Potential Performance Loss: wgmma is serialized in 'k'
+ptxas info    : Potential Performance Loss: another one
+ptxas warning : Value of threads per SM for entry k is out of range
+ptxas-blackwell warning : (C7599) of the other compiler
+ptxas /tmp/k.ptx, line 9; warning : of a line
+ptxas info    : Used 232 registers, used 1 barriers, 8 bytes smem
+ptxas info    : Compile time = 123.4 ms
+"""
+
 
 def image(**changes):
     usage = {"registers": 100, "stack": 0, "spill_stores": 0, "spill_loads": 0, "tensor": {"HGMMA": 4}}
-    values = {"arch": 90, "num_warps": 4, "num_stages": 1, "shared": 1024, "columns": 0, "multiplies": True}
+    values = {"arch": 90, "num_warps": 4, "num_stages": 1, "shared": 1024, "columns": 0, "multiplies": True, "messages": ()}
     usage |= {key: changes.pop(key) for key in list(changes) if key in usage}
     return Image(name="k", parameters=(), constants={}, usage=Usage(**usage), cubin=b"", **(values | changes))
 
@@ -49,11 +79,32 @@ def test_within_the_budget():
         ({"tensor": {"HMMA": 8}}, "no HGMMA instruction, but {'HMMA': 8}"),
         ({"arch": 100}, "no UTC instruction, but {'HGMMA': 4}"),
         ({"arch": 80, "tensor": {}}, "no HMMA instruction, but none"),
+        ({"messages": ("(C7515) Potential Performance Loss",)}, "(C7515) Potential Performance Loss"),
     ],
 )
 def test_beyond_the_budget(changes, words):
     (excess,) = image(**changes).excesses()
     assert words in excess
+
+
+def test_warnings_and_advice_are_told_from_the_lines_of_every_compilation():
+    assert messages(LOG) == (
+        "(C7515) Potential Performance Loss: wgmma is serialized in 'k'",
+        "Potential Performance Loss: another one",
+        "Value of threads per SM for entry k is out of range",
+        "(C7599) of the other compiler",
+        "of a line",
+    )
+
+
+def test_serialized_wgmma_is_found_though_nothing_spills_also_when_the_kernel_comes_from_the_cache(tmp_path):
+    done = run_python("-c", ADVISED, tmp_path)
+    assert not done.returncode, done.stderr
+    first, second = json.loads(done.stdout)
+    assert first == second
+    (message,), excesses, spills = first
+    assert message.startswith("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+    assert (excesses, spills) == ([message], 0)
 
 
 def test_the_same_kernel_gives_the_same_bytes_and_none_of_this_machines_folders(tmp_path):

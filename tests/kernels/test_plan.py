@@ -29,7 +29,7 @@ def test_rows_with_the_same_kernel_compile_it_once():
 
 
 def test_a_job_finds_its_kernel_again():
-    (row,) = (row for row in TABLE if row.op == "attention_long_backward" and row.features == 64 and 90 in row.archs)
+    row = next(row for row in TABLE if row.op == "attention_long_backward" and row.features == 64 and 90 in row.archs)
     _, jobs = plan.plan([row], [90], ["bf16"])
     kernels = [variant.kernel for variant in plan.variants(row, "bf16")]
     assert [job.variant().kernel for job in jobs] == kernels

@@ -1,12 +1,16 @@
 """The rows themselves."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from polyvit_kernels import tile_table
 from polyvit_kernels.tile_table import TABLE
 from polyvit_kernels.tiles import pick
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOKENS = (1, 50, 65, 145, 197, 256, 257, 401, 1212, 3137, 8192)
@@ -14,7 +18,7 @@ OPS = sorted({tile.op for tile in TABLE})
 
 
 def test_no_row_is_hidden_by_an_earlier_one():
-    by_hand = [tile for tile in TABLE if not tile.source.endswith(".json")]  # measured rows take their places
+    by_hand = [tile for tile in TABLE if tile not in tile_table._MEASURED]  # those take the places of others
     for index, tile in enumerate(by_hand):
         for earlier in by_hand[:index]:
             hidden = (
@@ -53,4 +57,22 @@ def test_counts_are_powers_of_two():
 
 
 def test_every_choice_says_where_it_comes_from():
-    assert {tile.source for tile in TABLE} <= {"compiled", "published"} | {s for t in TABLE if (s := t.source).endswith(".json")}
+    files = {tile.source for tile in TABLE} - {"compiled", "published"}
+    assert files
+    assert not [file for file in files if not (RESULTS / file).is_file()]
+
+
+def test_every_timed_row_is_one_of_the_card_that_timed_it():
+    timed = [
+        (tile.op, tile.tokens, tile.features) for tile in TABLE if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,)
+    ]
+    assert sorted(timed) == sorted(tile_table._TIMED)
+    assert {tile.archs for tile in TABLE if tile.source.startswith(tile_table._H100)} == {(90,)}
+
+
+@pytest.mark.parametrize("tokens", [129, 197, 256])
+def test_hoppers_backward_beyond_128_tokens_is_the_two_phase_kernel_that_was_timed(tokens):
+    sizes = {"tokens": tokens, "features": 64}
+    assert pick("attention_short_backward", 90, torch.bfloat16, **sizes).backend == "torch"
+    tile = pick("attention_long_backward", 90, torch.bfloat16, **sizes)
+    assert (set(tile.blocks.values()), tile.num_warps, tile.num_stages) == ({64}, 4, 1)
