@@ -1,10 +1,18 @@
-"""A function over many items on a few threads, for work that releases Python's lock (decoding by FFmpeg does)."""
+"""A function over many items on a few threads, for work that releases Python's lock (decoding by FFmpeg does).
+
+In these threads PyTorch uses no further ones, whatever `torch.set_num_threads` says: a team for each of them would be more threads than
+there are cores, and would be woken and waited for at every operator.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:
@@ -14,6 +22,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_thr
     results: list[Any] = [None] * len(items)
     errors: dict[int, BaseException] = {}
     waiting = iter(range(len(items)))  # next() on a range iterator is atomic under Python's lock
+    ended: SimpleQueue[None] = SimpleQueue()
 
     def work() -> None:
         for i in waiting:
@@ -22,12 +31,62 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_thr
             except BaseException as error:
                 errors[i] = error
 
-    # Daemon threads instead of an executor: Python joins an executor's threads at exit, so a hung decoder would hang the exit too.
-    threads = [threading.Thread(target=work, daemon=True, name="decode") for _ in range(min(num_threads, len(items)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    count = min(num_threads, len(items))
+    for _ in range(count):
+        _idle_thread().begin(work, ended)
+    for _ in range(count):
+        ended.get()
     if errors:
         raise errors[min(errors)]
     return results
+
+
+class _Thread:
+    """A thread that outlives its work, as PyTorch's number of threads belongs to a thread and is set when that begins."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # A daemon instead of an executor's: Python joins those at exit, so a hung decoder would hang the exit too.
+        threading.Thread(target=self._live, daemon=True, name="decode").start()
+
+    def begin(self, work: Callable[[], None], ended: SimpleQueue[None]) -> None:
+        """Do the work, be idle again and say so."""
+
+        def call() -> None:
+            work()
+            _idle.append(self)
+            ended.put(None)
+
+        self._calls.put(call)
+
+    def _live(self) -> None:
+        with _birth:
+            number = torch.get_num_threads()
+            torch.set_num_threads(1)
+            # That is also what threads would begin with from now on. Another one, as short as this line, gives them back theirs.
+            other = threading.Thread(target=torch.set_num_threads, args=(number,))
+            other.start()
+            other.join()
+        while True:
+            self._calls.get()()
+
+
+_idle: list[_Thread] = []
+_birth = threading.Lock()
+
+
+def _idle_thread() -> _Thread:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Thread()
+
+
+def _forget_threads() -> None:
+    """A forked process has none of them."""
+    global _birth
+    _idle.clear()
+    _birth = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_threads)

@@ -1,7 +1,10 @@
+import multiprocessing
 import threading
 import time
+import weakref
 
 import pytest
+import torch
 
 from polyvit_fast.data.threads import map_in_threads
 
@@ -71,3 +74,54 @@ def test_an_exit_inside_an_item_is_not_lost():
 def test_without_threads_there_are_no_results(num_threads):
     with pytest.raises(ValueError, match=f"num_threads = {num_threads} must be at least 1"):
         map_in_threads(str, [1, 2], num_threads)
+
+
+@pytest.fixture
+def two_torch_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def torch_threads_of_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_pytorch_computes_alone_in_each_thread_and_as_before_in_others(two_torch_threads):
+    barrier = threading.Barrier(5)  # more threads than other tests have left idle
+    assert map_in_threads(lambda item: (barrier.wait(10), torch.get_num_threads())[1], range(5), 5) == [1] * 5
+    assert torch.get_num_threads() == torch_threads_of_a_new_thread() == 2
+
+
+def test_idle_threads_work_again_and_keep_nothing():
+    class Item:
+        pass
+
+    def work(item):
+        return threading.get_ident()
+
+    first = map_in_threads(work, range(9), 1)
+    kept = Item()
+    reference = weakref.ref(kept)
+    assert map_in_threads(work, [kept], 1) == first[:1]
+    del kept
+    deadline = time.monotonic() + 5  # the thread says that it has ended a moment before it lets go
+    while reference() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reference() is None
+
+
+def test_maps_inside_maps_have_threads_of_their_own():
+    assert map_in_threads(lambda item: sum(map_in_threads(abs, [-item, item], 2)), range(4), 2) == [0, 2, 4, 6]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_starts_threads_of_its_own():
+    map_in_threads(abs, [1, 2], 2)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(map_in_threads, (abs, [-1, -2], 2)).get(20) == [1, 2]
