@@ -209,7 +209,7 @@ class ImageDecoder:
         return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side, side
 
     def _finish(self, crop: UInt8[Tensor, "height width 3"], changes: Changes) -> UInt8[np.ndarray, "size size 3"]:
-        # What follows the resampling is numpy: PyTorch's operators would each start threads of their own in these threads.
+        # What follows the resampling is numpy, which has less to do for each call than PyTorch.
         image = self.image
         planes = crop[None].permute(0, 3, 1, 2)
         resampled = functional.interpolate(planes, (image.size, image.size), mode="bilinear", antialias=True)

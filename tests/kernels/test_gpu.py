@@ -67,7 +67,8 @@ def test_a_captured_operation_gives_what_it_gives_eagerly(name, dtype):
 
     def step():
         output = call(name)(**leaves)
-        return output, torch.autograd.grad(output, wanted, upstream)
+        # A copy, for the gradient of a residual is that very tensor, which is overwritten below.
+        return output, torch.autograd.grad(output, wanted, upstream.clone())
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -157,9 +158,12 @@ def test_more_than_two_billion_elements(tokens):
     assert not out[0].any()
 
 
+LAYERS = {"qkv": (64, 192), "proj": (64, 64), "fc1": (64, 128), "fc2": (128, 64)}
+
+
 def test_ten_thousand_steps_with_large_scores_stay_finite():
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, size) for name, size in (("qkv", 192), ("proj", 64), ("fc1", 128), ("fc2", 64))})
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(*sizes) for name, sizes in LAYERS.items()})
     model.to(DEVICE, torch.bfloat16)
     with torch.no_grad():
         model["qkv"].weight.mul_(30)
