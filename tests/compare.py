@@ -1,4 +1,10 @@
-"""The rule by which a fast operation is judged against plain PyTorch: no further from the truth than twice plain's own distance."""
+"""The rule by which a fast operation is judged against plain PyTorch: no further from the truth than twice plain's own distance.
+
+The distance is measured twice: by the largest error, which sees one wrong element among many, and by the root of the mean square, which
+sees all that are a little less exact. The largest of few errors is a matter of luck: over seeds it is anything from half of what it is on
+average to double, and which it is depends on the CPU's instructions. So plain's counts as three times its root of the mean square at least,
+as it is for a few hundred normal errors.
+"""
 
 from collections.abc import Callable
 
@@ -30,10 +36,12 @@ def assert_within_rule(found: dict[str, Tensor], yardstick: dict[str, Tensor], t
         assert found[name].dtype == yardstick[name].dtype, f"{name}: {found[name].dtype}"
         assert found[name].shape == value.shape, f"{name}: {found[name].shape}"
         error, allowed = largest_difference(found[name], value), largest_difference(yardstick[name], value)
+        mean_error, mean_allowed = mean_difference(found[name], value), mean_difference(yardstick[name], value)
         assert allowed <= 32 * torch.finfo(dtype).eps * largest_difference(value, torch.zeros_like(value)) + 1e-5, (
             f"{name}: plain PyTorch is off by {allowed:.3g}"
         )
-        assert error <= 2 * allowed + 1e-5, f"{name}: error {error:.3g}, plain PyTorch's is {allowed:.3g}"
+        assert error <= 2 * max(allowed, 3 * mean_allowed) + 1e-5, f"{name}: error {error:.3g}, plain PyTorch's is {allowed:.3g}"
+        assert mean_error <= 2 * mean_allowed + 1e-5, f"{name}: mean error {mean_error:.3g}, plain PyTorch's is {mean_allowed:.3g}"
 
 
 def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,3 +57,8 @@ def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> di
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """max |a − b| in fp64; infinite when `a` holds a NaN, 0 for empty tensors."""
     return (a.double() - b.double()).abs().nan_to_num(torch.inf, torch.inf).max().item() if a.numel() else 0.0
+
+
+def mean_difference(a: Tensor, b: Tensor) -> float:
+    """The root of the mean square of a − b in fp64; infinite when `a` holds a NaN, 0 for empty tensors."""
+    return (a.double() - b.double()).square().mean().sqrt().nan_to_num(torch.inf, torch.inf).item() if a.numel() else 0.0
