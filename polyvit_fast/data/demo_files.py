@@ -38,6 +38,7 @@ NUM_FRAMES, FRAMES_PER_SECOND = 12, 12
 SAMPLE_RATE_HZ, SOUND_SECONDS = 8_000, 1.05
 VOICES_HZ = (233.0, 377.0, 610.0, 987.0, 1597.0, 2584.0)  # neighbours in the ratio 1.618: no harmonic of one is another
 VIDEO_ENCODERS = ("libx264", "mpeg4")
+EXACT = {"flags": "+bitexact", "dct": "int", "idct": "simple"}  # FFmpeg's own encoder, alike with all instructions
 
 _logger = logging.getLogger(__name__)
 Kind = Literal["shapes", "textures", "motion", "tones", "chords"]
@@ -243,7 +244,7 @@ def _encode_h264(frames: UInt8[np.ndarray, "frames rows columns 3"]) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         # One thread: with more, the result depends on their number. No assembly: that for AVX-512 does not repeat itself, that for
         # SSSE3 and later differs from that for SSE2.
-        options = {"crf": "20", "preset": "veryfast", "threads": "1", "x264-params": "asm=0"}
+        options = {"crf": "20", "preset": "veryfast", "threads": "1", "x264-params": "asm=0"} | EXACT
         stream: Any = container.add_stream(_video_encoder(), rate=FRAMES_PER_SECOND, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:

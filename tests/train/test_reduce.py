@@ -133,7 +133,7 @@ def test_processes_together_are_one(size, precision):
     rounding = 2.0**-8 if precision == "bf16" else 2.0**-24
     assert ((first["sum"] - own.sum(0)).abs() <= own.abs().sum(0) * (size + 1) * rounding).all()
     # The gradient of parts of a batch is rounded otherwise than that of the whole, inside the model, where a bound on one element would
-    # depend on what cancels. Of the whole gradient that is a ten-millionth.
+    # depend on what cancels. Of the whole gradient it is 3e-7.
     assert (own.sum(0) - gradient).norm() < 1e-5 * gradient.norm()
     assert ((first["sum"] - gradient).norm() > 1e-4 * gradient.norm()) == (precision == "bf16")
     torch.testing.assert_close(first["weights"], weights, rtol=0, atol=2e-3 if precision == "bf16" else 1e-5)
