@@ -17,17 +17,17 @@ def passes(error, yardstick) -> bool:
     return True
 
 
-@pytest.mark.parametrize("numel", [32, 1000, 100_000])
+@pytest.mark.parametrize("numel", [32, 1000, 30_000])
 def test_errors_of_the_same_law_pass_whatever_the_seed(numel):
-    assert all(passes(0.01 * normal(numel, seed=seed), 0.01 * normal(numel, seed=-seed - 1)) for seed in range(300))
+    assert all(passes(0.01 * normal(numel, seed=seed), 0.01 * normal(numel, seed=-seed - 1)) for seed in range(100))
 
 
-@pytest.mark.parametrize("numel", [32, 1000, 100_000])
+@pytest.mark.parametrize("numel", [32, 1000, 30_000])
 def test_errors_that_are_larger_throughout_do_not_pass(numel):
-    assert not any(passes(0.04 * normal(numel, seed=seed), 0.01 * normal(numel, seed=-seed - 1)) for seed in range(300))
+    assert not any(passes(0.04 * normal(numel, seed=seed), 0.01 * normal(numel, seed=-seed - 1)) for seed in range(100))
 
 
-@pytest.mark.parametrize("numel", [32, 1000, 100_000])
+@pytest.mark.parametrize("numel", [32, 1000, 30_000])
 def test_one_wrong_element_and_a_lost_scale_do_not_pass(numel):
     error = 0.01 * normal(numel, seed=0)
     wrong, missing = error.clone(), error.clone()
