@@ -6,7 +6,8 @@ average to double, and which it is depends on the CPU's instructions. So plain's
 as it is for a few hundred normal errors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ def assert_as_exact_as_torch(ours: Operation, plain: Operation, truth: Operation
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    found, yardstick = outputs_and_gradients(ours, inputs), outputs_and_gradients(plain, inputs)
+    found = outputs_and_gradients(ours, inputs)
+    with one_thread():
+        yardstick = outputs_and_gradients(plain, inputs)
     assert_within_rule(found, yardstick, outputs_and_gradients(truth, exact), dtype)
 
 
@@ -52,6 +55,17 @@ def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> di
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(output, list(wanted.values()), upstream)
     return {"output": output.detach()} | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch sums on one thread: the parts that several sum are more exact, and a yardstick must not depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
