@@ -1,6 +1,13 @@
-"""The rule by which a fast operation is judged against plain PyTorch: no further from the truth than twice plain's own distance."""
+"""The rule by which a fast operation is judged against plain PyTorch: no further from the truth than twice plain's own distance.
 
-from collections.abc import Callable
+The distance is measured twice: by the largest error, which sees one wrong element among many, and by the root of the mean square, which
+sees all that are a little less exact. The largest of few errors is a matter of luck: over seeds it is anything from half of what it is on
+average to double, and which it is depends on the CPU's instructions. So plain's counts as three times its root of the mean square at least,
+as it is for a few hundred normal errors.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +26,9 @@ def assert_as_exact_as_torch(ours: Operation, plain: Operation, truth: Operation
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    found, yardstick = outputs_and_gradients(ours, inputs), outputs_and_gradients(plain, inputs)
+    found = outputs_and_gradients(ours, inputs)
+    with one_thread():
+        yardstick = outputs_and_gradients(plain, inputs)
     assert_within_rule(found, yardstick, outputs_and_gradients(truth, exact), dtype)
 
 
@@ -30,10 +39,12 @@ def assert_within_rule(found: dict[str, Tensor], yardstick: dict[str, Tensor], t
         assert found[name].dtype == yardstick[name].dtype, f"{name}: {found[name].dtype}"
         assert found[name].shape == value.shape, f"{name}: {found[name].shape}"
         error, allowed = largest_difference(found[name], value), largest_difference(yardstick[name], value)
+        mean_error, mean_allowed = mean_difference(found[name], value), mean_difference(yardstick[name], value)
         assert allowed <= 32 * torch.finfo(dtype).eps * largest_difference(value, torch.zeros_like(value)) + 1e-5, (
             f"{name}: plain PyTorch is off by {allowed:.3g}"
         )
-        assert error <= 2 * allowed + 1e-5, f"{name}: error {error:.3g}, plain PyTorch's is {allowed:.3g}"
+        assert error <= 2 * max(allowed, 3 * mean_allowed) + 1e-5, f"{name}: error {error:.3g}, plain PyTorch's is {allowed:.3g}"
+        assert mean_error <= 2 * mean_allowed + 1e-5, f"{name}: mean error {mean_error:.3g}, plain PyTorch's is {mean_allowed:.3g}"
 
 
 def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,6 +57,22 @@ def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> di
     return {"output": output.detach()} | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch sums on one thread: the parts that several sum are more exact, and a yardstick must not depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """max |a − b| in fp64; infinite when `a` holds a NaN, 0 for empty tensors."""
     return (a.double() - b.double()).abs().nan_to_num(torch.inf, torch.inf).max().item() if a.numel() else 0.0
+
+
+def mean_difference(a: Tensor, b: Tensor) -> float:
+    """The root of the mean square of a − b in fp64; infinite when `a` holds a NaN, 0 for empty tensors."""
+    return (a.double() - b.double()).square().mean().sqrt().nan_to_num(torch.inf, torch.inf).item() if a.numel() else 0.0

@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Small tensors gain nothing from more threads, and on a busy machine threads that wait for each other take ten times as long.
-torch.set_num_threads(1)
+# Who sets OMP_NUM_THREADS tests with as many: no result may depend on their number.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture

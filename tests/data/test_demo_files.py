@@ -1,6 +1,8 @@
 import csv
 import io
 import os
+import subprocess
+import sys
 import wave
 from collections import Counter
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from numpy._core import _multiarray_umath as cpu
 from PIL import Image
 from tiny_runs import tile_task
 
@@ -34,6 +37,38 @@ def test_files_are_equal_everywhere_and_differ_from_each_other(tmp_path, kind):
     assert here == there
     held_out = contents(tmp_path / "here", kind, split="val")
     assert len({*here, *held_out}) == 24
+
+
+ELSEWHERE = """
+import ctypes, sys, av
+from test_demo_files import KINDS, Path, contents, demo_files
+(library,) = {line.split()[-1] for line in open("/proc/self/maps") if "/libavutil" in line}
+ctypes.CDLL(library).av_force_cpu_flags(0)
+for kind in KINDS:
+    contents(Path(sys.argv[1]), kind)
+demo_files.VIDEO_ENCODERS = ("mpeg4",)
+demo_files._video_encoder.cache_clear()
+contents(Path(sys.argv[1]) / "without x264", "motion")
+"""
+
+
+def test_files_do_not_depend_on_the_instructions_of_the_cpu(tmp_path, monkeypatch):
+    """FFmpeg, libjpeg-turbo and NumPy without their vector instructions, as on the oldest CPU; x264 is told to use none anywhere."""
+    optional = [name for name in cpu.__cpu_dispatch__ if cpu.__cpu_features__[name]]
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    without = {"JSIMD_FORCENONE": "1", "NPY_DISABLE_CPU_FEATURES": " ".join(optional), "PYTHONPATH": path}
+    here, there = tmp_path / "here", tmp_path / "there"
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(there)], env=os.environ | without, check=True)
+    for kind in KINDS:
+        assert contents(here, kind) == contents_as_they_are(there, kind)
+    monkeypatch.setattr(demo_files, "_video_encoder", lambda: "mpeg4")
+    assert contents(here / "without x264", "motion") == contents_as_they_are(there / "without x264", "motion")
+
+
+def contents_as_they_are(folder: Path, kind):
+    files = sorted((folder / kind / "train").glob("[0-9]*"))
+    assert len(files) == 12
+    return [file.read_bytes() for file in files]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -36,9 +36,11 @@ def started(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
 
     Fails with a process's traceback when one has an error, and when they have not ended in time.
     """
-    deadline, port = time.monotonic() + SECONDS, free_port()
+    deadline, port, threads = time.monotonic() + SECONDS, free_port(), torch.get_num_threads()
     pipes = [_START.Pipe(duplex=False) for _ in range(size)]
-    processes = [_START.Process(target=_work, args=(rank, size, port, pipes[rank][1], function, arguments)) for rank in range(size)]
+    processes = [
+        _START.Process(target=_work, args=(rank, size, port, threads, pipes[rank][1], function, arguments)) for rank in range(size)
+    ]
     with _own_path():
         for process in processes:
             process.start()
@@ -70,9 +72,11 @@ def _answer(rank: int, pipe: Connection, deadline: float) -> tuple[bool, Any]:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _work(rank: int, size: int, port: int, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, size: int, port: int, threads: int, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # as many as here: their number is in the last digits
     faulthandler.dump_traceback_later(SECONDS - 5)  # where it hangs
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})

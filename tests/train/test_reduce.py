@@ -128,12 +128,14 @@ def test_processes_together_are_one(size, precision):
     first = found[0]
     assert all(torch.equal(one["sum"], first["sum"]) and torch.equal(one["weights"], first["weights"]) for one in found)
     assert all(one["events"] == first["events"] and one["done"] == [True, True, False, True] for one in found)
-    magnitude = sum(one["own"].abs() for one in found)
-    # Each of the sums along the way is rounded to 8 bits; fp32 differs by the order of its sums alone.
-    bound = magnitude * (size + 1) * 2.0**-8 if precision == "bf16" else magnitude * 1e-5
-    error = (first["sum"] - gradient).abs()
-    assert (error <= bound + 1e-7).all()
-    assert (error.norm() > 1e-4 * gradient.norm()) == (precision == "bf16")
+    own = torch.stack([one["own"].double() for one in found])
+    # The reducer's own error: one rounding to bf16 before the first sum, and each of the sums along the way is rounded.
+    rounding = 2.0**-8 if precision == "bf16" else 2.0**-24
+    assert ((first["sum"] - own.sum(0)).abs() <= own.abs().sum(0) * (size + 1) * rounding).all()
+    # The gradient of parts of a batch is rounded otherwise than that of the whole, inside the model, where a bound on one element would
+    # depend on what cancels. Of the whole gradient it is 3e-7.
+    assert (own.sum(0) - gradient).norm() < 1e-5 * gradient.norm()
+    assert ((first["sum"] - gradient).norm() > 1e-4 * gradient.norm()) == (precision == "bf16")
     torch.testing.assert_close(first["weights"], weights, rtol=0, atol=2e-3 if precision == "bf16" else 1e-5)
 
 
