@@ -69,4 +69,4 @@ def problem_of(shape: Sequence[int]) -> Problem:
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention(report, shape, direction, contender):
-    report(problem_of, shape, direction, contender)
+    report(direction, contender, problem_of, shape)

@@ -69,11 +69,11 @@ def _problem(title: str, shape: Sequence[int], loss, label_bytes: int) -> Proble
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("problem_of", [smoothed_of, soft_of])
 def test_softmax(report, problem_of, shape, direction, contender):
-    report(problem_of, shape, direction, contender)
+    report(direction, contender, problem_of, shape)
 
 
 @pytest.mark.parametrize("contender", [EAGER, *peers.COMPILERS])
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("shape", SIGMOID_SHAPES, ids=str)
 def test_sigmoid(report, shape, direction, contender):
-    report(sigmoid_of, shape, direction, contender)
+    report(direction, contender, sigmoid_of, shape)

@@ -94,11 +94,11 @@ def _joined(operation: Operation) -> Operation:
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_layer_norm(report, shape, direction, contender):
-    report(problem_with_residual_of, shape, direction, contender)
+    report(direction, contender, problem_with_residual_of, shape)
 
 
 @pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LIGER])
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
 def test_layer_norm(report, shape, direction, contender):
-    report(problem_of, shape, direction, contender)
+    report(direction, contender, problem_of, shape)

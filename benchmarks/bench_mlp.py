@@ -91,4 +91,4 @@ def _problem(shape: Sequence[int], residual: Inputs) -> Problem:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_mlp(report, problem_of, shape, direction, contender):
-    report(problem_of, shape, direction, contender)
+    report(direction, contender, problem_of, shape)

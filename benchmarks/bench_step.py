@@ -17,7 +17,7 @@ import peers
 import pytest
 import twins
 from card import DEVICE, HAS_GPU
-from problem import OURS
+from problem import OURS, STEP
 from steps import Case, Contest, Trainer, apart, fastest_backend, our_trainer, peer_trainer, run_of
 from twins import Build
 
@@ -29,7 +29,6 @@ from polyvit_fast.data.video import Video
 from polyvit_fast.model.polyvit import PolyViT
 
 OURS_EAGER, OURS_COMPILED = "ours eager", "ours torch.compile"
-RECORDED = "reduce-overhead"  # torch.compile's mode with CUDA graphs
 TIMM, VIT, VIVIT, AST, APART = "timm", "HF ViT", "HF ViViT", "HF AST", "each task alone"
 BUILDS: dict[str, Build] = {
     TIMM: twins.timm_vit,
@@ -76,7 +75,7 @@ class Rivals:
         ways = ways_of(case, PolyViT.from_config(case.config).to(DEVICE))
         chosen = {name: ways[name] if HAS_GPU or name in (OURS, *BUILDS) else NOT_ON_A_CPU for name in self.contenders}
         amount = case.task.batch
-        return Contest(title=self.title, amount=amount, unit=self.unit, ways=chosen, target_rate=self.rate, target_ratio=self.ratio)
+        return Contest(title=self.title, amount=amount, unit=self.unit, contenders=chosen, target_rate=self.rate, target_ratio=self.ratio)
 
 
 def ways_of(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
@@ -91,7 +90,7 @@ def ways_of(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
         peer = partial(peer_trainer, case, build, model)
         ways[library] = partial(peer, compiled=False, backend=backend)
         ways[f"{library} {peers.COMPILED}"] = partial(peer, compiled=True, backend=backend)
-        ways[f"{library} {RECORDED}"] = partial(peer, compiled=True, backend=backend, recorded=True)
+        ways[f"{library} {peers.RECORDED}"] = partial(peer, compiled=True, backend=backend, recorded=True)
         ways |= {f"{library} {name}": partial(peer, compiled=False, backend=other) for name, other in peers.BACKENDS.items()}
     return ways
 
@@ -114,7 +113,10 @@ class CoTraining:
             title=self.title,
             amount=sum(task.batch for task in tasks.values()),
             unit="examples",
-            ways={OURS: partial(our_trainer, config, shared, captured=HAS_GPU), APART: partial(apart, config, shared, captured=HAS_GPU)},
+            contenders={
+                OURS: partial(our_trainer, config, shared, captured=HAS_GPU),
+                APART: partial(apart, config, shared, captured=HAS_GPU),
+            },
             furthest=math.inf,  # here a task's step changes the weights for the next
             target_ratio=1 / 1.02,
             target_memory=1.1,
@@ -142,7 +144,7 @@ def usual(library: str, *more: str) -> tuple[str, ...]:
 
 def vits(size: str, batch: int, contenders: tuple[str, ...], more: str = "", **targets) -> Rivals:
     title = f"ViT-{size}/16 224, batch {batch}{more}"
-    return Rivals(title=title, case=lambda: vit(size, batch), contenders=contenders, unit="images", **targets)
+    return Rivals(title=title, case=partial(vit, size, batch), contenders=contenders, unit="images", **targets)
 
 
 MORE = (OURS, f"{VIT} {peers.COMPILED}", VIT, *(f"{TIMM} {name}" for name in peers.BACKENDS), OURS_COMPILED)
@@ -150,10 +152,10 @@ ON_A_GPU: tuple[Rivals | CoTraining, ...] = (  # in the order in which they begi
     vits("B", 256, usual(TIMM), rate=4600, ratio=1.25),
     Rivals(title="ViViT-B 32×224, batch 16", case=vivit_b, contenders=usual(VIVIT), unit="clips", rate=150, ratio=1.15),
     CoTraining(title="PolyViT-B, nine tasks", model=MODELS["B"], tasks=nine_tasks),
-    vits("S", 256, usual(TIMM, f"{TIMM} {RECORDED}"), rate=14_000),
+    vits("S", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}"), rate=14_000),
     Rivals(title="AST-B 1212, batch 64", case=ast_b, contenders=usual(AST), unit="sounds", rate=580),
     vits("L", 128, usual(TIMM), rate=1340),
-    vits("Ti", 256, usual(TIMM, f"{TIMM} {RECORDED}")),
+    vits("Ti", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),
     vits("B", 256, MORE, ", other ways", ratio=1.25),
 )
 ON_A_CPU: tuple[Rivals | CoTraining, ...] = (
@@ -168,5 +170,5 @@ ENTRIES = [
 
 
 @pytest.mark.parametrize(("rivals", "contender"), ENTRIES)
-def test_step(report_step, rivals, contender):
-    report_step(rivals, contender)
+def test_step(report, rivals, contender):
+    report(STEP, contender, rivals.contest)
