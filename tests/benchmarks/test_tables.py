@@ -1,6 +1,6 @@
 """The lines that people read."""
 
-from tables import Measurement, kernel_lines, rate_lines, sections, step_lines
+from tables import Measurement, append, kernel_lines, rate_lines, read, sections, step_lines
 
 INFO = {
     "alike": True,
@@ -121,10 +121,26 @@ def test_each_kind_of_measurement_has_its_table():
     assert sections([]) == []
 
 
-def test_a_row_that_lacks_something_costs_no_other():
-    broken = {key: value for key, value in step("timm", 60.0).info.items() if key != "mfu"}
-    found = dict(sections([row("ours", 48.0), step("ours", 50.0), Measurement(group="ViT-B", median=0.06, info=broken)]))
-    assert len(found["kernels (median)"]) == 2
-    ours, left_out = found["training steps (median)"]
-    assert ours.startswith("ViT-B ours")
-    assert left_out == "left out, KeyError: 'mfu': ViT-B, timm"
+def test_a_contender_is_compared_with_ours_of_its_own_race():
+    rows = [row("ours", 50.0, race="first"), row("eager", 100.0, race="first")]
+    rows += [row("torch.compile", 99.0, race="compiled"), row("ours", 60.0, race="compiled", absent={"Liger": "not installed"})]
+    _, line, absent = kernel_lines(rows)
+    assert line.split()[2:] == ["50.0", "us", "-", "1.65", "torch.compile", "99.0", "us,", "eager", "100.0", "us"]
+    assert absent == "absent, not installed: Liger"
+    steps = [step("ours", 50.0, race="first"), step("ours", 60.0, race="compiled"), step("timm torch.compile", 66.0, race="compiled")]
+    ours, other = step_lines(steps)
+    assert ours.endswith("1.25 times timm torch.compile missed")
+    assert "ours / it = 1.10" in other
+
+
+def test_what_was_appended_is_read_but_for_a_line_that_was_cut(tmp_path):
+    path = tmp_path / "measurements.jsonl"
+    assert read(path) == []
+    rows = [row("ours", 48.0), step("ours", 50.0)]
+    for one in rows:
+        append(path, one, [one.median] * 3)
+    whole = path.read_text()
+    assert read(path) == rows
+    path.write_text(whole + whole.splitlines()[0][:40])
+    assert read(path) == rows
+    assert sections(read(path)) == sections(rows)
