@@ -145,7 +145,7 @@ def _gpu_tests(is_small: bool) -> Iterator[Command]:
 
 def _other_tests(is_small: bool) -> Iterator[Command]:
     """Of the kernels, which run on whatever there is."""
-    left_out = {f"test_{name}.py" for name in NEED_NO_GPU}
+    left_out = {"test_gpu.py"} | {f"test_{name}.py" for name in NEED_NO_GPU}  # of the first, all are marked for a GPU
     files = [str(path) for path in _files("kernels") if path.name not in left_out]
     if not is_small:
         yield from _tests("other tests", "kernels", files, max(1, CORES * 3 // 4), "-m", "not gpu")
@@ -318,7 +318,8 @@ def main() -> int:
     if (out / "measurements.jsonl").exists():
         parser.error(f"--out: {out} has the measurements of an earlier run")
     ended: list[Ended] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         for index, part in enumerate(todo):
             left = limit(started + seconds - time.monotonic(), part.seconds, [other.seconds for other in todo[index + 1 :]])

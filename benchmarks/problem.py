@@ -36,19 +36,11 @@ class Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """What ours is meant to reach on an H200: a time, and how many times as fast as the best peer."""
-
-    us: float | None = None
-    ratio: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """An operation on `inputs`, whose floating-point tensors are differentiated by; costs, rows and targets are by direction.
+    """An operation on `inputs`, whose floating-point tensors are differentiated by; costs and rows are by direction.
 
     A contender that is a string is not there, for that reason. `check` holds ours to the truth. `rows` are the (op, tokens, features)
-    that the tile table is asked for. A call handles `amount` `unit`s. `step_seconds` is the step that it is a part of.
+    that the tile table is asked for. A call handles `amount` `unit`s.
     """
 
     title: str
@@ -59,8 +51,6 @@ class Problem:
     unit: str
     check: Callable[[], None] | None = None
     rows: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
-    targets: Mapping[str, Target] = field(default_factory=dict)
-    step_seconds: float | None = None
 
     @cached_property
     def failure(self) -> str:
@@ -97,7 +87,7 @@ class Problem:
         return Group(title=title, lanes=lanes, absent=absent, watch=_watch(), info=partial(self._info, direction))
 
     def _info(self, direction: str, lane: Lane) -> dict[str, object]:
-        cost, seconds, target = self.costs[direction], median(lane.seconds), self.targets.get(direction)
+        cost, seconds = self.costs[direction], median(lane.seconds)
         floor = card.floor_seconds(cost, card.name())
         return {
             "amount": self.amount,
@@ -108,10 +98,7 @@ class Problem:
             "gb_per_second": cost.num_bytes / seconds / 1e9,
             "floor_us": floor and floor * 1e6,
             "share_of_floor": floor and floor / seconds,
-            "target_us": target and target.us,
-            "target_ratio": target and target.ratio,
             "rows": [_row(*question) for question in self.rows.get(direction, ())] if lane.name == OURS and card.HAS_GPU else [],
-            "share_of_step": self.step_seconds and seconds / self.step_seconds,
         }
 
 

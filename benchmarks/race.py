@@ -77,6 +77,9 @@ def time_steps_on_card(lane: Lane, calls: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
+time_steps = time_steps_on_card if HAS_GPU else time_on_cpu
+
+
 class CardWatch:
     """Times each call by events on the card, with caches that hold none of its data, and without the host's share.
 
@@ -204,12 +207,18 @@ class Track:
         return Raced(title=group.title, seconds={lane.name: lane.seconds for lane in finished}, infos=infos, absent=absent)
 
 
-def forget() -> None:
-    """Give memory back, and what was compiled and recorded: the compiler gives up on a function that it has seen at too many sizes."""
+def release() -> None:
+    """Give memory back that no tensor needs."""
     gc.collect()
     if HAS_GPU:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def forget() -> None:
+    """The same, and what was compiled and recorded: the compiler gives up on a function that it has seen at too many sizes."""
+    release()
+    if HAS_GPU:
         torch.compiler.reset()
         # It may lie in the memory of a recording that is gone; one that lives would still use it.
         torch._C._cuda_clearCublasWorkspaces()

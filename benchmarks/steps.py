@@ -1,6 +1,5 @@
 """Whole training steps: forward, loss, backward and update, by ours and by others, raced against one another."""
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ import card
 import peers
 import torch
 from card import DEVICE, HAS_GPU
-from race import Group, Lane, time_on_cpu, time_steps_on_card, told
+from race import Group, Lane, release, time_steps, told
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,8 +46,7 @@ class Trainer:
 class Contest:
     """A step and who makes it; one that is a string is not there, for that reason. The first is ours.
 
-    A step handles `amount` `unit`s. Targets are for an H200: units a second, how many times as fast as the best peer, and how many times
-    that one's memory.
+    A step handles `amount` `unit`s.
     """
 
     title: str
@@ -57,16 +55,14 @@ class Contest:
     contenders: Mapping[str, Callable[[], Trainer] | str]
     furthest: float = FURTHEST_LOSS
     """How far losses may be from those of the first, relatively."""
-    target_rate: float | None = None
-    target_ratio: float | None = None
-    target_memory: float | None = None
 
     def enter(self, direction: str, names: set[str]) -> Group:
         """Of `names`, those that run and have the losses of the first in their first two steps."""
         trainers, absent = train_two_steps({name: way for name, way in self.contenders.items() if name in names}, self.furthest)
         lanes = [Lane(name=name, run=trainer.step) for name, trainer in trainers.items()]
-        watch = time_steps_on_card if HAS_GPU else time_on_cpu
-        return Group(title=self.title, lanes=lanes, absent=absent, watch=watch, info=lambda lane: self._info(lane, trainers[lane.name]))
+        return Group(
+            title=self.title, lanes=lanes, absent=absent, watch=time_steps, info=lambda lane: self._info(lane, trainers[lane.name])
+        )
 
     def _info(self, lane: Lane, trainer: Trainer) -> dict[str, object]:
         seconds, host, peak = median(lane.seconds), seconds_on_host(lane.run) if HAS_GPU else None, card.peak_flops(card.name())
@@ -81,9 +77,6 @@ class Contest:
             "note": trainer.note,
             "host_seconds": host,
             "host_share": host and host / seconds,
-            "target_rate": self.target_rate,
-            "target_ratio": self.target_ratio,
-            "target_memory": self.target_memory,
         }
 
 
@@ -161,14 +154,6 @@ class Footprint:
             self.gib = (torch.cuda.max_memory_reserved() - self._before) / 2**30
 
 
-def release() -> None:
-    """Give memory back that no tensor needs."""
-    gc.collect()
-    if HAS_GPU:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A model on one task's batch."""
@@ -217,12 +202,10 @@ def batch_of(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
     return grid, torch.randint(0, task.num_classes, (task.batch,), **common)
 
 
-def our_trainer(config: Train, model: PolyViT, *, captured: bool, compiled: bool = False) -> Trainer:
+def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     """Our step on one batch of each task of `config`, one update after each; the losses are added up."""
     model = deepcopy(model).train()
     step = Step(model, config)
-    if compiled:
-        step.model = torch.compile(model, dynamic=False)
     batches = {name: batch_of(task) for name, task in config.tasks.items()}
     slots = Slots(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
     steps = Captured(step, slots, [(name,) for name in config.tasks]) if captured else step
@@ -293,8 +276,8 @@ def fastest_backend(model: Model, task: Task) -> SDPBackend | None:
         try:
             with sdpa_kernel(backend):
                 lane = Lane(name="", run=run)
-                time_steps_on_card(lane, 3)
-                return median(time_steps_on_card(lane, 7))
+                time_steps(lane, 3)
+                return median(time_steps(lane, 7))
         except RuntimeError:  # it has no kernel for this
             return float("inf")
 

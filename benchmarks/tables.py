@@ -87,8 +87,7 @@ def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
 def step_lines(measurements: Sequence[Measurement]) -> list[str]:
     """A line for each contender, of each group ours first and then the others from fast to slow, and the absent ones.
 
-    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it; that of ours
-    has the verdict on its targets.
+    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it.
     """
     lines = []
     groups = _by_group(measurements)
@@ -104,7 +103,7 @@ def step_lines(measurements: Sequence[Measurement]) -> list[str]:
             memory = "" if row.info["peak_gib"] is None else f"{row.info['peak_gib']:.1f} GiB"
             share = row.info.get("host_share")
             host = "" if share is None else f"host {share:.1%}"
-            words = filter(None, (ratio, mfu, memory, host, row.info["note"], _step_verdict(row, others, rows) if row is ours else ""))
+            words = filter(None, (ratio, mfu, memory, host, row.info["note"]))
             lines.append(f"{group:{width}} {row.contender:22} {rate:9.1f} {row.info['unit']}/s  {', '.join(words)}".rstrip())
     return lines + _absent_lines(groups)
 
@@ -118,27 +117,6 @@ def _ratio(row: Measurement, rows: Iterable[Measurement]) -> float | None:
     """How many times as fast ours was in the very race of `row`."""
     ours = _ours(other for other in rows if other.race == row.race)
     return ours and row.median / ours.median
-
-
-def _step_verdict(ours: Measurement, others: Sequence[Measurement], rows: Sequence[Measurement]) -> str:
-    """Which of the targets, which are for an H200, were reached, against the fastest contender that is not ours in another form."""
-    if "H200" not in ours.info["card"]:
-        return ""
-    best = next((row for row in others if not row.contender.startswith(OURS)), None)
-    found = best and _ratio(best, rows)
-    rate, ratio, memory = (ours.info[f"target_{name}"] for name in ("rate", "ratio", "memory"))
-    words = []
-    if rate is not None:
-        words.append(f"{rate:,.0f}/s {_reached(ours.info['amount'] / ours.median >= rate)}")
-    if ratio is not None and best and found:
-        words.append(f"{ratio:.2f} times {best.contender} {_reached(found >= ratio)}")
-    if memory is not None and best is not None:
-        words.append(f"{memory:.1f} times its memory {_reached(ours.info['peak_gib'] <= memory * best.info['peak_gib'])}")
-    return f"target {', '.join(words)}" if words else ""
-
-
-def _reached(is_reached: bool) -> str:
-    return "reached" if is_reached else "missed"
 
 
 def _absent_lines(groups: Mapping[str, list[Measurement]]) -> list[str]:
@@ -156,32 +134,19 @@ def _absent_lines(groups: Mapping[str, list[Measurement]]) -> list[str]:
 
 def _ours_and_peers(rows: list[Measurement]) -> str:
     ours = _ours(rows)
-    peers = sorted((row for row in rows if row.contender != OURS), key=lambda row: row.median)
+    once = {row.contender: row for row in reversed(rows)}  # of its first race
+    peers = sorted((row for row in once.values() if row is not ours), key=lambda row: row.median)
     ratios = [ratio for row in peers if row.info["alike"] and (ratio := _ratio(row, rows))]
     best = min(ratios, default=None)
     time = "-" if ours is None else _time(ours.median)
     share = "-" if ours is None or ours.info["share_of_floor"] is None else f"{ours.info['share_of_floor']:.0%}"
     told = ", ".join(_told(row) for row in peers)
-    return f"{time:>10} {share:>8} {'-' if best is None else f'{best:.2f}':>6}  {told}{_verdict(ours, best)}"
+    return f"{time:>10} {share:>8} {'-' if best is None else f'{best:.2f}':>6}  {told}"
 
 
 def _told(row: Measurement) -> str:
-    share = row.info["share_of_step"]
-    text = f"{row.contender} {_time(row.median)}{'' if share is None else f' ({share:.2%} of a step)'}"
+    text = f"{row.contender} {_time(row.median)}"
     return text if row.info["alike"] else f"({text})"
-
-
-def _verdict(ours: Measurement | None, best: float | None) -> str:
-    """Whether the targets were reached, which are for an H200."""
-    if ours is None or "H200" not in ours.info["card"]:
-        return ""
-    us, ratio = ours.info["target_us"], ours.info["target_ratio"]
-    words = []
-    if us is not None:
-        words.append(f"{us:.0f} us {_reached(ours.median * 1e6 <= us)}")
-    if ratio is not None and best is not None:
-        words.append(f"{ratio:.2f} {_reached(best >= ratio)}")
-    return f"; target {', '.join(words)}" if words else ""
 
 
 def _time(seconds: float) -> str:

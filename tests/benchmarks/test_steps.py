@@ -88,12 +88,12 @@ def test_losses_may_differ_where_the_contest_says_so_but_not_be_nan():
     assert list(train_two_steps(ways, math.inf)[0]) == [OURS, "other"]
 
 
-def test_a_contest_is_raced_and_tells_what_it_is_judged_by():
-    found = Track(rounds=2, calls=3, phase=ALL).raced(STEP, lambda: contest({OURS: lambda: trainer(flops=2e9)}, target_rate=5.0))
+def test_a_contest_is_raced_and_tells_what_a_step_is():
+    found = Track(rounds=2, calls=3, phase=ALL).raced(STEP, lambda: contest({OURS: lambda: trainer(flops=2e9)}))
     assert len(found.seconds[OURS]) == 6
     info = found.infos[OURS]
     assert info["tflops"] > 0
-    assert (info["kind"], info["amount"], info["target_rate"], info["peak_gib"]) == ("step", 4, 5.0, None)
+    assert (info["kind"], info["amount"], info["peak_gib"]) == ("step", 4, None)
 
 
 def test_only_those_who_were_asked_for_are_built():
@@ -150,7 +150,7 @@ COSTS = [("ViT-B", 35.1, 197), ("ViViT-B", 903, 3137), ("ViT-S", 9.2, 197), ("AS
 
 
 @pytest.mark.parametrize(("name", "gflops", "tokens"), COSTS)
-def test_models_on_a_gpu_have_the_cost_that_targets_were_set_for(name, gflops, tokens):
+def test_models_on_a_gpu_have_the_cost_that_their_names_stand_for(name, gflops, tokens):
     rivals = next(rivals for rivals in bench_step.ON_A_GPU if rivals.title.startswith(name))
     case = rivals.case()
     assert case.task.modality.num_tokens == tokens
