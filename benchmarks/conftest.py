@@ -8,6 +8,7 @@ import pytest
 import tables
 import warm
 from card import HAS_GPU
+from lost_context import pytest_configure as pytest_configure  # a hook
 from problem import EAGER, OURS
 from race import ALL, COMPILED, FIRST, Track, is_compiled
 from tables import Measurement
@@ -57,10 +58,6 @@ def takes_part(contender: str, phase: str) -> bool:
     return phase == ALL or (phase == COMPILED) == is_compiled(contender) or (phase == COMPILED and contender in (OURS, EAGER))
 
 
-def pytest_configure(config):
-    config.stash[JOBS] = {}
-
-
 def pytest_collection_modifyitems(config, items):
     phase = config.getoption("contenders")
     for item in items:
@@ -97,7 +94,7 @@ def report(benchmark, play, track, request) -> Callable[..., None]:
 
     def run(direction, contender, build, *arguments):
         if request.config.getoption("warm"):
-            request.config.stash[JOBS][warm.Job(direction, build, arguments)] = None
+            request.config.stash.setdefault(JOBS, {})[warm.Job(direction, build, arguments)] = None
             pytest.skip("compiled afterwards, with all others")
         found = track.raced(direction, build, *arguments)
         reason = found.failure or found.absent.get(contender, "does not take part")
@@ -115,7 +112,7 @@ def _fail(reason: str) -> None:
 
 
 def pytest_sessionfinish(session):
-    if jobs := list(session.config.stash[JOBS]):
+    if jobs := list(session.config.stash.get(JOBS, {})):
         warm.compile_all(jobs, session.config.getoption("warm"))
 
 

@@ -124,15 +124,17 @@ def is_compiled(contender: str) -> bool:
     return contender.endswith(PEER_COMPILERS)
 
 
+def to_compile(contenders: Mapping[str, object]) -> set[str]:
+    """Those that are there and have to be compiled."""
+    return {name for name, way in contenders.items() if is_compiled(name) and not isinstance(way, str)}
+
+
 def choose(contenders: Mapping[str, object], phase: str) -> set[str]:
     """Who takes part: first those that need no compiler, later the compiled ones against ours, or against eager where there is no ours."""
-    compiled = {name for name in contenders if is_compiled(name)}
-    if phase == ALL:
-        return set(contenders)
-    if phase == FIRST:
-        return set(contenders) - compiled
-    are_there = any(not isinstance(contenders[name], str) for name in compiled)
-    return compiled | {next(iter(contenders))} if are_there else compiled
+    compiled = to_compile(contenders)
+    if phase == COMPILED:
+        return compiled | {next(iter(contenders))} if compiled else set()
+    return set(contenders) - (compiled if phase == FIRST else set())
 
 
 @dataclass(frozen=True, kw_only=True)

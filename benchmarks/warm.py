@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from card import HAS_GPU
-from race import Rivalry, forget, is_compiled, told
+from race import Rivalry, forget, to_compile, told
 
 STEP_GIB = 26
 """What a process that trains a whole model may take of the card, at the sizes of `bench_step.py`."""
@@ -68,7 +68,7 @@ def compile_one(build: Callable[..., Rivalry], arguments: Sequence[object], dire
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rivalry = build(*arguments)
-        names = {name for name, way in rivalry.contenders.items() if is_compiled(name) and not isinstance(way, str)}
+        names = to_compile(rivalry.contenders)
         for direction in directions if names else ():
             group = rivalry.enter(direction, names)
             title, absent = group.title, absent | group.absent
