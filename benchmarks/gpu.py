@@ -317,6 +317,7 @@ def main() -> int:
     commands.make_folder(parser, "--out", out / "logs")
     if (out / "measurements.jsonl").exists():
         parser.error(f"--out: {out} has the measurements of an earlier run")
+    print(f"what each command says is in {out / 'logs'}", flush=True)
     ended: list[Ended] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -211,7 +211,9 @@ def test_a_run_that_is_asked_to_end_ends_its_part_and_tells_what_it_had(tmp_path
 
 def test_every_part_runs_on_a_cpu_and_the_tables_come_last(tmp_path):
     compiled = tmp_path / "compiled"
-    done = start(tmp_path / "out", env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled), "TRITON_CACHE_DIR": str(compiled)})
+    done = start(
+        tmp_path / "out", "--minutes", "60", env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled), "TRITON_CACHE_DIR": str(compiled)}
+    )
     printed, out = done.communicate()[0], tmp_path / "out"
     assert not done.returncode, printed
     assert printed.endswith((out / "summary.txt").read_text())
