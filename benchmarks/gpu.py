@@ -49,7 +49,7 @@ NEEDS = {"kernels": (), "model": WHOLE, "train": LOOP, "data": (*WHOLE, *DATA, "
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
 LAST_SECONDS, GRACE_SECONDS = 3, 7  # for the tables; between a request to end and the end
 LEAST_SECONDS = 12  # imports take most of that
-SHOWN_LINES = 40
+SHOWN_LINES = 80
 
 
 @dataclass(frozen=True, kw_only=True)
