@@ -7,7 +7,7 @@ SOURCES := polyvit_fast kernels tests benchmarks setup.py
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
 	@echo "make test      every test that needs no GPU (about 11 minutes on 2 cores)"
-	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine"
+	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
 	@echo "make check     format, lint, types, import contracts, laws of the architecture (1 minute)"
 	@echo "make bench     throughput against peers, small sizes on a CPU"
 	@echo "make aot       compile every kernel for every GPU into build/aot/libpolyvit_kernels.so and test it (8 minutes on 2 cores, needs CMake)"
@@ -22,8 +22,7 @@ test: .venv/installed-tests
 	$(BIN)/pytest -q
 
 test-gpu: .venv/installed-tests
-	$(BIN)/pytest -q -m "gpu or not gpu" tests/kernels
-	$(BIN)/pytest -q -m gpu tests/model tests/data tests/train
+	$(BIN)/python benchmarks/gpu.py --out $$(mktemp -d) --only tests
 
 check: .venv/installed-tests
 	@echo "== format, lint, types, import contracts, laws (about 1 minute)"

@@ -90,4 +90,4 @@ def _normalising(operation: Operation) -> Operation:
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_patch_embed(report, shape, direction, contender):
-    report(problem_of, shape, direction, contender)
+    report(direction, contender, problem_of, shape)

@@ -25,7 +25,6 @@ SAMPLER, MULTINOMIAL = "WeightedRandomSampler", "torch.multinomial"
 NUM_TASKS, NUM_STEPS = 100, 10_000_000
 WEIGHTS = NUM_STEPS // NUM_TASKS + 900 * (np.arange(NUM_TASKS) - NUM_TASKS // 2) + 450  # steps of the tasks: 55,450 to 144,550
 CHANCES = WEIGHTS / WEIGHTS.sum()
-pytestmark = pytest.mark.usefixtures("in_time")
 PICKS = range(1000)  # steps in a call
 
 

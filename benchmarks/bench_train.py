@@ -134,7 +134,6 @@ def files(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("files")
 
 
-@pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize(("name", "data"), CASES)
 def test_train(play, files, tmp_path, name, data):
     if data == FILES and not card.is_installed("nvidia.dali"):

@@ -165,4 +165,4 @@ def _problem(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("problem_of", [adamw_of, sgd_of])
 def test_update(report, problem_of, shape, contender):
-    report(problem_of, shape, STEP, contender)
+    report(STEP, contender, problem_of, shape)

@@ -1,24 +1,35 @@
-"""How kernels are reported to pytest-benchmark, and the tables after the timings."""
+"""How what was raced is reported to pytest-benchmark, written down at once, and told in tables at the end."""
 
-import math
-import time
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 
 import pytest
 import tables
+import warm
 from card import HAS_GPU
-from problem import OURS
+from lost_context import pytest_configure as pytest_configure  # a hook
+from problem import EAGER, OURS
+from race import ALL, COMPILED, FIRST, Track, is_compiled
 from tables import Measurement
-from track import Track
 
-NO_TIME = "no time was left"
+JOBS = pytest.StashKey[dict[warm.Job, None]]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("kernels")
-    group.addoption("--rounds", type=int, default=7 if HAS_GPU else 5, help="times that contenders of a kernel take turns")
+    group.addoption("--rounds", type=int, default=7 if HAS_GPU else 5, help="times that contenders take turns")
     group.addoption("--calls", type=int, default=10 if HAS_GPU else 2, help="timed calls of each contender in a round")
-    group.addoption("--seconds", type=float, default=math.inf, help="after so many seconds no other kernel is begun")
+    group.addoption(
+        "--contenders",
+        choices=(ALL, FIRST, COMPILED),
+        default=ALL if HAS_GPU else FIRST,  # on a CPU compiling takes minutes
+        help="all, those that need no compiler, or the compiled ones against the first of the others",
+    )
+    group.addoption(
+        "--warm", type=int, default=0, metavar="N", help="time nothing: compile peers in N processes, for a run that comes after"
+    )
+    group.addoption("--measurements", type=Path, help="file that each result is appended to, when it is there")
 
 
 class Replay:
@@ -42,47 +53,33 @@ class Replay:
 _REPLAY = Replay()
 
 
-def pytest_collection_modifyitems(items):
+def takes_part(contender: str, phase: str) -> bool:
+    """Whether it is asked for in a phase; in that of the compiled ones ours is too, and eager where there is no kernel of ours."""
+    return phase == ALL or (phase == COMPILED) == is_compiled(contender) or (phase == COMPILED and contender in (OURS, EAGER))
+
+
+def pytest_collection_modifyitems(config, items):
+    phase = config.getoption("contenders")
     for item in items:
         if "play" in item.fixturenames:
             item.add_marker(pytest.mark.benchmark(timer=_REPLAY.read))
+    kept = [item for item in items if not hasattr(item, "callspec") or takes_part(item.callspec.params.get("contender", OURS), phase)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
-def options(request) -> dict[str, float]:
-    return {name: request.config.getoption(name) for name in ("rounds", "calls", "seconds")}
-
-
-@pytest.fixture(scope="session")
-def deadline(options) -> float:
-    """On `time.monotonic`; nothing is begun after it."""
-    return time.monotonic() + options["seconds"]
+def track(request) -> Track:
+    return Track(**{name: request.config.getoption(name) for name in ("rounds", "calls")}, phase=request.config.getoption("contenders"))
 
 
 @pytest.fixture
-def in_time(deadline) -> None:
-    """Skips what would begin too late."""
-    if time.monotonic() > deadline:
-        pytest.skip(NO_TIME)
-
-
-@pytest.fixture(scope="session")
-def track(options) -> Track:
-    return Track(**options)
-
-
-@pytest.fixture(scope="session")
-def step_track(options):
-    from steps import StepTrack  # here, as it needs the whole package, of which kernels know nothing
-
-    return StepTrack(**options)
-
-
-@pytest.fixture
-def play(benchmark) -> Callable[..., None]:
-    """Gives times that were measured to pytest-benchmark, as a contender's of a group, with what is known beside them."""
+def play(benchmark, request) -> Callable[..., None]:
+    """Gives times that were measured to pytest-benchmark and to the file, as a contender's of a group, with what is known beside them."""
 
     def run(group, info, seconds):
+        if path := request.config.getoption("measurements"):
+            tables.append(path, Measurement(group=group, median=median(seconds), info=info), seconds)
         benchmark.group = group
         benchmark.extra_info.update(info)
         times = iter(seconds)
@@ -92,40 +89,31 @@ def play(benchmark) -> Callable[..., None]:
 
 
 @pytest.fixture
-def report(benchmark, play, track) -> Callable[..., None]:
-    """Measures the group when nobody has, and gives one contender's times to pytest-benchmark; skips one that is absent."""
+def report(benchmark, play, track, request) -> Callable[..., None]:
+    """Races the group when nobody has, and gives one contender's times to pytest-benchmark; skips one that is absent."""
 
-    def run(problem_of, shape, direction, contender):
-        group = track.group(problem_of, shape, direction)
-        _fail_or_skip(benchmark, group, contender, f"has no {direction}")
-        play(group.title, group.info(contender), group.lanes[contender].seconds)
-
-    return run
-
-
-@pytest.fixture
-def report_step(benchmark, play, step_track) -> Callable[..., None]:
-    """The same of a whole training step."""
-
-    def run(rivals, contender):
-        found = step_track.measured(rivals.title, rivals.contest, rivals.contenders)
-        _fail_or_skip(benchmark, found, contender, "is not there")
-        play(rivals.title, found.info(contender), found.lanes[contender].seconds)
+    def run(direction, contender, build, *arguments):
+        if request.config.getoption("warm"):
+            request.config.stash.setdefault(JOBS, {})[warm.Job(direction, build, arguments)] = None
+            pytest.skip("compiled afterwards, with all others")
+        found = track.raced(direction, build, *arguments)
+        reason = found.failure or found.absent.get(contender, "does not take part")
+        if contender == OURS and (found.failure or OURS in found.absent):
+            benchmark.pedantic(_fail, args=(reason,))
+        if contender not in found.seconds:
+            pytest.skip(reason)
+        play(found.title, found.infos[contender], found.seconds[contender])
 
     return run
-
-
-def _fail_or_skip(benchmark, found, contender, otherwise):
-    if found is None:
-        pytest.skip(NO_TIME)
-    if contender == OURS and OURS in found.absent:
-        benchmark.pedantic(_fail, args=(found.absent[OURS],))
-    if contender not in found.lanes:
-        pytest.skip(found.absent.get(contender, otherwise))
 
 
 def _fail(reason: str) -> None:
     raise AssertionError(reason)
+
+
+def pytest_sessionfinish(session):
+    if jobs := list(session.config.stash.get(JOBS, {})):
+        warm.compile_all(jobs, session.config.getoption("warm"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,32 +1,31 @@
-"""Everything that needs a GPU, by one command with tables at its end: tests, tuning, kernels and whole steps against peers, a profile.
+"""Everything that needs a GPU, by one command: tests, the demo, kernels and whole training steps against their peers, a profile.
 
-    python benchmarks/gpu.py --out DIR                    in nine minutes at most
-    python benchmarks/gpu.py --out DIR --only step train  these parts alone, which then have more time
-    python benchmarks/gpu.py --out DIR --minutes 5 --skip-tuning
-    python benchmarks/gpu.py --out DIR --small            every part on the CPU's path, to see that it works
+    python benchmarks/gpu.py --out DIR                      in nine minutes at most
+    python benchmarks/gpu.py --out DIR --minutes 2          what matters most; each result is written when it is there
+    python benchmarks/gpu.py --out DIR --only steps tuning  what has one of these words in its name; tuning runs only so
+    python benchmarks/gpu.py --plan --minutes 2             how the minutes would be spent
+    python benchmarks/gpu.py --out DIR --small              every part on the CPU's path, to see that it works
 
-Needed are torch, triton, jaxtyping, einops, safetensors, pytest and pytest-benchmark, with which the kernels' parts run; whole steps and
-the other tests need numpy, Pillow and tyro too; the training loop rich, tensorboard and torchmetrics; tests of data nvidia-dali, av,
-soundfile and hypothesis. This checkout itself need not be installed. A part that lacks a package is left out and says so, one that fails or
-has used up its time is named, and the others run. DIR gets summary.txt (what is printed), benchmarks.json (every time of every call),
-profile.txt (the kernels of a step), tuning.json, tile_table.py (with the rows that tuning chose, as in the checkout) and log.txt. Tuning
-rewrites the checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when all parts ended well
-or were left out, 1 when one did not, 2 without a GPU or one of the seven packages that are needed.
+Parts run one after the other, each until its planned time is over or, where others have left some, that as well. Needed are torch, triton,
+jaxtyping, einops, safetensors, pytest and pytest-benchmark; what lacks another package is told at once and left out. With pytest-xdist,
+tests are shared out among workers; without, each file has a process. This checkout itself need not be installed. DIR, a new folder, gets
+summary.txt (what is printed, written anew after each part), measurements.jsonl (a line for each contender of each race: `python
+benchmarks/tables.py` makes the tables of it), logs/ and the demo's run. What the peers' compilers make is kept in a temporary folder for
+the next run. Tuning rewrites the checkout's kernels/polyvit_kernels/tile_table.py and benchmarks/results/<card>/tuning.json. Status 0 when
+all ended well, 1 when something failed or was cut, 2 without a GPU or one of the seven packages.
 """
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
 
 # Before anything that imports them: a sentence tells more than the traceback of the first that is not there.
 if lacking := [
@@ -36,185 +35,225 @@ if lacking := [
     sys.exit(2)
 
 import card
-from tables import Measurement, sections
-from tune import NOBODY_HERE, RESULTS, TABLE_PATH
+import tables
 
 from polyvit_kernels import commands
 
-FOLDERS = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
-KERNEL_BENCHES = {"attention": 35, "mlp": 35, "layer_norm": 25, "update": 25, "patch_embed": 25, "cross_entropy": 25}
-BENCHES = KERNEL_BENCHES | {"step": 110, "train": 35}
-"""Files bench_<name>.py that a GPU is needed for, and their shares of the time, each well beyond what imports take."""
-TESTS_SHARE, ROOM_SHARE, TUNING_SHARE, PROFILE_SHARE = 75, 30, 45, 15
-ROOMS = ("model", "train", "data")
-"""Folders of tests beside that of the kernels; of these, what is marked for a GPU is run."""
+CORES = min(16, len(os.sched_getaffinity(0)))
+KERNEL_BENCHES = ("attention", "mlp", "layer_norm", "update", "patch_embed", "cross_entropy")
 WHOLE = ("numpy", "PIL", "tyro")
-NEEDS = {
-    "step": WHOLE,
-    "train": (*WHOLE, "rich", "tensorboard", "torchmetrics"),
-    "data": (*WHOLE, "nvidia.dali", "av", "soundfile", "hypothesis"),
-}
-"""Packages, of benchmarks and of rooms."""
+LOOP = (*WHOLE, "rich", "tensorboard", "torchmetrics")
+DATA = ("nvidia.dali", "av", "soundfile")
+NEEDS = {"kernels": (), "model": WHOLE, "train": LOOP, "data": (*WHOLE, *DATA, "hypothesis")}
+"""Folders of tests, and the packages of each beyond the seven."""
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
-WORKERS = 16
-LAST_SECONDS = 5  # for the table
-GRACE_SECONDS = 10  # between a request to end and the end
-LONGEST_STEP = 20  # seconds that a part may take after it was told to begin nothing new
-LONGEST_CONTEST = 90  # the same of whole steps, whose contenders compile
+LAST_SECONDS, GRACE_SECONDS = 3, 7  # for the tables; between a request to end and the end
+LEAST_SECONDS = 12  # imports take most of that
+SHOWN_LINES = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What Python is given; with `is_shown`, the end of its output is a part of the summary."""
+
+    name: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    is_shown: bool = False
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages without which it cannot run."""
+        return [package for package in self.needs if not card.is_installed(package)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A command; `weight` is its share of the time. With `told`, it takes `--seconds` and ends by itself.
-
-    It is left out where one of the packages that it `needs` is not installed.
-    """
+    """Commands that run side by side, and the seconds that they should take on an H100 with 16 cores."""
 
     name: str
-    command: tuple[str, ...]
-    weight: float
-    told: bool = True
-    longest: float = LONGEST_STEP
-    needs: tuple[str, ...] = ()
+    seconds: float
+    commands: tuple[Command, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a part ended: its last words, and whether it did all that it should."""
+    """How a command ended: its last words, and whether it did all that it should."""
 
     name: str
-    seconds: float
     is_well: bool
     words: str
+    seconds: float = 0.0
 
 
-def limit(left: float, weights: Sequence[float]) -> float:
-    """Seconds for the first of the parts that are to come: its share of what is left, so that haste serves those after it."""
-    return left * weights[0] / sum(weights)
+def limit(left: float, planned: float, later: Sequence[float]) -> float:
+    """Seconds that a part may take: what is planned, and what those after it do not need, as long as there are any."""
+    return min(left, max(planned, left - sum(later)))
 
 
-def parts(out: Path, *, tuning: bool, is_small: bool, only: Sequence[str] = ()) -> list[Part]:
-    """What is run, in order; with `only`, those alone whose name has one of these words."""
-    found = [Part(name="tests of kernels", command=_kernel_tests(is_small), weight=TESTS_SHARE, told=False)]
-    if tuning:
-        small = ("--small", "--ops", "update") if is_small else ()
-        found.append(Part(name="tuning", command=(_script("tune"), *small), weight=TUNING_SHARE))
-    found += _small_benches(out) if is_small else [*_room_tests(), *(_bench(name, [name], out, weight) for name, weight in BENCHES.items())]
+def parts(out: Path, *, is_small: bool = False, only: Sequence[str] = ()) -> Iterator[Part]:
+    """What is run, in the order of what matters most; compilers come after all that needs none."""
+    compiled = {"steps compiled": ("step",), "kernels compiled": KERNEL_BENCHES}
+    wanted = [name for name in compiled if is_chosen(name, only)]
+    files = [file for name in wanted for file in compiled[name]]
+    found = [
+        Part(name="tests for a GPU", seconds=45, commands=tuple(_gpu_tests(is_small))),
+        Part(name="kernels", seconds=45, commands=(_bench("kernels", KERNEL_BENCHES, out, "first", is_small),)),
+        Part(name="steps", seconds=80, commands=(_bench("steps", ("step",), out, "first", is_small),)),
+        Part(name="other tests and the demo", seconds=100, commands=(*_other_tests(is_small), _demo(out, is_small))),
+        Part(name="compiling peers", seconds=85, commands=(_bench("compiling peers", files, out, "compiled", is_small, warm=True),)),
+        Part(name="steps compiled", seconds=70, commands=(_bench("steps compiled", ("step",), out, "compiled", is_small),)),
+        Part(name="kernels compiled", seconds=50, commands=(_bench("kernels compiled", KERNEL_BENCHES, out, "compiled", is_small),)),
+        Part(name="training loop", seconds=30, commands=(_bench("training loop", ("train",), out, "first", is_small),)),
+        Part(name="profile", seconds=15, commands=(_profile(out, is_small),)),
+        Part(name="tuning", seconds=180, commands=(_tuning(is_small),)),
+    ]
+    for part in found:
+        chosen = [one for one in part.commands if (bool(wanted) if one.name == "compiling peers" else is_chosen(one.name, only))]
+        if chosen:
+            yield replace(part, commands=tuple(chosen))
+
+
+def is_chosen(name: str, only: Sequence[str]) -> bool:
+    """By one of its words; where none is given, all but tuning, which changes the checkout."""
+    return bool(set(only) & set(name.split())) if only else name != "tuning"
+
+
+# A warning of another version of a library is no failure here.
+_PYTEST = ("-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-rfE")
+
+
+def _tests(name: str, room: str, files: Sequence[str], workers: int, *options: str) -> Iterator[Command]:
+    """By workers, or by a process for each file. Tests of kernels go without `tests/conftest.py`, which needs all that training needs."""
+    highest = card.ROOT / "tests" / ("kernels" if room == "kernels" else "")
+    common = (*_PYTEST, "-o", "addopts=--strict-markers", f"--confcutdir={highest}", "-p", "no:benchmark", *options)
+    if card.is_installed("xdist"):
+        yield Command(name=f"{name} ({room})", arguments=(*common, "-n", str(workers), *files), needs=NEEDS[room])
+    else:
+        for file in files:
+            yield Command(name=f"{name} ({room}/{Path(file).name})", arguments=(*common, file), needs=NEEDS[room])
+
+
+def _gpu_tests(is_small: bool) -> Iterator[Command]:
+    """What is marked for a GPU, in all rooms. Other files are not even imported, for they may need more than there is."""
+    if is_small:
+        yield from _tests("tests", "kernels", [str(card.ROOT / "tests" / "kernels" / "test_rows.py")], 1)
+    for room in () if is_small else NEEDS:
+        files = [str(path) for path in _files(room) if "pytest.mark.gpu" in path.read_text()]
+        yield from _tests("tests", room, files, max(1, CORES // len(NEEDS)), "-m", "gpu")
+
+
+def _other_tests(is_small: bool) -> Iterator[Command]:
+    """Of the kernels, which run on whatever there is."""
+    left_out = {"test_gpu.py"} | {f"test_{name}.py" for name in NEED_NO_GPU}  # of the first, all are marked for a GPU
+    files = [str(path) for path in _files("kernels") if path.name not in left_out]
+    if not is_small:
+        yield from _tests("other tests", "kernels", files, max(1, CORES * 3 // 4), "-m", "not gpu")
+
+
+def _files(room: str) -> list[Path]:
+    return sorted((card.ROOT / "tests" / room).glob("test_*.py"))
+
+
+def _demo(out: Path, is_small: bool) -> Command:
+    options = ("smoke",) if is_small else ("demo", "--device", "cuda", "--precision", "bf16")
+    arguments = ("-m", "polyvit_fast", "train", *options, "--out", str(out / "demo"))
+    return Command(name="demo", arguments=arguments, needs=(*LOOP, *(() if is_small else (*DATA, "matplotlib"))), is_shown=True)
+
+
+def _bench(name: str, benches: Sequence[str], out: Path, phase: str, is_small: bool, *, warm: bool = False) -> Command:
+    options = ["--contenders", phase, "--measurements", str(out / "measurements.jsonl"), "--benchmark-columns=median,rounds"]
+    options += ["--warm", str(CORES)] if warm else []
+    if is_small:
+        benches = benches if phase == "first" else ["step"] if name == "steps compiled" else ["cross_entropy"]
+        chosen = "PolyViT or (mixed and made) or sigmoid" if phase == "compiled" or "steps" in name or "loop" in name else ""
+        options += ["--rounds=1", "--calls=1", *(["-k", chosen] if chosen else [])]
+    elif "step" in benches:
+        options += ["--rounds=4", "--calls=5"]
+    needs = {"step": WHOLE, "train": LOOP}
+    return Command(
+        name=name,
+        arguments=(*_PYTEST, *options, *(_script(f"bench_{bench}") for bench in benches)),
+        needs=tuple(dict.fromkeys(package for bench in benches for package in needs.get(bench, ()))),
+    )
+
+
+def _profile(out: Path, is_small: bool) -> Command:
     small = ("--small",) if is_small else ()
-    profile = (_script("step_profile"), "--out", str(out / "profile.txt"), *small)
-    found.append(Part(name="profile", command=profile, weight=PROFILE_SHARE, told=False, needs=WHOLE))
-    return [part for part in found if not only or set(only) & set(part.name.split())]
+    arguments = (_script("step_profile"), "--out", str(out / "profile.txt"), *small)
+    return Command(name="profile", arguments=arguments, needs=WHOLE, is_shown=True)
+
+
+def _tuning(is_small: bool) -> Command:
+    small = ("--small", "--ops", "update") if is_small else ()
+    return Command(name="tuning", arguments=(_script("tune"), *small), is_shown=True)
 
 
 def _script(name: str) -> str:
     return str(card.ROOT / "benchmarks" / f"{name}.py")
 
 
-def _kernel_tests(is_small: bool) -> tuple[str, ...]:
-    """Without `tests/conftest.py`, which needs all that training needs, and without run-time type checks; first what only a GPU shows."""
-    folder = card.ROOT / "tests" / "kernels"
-    if is_small:
-        return (*_tests(folder), str(folder / "test_rows.py"))
-    workers = ("-n", str(min(WORKERS, len(os.sched_getaffinity(0))))) if card.is_installed("xdist") else ()
-    first, others = folder / "test_gpu.py", {folder / f"test_{name}.py" for name in NEED_NO_GPU}
-    return (*_tests(folder), *workers, str(first), *map(str, sorted({*folder.glob("test_*.py")} - others - {first})))
+def plan_lines(todo: Sequence[Part], seconds: float) -> list[str]:
+    """When each part begins and ends if all take what is planned, and what is left out for want of a package."""
+    lines, begin = [f"{'plan':26} from    to  (seconds)"], 0.0
+    for index, part in enumerate(todo):
+        given = min(part.seconds, limit(seconds - begin, part.seconds, [other.seconds for other in todo[index + 1 :]]))
+        end = begin + given
+        cut = "" if given == part.seconds else f"  cut, of {part.seconds:.0f} seconds; what was measured stays"
+        lines.append(f"{part.name:26} {begin:4.0f}  {end:4.0f}{cut}" if given >= LEAST_SECONDS else f"{part.name:26} no time is left")
+        begin = end if given >= LEAST_SECONDS else begin
+    lacking = [command for part in todo for command in part.commands if command.missing]
+    return lines + [f"left out: {command.name}, as not installed: {', '.join(command.missing)}" for command in lacking]
 
 
-def _room_tests() -> Iterator[Part]:
-    """A process for each folder. Files without such a test are not even imported, for they may need more than there is."""
-    for room in ROOMS:
-        files = gpu_files(room)
-        if files:
-            command = (*_tests(card.ROOT / "tests"), "-m", "gpu", *files)
-            needs = NEEDS.get(room, WHOLE)
-            yield Part(name=f"tests of {room}", command=command, weight=ROOM_SHARE, told=False, needs=needs)
-
-
-def gpu_files(room: str) -> list[str]:
-    """The files of a folder of tests in which something is marked for a GPU."""
-    paths = sorted((card.ROOT / "tests" / room).glob("test_*.py"))
-    return [str(path) for path in paths if "pytest.mark.gpu" in path.read_text()]
-
-
-def _tests(highest: Path) -> tuple[str, ...]:
-    """Pytest, with the `conftest.py` of this folder and below it."""
-    return ("-m", "pytest", "-q", *_QUIET, "-o", "addopts=--strict-markers", f"--confcutdir={highest}", "-p", "no:benchmark")
-
-
-def _small_benches(out: Path) -> list[Part]:
-    """All kernels, one contest of whole steps, one run of the loop, each once."""
-    once, whole = ("--rounds=1", "--calls=1"), ["step", "train"]
-    return [
-        _bench("kernels", list(KERNEL_BENCHES), out, sum(KERNEL_BENCHES.values()), *once),
-        _bench("whole", whole, out, sum(BENCHES[name] for name in whole), *once, "-k", "PolyViT or (mixed and made)"),
-    ]
-
-
-def _bench(name: str, files: Sequence[str], out: Path, weight: float, *options: str) -> Part:
-    command = (
-        "-m",
-        "pytest",
-        "-q",
-        *_QUIET,
-        f"--benchmark-json={_json(out, name)}",
-        *options,
-        *(_script(f"bench_{file}") for file in files),
-    )
-    longest = LONGEST_CONTEST if name == "step" else LONGEST_STEP
-    needs = tuple({package: None for file in files for package in NEEDS.get(file, ())})
-    return Part(name=f"benchmark of {name}", command=command, weight=weight, longest=longest, needs=needs)
-
-
-# A warning of another version of a library is no failure here.
-_QUIET = ("-W", "default", "-p", "no:cacheprovider", "-rfE")
-
-
-def _json(out: Path, name: str) -> Path:
-    return out / f".{name}.json"
-
-
-def run(part: Part, seconds: float, log: TextIO, variables: dict[str, str]) -> Ended:
-    """Run a part for so long at most; its output goes to the log."""
-    missing = [package for package in part.needs if not card.is_installed(package)]
-    if missing:
-        return Ended(name=part.name, seconds=0.0, is_well=True, words=f"left out: {', '.join(missing)} not installed")
-    soft = ("--seconds", f"{max(seconds - part.longest, seconds / 2):.0f}") if part.told else ()
-    log.write(f"\n===== {part.name}\n")
-    log.flush()
-    start, place = time.monotonic(), log.tell()
-    command = [sys.executable, *part.command, *soft]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=card.ROOT, env=variables, process_group=0)
-    is_late = False
+def run(part: Part, seconds: float, logs: Path, variables: dict[str, str]) -> list[Ended]:
+    """Run the commands of a part side by side for so long at most, each with a log of its own."""
+    waiting, running, ended = [command for command in part.commands if not command.missing], {}, []
+    start = time.monotonic()
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        is_late = True
+        while (waiting or running) and time.monotonic() - start < seconds:
+            while waiting and len(running) < CORES:
+                command = waiting.pop(0)
+                with log_of(logs, command).open("w") as log:
+                    arguments = [sys.executable, *command.arguments]
+                    process = subprocess.Popen(
+                        arguments, stdout=log, stderr=subprocess.STDOUT, cwd=card.ROOT, env=variables, process_group=0
+                    )
+                running[command] = process
+            time.sleep(0.1)
+            for command, process in [*running.items()]:
+                if process.poll() is not None:
+                    del running[command]
+                    status = f"status {process.returncode}; " if process.returncode else ""
+                    words = status + last_words(log_of(logs, command))
+                    ended.append(Ended(name=command.name, is_well=not process.returncode, words=words, seconds=time.monotonic() - start))
     finally:
-        _end(process)
-    with open(log.name, encoding="utf-8", errors="replace") as file:
-        file.seek(place)
-        words = last_words(file.read())
-    taken = time.monotonic() - start
-    if is_late:
-        return Ended(name=part.name, seconds=taken, is_well=False, words=f"out of time; {words}")
-    status = "" if not process.returncode else f"status {process.returncode}; "
-    return Ended(name=part.name, seconds=taken, is_well=not process.returncode, words=f"{status}{words}")
+        end([*running.values()])
+    for command in [*running, *waiting]:
+        words = last_words(log_of(logs, command)) if command in running else "not begun"
+        ended.append(Ended(name=command.name, is_well=False, words=f"cut; {words}", seconds=time.monotonic() - start))
+    return ended
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Stop what still runs: an interrupt first, after which pytest writes what it has."""
-    for number, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            try:
-                process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """Stop what still runs: an interrupt first, after which pytest tells what it has."""
+    for number, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+        latest = time.monotonic() + patience
+        while any(process.poll() is None for process in processes) and time.monotonic() < latest:
+            time.sleep(0.1)
 
 
-def last_words(output: str) -> str:
+def log_of(logs: Path, command: Command) -> Path:
+    """Where a command's output goes."""
+    return logs / f"{re.sub(r'[^a-z0-9_]+', '-', command.name).strip('-')}.txt"
+
+
+def last_words(log: Path) -> str:
     """Pytest's count and the first failures, or the last line of another command."""
-    lines = [line for line in output.splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     failed = [re.sub(r" - .*", "", line) for line in lines if line.startswith(("FAILED ", "ERROR "))]
     counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|skipped|error).* in [\d.]+s", line)]
     words = counts[-1:] or lines[-1:] or ["no output"]
@@ -222,65 +261,31 @@ def last_words(output: str) -> str:
     return "; ".join([*words, *(failed[:3]), *more])
 
 
-def measurements(document: dict[str, Any]) -> Iterator[Measurement]:
-    """Of pytest-benchmark's file."""
-    for bench in document["benchmarks"]:
-        yield Measurement(group=bench["group"], median=bench["stats"]["median"], info=bench["extra_info"])
-
-
-def gather(out: Path) -> dict[str, Any]:
-    """All parts' benchmarks in one document, in `benchmarks.json`, without what was cut short when a part was killed."""
-    merged: dict[str, Any] = {"benchmarks": []}
-    for name in (*BENCHES, "kernels", "whole"):
-        path = _json(out, name)
-        found = _read(path)
-        path.unlink(missing_ok=True)
-        if found:
-            merged = {**found, "benchmarks": [*merged["benchmarks"], *found["benchmarks"]]}
-    (out / "benchmarks.json").write_text(json.dumps(merged, indent=1) + "\n")
-    return merged
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where it is missing or no JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def tuning_lines(path: Path, began: float) -> list[str]:
-    """A line for each case that got other blocks in this run."""
-    if not path.exists() or path.stat().st_mtime < began:
-        return []
-    cases = _read(path).get("cases", [])
-    changed = [case for case in cases if case["new"] and case["new"] != case["old"]]
-    told = [f"{case['op']} {'×'.join(map(str, case['size']))}: {case['old']} {_us(case['old_us'])}" for case in changed]
-    return [f"{words} → {case['new']} {_us(case['new_us'])}" for words, case in zip(told, changed, strict=True)]
-
-
-def _us(value: float | None) -> str:
-    return "(refused)" if value is None else f"{value:.1f} us"
-
-
-def summary(ended: Sequence[Ended], changes: Sequence[str], document: dict[str, Any]) -> str:
+def summary(out: Path, todo: Sequence[Part], ended: Sequence[Ended]) -> str:
     """All that is printed at the end; the tables come last."""
-    width = max(len(part.name) for part in ended)
+    width = max((len(one.name) for one in ended), default=0)
     lines = [f"{card.name()}, {', '.join(f'{name} {version}' for name, version in card.versions().items())}", ""]
-    lines += [f"{part.name:{width}} {part.seconds:5.0f} s  {'' if part.is_well else 'NOT WELL: '}{part.words}" for part in ended]
-    lines += ["", *changes] if changes else []
-    for title, table in sections(list(measurements(document))):
-        lines += ["", title, *table]
+    lines += [f"{one.name:{width}} {one.seconds:5.0f} s  {'' if one.is_well else 'NOT WELL: '}{one.words}" for one in ended]
+    for command in (command for part in todo for command in part.commands if command.is_shown):
+        log = log_of(out / "logs", command)
+        if log.exists():
+            lines += ["", command.name, *log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]]
+    lines += tables.lines_of(tables.read(out / "measurements.jsonl"))
     return "\n".join(lines) + "\n"
 
 
 def variables(is_small: bool) -> dict[str, str]:
-    """For the parts: where to import from; repeatable cuBLAS, which tests in deterministic mode ask for.
+    """For the parts: where to import from; where compilers keep what they make; repeatable cuBLAS, which deterministic tests ask for.
 
     For small ones Triton's interpreter, and one thread, as more would wait for one another on a busy machine.
     """
-    found = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    folders = (card.ROOT, card.ROOT / "kernels", card.ROOT / "tests")
+    kept = Path(tempfile.gettempdir()) / f"polyvit-fast-compiled-{os.getuid()}"
+    found = {
+        "TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"),
+        "TRITON_CACHE_DIR": str(kept / "triton"),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONUNBUFFERED": "1",
     }
@@ -290,37 +295,47 @@ def variables(is_small: bool) -> dict[str, str]:
 def main() -> int:
     """The command; gives its status."""
     parser = commands.parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is measured; it is made where there is none")
+    parser.add_argument("--out", type=Path, help="folder for what is measured; it is made where there is none")
     parser.add_argument("--minutes", type=float, default=9, help="stop after this many minutes, all parts together")
-    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="run only the parts with one of these words in their name")
-    parser.add_argument("--skip-tuning", action="store_true", help="measure with the rows that are there, write none to the checkout")
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="run only what has one of these words in its name")
+    parser.add_argument("--plan", action="store_true", help="print how the minutes would be spent, and end")
     parser.add_argument("--small", action="store_true", help="small sizes on the CPU's path")
     args = parser.parse_args()
+    started, seconds = time.monotonic(), 60 * args.minutes - LAST_SECONDS - GRACE_SECONDS
+    out = (args.out or Path("DIR")).resolve()
+    todo = list(parts(out, is_small=args.small, only=args.only))
+    if not todo:
+        parser.error(f"--only: no part is called so; there are: {', '.join(one.name for one in parts(out))}, tuning")
+    print("\n".join(plan_lines(todo, seconds)), flush=True)
+    if args.plan:
+        return 0
     if not card.HAS_GPU and not args.small:
         print("there is no CUDA GPU here (--small runs every part on the CPU's path)", file=sys.stderr)
-        return NOBODY_HERE
-    began, end = time.time(), time.monotonic() + 60 * args.minutes - LAST_SECONDS - GRACE_SECONDS
-    out = args.out.resolve()
-    commands.make_folder(parser, "--out", args.out)
-    todo = parts(out, tuning=not args.skip_tuning, is_small=args.small, only=args.only)
-    if not todo:
-        names = ", ".join(part.name for part in parts(out, tuning=True, is_small=args.small))
-        parser.error(f"--only: no part is called so; there are: {names}")
-    ended = []
-    with (out / "log.txt").open("w", encoding="utf-8") as log:
+        return 2
+    if not args.out:
+        parser.error("--out is needed")
+    commands.make_folder(parser, "--out", out / "logs")
+    if (out / "measurements.jsonl").exists():
+        parser.error(f"--out: {out} has the measurements of an earlier run")
+    print(f"what each command says is in {out / 'logs'}", flush=True)
+    ended: list[Ended] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
         for index, part in enumerate(todo):
-            seconds = limit(end - time.monotonic(), [other.weight for other in todo[index:]])
-            ended.append(run(part, max(seconds, 1.0), log, variables(args.small)))
-            print(f"{part.name}: {ended[-1].seconds:.0f} s, {ended[-1].words}", flush=True)
-    results = RESULTS / card.folder_name() / "tuning.json"
-    changes = tuning_lines(results, began)
-    for path in (results, TABLE_PATH):
-        if path.exists():
-            shutil.copy(path, out)
-    text = summary(ended, changes, gather(out))
-    (out / "summary.txt").write_text(text, encoding="utf-8")
-    print(f"\n{text}", end="")
-    return 0 if all(part.is_well for part in ended) else 1
+            left = limit(started + seconds - time.monotonic(), part.seconds, [other.seconds for other in todo[index + 1 :]])
+            if left < LEAST_SECONDS:
+                new = [Ended(name=part.name, is_well=False, words="no time was left")]
+            else:
+                new = run(part, left, out / "logs", variables(args.small))
+            ended += new
+            print("\n".join(f"{one.name}: {one.seconds:.0f} s, {one.words}" for one in new), flush=True)
+            (out / "summary.txt").write_text(summary(out, todo, ended), encoding="utf-8")
+    finally:
+        text = summary(out, todo, ended)
+        (out / "summary.txt").write_text(text, encoding="utf-8")
+        print(f"\n{text}", end="")
+    return 0 if all(one.is_well for one in ended) else 1
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from card import HAS_GPU, is_installed
 from problem import BACKWARD, FORWARD, Contender, Inputs, Operation
+from race import PEER_COMPILERS
 from torch import Tensor
 from torch._functorch import config as graphs
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
+COMPILED, AUTOTUNED, RECORDED = PEER_COMPILERS
 COMPILERS = (COMPILED, AUTOTUNED)
 _MODES = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}
 _ON_A_CPU = "left out on a CPU"
@@ -28,14 +29,13 @@ LINEAR_GELU = "cuBLASLt GELU"
 
 def compiled(operation: Operation, **rest) -> dict[str, Contender | str]:
     """`operation` by torch.compile's default and by max-autotune, without CUDA graphs, as the card's time is what is measured."""
-    if not HAS_GPU:
-        return dict.fromkeys(COMPILERS, f"{_ON_A_CPU}, where compiling takes minutes")
     # A graph that stays for several backwards cannot give its buffers away.
     graphs.donated_buffer = False
-    return {
+    made = {
         name: Contender(operation=torch.compile(operation, mode=mode, fullgraph=True, dynamic=False), **rest)
         for name, mode in _MODES.items()
     }
+    return made if HAS_GPU else made | {AUTOTUNED: _ON_A_CPU}
 
 
 def attentions() -> dict[str, Contender | str]:

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from statistics import median
 
+import card
 import torch
 from card import Cost
-from race import Lane, Run, told
+from race import Group, Lane, Run, Watch, new_watch, told
 from torch import Tensor
+
+from polyvit_kernels import tiles
 
 Inputs = dict[str, Tensor]
 Operation = Callable[..., Tensor | tuple[Tensor, ...] | None]
@@ -31,19 +36,11 @@ class Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """What ours is meant to reach on an H200: a time, and how many times as fast as the best peer."""
-
-    us: float | None = None
-    ratio: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """An operation on `inputs`, whose floating-point tensors are differentiated by; costs, rows and targets are by direction.
+    """An operation on `inputs`, whose floating-point tensors are differentiated by; costs and rows are by direction.
 
     A contender that is a string is not there, for that reason. `check` holds ours to the truth. `rows` are the (op, tokens, features)
-    that the tile table is asked for. A call handles `amount` `unit`s. `step_seconds` is the step that it is a part of.
+    that the tile table is asked for. A call handles `amount` `unit`s.
     """
 
     title: str
@@ -54,8 +51,69 @@ class Problem:
     unit: str
     check: Callable[[], None] | None = None
     rows: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
-    targets: Mapping[str, Target] = field(default_factory=dict)
-    step_seconds: float | None = None
+
+    @cached_property
+    def failure(self) -> str:
+        """Why ours is wrong; nothing when it is right."""
+        try:
+            if self.check:
+                self.check()
+        except Exception as error:
+            return told(error)
+        return ""
+
+    def enter(self, direction: str, names: set[str]) -> Group:
+        """Of `names`, those that can run and give what eager gives."""
+        lanes, absent = [], {}
+        eager = self.contenders[EAGER]
+        assert isinstance(eager, Contender)
+        expected = None if direction == STEP or not names else _as_tuple(run_of(eager, self.inputs, direction)())
+        for name, contender in self.contenders.items():
+            if isinstance(contender, str):
+                absent |= {name: contender} if name in names else {}
+            elif name in names and direction in contender.directions:
+                try:
+                    run = run_of(contender, self.inputs, direction)
+                    found = run()
+                    # Other leaves have other gradients.
+                    if expected is not None and (direction == FORWARD or contender.take is dict):
+                        assert_near(_as_tuple(found), expected)
+                except Exception as error:
+                    absent[name] = told(error)
+                else:
+                    lanes.append(Lane(name=name, run=run))
+        absent |= {OURS: self.failure} if OURS in names and self.failure else {}
+        title = self.title.replace("|", direction)
+        return Group(title=title, lanes=lanes, absent=absent, watch=_watch(), info=partial(self._info, direction))
+
+    def _info(self, direction: str, lane: Lane) -> dict[str, object]:
+        cost, seconds = self.costs[direction], median(lane.seconds)
+        floor = card.floor_seconds(cost, card.name())
+        return {
+            "amount": self.amount,
+            "unit": self.unit,
+            "dtype": str(next(tensor.dtype for tensor in self.inputs.values() if tensor.is_floating_point())),
+            "alike": getattr(self.contenders[lane.name], "alike", True),
+            "tflops": cost.flops / seconds / 1e12,
+            "gb_per_second": cost.num_bytes / seconds / 1e9,
+            "floor_us": floor and floor * 1e6,
+            "share_of_floor": floor and floor / seconds,
+            "rows": [_row(*question) for question in self.rows.get(direction, ())] if lane.name == OURS and card.HAS_GPU else [],
+        }
+
+
+@cache
+def _watch() -> Watch:
+    """One for all, as it holds memory of the card."""
+    return new_watch()
+
+
+def _row(op: str, tokens: int, features: int) -> str:
+    """The row of the tile table that ours runs with."""
+    dtype = torch.float32 if op.endswith("_update") else card.DTYPE
+    tile = tiles.pick(op, tiles.architecture(card.DEVICE), dtype, tokens=tokens, features=features)
+    blocks = " ".join(f"{name}={value}" for name, value in tile.blocks.items())
+    return f"{op}: {tile.backend} {blocks} warps={tile.num_warps} stages={tile.num_stages}, {tile.source}"
 
 
 def run_of(contender: Contender, inputs: Inputs, direction: str) -> Run:
@@ -71,29 +129,6 @@ def run_of(contender: Contender, inputs: Inputs, direction: str) -> Run:
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     upstream = [torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype) for out in outputs]
     return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
-
-
-def enter(problem: Problem, direction: str) -> tuple[list[Lane], dict[str, str]]:
-    """A lane for each contender that can run and gives what eager gives, and why the others are absent."""
-    lanes, absent = [], {}
-    eager = problem.contenders[EAGER]
-    assert isinstance(eager, Contender)
-    expected = None if direction == STEP else _as_tuple(run_of(eager, problem.inputs, direction)())
-    for name, contender in problem.contenders.items():
-        if isinstance(contender, str):
-            absent[name] = contender
-        elif direction in contender.directions:
-            try:
-                run = run_of(contender, problem.inputs, direction)
-                found = run()
-                # Other leaves have other gradients.
-                if expected is not None and (direction == FORWARD or contender.take is dict):
-                    assert_near(_as_tuple(found), expected)
-            except Exception as error:
-                absent[name] = told(error)
-            else:
-                lanes.append(Lane(name=name, run=run))
-    return lanes, absent
 
 
 def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

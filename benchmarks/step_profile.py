@@ -6,17 +6,17 @@ python benchmarks/step_profile.py --out FILE --small   a small model on the CPU'
 
 import re
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import card
 import torch
 from bench_step import vit
-from race import told
+from race import Lane, time_steps, told
 from steps import Trainer, fastest_backend, our_trainer, peer_trainer
 from torch.profiler import ProfilerActivity, profile
 from twins import timm_vit
@@ -82,7 +82,8 @@ def observed(trainer: Trainer) -> list[tuple[str, float, int]]:
     with profile(activities=activities) as profiler:
         for _ in range(STEPS):
             trainer.step()
-        synchronize()
+        if card.HAS_GPU:
+            torch.cuda.synchronize()
     rows = profiler.key_averages()
     if not card.HAS_GPU:
         return [(row.key, row.self_cpu_time_total, row.count) for row in rows]
@@ -91,22 +92,11 @@ def observed(trainer: Trainer) -> list[tuple[str, float, int]]:
     return [(row.key, row.self_device_time_total, row.count) for row in on_card]
 
 
-def synchronize() -> None:
-    """Wait for the card, where there is one."""
-    if card.HAS_GPU:
-        torch.cuda.synchronize()
-
-
 def step_seconds(trainer: Trainer) -> float:
-    """The time of a step by the clock, after a few."""
-    for _ in range(3):
-        trainer.step()
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        trainer.step()
-    synchronize()
-    return (time.perf_counter() - start) / STEPS
+    """The time of a step, after a few."""
+    lane = Lane(name="", run=trainer.step)
+    time_steps(lane, 3)
+    return median(time_steps(lane, STEPS))
 
 
 def report(title: str, build: Callable[[], Trainer]) -> list[str]:

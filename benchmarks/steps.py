@@ -1,19 +1,17 @@
 """Whole training steps: forward, loss, backward and update, by ours and by others, raced against one another."""
 
-import gc
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import card
 import peers
 import torch
 from card import DEVICE, HAS_GPU
-from race import Lane, Watch, race, time_on_cpu, time_steps_on_card, told
+from race import Group, Lane, release, time_steps, told
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +25,6 @@ from polyvit_fast.train.feed import Slots
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.step import Step
 
-NO_TIME = "no time was left"
 LR = 1e-4
 FURTHEST_LOSS = 0.02
 """How far a contender's losses in its first two steps may be from ours, relatively: bf16 is within 0.01."""
@@ -47,98 +44,40 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """A step and the ways to make it; a way that is a string is not there, for that reason. The first is ours.
+    """A step and who makes it; one that is a string is not there, for that reason. The first is ours.
 
-    A step handles `amount` `unit`s. Targets are for an H200: units a second, how many times as fast as the best peer, and how many times
-    that one's memory.
+    A step handles `amount` `unit`s.
     """
 
     title: str
     amount: float
     unit: str
-    ways: Mapping[str, Callable[[], Trainer] | str]
+    contenders: Mapping[str, Callable[[], Trainer] | str]
     furthest: float = FURTHEST_LOSS
-    """How far losses may be from those of the first way, relatively."""
-    target_rate: float | None = None
-    target_ratio: float | None = None
-    target_memory: float | None = None
+    """How far losses may be from those of the first, relatively."""
 
+    def enter(self, direction: str, names: set[str]) -> Group:
+        """Of `names`, those that run and have the losses of the first in their first two steps."""
+        trainers, absent = train_two_steps({name: way for name, way in self.contenders.items() if name in names}, self.furthest)
+        lanes = [Lane(name=name, run=trainer.step) for name, trainer in trainers.items()]
+        return Group(
+            title=self.title, lanes=lanes, absent=absent, watch=time_steps, info=lambda lane: self._info(lane, trainers[lane.name])
+        )
 
-@dataclass(kw_only=True)
-class Measured:
-    """A contest's lanes, what is known of each way, why others are absent, and the clocks right after the race."""
-
-    contest: Contest
-    lanes: dict[str, Lane]
-    facts: dict[str, dict[str, object]]
-    absent: dict[str, str]
-    clocks: dict[str, float] = field(default_factory=dict)
-
-    def info(self, contender: str) -> dict[str, object]:
-        """What is written beside a contender's times."""
-        contest, seconds, facts = self.contest, median(self.lanes[contender].seconds), self.facts[contender]
-        rate, peak = facts["flops"] / seconds, card.peak_flops(card.name())  # pyright: ignore[reportOperatorIssue]
-        targets = {name: getattr(contest, name) for name in ("target_rate", "target_ratio", "target_memory")}
+    def _info(self, lane: Lane, trainer: Trainer) -> dict[str, object]:
+        seconds, host, peak = median(lane.seconds), seconds_on_host(lane.run) if HAS_GPU else None, card.peak_flops(card.name())
         return {
             "kind": "step",
-            "contender": contender,
-            "amount": contest.amount,
-            "unit": contest.unit,
-            "tflops": rate / 1e12,
-            "mfu": peak and rate / peak,
-            "host_share": facts["host_seconds"] and facts["host_seconds"] / seconds,  # pyright: ignore[reportOperatorIssue]
-            **facts,
-            **targets,
-            "absent": self.absent,
-            "card": card.name(),
-            "clocks": self.clocks,
-            "versions": card.versions(),
+            "amount": self.amount,
+            "unit": self.unit,
+            "flops": trainer.flops,
+            "tflops": trainer.flops / seconds / 1e12,
+            "mfu": peak and trainer.flops / seconds / peak,
+            "peak_gib": trainer.peak_gib,
+            "note": trainer.note,
+            "host_seconds": host,
+            "host_share": host and host / seconds,
         }
-
-
-class StepTrack:
-    """Remembers the contests that were measured; keeps no model."""
-
-    def __init__(self, *, rounds: int, calls: int, seconds: float) -> None:
-        self._rounds, self._calls = rounds, calls
-        self._end = time.monotonic() + seconds
-        self._watch: Watch = time_steps_on_card if HAS_GPU else time_on_cpu
-        self._measured: dict[str, Measured | None] = {}
-
-    def measured(self, title: str, contest_of: Callable[[], Contest], contenders: Sequence[str]) -> Measured | None:
-        """Measured now or before; None when the time was over before its turn. All `contenders` are absent where it cannot be built."""
-        if title not in self._measured:
-            self._measured[title] = self._measure(title, contest_of, contenders) if self._has_time() else None
-        return self._measured[title]
-
-    def _has_time(self) -> bool:
-        return time.monotonic() < self._end
-
-    def _measure(self, title: str, contest_of: Callable[[], Contest], contenders: Sequence[str]) -> Measured:
-        forget()
-        with warnings.catch_warnings():
-            # Peers may warn of what they like.
-            warnings.simplefilter("ignore")
-            try:
-                contest = contest_of()
-            except Exception as error:
-                nothing = Contest(title=title, amount=0, unit="", ways={})
-                return Measured(contest=nothing, lanes={}, facts={}, absent=dict.fromkeys(contenders, told(error)))
-            return self._raced(contest)
-
-    def _raced(self, contest: Contest) -> Measured:
-        trainers, absent = enter(contest, self._has_time)
-        lanes = {name: Lane(name=name, run=trainer.step) for name, trainer in trainers.items()}
-        race(list(lanes.values()), self._watch, self._rounds, self._calls, self._has_time)
-        clocks = card.clocks() if HAS_GPU else {}
-        absent |= {name: lane.error for name, lane in lanes.items() if lane.error}
-        facts = {name: {"flops": one.flops, "peak_gib": one.peak_gib, "note": one.note} for name, one in trainers.items()}
-        for name, lane in lanes.items():
-            facts[name]["host_seconds"] = seconds_on_host(lane.run) if HAS_GPU and not lane.error else None
-        for lane in lanes.values():
-            lane.run = _nothing
-        finished = {name: lane for name, lane in lanes.items() if name not in absent}
-        return Measured(contest=replace(contest, ways={}), lanes=finished, facts=facts, absent=absent, clocks=clocks)
 
 
 def seconds_on_host(run: Callable[[], object]) -> float:
@@ -153,25 +92,21 @@ def seconds_on_host(run: Callable[[], object]) -> float:
     return median(times)
 
 
-def _nothing() -> None:
-    """Instead of a step that has been timed, whose model is no longer needed."""
-
-
-def enter(contest: Contest, has_time: Callable[[], bool]) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """The trainers that run and have the losses of the first in their first two steps, and why the others are absent."""
+def train_two_steps(ways: Mapping[str, Callable[[], Trainer] | str], furthest: float) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """The trainers whose losses in their first two steps are those of the first, and why the others are absent."""
     trainers: dict[str, Trainer] = {}
     absent: dict[str, str] = {}
     expected: list[float] = []
-    for name, way in contest.ways.items():
-        if isinstance(way, str) or not has_time():
-            absent[name] = way if isinstance(way, str) else NO_TIME
+    for name, way in ways.items():
+        if isinstance(way, str):
+            absent[name] = way
             continue
         try:
             with Footprint() as footprint:
                 trainer = way()
                 losses = first_losses(trainer)
             expected = expected or losses
-            assert_equal_losses(losses, expected, contest.furthest)
+            assert_equal_losses(losses, expected, furthest)
         except Exception as error:
             absent[name] = told(error)
             trainer = None  # its memory is for the next
@@ -217,23 +152,6 @@ class Footprint:
         if HAS_GPU:
             torch.cuda.synchronize()
             self.gib = (torch.cuda.max_memory_reserved() - self._before) / 2**30
-
-
-def release() -> None:
-    """Give memory back that no tensor needs."""
-    gc.collect()
-    if HAS_GPU:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def forget() -> None:
-    """Forget what was compiled and recorded, when nothing of it runs any more: the compiler gives up on what it has seen at many sizes."""
-    release()
-    if HAS_GPU:
-        torch.compiler.reset()
-        # It may lie in the memory of a recording that is gone; one that lives would still use it.
-        torch._C._cuda_clearCublasWorkspaces()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,12 +202,10 @@ def batch_of(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
     return grid, torch.randint(0, task.num_classes, (task.batch,), **common)
 
 
-def our_trainer(config: Train, model: PolyViT, *, captured: bool, compiled: bool = False) -> Trainer:
+def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     """Our step on one batch of each task of `config`, one update after each; the losses are added up."""
     model = deepcopy(model).train()
     step = Step(model, config)
-    if compiled:
-        step.model = torch.compile(model, dynamic=False)
     batches = {name: batch_of(task) for name, task in config.tasks.items()}
     slots = Slots(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
     steps = Captured(step, slots, [(name,) for name in config.tasks]) if captured else step
@@ -360,8 +276,8 @@ def fastest_backend(model: Model, task: Task) -> SDPBackend | None:
         try:
             with sdpa_kernel(backend):
                 lane = Lane(name="", run=run)
-                time_steps_on_card(lane, 3)
-                return median(time_steps_on_card(lane, 7))
+                time_steps(lane, 3)
+                return median(time_steps(lane, 7))
         except RuntimeError:  # it has no kernel for this
             return float("inf")
 

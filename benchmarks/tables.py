@@ -1,12 +1,17 @@
-"""Measurements as lines of text: for the end of `pytest benchmarks`, and for that of `gpu.py`."""
+"""Measurements as lines of text: for the end of `pytest benchmarks`, for that of `gpu.py`, and of a file that one of them wrote.
 
+python benchmarks/tables.py DIR/measurements.jsonl
+"""
+
+import json
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from problem import OURS
-from race import told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +27,36 @@ class Measurement:
         """Who ran."""
         return self.info["contender"]
 
+    @property
+    def race(self) -> str | None:
+        """Those of one race took turns; a group may be raced twice, the second time with what had to be compiled."""
+        return self.info.get("race")
+
+
+def append(path: Path, measurement: Measurement, seconds: Sequence[float]) -> None:
+    """A line more in a file; whoever is killed afterwards has it."""
+    line = {"group": measurement.group, "median": measurement.median, "seconds": seconds, "info": measurement.info}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[Measurement]:
+    """What was appended; nothing where nothing was, and without a last line that was cut."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [Measurement(**{name: value for name, value in json.loads(line).items() if name != "seconds"}) for line in lines]
+
 
 def sections(measurements: Sequence[Measurement]) -> list[tuple[str, list[str]]]:
-    """(title, lines) of the tables that there is something for; a row that no line can be made of is named at the end of its table."""
+    """(title, lines) of the tables that there is something for."""
     steps = [row for row in measurements if row.info.get("kind") == "step"]
     kernels = [row for row in measurements if "absent" in row.info and row not in steps]
     rates = [row for row in measurements if "absent" not in row.info]
     tables = {
-        "rates (median)": _guarded(rate_lines, rates),
-        "kernels (median)": _guarded(kernel_lines, kernels),
-        "training steps (median)": _guarded(step_lines, steps),
+        "rates (median)": rate_lines(rates),
+        "kernels (median)": kernel_lines(kernels),
+        "training steps (median)": step_lines(steps),
     }
     return [(title, lines) for title, lines in tables.items() if lines]
-
-
-def _guarded(lines_of: Callable[[list[Measurement]], list[str]], rows: list[Measurement]) -> list[str]:
-    whole, left_out = [], []
-    for row in rows:
-        try:
-            lines_of([row])
-            whole.append(row)
-        except (KeyError, TypeError) as error:
-            left_out.append(f"left out, {told(error)}: {row.group}, {row.info.get('contender')}")
-    return lines_of(whole) + left_out
 
 
 def rate_lines(measurements: Iterable[Measurement]) -> list[str]:
@@ -75,44 +87,36 @@ def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
 def step_lines(measurements: Sequence[Measurement]) -> list[str]:
     """A line for each contender, of each group ours first and then the others from fast to slow, and the absent ones.
 
-    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it; that of ours
-    has the verdict on its targets.
+    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it.
     """
     lines = []
     groups = _by_group(measurements)
     width = max(map(len, groups), default=0)
     for group, rows in groups.items():
-        ours = next((row for row in rows if row.contender == OURS), None)
-        for row in sorted(rows, key=lambda row: (row is not ours, row.median)):
+        ours = _ours(rows)
+        others = sorted((row for row in rows if row.contender != OURS), key=lambda row: row.median)
+        for row in [*filter(None, [ours]), *others]:
             rate = row.info["amount"] / row.median
-            ratio = "" if ours is None or row is ours else f"ours / it = {row.median / ours.median:.2f}"
+            found = None if row is ours else _ratio(row, rows)
+            ratio = "" if found is None else f"ours / it = {found:.2f}"
             mfu = "" if row.info["mfu"] is None else f"MFU {row.info['mfu']:.1%}"
             memory = "" if row.info["peak_gib"] is None else f"{row.info['peak_gib']:.1f} GiB"
             share = row.info.get("host_share")
             host = "" if share is None else f"host {share:.1%}"
-            words = filter(None, (ratio, mfu, memory, host, row.info["note"], _step_verdict(row, rows) if row is ours else ""))
+            words = filter(None, (ratio, mfu, memory, host, row.info["note"]))
             lines.append(f"{group:{width}} {row.contender:22} {rate:9.1f} {row.info['unit']}/s  {', '.join(words)}".rstrip())
     return lines + _absent_lines(groups)
 
 
-def _step_verdict(ours: Measurement, rows: list[Measurement]) -> str:
-    """Which of the targets, which are for an H200, were reached, against the fastest contender that is not ours in another form."""
-    if "H200" not in ours.info["card"]:
-        return ""
-    best = min((row for row in rows if not row.contender.startswith(OURS)), key=lambda row: row.median, default=None)
-    rate, ratio, memory = (ours.info[f"target_{name}"] for name in ("rate", "ratio", "memory"))
-    words = []
-    if rate is not None:
-        words.append(f"{rate:,.0f}/s {_reached(ours.info['amount'] / ours.median >= rate)}")
-    if ratio is not None and best is not None:
-        words.append(f"{ratio:.2f} times {best.contender} {_reached(best.median / ours.median >= ratio)}")
-    if memory is not None and best is not None:
-        words.append(f"{memory:.1f} times its memory {_reached(ours.info['peak_gib'] <= memory * best.info['peak_gib'])}")
-    return f"target {', '.join(words)}" if words else ""
+def _ours(rows: Iterable[Measurement]) -> Measurement | None:
+    """That of the first race."""
+    return next((row for row in rows if row.contender == OURS), None)
 
 
-def _reached(is_reached: bool) -> str:
-    return "reached" if is_reached else "missed"
+def _ratio(row: Measurement, rows: Iterable[Measurement]) -> float | None:
+    """How many times as fast ours was in the very race of `row`."""
+    ours = _ours(other for other in rows if other.race == row.race)
+    return ours and row.median / ours.median
 
 
 def _absent_lines(groups: Mapping[str, list[Measurement]]) -> list[str]:
@@ -120,7 +124,7 @@ def _absent_lines(groups: Mapping[str, list[Measurement]]) -> list[str]:
     present = {row.contender for rows in groups.values() for row in rows}
     where: dict[tuple[str, str], list[str]] = defaultdict(list)
     for group, rows in groups.items():
-        for name, reason in rows[0].info["absent"].items():
+        for name, reason in {name: reason for row in rows for name, reason in row.info["absent"].items()}.items():
             where[reason, name].append(group)
     names: dict[str, list[str]] = defaultdict(list)
     for (reason, name), missed in where.items():
@@ -129,33 +133,20 @@ def _absent_lines(groups: Mapping[str, list[Measurement]]) -> list[str]:
 
 
 def _ours_and_peers(rows: list[Measurement]) -> str:
-    ours = next((row for row in rows if row.contender == OURS), None)
-    peers = sorted((row for row in rows if row.contender != OURS), key=lambda row: row.median)
-    best = next((row for row in peers if row.info["alike"]), None)
+    ours = _ours(rows)
+    once = {row.contender: row for row in reversed(rows)}  # of its first race
+    peers = sorted((row for row in once.values() if row is not ours), key=lambda row: row.median)
+    ratios = [ratio for row in peers if row.info["alike"] and (ratio := _ratio(row, rows))]
+    best = min(ratios, default=None)
     time = "-" if ours is None else _time(ours.median)
     share = "-" if ours is None or ours.info["share_of_floor"] is None else f"{ours.info['share_of_floor']:.0%}"
-    ratio = "-" if ours is None or best is None else f"{best.median / ours.median:.2f}"
     told = ", ".join(_told(row) for row in peers)
-    return f"{time:>10} {share:>8} {ratio:>6}  {told}{_verdict(ours, best)}"
+    return f"{time:>10} {share:>8} {'-' if best is None else f'{best:.2f}':>6}  {told}"
 
 
 def _told(row: Measurement) -> str:
-    share = row.info["share_of_step"]
-    text = f"{row.contender} {_time(row.median)}{'' if share is None else f' ({share:.2%} of a step)'}"
+    text = f"{row.contender} {_time(row.median)}"
     return text if row.info["alike"] else f"({text})"
-
-
-def _verdict(ours: Measurement | None, best: Measurement | None) -> str:
-    """Whether the targets were reached, which are for an H200."""
-    if ours is None or "H200" not in ours.info["card"]:
-        return ""
-    us, ratio = ours.info["target_us"], ours.info["target_ratio"]
-    words = []
-    if us is not None:
-        words.append(f"{us:.0f} us {_reached(ours.median * 1e6 <= us)}")
-    if ratio is not None and best is not None:
-        words.append(f"{ratio:.2f} {_reached(best.median / ours.median >= ratio)}")
-    return f"; target {', '.join(words)}" if words else ""
 
 
 def _time(seconds: float) -> str:
@@ -167,3 +158,12 @@ def _by_group(measurements: Iterable[Measurement]) -> dict[str, list[Measurement
     for measurement in measurements:
         groups[measurement.group].append(measurement)
     return groups
+
+
+def lines_of(measurements: Sequence[Measurement]) -> list[str]:
+    """All tables, each below its title."""
+    return [line for title, table in sections(measurements) for line in ("", title, *table)]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines_of([row for path in sys.argv[1:] for row in read(Path(path))])))

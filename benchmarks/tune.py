@@ -10,8 +10,10 @@ within 1% of the best. Two files are written: the rows to kernels/polyvit_kernel
 benchmarks/results/<card>/tuning.json, which the new rows name as their source. Without a GPU there is nothing to tune: status 2.
 """
 
+import ast
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import card
-import measured
 import torch
 from candidates import CASES, Case, label
 from contest import Crew, Lengths, Outcome, hold
 from lab import Job
 
 from polyvit_kernels import commands, tile_table, tiles
-from polyvit_kernels.tiles import Tile
+from polyvit_kernels.tiles import ANY, Tile
 
 TABLE_PATH = card.ROOT / "kernels" / "polyvit_kernels" / "tile_table.py"
 RESULTS = card.ROOT / "benchmarks" / "results"
@@ -37,6 +38,9 @@ SAMPLES = {"attention": 2, "mlp": 1_500, "layer_norm": 3_001, "update": 1_000_00
 """How much of a size is held to the truth."""
 SMALL_ARCH = 90
 NOBODY_HERE = 2
+NAME = "_MEASURED"
+"""Of the tuple of measured rows in the table."""
+LINE_LENGTH = 140
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +142,8 @@ def write(outcome: Outcome, arch: int, place: Place) -> None:
     classes = {(case.op, case.tokens, case.features) for cases in CASES.values() for case in cases}
     case, row = outcome.job.case, outcome.new
     if row and row.op == case.op:
-        rows = measured.merged(measured.read(place.table), [case.row(row, arch, place.source)], arch, classes)
-        measured.rewrite(place.table, rows)
+        rows = merged(read_rows(place.table), [case.row(row, arch, place.source)], arch, classes)
+        rewrite(place.table, rows)
     place.folder.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(place.results.read_text())["cases"] if place.results.exists() else []
     new = record(outcome)
@@ -147,6 +151,81 @@ def write(outcome: Outcome, arch: int, place: Place) -> None:
     kept = [old for old in earlier if [old[key] for key in same] != json.loads(json.dumps([new[key] for key in same]))]
     found = {"card": card.name(), "arch": arch, "versions": card.versions(), "cases": [*kept, new]}
     place.results.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def class_of(row: Tile) -> tuple[str, tuple[int, int], int]:
+    """The calls that a row is for on a card: op, tokens, features."""
+    return row.op, row.tokens, row.features
+
+
+def read_rows(path: Path) -> tuple[Tile, ...]:
+    """The measured rows of a table's source."""
+    return runpy.run_path(str(path))[NAME]
+
+
+def merged(rows: Sequence[Tile], found: Sequence[Tile], arch: int, classes: set[tuple[str, tuple[int, int], int]]) -> tuple[Tile, ...]:
+    """`rows` with those of one card replaced by what was found; of that card, rows of classes that are no more are left out."""
+    replaced = {class_of(row) for row in found}
+    kept = [row for row in rows if row.archs != (arch,) or class_of(row) in classes - replaced]
+    return tuple(sorted((*kept, *found), key=lambda row: (row.archs, row.op, row.features, row.tokens)))
+
+
+def rewrite(path: Path, rows: Sequence[Tile]) -> None:
+    """Make `rows` the measured rows of a table's source; every other line stays, and the file is whole at any moment."""
+    text = path.read_text()
+    (place,) = (node for node in ast.parse(text).body if isinstance(node, ast.Assign) and _assigns(node))
+    assert place.end_lineno
+    lines = text.splitlines(keepends=True)
+    # A comment may follow the tuple on its last line.
+    after = lines[place.end_lineno :]
+    new = "".join([*lines[: place.lineno - 1], tuple_text(rows), *after])
+    draft = path.with_suffix(".draft")
+    draft.write_text(new)
+    os.replace(draft, path)
+
+
+def _assigns(node: ast.Assign) -> bool:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)] == [NAME]
+
+
+def tuple_text(rows: Sequence[Tile]) -> str:
+    """The statement, four lines a row, where the formatter's own way takes eleven."""
+    if not rows:
+        return f"{NAME} = ()\n"
+    return f"{NAME} = (\n{''.join(map(row_text, rows))})  # fmt: skip\n"
+
+
+def row_text(row: Tile) -> str:
+    """A row as Python."""
+    plain = Tile(op=row.op, archs=row.archs)
+    first = [f'op="{row.op}"', f"archs={row.archs}"]
+    first += [f"tokens=({row.tokens[0]}, {_number(row.tokens[1])})"] if row.tokens != plain.tokens else []
+    first += [f"features={_number(row.features)}"] if row.features != plain.features else []
+    first += [f"dtypes={_tuple(row.dtypes)}"] if row.dtypes != plain.dtypes else []
+    first += [f'backend="{row.backend}"'] if row.backend != plain.backend else []
+    second = []
+    if row.blocks:
+        first += [f"num_warps={row.num_warps}", f"num_stages={row.num_stages}"]
+        second += [f"blocks={{{', '.join(f'{_quoted(name)}: {value}' for name, value in row.blocks.items())}}}"]
+    second += [f'source="{row.source}"']
+    parts = [first, second] if len(_line(second)) <= LINE_LENGTH + 1 else [first, second[:1], second[1:]]
+    return f"    Tile(\n{''.join(map(_line, parts))}    ),\n"
+
+
+def _line(parts: list[str]) -> str:
+    return f"        {', '.join(parts)},\n"
+
+
+def _number(value: int) -> str:
+    return "ANY" if value == ANY else str(value)
+
+
+def _tuple(words: tuple[str, ...]) -> str:
+    return f"({', '.join(map(_quoted, words))}{',' if len(words) == 1 else ''})"
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"'
 
 
 def known(arch: int) -> bool:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from lost_context import pytest_configure as pytest_configure  # a hook
 from tiny_runs import tiny_config
 
 from polyvit_fast.config import Train

@@ -1,6 +1,8 @@
-"""The one command for a machine with a GPU: its parts, their time, what is left when one fails, and the whole on a CPU."""
+"""The one command for a machine with a GPU: its plan, what is left when a part fails or the run is cut, and the whole on a CPU."""
 
-import json
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,163 +11,139 @@ from pathlib import Path
 import card
 import gpu
 import pytest
-from gpu import Part
+import tables
+from gpu import Command, Part
 
 SCRIPT = Path(gpu.__file__)
 
 
-def python(code, told=False):
-    return Part(name="part", command=("-c", code), weight=1, told=told)
+def python(*codes, needs=()):
+    found = tuple(Command(name=f"command {number}", arguments=("-c", code), needs=needs) for number, code in enumerate(codes))
+    return Part(name="part", seconds=60, commands=found)
 
 
-@pytest.fixture
-def log(tmp_path):
-    with (tmp_path / "log.txt").open("w") as file:
-        yield file
+def run(part, folder, seconds=60):
+    return sorted(gpu.run(part, seconds, folder, gpu.variables(True)), key=lambda one: one.name)
 
 
-def test_a_part_gets_its_share_of_what_is_left():
-    assert gpu.limit(540, [110, 170, 80, 180]) == 110
-    assert gpu.limit(90, [30]) == 90
+def start(folder, *options, **settings):
+    command = [sys.executable, str(SCRIPT), "--small", "--out", str(folder), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
-def test_parts_are_tests_tuning_a_process_for_each_benchmark_and_a_profile(tmp_path):
-    found = gpu.parts(tmp_path, tuning=True, is_small=False)
-    names = [part.name for part in found]
-    rooms = [f"tests of {room}" for room in gpu.ROOMS if gpu.gpu_files(room)]
-    assert names == ["tests of kernels", "tuning", *rooms, *(f"benchmark of {name}" for name in gpu.BENCHES), "profile"]
-    assert sum(part.weight for part in found) <= 9 * 60
-    assert [part.name for part in gpu.parts(tmp_path, tuning=False, is_small=False)] == [name for name in names if name != "tuning"]
-    for part in found:
-        paths = [Path(word) for word in part.command if word.endswith(".py")]
-        assert paths
-        assert all(path.exists() for path in paths)
+def files_of(command):
+    return [Path(word) for word in command.arguments if word.endswith(".py")]
 
 
-def test_tests_of_kernels_begin_with_what_only_a_gpu_can_show(tmp_path):
-    [part] = gpu.parts(tmp_path, tuning=False, is_small=False, only=["kernels"])
-    folder = SCRIPT.parents[1] / "tests" / "kernels"
-    files = [Path(word) for word in part.command if word.endswith(".py")]
-    left_out = {folder / f"test_{name}.py" for name in gpu.NEED_NO_GPU}
-    assert files[0] == folder / "test_gpu.py"
-    assert len(files) == len(set(files))
-    assert set(files) | left_out == set(folder.glob("test_*.py"))
-    assert not left_out & set(files)
+def test_a_part_gets_what_is_planned_and_what_the_others_do_not_need():
+    assert gpu.limit(540, 45, [100, 200]) == 240
+    assert gpu.limit(300, 45, [100, 200]) == 45
+    assert gpu.limit(30, 45, [100, 200]) == 30
 
 
-def test_tests_of_the_rooms_run_what_is_marked_for_a_gpu(tmp_path):
-    found = gpu.parts(tmp_path, tuning=False, is_small=False, only=["tests"])[1:]
-    assert [part.name for part in found] == ["tests of model", "tests of train", "tests of data"]
-    for part in found:
-        assert part.command[part.command.index("gpu") - 1] == "-m"
-        files = [Path(word) for word in part.command if word.endswith(".py")]
-        assert files
-        assert not any(path.name == "test_schedule.py" for path in files)
-    names = {part.name: {Path(word).name for word in part.command if word.endswith(".py")} for part in found}
-    assert names["tests of train"] >= {"test_captured_gpu.py", "test_reduce.py"}
-    assert {"nvidia.dali", "av", "soundfile"} <= set(found[2].needs)
-    assert all("PIL" in part.needs for part in found)
+def test_parts_fill_nine_minutes_and_compilers_come_after_all_that_needs_none(tmp_path):
+    found = list(gpu.parts(tmp_path))
+    assert [part.name for part in found][:4] == ["tests for a GPU", "kernels", "steps", "other tests and the demo"]
+    assert [part.name for part in found][4:7] == ["compiling peers", "steps compiled", "kernels compiled"]
+    assert sum(part.seconds for part in found) <= 9 * 60 - gpu.LAST_SECONDS - gpu.GRACE_SECONDS
+    for command in (command for part in found for command in part.commands):
+        assert all(path.exists() for path in files_of(command))
 
 
-def test_parts_can_be_chosen_by_a_word(tmp_path):
+@pytest.mark.parametrize("has_xdist", [True, False])
+def test_all_that_is_marked_for_a_gpu_is_run_by_workers_or_by_a_process_for_each_file(tmp_path, monkeypatch, has_xdist):
+    installed = card.is_installed
+    monkeypatch.setattr(card, "is_installed", lambda module: has_xdist if module == "xdist" else installed(module))
+    first, other = (part.commands for part in gpu.parts(tmp_path, only=["tests"]))
+    files = {path.name for command in first for path in files_of(command)}
+    assert files >= {"test_gpu.py", "test_captured_gpu.py", "test_gpu_decoding.py", "test_model_gpu.py", "test_reduce.py"}
+    assert "test_schedule.py" not in files
+    tests = (*first, *other)
+    assert all(("-n" in command.arguments) == has_xdist for command in tests)
+    assert has_xdist or all(len(files_of(command)) == 1 for command in tests)
+    of_kernels = {path.name for command in tests for path in files_of(command) if path.parent.name == "kernels"}
+    assert of_kernels | {f"test_{name}.py" for name in gpu.NEED_NO_GPU} == {path.name for path in gpu._files("kernels")}
+
+
+def test_every_benchmark_is_run_but_those_of_a_cpu(tmp_path):
+    written = {path.name for path in SCRIPT.parent.glob("bench_*.py")} - {"bench_data.py", "bench_schedule.py"}
+    commands = [command for part in gpu.parts(tmp_path) for command in part.commands if "--contenders" in command.arguments]
+    assert {path.name for command in commands for path in files_of(command)} == written
+
+
+def test_parts_can_be_chosen_by_a_word_and_peers_are_compiled_for_those_alone(tmp_path):
     def chosen(*only):
-        return [part.name for part in gpu.parts(tmp_path, tuning=True, is_small=False, only=only)]
+        return [command.name for part in gpu.parts(tmp_path, only=only) for command in part.commands]
 
-    assert chosen("step", "profile") == ["benchmark of step", "profile"]
+    assert chosen("steps", "profile") == ["steps", "compiling peers", "steps compiled", "profile"]
+    assert chosen("demo") == ["demo"]
+    assert chosen("kernels") == ["kernels", "compiling peers", "kernels compiled"]
     assert chosen("tuning") == ["tuning"]
     assert chosen("ste") == []
-    done = subprocess.run([sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path), "--only", "ste"], capture_output=True, text=True)
+    [compiling] = [part for part in gpu.parts(tmp_path, only=["steps"]) if part.name == "compiling peers"]
+    assert [path.name for path in files_of(compiling.commands[0])] == ["bench_step.py"]
+    done = start(tmp_path, "--only", "ste")
+    assert "no part is called so; there are: tests for a GPU, kernels" in " ".join(done.communicate()[0].split())
     assert done.returncode == 2
-    assert "no part is called so; there are: tests of kernels, tuning" in " ".join(done.stderr.split())
 
 
-def test_a_part_that_lacks_a_package_is_left_out_and_the_others_are_not(log):
-    part = Part(name="part", command=("-c", "raise SystemExit(1)"), weight=1, needs=("torch", "no_such_package"))
-    ended = gpu.run(part, 60, log, gpu.variables(True))
-    assert (ended.is_well, ended.words) == (True, "left out: no_such_package not installed")
+def test_the_plan_says_what_is_cut_and_what_lacks_a_package(tmp_path):
+    todo = [*gpu.parts(tmp_path, only=["profile"]), python("", needs=("torch", "no_such_package"))]
+    assert gpu.plan_lines(todo, 30) == [
+        "plan                       from    to  (seconds)",
+        "profile                       0    15",
+        "part                         15    30  cut, of 60 seconds; what was measured stays",
+        "left out: command 0, as not installed: no_such_package",
+    ]
+    assert gpu.plan_lines(todo, 20)[2] == "part                       no time is left"
+    done = subprocess.run([sys.executable, str(SCRIPT), "--plan", "--minutes", "2"], capture_output=True, text=True)
+    assert not done.returncode
+    assert "steps                        90   110  cut" in done.stdout
+
+
+def test_commands_run_side_by_side_and_each_tells_its_last_words(tmp_path):
+    began = time.monotonic()
+    wait = "import time; time.sleep(3); print('done')"
+    good, failed, strange, also_good = run(
+        python(wait, "print('working'); raise SystemExit('no memory')", r"import sys; sys.stdout.buffer.write(b'no \xff memory\n')", wait),
+        tmp_path,
+    )
+    assert gpu.CORES < 2 or time.monotonic() - began < 6
+    assert (good.is_well, good.words) == (also_good.is_well, also_good.words) == (True, "done")
+    assert (failed.is_well, failed.words) == (False, "status 1; no memory")
+    assert strange.words == "no \N{REPLACEMENT CHARACTER} memory"
+    assert run(python("raise SystemExit(1)", needs=("no_such_package",)), tmp_path) == []
     assert not card.is_installed("no_such_package.inside")
 
 
-def test_every_benchmark_is_run_but_those_of_a_cpu():
-    written = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
-    assert set(gpu.BENCHES) == written - {"data", "schedule"}
-    assert set(gpu.NEEDS) == set(gpu.BENCHES) - set(gpu.KERNEL_BENCHES) | {"data"}
-
-
-def test_no_part_is_so_short_that_imports_are_all_it_does(tmp_path):
-    weights = {part.name: part.weight for part in gpu.parts(tmp_path, tuning=True, is_small=False)}
-    assert all(weights[f"tests of {room}"] >= 30 for room in gpu.ROOMS)
-    assert all(weights[f"benchmark of {name}"] >= 25 for name in gpu.BENCHES)
-
-
-def test_a_part_that_fails_is_told_with_its_last_words(log):
-    ended = gpu.run(python("print('working'); raise SystemExit('no memory')"), 60, log, gpu.variables(True))
-    assert not ended.is_well
-    assert ended.words == "status 1; no memory"
-    assert gpu.run(python("print('done')"), 60, log, gpu.variables(True)).is_well
-
-
-def test_words_of_a_part_need_not_be_utf_8(log):
-    ended = gpu.run(python(r"import sys; sys.stdout.buffer.write(b'no \xff memory\n')"), 60, log, gpu.variables(True))
-    assert ended.words == "no \N{REPLACEMENT CHARACTER} memory"
-
-
-def test_a_part_is_told_how_long_it_has(log):
-    ended = gpu.run(python("import sys; print(*sys.argv[1:])", told=True), 60, log, gpu.variables(True))
-    assert ended.words == "--seconds 40"
-
-
-def test_a_part_that_takes_too_long_is_interrupted_and_then_killed(log, monkeypatch):
-    began = time.monotonic()
-    ended = gpu.run(python("import time; print('asleep', flush=True); time.sleep(60)"), 2, log, gpu.variables(True))
-    assert not ended.is_well
-    assert ended.words.startswith("out of time")
+def test_what_takes_too_long_is_interrupted_and_then_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-    assert gpu.run(python(deaf), 3, log, gpu.variables(True)).words == "out of time; deaf"
-    assert time.monotonic() - began < 40
+    began = time.monotonic()
+    [cut] = run(python(deaf), tmp_path, seconds=3)
+    assert (cut.is_well, cut.words) == (False, "cut; deaf")
+    assert time.monotonic() - began < 30
 
 
-def test_last_words_are_pytests_count_and_the_first_failures():
+def test_last_words_are_pytests_count_and_the_first_failures(tmp_path):
+    log = tmp_path / "log"
     failures = "".join(f"FAILED tests/test_{name}.py::test - AssertionError: no\n" for name in "abcde")
-    output = f"....F\n{failures}=== 5 failed, 12 passed, 1 skipped in 3.21s ===\n"
-    assert gpu.last_words(output) == (
+    log.write_text(f"....F\n{failures}=== 5 failed, 12 passed, 1 skipped in 3.21s ===\n")
+    assert gpu.last_words(log) == (
         "5 failed, 12 passed, 1 skipped in 3.21s; FAILED tests/test_a.py::test; FAILED tests/test_b.py::test; "
         "FAILED tests/test_c.py::test; and 2 more"
     )
-    assert gpu.last_words("one\ntwo\n\n") == "two"
-    assert gpu.last_words("") == "no output"
-
-
-def test_what_benchmarks_wrote_is_put_together_and_a_missing_one_is_no_harm(tmp_path):
-    for name, group in (("attention", "a"), ("update", "b"), ("step", "c")):
-        (tmp_path / f".{name}.json").write_text(json.dumps({"machine_info": {}, "benchmarks": [{"group": group}]}))
-    (tmp_path / ".mlp.json").touch()
-    (tmp_path / ".train.json").write_text('{"machine_info": {}, "benchm')
-    assert [bench["group"] for bench in gpu.gather(tmp_path)["benchmarks"]] == ["a", "b", "c"]
-    assert [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
-
-
-def test_tuning_is_told_where_blocks_changed(tmp_path):
-    path = tmp_path / "tuning.json"
-    case = {"op": "sgd_update", "size": [1000], "old": "BLOCK=1024", "new": "BLOCK=2048", "old_us": 12.0, "new_us": 11.0}
-    path.write_text(json.dumps({"cases": [case, case | {"new": "BLOCK=1024"}, case | {"new": None}, case | {"old_us": None}]}))
-    began = path.stat().st_mtime
-    assert gpu.tuning_lines(path, began) == [
-        "sgd_update 1000: BLOCK=1024 12.0 us → BLOCK=2048 11.0 us",
-        "sgd_update 1000: BLOCK=1024 (refused) → BLOCK=2048 11.0 us",
-    ]
-    assert gpu.tuning_lines(path, began + 1) == []
-    assert gpu.tuning_lines(tmp_path / "missing", began) == []
-    path.write_text('{"cases": [')
-    assert gpu.tuning_lines(path, began) == []
+    log.write_text("one\ntwo\n\n")
+    assert gpu.last_words(log) == "two"
+    log.write_text("")
+    assert gpu.last_words(log) == "no output"
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path):
     if card.HAS_GPU:
         pytest.skip("there is one")
     done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -178,39 +156,88 @@ def test_without_packages_that_every_part_needs_the_command_names_them(tmp_path)
     assert "Traceback" not in done.stderr
 
 
-def test_help_says_what_is_written_and_what_holds_unless_told_otherwise():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
-    text = " ".join(done.stdout.split())
-    assert not done.returncode
-    for words in ("summary.txt", "polyvit_kernels/tile_table.py", "stop after this many minutes, all parts together (default: 9)"):
-        assert words in text
-
-
-def test_a_file_in_the_place_of_the_folder_is_told_before_anything_runs(tmp_path):
+def test_a_folder_that_cannot_be_used_is_told_before_anything_runs(tmp_path):
     (tmp_path / "file").touch()
-    done = subprocess.run([sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path / "file")], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"--out: {tmp_path / 'file'} is a file; a folder is needed" in done.stderr
+    (tmp_path / "measurements.jsonl").touch()
+    for folder, message in ((tmp_path / "file", "is a file; a folder is needed"), (tmp_path, "has the measurements of an earlier run")):
+        done = start(folder)
+        assert message in " ".join(done.communicate()[0].split())
+        assert done.returncode == 2
 
 
-def test_every_part_runs_on_a_cpu_and_the_table_comes_last(tmp_path):
-    table = gpu.TABLE_PATH.read_text()
-    command = [sys.executable, str(SCRIPT), "--small", "--out", str(tmp_path), "--minutes", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert not done.returncode, done.stdout + done.stderr
-    assert done.stdout.endswith((tmp_path / "summary.txt").read_text())
-    lines = done.stdout.splitlines()
+def wait_for_measurements(folder, count):
+    latest = time.monotonic() + 240
+    while len(rows := tables.read(folder / "measurements.jsonl")) < count:
+        assert time.monotonic() < latest
+        time.sleep(0.1)
+    return rows
+
+
+def processes_of(leader):
+    """All of a session that have not ended."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, *_, session = status.read_text().rpartition(")")[2].split()[:4]
+            found += [int(status.parent.name)] if int(session) == leader and state != "Z" else []
+    return found
+
+
+def test_a_run_that_is_killed_keeps_what_it_had(tmp_path):
+    process = start(tmp_path, "--only", "kernels", start_new_session=True)
+    before = wait_for_measurements(tmp_path, 3)
+    # As a machine that is taken away ends all of them, without a word.
+    for number in processes_of(process.pid):
+        os.kill(number, signal.SIGKILL)
+    process.communicate()
+    found = tables.read(tmp_path / "measurements.jsonl")
+    assert found[: len(before)] == before
+    done = subprocess.run(
+        [sys.executable, SCRIPT.parent / "tables.py", tmp_path / "measurements.jsonl"], capture_output=True, text=True, check=True
+    )
+    assert any(line.startswith("attention forward") and " eager " in line for line in done.stdout.splitlines())
+
+
+def test_a_run_that_is_asked_to_end_ends_its_part_and_tells_what_it_had(tmp_path):
+    process = start(tmp_path, "--only", "kernels", start_new_session=True)
+    wait_for_measurements(tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert any(line.startswith("attention forward") for line in printed.splitlines())
+    assert printed.endswith((tmp_path / "summary.txt").read_text())
+    assert processes_of(process.pid) == []
+
+
+def test_every_part_runs_on_a_cpu_and_the_tables_come_last(tmp_path):
+    compiled = tmp_path / "compiled"
+    done = start(
+        tmp_path / "out", "--minutes", "60", env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled), "TRITON_CACHE_DIR": str(compiled)}
+    )
+    printed, out = done.communicate()[0], tmp_path / "out"
+    assert not done.returncode, printed
+    assert printed.endswith((out / "summary.txt").read_text())
+    lines = printed.splitlines()
+    for part in ("kernels", "steps", "demo", "compiling peers", "steps compiled", "kernels compiled", "training loop", "profile"):
+        assert any(line.startswith(part) for line in lines), part
     for kernel in ("attention forward", "MLP + residual backward", "add + LayerNorm backward", "patch embed forward", "AdamW step"):
         assert any(line.startswith(kernel) and " eager " in line for line in lines[-40:]), kernel
+    assert any(line.startswith("sigmoid cross-entropy backward") and "torch.compile" in line for line in lines)
     assert any(line.startswith("mixed, made once") and "waits for data" in line for line in lines)
     assert lines[-1].startswith("PolyViT-Ti, three tasks")
     assert "ours / it" in lines[-1]
-    assert "matmul" in (tmp_path / "profile.txt").read_text()
-    log = (tmp_path / "log.txt").read_text()
-    assert all(f"{name}_update 3000: " in log for name in ("adamw", "sgd"))
-    assert gpu.TABLE_PATH.read_text() == table
-    benches = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
-    assert {bench["extra_info"]["contender"] for bench in benches} >= {"ours", "eager"}
-    raced = [bench["stats"]["data"] for bench in benches if "absent" in bench["extra_info"]]
-    assert all(len(times) == 1 and times[0] > 0 for times in raced)
-    assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "benchmarks.json", "profile.txt", "log.txt", "tile_table.py"}
+    assert any("matmul" in line for line in lines)
+    assert {path.name for path in out.iterdir()} == {"summary.txt", "measurements.jsonl", "profile.txt", "logs", "demo"}
+    # What was timed had been compiled before.
+    made, compiled_by = list(compiled.rglob("*.so")), (out / "logs" / "compiling-peers.txt").stat().st_mtime
+    assert made
+    assert max(path.stat().st_mtime for path in made) < compiled_by
+
+
+def test_the_tuner_runs_where_it_is_asked_for_and_a_small_one_writes_nothing(tmp_path):
+    table = (card.ROOT / "kernels" / "polyvit_kernels" / "tile_table.py").read_text()
+    done = start(tmp_path, "--only", "tuning")
+    printed = done.communicate()[0]
+    assert not done.returncode, printed
+    assert all(f"{name}_update 3000: " in printed for name in ("adamw", "sgd"))
+    assert (card.ROOT / "kernels" / "polyvit_kernels" / "tile_table.py").read_text() == table

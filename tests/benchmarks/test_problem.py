@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from card import Cost
-from problem import BACKWARD, EAGER, FORWARD, OURS, STEP, Contender, Problem, assert_near, enter, run_of
+from problem import BACKWARD, EAGER, FORWARD, OURS, STEP, Contender, Problem, assert_near, run_of
 
 
 def double(x, weight):
@@ -30,6 +30,11 @@ def problem(**changes):
     inputs = {"x": torch.randn(5, 3), "weight": torch.randn(3)}
     values = {"title": "double |", "inputs": inputs, "contenders": CONTENDERS, "amount": 1, "unit": "rows"}
     return Problem(**(values | {"costs": {direction: Cost(num_bytes=1) for direction in (FORWARD, BACKWARD)}} | changes))
+
+
+def enter(given, direction):
+    group = given.enter(direction, set(given.contenders))
+    return group.lanes, group.absent
 
 
 def test_contenders_that_give_something_else_are_absent_for_that_reason():
@@ -88,3 +93,24 @@ def test_nearness_is_relative_and_a_nan_is_not_near():
 def test_a_peer_is_alike_unless_it_says_otherwise():
     assert CONTENDERS[OURS].alike
     assert not replace(CONTENDERS[OURS], alike=False).alike
+
+
+def test_only_those_who_were_asked_for_take_part_or_are_missed():
+    group = problem().enter(FORWARD, {OURS, "apart"})
+    assert [lane.name for lane in group.lanes] == [OURS, "apart"]
+    assert group.absent == {}
+    assert group.title == "double forward"
+    assert problem().enter(BACKWARD, set()).lanes == []
+
+
+def test_ours_is_absent_where_it_is_not_right_and_is_checked_once():
+    checks = []
+
+    def check():
+        checks.append(0)
+        raise AssertionError("error 0.3")
+
+    given = problem(check=check)
+    for direction in (FORWARD, BACKWARD):
+        assert enter(given, direction)[1][OURS] == "AssertionError: error 0.3"
+    assert len(checks) == 1

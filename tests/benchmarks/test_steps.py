@@ -5,24 +5,25 @@ import weakref
 from dataclasses import replace
 
 import bench_step
+import peers
 import pytest
 import steps
 import torch
 import twins
 from cases import case_of, model_of
-from problem import OURS
+from problem import OURS, STEP
+from race import ALL, Track
 from steps import (
     Contest,
-    StepTrack,
     Trainer,
     apart,
     assert_equal_losses,
-    enter,
     first_losses,
     nominal_flops,
     our_trainer,
     peer_trainer,
     run_of,
+    train_two_steps,
 )
 
 from polyvit_fast.data.audio import Audio
@@ -36,11 +37,7 @@ def trainer(losses=(1.0, 0.9), flops=1.0):
 
 
 def contest(ways, **changes):
-    return Contest(title="contest", amount=4, unit="images", ways=ways, **changes)
-
-
-def always():
-    return True
+    return Contest(title="contest", amount=4, unit="images", contenders=ways, **changes)
 
 
 def test_all_libraries_make_the_step_that_ours_makes():
@@ -79,7 +76,7 @@ def test_who_trains_something_else_is_absent_for_that_reason():
         raise RuntimeError("no memory\nmore")
 
     ways = {OURS: trainer, "same": trainer, "other": lambda: trainer((1.0, 0.97)), "nan": lambda: trainer((math.nan, 1.0))}
-    trainers, absent = enter(contest(ways | {"missing": "not installed", "broken": broken}), always)
+    trainers, absent = train_two_steps(ways | {"missing": "not installed", "broken": broken}, steps.FURTHEST_LOSS)
     assert list(trainers) == [OURS, "same"]
     assert absent["other"] == "ValueError: its losses are 1 and 0.97, those of the first contender 1 and 0.9"
     assert "nan" in absent["nan"]
@@ -88,55 +85,20 @@ def test_who_trains_something_else_is_absent_for_that_reason():
 
 def test_losses_may_differ_where_the_contest_says_so_but_not_be_nan():
     ways = {OURS: trainer, "other": lambda: trainer((5.0, 4.0)), "nan": lambda: trainer((math.nan, 1.0))}
-    assert list(enter(contest(ways, furthest=math.inf), always)[0]) == [OURS, "other"]
+    assert list(train_two_steps(ways, math.inf)[0]) == [OURS, "other"]
 
 
-def test_who_comes_too_late_is_absent():
-    times = iter([True, False])
-    trainers, absent = enter(contest({OURS: trainer, "late": trainer}), lambda: next(times))
-    assert (list(trainers), absent) == ([OURS], {"late": steps.NO_TIME})
-
-
-def test_a_contest_is_measured_once_and_keeps_no_model():
-    built = []
-
-    def build():
-        built.append(0)
-        return trainer(flops=2e9)
-
-    track = StepTrack(rounds=2, calls=3, seconds=60)
-    found = track.measured("contest", lambda: contest({OURS: build}, target_rate=5.0), [OURS])
-    assert track.measured("contest", lambda: pytest.fail("again"), [OURS]) is found
-    assert len(built) == 1
-    assert found.contest.ways == {}
-    assert len(found.lanes[OURS].seconds) == 6
-    info = found.info(OURS)
+def test_a_contest_is_raced_and_tells_what_a_step_is():
+    found = Track(rounds=2, calls=3, phase=ALL).raced(STEP, lambda: contest({OURS: lambda: trainer(flops=2e9)}))
+    assert len(found.seconds[OURS]) == 6
+    info = found.infos[OURS]
     assert info["tflops"] > 0
-    assert (info["kind"], info["amount"], info["target_rate"], info["peak_gib"]) == ("step", 4, 5.0, None)
-    assert StepTrack(rounds=1, calls=1, seconds=0).measured("contest", lambda: pytest.fail("too late"), [OURS]) is None
+    assert (info["kind"], info["amount"], info["peak_gib"]) == ("step", 4, None)
 
 
-def test_a_contest_that_cannot_be_built_is_tried_once_and_says_why():
-    tries = []
-
-    def broken():
-        tries.append(0)
-        raise RuntimeError("no memory\nmore")
-
-    track = StepTrack(rounds=1, calls=1, seconds=60)
-    for _ in range(2):
-        found = track.measured("contest", broken, [OURS, "timm"])
-        assert (found.absent, found.lanes) == (dict.fromkeys([OURS, "timm"], "RuntimeError: no memory"), {})
-    assert len(tries) == 1
-
-
-def test_a_race_that_outlasts_its_time_ends_after_a_round():
-    track = StepTrack(rounds=50, calls=2, seconds=60)
-
-    def build():
-        return Trainer(step=lambda: setattr(track, "_end", 0), loss=lambda: 1.0, flops=1.0)
-
-    assert len(track.measured("contest", lambda: contest({OURS: build}), [OURS]).lanes[OURS].seconds) == 2
+def test_only_those_who_were_asked_for_are_built():
+    group = contest({OURS: trainer, "timm": lambda: pytest.fail("built")}).enter(STEP, {OURS})
+    assert ([lane.name for lane in group.lanes], group.absent) == ([OURS], {})
 
 
 def test_who_trains_something_else_leaves_its_memory_to_the_next():
@@ -151,7 +113,7 @@ def test_who_trains_something_else_leaves_its_memory_to_the_next():
         assert kept[0]() is None
         return trainer()
 
-    assert list(enter(contest({OURS: trainer, "other": other, "after": after}), always)[0]) == [OURS, "after"]
+    assert list(train_two_steps({OURS: trainer, "other": other, "after": after}, steps.FURTHEST_LOSS)[0]) == [OURS, "after"]
 
 
 def test_a_peer_is_recorded_by_its_compiler_which_is_told_of_each_step(monkeypatch):
@@ -168,7 +130,7 @@ def test_a_peer_is_recorded_by_its_compiler_which_is_told_of_each_step(monkeypat
 @pytest.mark.parametrize("size", ["Ti", "S"])
 def test_small_models_are_held_against_a_recorded_peer(size):
     rivals = next(rivals for rivals in bench_step.ON_A_GPU if rivals.title.startswith(f"ViT-{size}"))
-    assert f"timm {bench_step.RECORDED}" in rivals.contenders
+    assert f"timm {peers.RECORDED}" in rivals.contenders
 
 
 def test_nominal_flops_are_those_that_torch_counts_in_another_library():
@@ -188,7 +150,7 @@ COSTS = [("ViT-B", 35.1, 197), ("ViViT-B", 903, 3137), ("ViT-S", 9.2, 197), ("AS
 
 
 @pytest.mark.parametrize(("name", "gflops", "tokens"), COSTS)
-def test_models_on_a_gpu_have_the_cost_that_targets_were_set_for(name, gflops, tokens):
+def test_models_on_a_gpu_have_the_cost_that_their_names_stand_for(name, gflops, tokens):
     rivals = next(rivals for rivals in bench_step.ON_A_GPU if rivals.title.startswith(name))
     case = rivals.case()
     assert case.task.modality.num_tokens == tokens

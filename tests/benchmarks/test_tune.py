@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import measured
 import pytest
 import tune
 from candidates import CASES, label
@@ -30,13 +29,13 @@ def outcome(new=NEW, **seconds):
 def place(tmp_path):
     table = tmp_path / "tile_table.py"
     table.write_text(Path(tile_table.__file__).read_text())
-    measured.rewrite(table, ())
+    tune.rewrite(table, ())
     return tune.Place(table=table, folder=tmp_path / "nvidia-h200")
 
 
 def test_an_outcome_becomes_a_row_and_a_record(place):
     tune.write(outcome(), 90, place)
-    (row,) = measured.read(place.table)
+    (row,) = tune.read_rows(place.table)
     assert (row.op, row.archs, row.tokens, row.features, row.dtypes) == (CASE.op, (90,), (193, 208), 64, ("bf16", "fp16"))
     assert (row.blocks, row.num_warps, row.source) == (NEW.blocks, 8, "nvidia-h200/tuning.json")
     (found,) = json.loads(place.results.read_text())["cases"]
@@ -48,7 +47,7 @@ def test_a_second_run_replaces_rows_and_records_of_this_card_only(place):
     tune.write(outcome(), 90, place)
     tune.write(outcome(), 80, tune.Place(table=place.table, folder=place.folder.parent / "nvidia-a100"))
     tune.write(outcome(new=OLD), 90, place)
-    assert [(row.archs, row.blocks) for row in measured.read(place.table)] == [((80,), NEW.blocks), ((90,), OLD.blocks)]
+    assert [(row.archs, row.blocks) for row in tune.read_rows(place.table)] == [((80,), NEW.blocks), ((90,), OLD.blocks)]
     (found,) = json.loads(place.results.read_text())["cases"]
     assert found["new"] == label(OLD)
 

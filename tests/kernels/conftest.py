@@ -8,6 +8,7 @@ import torch
 from ahead_of_time import build_library, run_aot
 from interpreted import on_kernels as on_kernels  # a fixture
 from interpreted import registered as registered  # another
+from lost_context import pytest_configure as pytest_configure  # a hook
 
 from polyvit_kernels import aot
 

@@ -7,8 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import measured
 import pytest
+import tune
 
 from polyvit_kernels import tile_table
 from polyvit_kernels.tiles import ANY, Tile
@@ -43,32 +43,32 @@ ROWS = (SHORT, LONG, BACKEND, UPDATE, BY_TORCH)
 def table(tmp_path):
     path = tmp_path / "tile_table.py"
     path.write_text(SOURCE.read_text())
-    measured.rewrite(path, ())
+    tune.rewrite(path, ())
     return path
 
 
 def lines_outside(path):
     text = path.read_text()
-    (place,) = (node for node in ast.parse(text).body if isinstance(node, ast.Assign) and measured._assigns(node))
+    (place,) = (node for node in ast.parse(text).body if isinstance(node, ast.Assign) and tune._assigns(node))
     lines = text.splitlines()
     return lines[: place.lineno - 1], lines[place.end_lineno :]
 
 
 def test_rows_come_back_and_every_other_line_stays(table):
     before, text = lines_outside(table), table.read_text()
-    measured.rewrite(table, ROWS)
-    assert measured.read(table) == ROWS
+    tune.rewrite(table, ROWS)
+    assert tune.read_rows(table) == ROWS
     assert lines_outside(table) == before
-    measured.rewrite(table, ROWS[:1])
-    assert measured.read(table) == ROWS[:1]
-    measured.rewrite(table, ())
+    tune.rewrite(table, ROWS[:1])
+    assert tune.read_rows(table) == ROWS[:1]
+    tune.rewrite(table, ())
     assert table.read_text() == text
     assert [path.name for path in table.parent.iterdir()] == [table.name]
 
 
 def test_the_rewritten_table_passes_the_formatter_and_the_linter(table):
     pytest.importorskip("ruff")
-    measured.rewrite(table, ROWS)
+    tune.rewrite(table, ROWS)
     settings = ["--config", str(SOURCE.parents[2] / "pyproject.toml")]
     for command in (["format", "--check"], ["check", "--select", "E,F,W,I"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command, *settings, str(table)], capture_output=True, text=True)
@@ -80,7 +80,7 @@ def test_the_table_chooses_measured_rows_for_their_calls_and_no_others(table):
         return next(row for row in rows if row.op == op and arch in row.archs and dtype in row.dtypes and row.fits(*sizes))
 
     written = runpy.run_path(str(table))["TABLE"]
-    measured.rewrite(table, (SHORT, UPDATE))
+    tune.rewrite(table, (SHORT, UPDATE))
     rows = runpy.run_path(str(table))["TABLE"]
     assert first(rows, "attention_short_forward", 90, "bf16", 197, 64) == SHORT
     assert first(rows, "sgd_update", 90, "fp32", 1, 1) == UPDATE
@@ -95,15 +95,15 @@ def test_the_table_chooses_measured_rows_for_their_calls_and_no_others(table):
 
 
 def test_a_card_replaces_its_own_rows_of_the_same_calls_only():
-    other_card, classes = replace(SHORT, archs=(80,)), {measured.class_of(row) for row in ROWS}
+    other_card, classes = replace(SHORT, archs=(80,)), {tune.class_of(row) for row in ROWS}
     better = replace(SHORT, num_warps=4)
-    assert measured.merged((other_card, *ROWS), [better], 90, classes) == tuple(
+    assert tune.merged((other_card, *ROWS), [better], 90, classes) == tuple(
         sorted((other_card, better, *ROWS[1:]), key=lambda row: (row.archs, row.op, row.features, row.tokens))
     )
 
 
 def test_rows_of_calls_that_are_no_more_go():
-    classes = {measured.class_of(row) for row in (LONG, UPDATE)}
-    found = measured.merged((replace(SHORT, archs=(80,)), *ROWS), [UPDATE], 90, classes)
-    assert set(map(measured.class_of, found)) == {measured.class_of(row) for row in (SHORT, LONG, UPDATE)}
+    classes = {tune.class_of(row) for row in (LONG, UPDATE)}
+    found = tune.merged((replace(SHORT, archs=(80,)), *ROWS), [UPDATE], 90, classes)
+    assert set(map(tune.class_of, found)) == {tune.class_of(row) for row in (SHORT, LONG, UPDATE)}
     assert [row.archs for row in found if row.op == SHORT.op] == [(80,)]
