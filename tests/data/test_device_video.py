@@ -224,6 +224,7 @@ def test_files_for_nvdec_are_told_by_their_headers():
         {"plain": False},
         {"codec": "av1"},
         {"codec": "mpeg2video"},
+        {"codec": "vp9"},
         {"container": "avi"},
         {"container": "mpegts"},
         {"pixels": "yuv420p10le"},
