@@ -114,6 +114,16 @@ def parts(out: Path, *, is_small: bool = False, only: Sequence[str] = ()) -> Ite
             yield replace(part, commands=tuple(chosen))
 
 
+def in_time(todo: Sequence[Part], seconds: float) -> list[Part]:
+    """Without compilers where no time would be left to race what they make."""
+    needed = 0.0
+    for part in todo:
+        needed += part.seconds
+        if part.name == "compiling peers" and needed + LEAST_SECONDS > seconds:
+            return [other for other in todo if not other.name.startswith("compiling") and not other.name.endswith("compiled")]
+    return list(todo)
+
+
 def is_chosen(name: str, only: Sequence[str]) -> bool:
     """By one of its words; where none is given, all but tuning, which changes the checkout."""
     return bool(set(only) & set(name.split())) if only else name != "tuning"
@@ -194,7 +204,7 @@ def _script(name: str) -> str:
 
 
 def plan_lines(todo: Sequence[Part], seconds: float) -> list[str]:
-    """When each part begins and ends if all take what is planned, and what is left out for want of a package."""
+    """When each part begins and ends if all take what is planned."""
     lines, begin = [f"{'plan':26} from    to  (seconds)"], 0.0
     for index, part in enumerate(todo):
         given = min(part.seconds, limit(seconds - begin, part.seconds, [other.seconds for other in todo[index + 1 :]]))
@@ -202,8 +212,13 @@ def plan_lines(todo: Sequence[Part], seconds: float) -> list[str]:
         cut = "" if given == part.seconds else f"  cut, of {part.seconds:.0f} seconds; what was measured stays"
         lines.append(f"{part.name:26} {begin:4.0f}  {end:4.0f}{cut}" if given >= LEAST_SECONDS else f"{part.name:26} no time is left")
         begin = end if given >= LEAST_SECONDS else begin
+    return lines
+
+
+def lacking_lines(todo: Sequence[Part]) -> list[str]:
+    """A line for each command that is left out for want of packages."""
     lacking = [command for part in todo for command in part.commands if command.missing]
-    return lines + [f"left out: {command.name}, as not installed: {', '.join(command.missing)}" for command in lacking]
+    return [f"left out: {command.name}, as not installed: {', '.join(command.missing)}" for command in lacking]
 
 
 def run(part: Part, seconds: float, logs: Path, variables: dict[str, str]) -> list[Ended]:
@@ -266,6 +281,7 @@ def summary(out: Path, todo: Sequence[Part], ended: Sequence[Ended]) -> str:
     width = max((len(one.name) for one in ended), default=0)
     lines = [f"{card.name()}, {', '.join(f'{name} {version}' for name, version in card.versions().items())}", ""]
     lines += [f"{one.name:{width}} {one.seconds:5.0f} s  {'' if one.is_well else 'NOT WELL: '}{one.words}" for one in ended]
+    lines += lacking_lines(todo)
     for command in (command for part in todo for command in part.commands if command.is_shown):
         log = log_of(out / "logs", command)
         if log.exists():
@@ -303,10 +319,11 @@ def main() -> int:
     args = parser.parse_args()
     started, seconds = time.monotonic(), 60 * args.minutes - LAST_SECONDS - GRACE_SECONDS
     out = (args.out or Path("DIR")).resolve()
-    todo = list(parts(out, is_small=args.small, only=args.only))
+    todo = in_time(list(parts(out, is_small=args.small, only=args.only)), seconds)
     if not todo:
-        parser.error(f"--only: no part is called so; there are: {', '.join(one.name for one in parts(out))}, tuning")
-    print("\n".join(plan_lines(todo, seconds)), flush=True)
+        named = {word for part in parts(out) for one in part.commands for word in one.name.split() if word.isalpha()}
+        parser.error(f"--only: nothing has such a word in its name; there are: {', '.join(sorted(named - {'compiling', 'peers'}))}, tuning")
+    print("\n".join(plan_lines(todo, seconds) + lacking_lines(todo)), flush=True)
     if args.plan:
         return 0
     if not card.HAS_GPU and not args.small:
@@ -332,6 +349,8 @@ def main() -> int:
             print("\n".join(f"{one.name}: {one.seconds:.0f} s, {one.words}" for one in new), flush=True)
             (out / "summary.txt").write_text(summary(out, todo, ended), encoding="utf-8")
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the tables come next
         text = summary(out, todo, ended)
         (out / "summary.txt").write_text(text, encoding="utf-8")
         print(f"\n{text}", end="")

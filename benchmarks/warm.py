@@ -45,15 +45,17 @@ def compile_all(jobs: Sequence[Job], num_processes: int) -> None:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(THREADS_OF_A_COMPILER)
         pools = [_pool(min(steps, num_processes), folder), _pool(max(1, num_processes - steps), folder)]
         futures = []
-        for pool, rivalries in zip(pools, kinds, strict=True):
-            for rivalry in rivalries:
-                directions = [job.direction for job in jobs if (job.build, job.arguments) == rivalry]
-                futures.append(pool.submit(compile_one, *rivalry, directions))
-        for future in as_completed(futures):
-            error = future.exception()
-            print(f"[{time.monotonic() - began:.0f} s] {told(error) if error else future.result()}", flush=True)
-        for pool in pools:
-            pool.shutdown()
+        try:
+            for pool, rivalries in zip(pools, kinds, strict=True):
+                for rivalry in rivalries:
+                    directions = [job.direction for job in jobs if (job.build, job.arguments) == rivalry]
+                    futures.append(pool.submit(compile_one, *rivalry, directions))
+            for future in as_completed(futures):
+                error = future.exception()
+                print(f"[{time.monotonic() - began:.0f} s] {told(error) if error else future.result()}", flush=True)
+        finally:
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
 
 
 def _pool(num_processes: int, folder: str) -> ProcessPoolExecutor:

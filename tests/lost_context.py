@@ -10,16 +10,18 @@ import pytest
 import torch
 
 LOST = "lost the CUDA context"
+# As they are now: the test whose report is made may have others in their place.
+_is_initialized, _synchronize = torch.cuda.is_initialized, getattr(torch._C, "_cuda_synchronize", None)
 _LOSER = pytest.StashKey[str]()
 _TOLD: set[str] = set()  # the tests whose own reports say so
 
 
 def find_cuda_error() -> str:
     """What the GPU answers to this process; nothing where it answers as it should, or was never asked for anything."""
-    if not torch.cuda.is_initialized():
+    if _synchronize is None or not _is_initialized():
         return ""
     try:
-        torch.cuda.synchronize()
+        _synchronize()
     except RuntimeError as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
     return ""

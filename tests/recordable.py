@@ -26,7 +26,7 @@ META = torch.device("meta")
 _aten = torch.ops.aten
 
 READERS = {
-    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.__contains__),
+    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.__contains__, torch.is_nonzero),
     *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__),
 }
 """Give Python what lies on the device."""

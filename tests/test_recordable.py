@@ -10,6 +10,7 @@ REFUSED = {
     "a truth into an element": lambda x: (x > 0).__setitem__((0, 1), True),
     "item": lambda x: x.sum().item(),
     "tolist": lambda x: x.tolist(),
+    "is_nonzero": lambda x: torch.is_nonzero(x.sum()),
     "bool": lambda x: bool(x.sum() > 0),
     "float": lambda x: float(x.sum()),
     "int": lambda x: int(x.sum()),

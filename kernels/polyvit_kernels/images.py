@@ -57,7 +57,7 @@ class Image:
     cubin: bytes
 
     def excesses(self) -> list[str]:
-        """What is beyond the budget: nothing spills, blocks fit the GPU, its own tensor-core instructions multiply, ptxas is content."""
+        """What is beyond the budget: nothing spills, blocks fit the GPU, its tensor cores multiply, ptxas warns of nothing."""
         found = list(self.messages)
         if self.usage.spill_stores or self.usage.spill_loads or self.usage.stack:
             found.append(f"{self.usage.spill_stores} spill stores, {self.usage.spill_loads} loads, {self.usage.stack} bytes of stack")

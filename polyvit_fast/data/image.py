@@ -31,8 +31,8 @@ CROP_ATTEMPTS = 10  # a 4:3 picture needs more than these once in 10^6 crops, a 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
 MISSING_DECODER = (
-    "{kind} files cannot be decoded on this machine, not even a whole one of 8 × 8 pixels: the package nvidia-nvimgcodec-cu13 lacks the "
-    "library for them in its folder extensions; pip install --force-reinstall nvidia-nvimgcodec-cu13 brings it back"
+    "{kind} files cannot be decoded on this machine, not even a whole one of 8 × 8 pixels: the package nvidia-nvimgcodec-cu13 probably "
+    "lacks the library for them in its folder extensions, which pip install --force-reinstall nvidia-nvimgcodec-cu13 brings back ({error})"
 )
 PIECE_PIXELS = 1 << 26  # 192 MiB; a batch of photographs by a telephone would be gigabytes before they are resampled
 
@@ -171,7 +171,7 @@ class ImageDecoder:
         try:
             [crops] = self.pixels.run(PIXELS_FAILURE, **inputs(wanted))
         except MediaError:
-            for kind in {kind_of(one.content.tobytes()) for one in wanted}:
+            for kind in {kind_of(one.content[:16].tobytes()) for one in wanted}:
                 self._check_decodable(kind)
             raise
 
@@ -183,10 +183,15 @@ class ImageDecoder:
     def _check_decodable(self, kind: str) -> None:
         """Raises UnavailableError when no file of that kind can be decoded: then the files are not to blame."""
         try:
-            if kind:
-                self.pixels.run("", content=[np.frombuffer(specimen(kind), np.uint8)], box=[np.array((0, 0, 8, 8), np.int32)])
+            content = specimen(kind) if kind else b""
+        except (KeyError, OSError):  # Pillow, too, lacks what it takes
+            return
+        try:
+            if content:
+                box = np.array((0, 0, 8, 8), np.int32)
+                self.pixels.run("a picture made for trial", content=[np.frombuffer(content, np.uint8)], box=[box])
         except MediaError as error:
-            raise UnavailableError(MISSING_DECODER.format(kind=kind)) from error
+            raise UnavailableError(MISSING_DECODER.format(kind=kind, error=error)) from error
 
     def _read(self, media: Media) -> np.ndarray:
         return np.frombuffer(read_for_dali(media, self.image.max_pixels), np.uint8)

@@ -377,8 +377,11 @@ def _name_the_hung(job: Job, timeout_seconds: float) -> str:
     """What to tell when a batch does not end: each of its files is tried alone, in a process that can be killed."""
     from polyvit_fast.data.check import find_broken
 
-    verdicts = find_broken(job.task, job.loader.task, job.samples(), deadline_seconds=timeout_seconds)
-    guilty = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
+    try:
+        verdicts = find_broken(job.task, job.loader.task, job.samples(), deadline_seconds=timeout_seconds)
+        guilty = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
+    except ValueError as error:
+        guilty = str(error)
     return (
         f"task {job.task}: its batch {job.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({guilty}). "
         "Put a good file in its place and start again: the run resumes. Or leave it out (`polyvit-fast check` writes a clean manifest) and "

@@ -1,7 +1,7 @@
 """A function over many items on a few threads, for work that releases Python's lock (decoding by FFmpeg does).
 
-In these threads PyTorch uses no further ones, whatever `torch.set_num_threads` says: a team for each of them would be more threads than
-there are cores, and would be woken and waited for at every operator.
+In these threads PyTorch uses no further ones, whatever `torch.set_num_threads` says: with a pool in each of them there would be more
+threads than cores, woken and waited for at every operator.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -60,15 +61,26 @@ class _Thread:
         self._calls.put(call)
 
     def _live(self) -> None:
-        with _birth:
-            number = torch.get_num_threads()
-            torch.set_num_threads(1)
-            # That is also what threads would begin with from now on. Another one, as short as this line, gives them back theirs.
-            other = threading.Thread(target=torch.set_num_threads, args=(number,))
-            other.start()
-            other.join()
+        with suppress(RuntimeError):  # no further thread is to be had
+            _compute_alone()
         while True:
             self._calls.get()()
+
+
+def _compute_alone() -> None:
+    """Let PyTorch use this thread alone for what this thread asks of it. Raises RuntimeError when that cannot be had."""
+    with _birth:
+        number = torch.get_num_threads()
+        # What is set here is also what threads begin with that first use PyTorch from now on, and keep. Another thread, as short as
+        # this line, gives those after it their number back.
+        other = threading.Thread(target=torch.set_num_threads, args=(number,))
+        torch.set_num_threads(1)
+        try:
+            other.start()
+        except RuntimeError:
+            torch.set_num_threads(number)
+            raise
+        other.join()
 
 
 _idle: list[_Thread] = []

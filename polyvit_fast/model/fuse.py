@@ -230,7 +230,7 @@ def _is_computable(x: Any) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and x.device.type in ("cpu", "cuda")
         and x.is_floating_point()
-        and not torch.compiler._is_exporting_flag  # is_exporting() is true in all that torch 2.11 compiles
+        and not getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is true in all that torch 2.11 compiles
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] - documented, and missing in torch's list of exports
     )
 

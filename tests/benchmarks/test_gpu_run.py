@@ -83,8 +83,14 @@ def test_parts_can_be_chosen_by_a_word_and_peers_are_compiled_for_those_alone(tm
     [compiling] = [part for part in gpu.parts(tmp_path, only=["steps"]) if part.name == "compiling peers"]
     assert [path.name for path in files_of(compiling.commands[0])] == ["bench_step.py"]
     done = start(tmp_path, "--only", "ste")
-    assert "no part is called so; there are: tests for a GPU, kernels" in " ".join(done.communicate()[0].split())
+    assert "nothing has such a word in its name; there are: compiled, demo, kernels, loop," in " ".join(done.communicate()[0].split())
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(("seconds", "compiles"), [(110, False), (176, False), (177, True)])
+def test_nothing_is_compiled_that_there_is_no_time_to_race(tmp_path, seconds, compiles):
+    todo = gpu.in_time(list(gpu.parts(tmp_path, only=["steps"])), seconds)
+    assert [part.name for part in todo] == ["steps", *(["compiling peers", "steps compiled"] if compiles else [])]
 
 
 def test_the_plan_says_what_is_cut_and_what_lacks_a_package(tmp_path):
@@ -93,8 +99,8 @@ def test_the_plan_says_what_is_cut_and_what_lacks_a_package(tmp_path):
         "plan                       from    to  (seconds)",
         "profile                       0    15",
         "part                         15    30  cut, of 60 seconds; what was measured stays",
-        "left out: command 0, as not installed: no_such_package",
     ]
+    assert gpu.lacking_lines(todo) == ["left out: command 0, as not installed: no_such_package"]
     assert gpu.plan_lines(todo, 20)[2] == "part                       no time is left"
     done = subprocess.run([sys.executable, str(SCRIPT), "--plan", "--minutes", "2"], capture_output=True, text=True)
     assert not done.returncode

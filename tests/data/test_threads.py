@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from polyvit_fast.data import threads
 from polyvit_fast.data.threads import map_in_threads
 
 
@@ -92,10 +93,26 @@ def torch_threads_of_a_new_thread():
     return found[0]
 
 
-def test_pytorch_computes_alone_in_each_thread_and_as_before_in_others(two_torch_threads):
-    barrier = threading.Barrier(5)  # more threads than other tests have left idle
+def test_pytorch_computes_alone_in_each_thread_and_as_before_in_others(two_torch_threads, monkeypatch):
+    monkeypatch.setattr(threads, "_idle", [])  # all five are born here
+    barrier = threading.Barrier(5)
     assert map_in_threads(lambda item: (barrier.wait(10), torch.get_num_threads())[1], range(5), 5) == [1] * 5
     assert torch.get_num_threads() == torch_threads_of_a_new_thread() == 2
+
+
+def test_work_is_done_where_no_further_thread_is_to_be_had(two_torch_threads, monkeypatch):
+    start = threading.Thread.start
+
+    def start_decoders_only(thread):
+        if thread.name != "decode":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threads, "_idle", [])
+    monkeypatch.setattr(threading.Thread, "start", start_decoders_only)
+    assert map_in_threads(lambda item: item + 1, range(4), 2) == [1, 2, 3, 4]
+    monkeypatch.undo()
+    assert torch_threads_of_a_new_thread() == 2
 
 
 def test_idle_threads_work_again_and_keep_nothing():

@@ -46,7 +46,7 @@ ptxas info    : (C7515) Potential Performance Loss: wgmma is serialized in 'k'
 ptxas info    : Potential Performance Loss: another one
 ptxas warning : Value of threads per SM for entry k is out of range
 ptxas-blackwell warning : (C7599) of the other compiler
-ptxas /tmp/k.ptx, line 9; warning : of a line
+ptxas k.ptx, line 9; warning : of a line
 ptxas info    : Used 232 registers, used 1 barriers, 8 bytes smem
 ptxas info    : Compile time = 123.4 ms
 """

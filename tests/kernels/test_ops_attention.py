@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from samples import activations, normal
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 import polyvit_kernels as ops
@@ -20,7 +21,7 @@ TOKENS = [1, 16, 63, 64, 65, 197, 256, 257, 401, 1569]
 
 def plain_attention(qkv):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if qkv.is_cuda and qkv.dtype is torch.float32:  # of which ours is torch's, whose tensor cores round otherwise than a plain product
+    if qkv.is_cuda and qkv.dtype is torch.float32:  # there ours is this very call, and the rule only bounds it against the truth
         return scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
 
@@ -103,6 +104,12 @@ def test_the_libraries_get_rows_that_they_can_load(name, dtype):
 def test_what_no_copy_could_align_is_left_alone():
     packed = normal(2, 5, 3, 2, 5)[:, 1:]
     assert _aligned(packed) is packed
+
+
+def test_tensors_without_an_address_pass():
+    packed = normal(3, 2, 5, 3, 2, 8)
+    assert torch.equal(torch.vmap(_aligned)(packed), packed)
+    assert torch.equal(make_fx(_aligned, tracing_mode="fake")(packed[0])(packed[1]), packed[1])
 
 
 UPSTREAM = {

@@ -102,16 +102,24 @@ def _library_attention(qkv: Tensor, backend: str) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """`x`, copied where an address in it is no multiple of `ALIGNMENT`: the libraries' kernels would read there, and lose the CUDA context.
 
-    They leave a head_dim alone whose rows no copy can align. What the compiler passes on it aligns itself: it cannot follow a question
-    about addresses.
+    They leave a head_dim alone whose rows no copy can align.
     """
     if x.shape[-1] * x.itemsize % ALIGNMENT:
         return x
     steps = [stride * x.itemsize for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-    starts_aligned = torch.compiler.is_compiling() or x.data_ptr() % ALIGNMENT == 0
-    if starts_aligned and x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in steps):
+    if _starts_aligned(x) and x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in steps):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _starts_aligned(x: Tensor) -> bool:
+    """Whether its address is a multiple of `ALIGNMENT`. The compiler cannot follow that, and aligns the inputs of a graph itself."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return x.data_ptr() % ALIGNMENT == 0
+    except RuntimeError:  # torch.func's tensors and those of a trace have no address
+        return True
 
 
 @torch.library.custom_op("polyvit::attention", mutates_args=(), device_types="cpu")
