@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -254,7 +255,7 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
     """Stop what still runs: an interrupt first, after which pytest tells what it has."""
     for number, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         for process in processes:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # workers may outlive the process that began them
                 os.killpg(process.pid, number)
         latest = time.monotonic() + patience
         while any(process.poll() is None for process in processes) and time.monotonic() < latest:
