@@ -166,7 +166,7 @@ def test_the_budget_is_that_of_the_ahead_of_time_compilation(monkeypatch):
     bad = replace(good, blocks={**good.blocks, "BLOCK_M": 128, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0})
     with Crew(90) as crew:
         assert crew.excesses(good, "bf16") == []
-        assert "spill stores" in crew.excesses(bad, "bf16")[0]
+        assert any("spill stores" in excess for excess in crew.excesses(bad, "bf16"))
 
 
 def test_the_dtype_of_a_case_is_the_interpreters_or_the_cards():

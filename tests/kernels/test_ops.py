@@ -110,6 +110,7 @@ def test_torchs_own_operators_in_every_layout(name, layout, monkeypatch):
     torch.testing.assert_close(own, registered, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11, the first time
 @pytest.mark.parametrize("name", CALLS)
 def test_the_registered_operation_is_what_runs_on_a_gpu_alone(name, monkeypatch):
     monkeypatch.undo()

@@ -138,7 +138,7 @@ def test_nothing_to_update(name):
 
 def test_every_row_of_the_table_has_variants_that_name_all_arguments():
     rows = [row for row in TABLE if row.op in ("sgd_update", "adamw_update")]
-    assert len(rows) == 2
+    assert {row.op for row in rows} == {"sgd_update", "adamw_update"}
     for row in rows:
         found = list(update.variants(row, "fp32"))
         assert len(found) == 4
