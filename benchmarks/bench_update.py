@@ -32,7 +32,8 @@ def parameter_sizes(dim: int, depth: int) -> list[int]:
 def new_state(size: int, averages: tuple[str, ...]) -> Inputs:
     """Buffers as after ten updates, and the numbers of the eleventh."""
     state = {name: torch.randn(size, device=DEVICE) * 0.02 for name in ("param", "grad", *averages)}
-    state |= {"exp_avg_sq": state["exp_avg_sq"].square()} if "exp_avg_sq" in state else {}
+    # As means of squares they are never as near to zero as a single square may be.
+    state |= {"exp_avg_sq": state["exp_avg_sq"].square() + 1e-6} if "exp_avg_sq" in state else {}
     numbers = {"count": 11.0, "lr": 1e-3, "scale": 0.7}
     copy = {"copy": torch.empty(size, device=DEVICE, dtype=torch.bfloat16), "ok": torch.tensor(True, device=DEVICE)}
     return state | copy | {name: torch.tensor(number, device=DEVICE) for name, number in numbers.items()}

@@ -192,6 +192,7 @@ class Track:
         return self._raced[key]
 
     def _race(self, direction: str, build: Callable[..., Rivalry], *arguments: object) -> Raced:
+        torch.manual_seed(0)  # whether a contender is right must not depend on what was raced before it
         if self._rivalry is None or (build, *arguments) != self._key:
             self._rivalry = None
             forget()

@@ -68,7 +68,8 @@ def _copied(inputs: Inputs) -> Inputs:
 
 
 def _random(dtype: torch.dtype, **shapes: tuple[int, ...]) -> Inputs:
-    return {name: torch.randn(shape, device=DEVICE, dtype=dtype) for name, shape in shapes.items()}
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return {name: torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype) for name, shape in shapes.items()}
 
 
 # Attention
