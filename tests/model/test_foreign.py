@@ -64,7 +64,7 @@ def test_why_modules_of_timm_are_left(changes, path, why):
         ({"class_token": False, "global_pool": "avg"}, {"", "norm1", "attn", "norm2", "mlp"}),
         ({"pre_norm": True}, {"", "norm1", "attn", "norm2", "mlp"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_variants_of_timm_are_fused_as_far_as_they_can_be(changes, still_fused):
     model, batch = timm_vit(**changes)
