@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from polyvit_kernels.ops import dtypes
 from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype
+from polyvit_kernels.ops.gradients import column_sums, low_form
 from polyvit_kernels.tiles import Tile, pick_for
 
 Gelu = Literal["tanh", "erf"]
@@ -180,8 +181,7 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick:
 
 
 def _linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool], pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _rows(grad)
-    return _layer_gradients(wants, x, weight, grads.to(x.dtype), grads.sum(0))
+    return _layer_gradients(wants, x, weight, _rows(low_form(grad, x.dtype)), column_sums(grad, len(weight)))
 
 
 def _mlp(
@@ -206,11 +206,10 @@ def _mlp(
 def _mlp_backward(
     grad: Tensor, x: Tensor, fc1_weight: Tensor, pre: Tensor, fc2_weight: Tensor, gelu: str, wants: list[bool], pick: _Pick
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _rows(grad)
-    low = grads.to(x.dtype)
+    low = _rows(low_form(grad, x.dtype))
     d_pre, activation, d_fc1_bias = _undone(low, fc2_weight, pre, gelu, pick)
     first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, grads.sum(0))
+    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, column_sums(grad, len(fc2_weight)))
     return *first, d_fc2_weight, d_fc2_bias
 
 
