@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tokens, residual: Tokens | None = None) -> Tokens:
         """Every token's weighted mean over all tokens' values, projected, in training with dropout, and added to `residual`."""
-        mixed = ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))).flatten(2)
+        mixed = ops.attention(project(self.qkv, x, (3, self.num_heads, -1))).flatten(2)
         return _linear_add(mixed, self.proj, self.dropout * self.training, residual)
 
     def class_token(self, x: Tokens, out_dtype: torch.dtype) -> OneToken:
@@ -162,6 +162,11 @@ def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype) -> tuple[Tokens,
     if is_untouched(norm):
         return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype)
     return x, norm(x, out_dtype)
+
+
+def project(linear: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `linear` makes of x, its features in `shape`."""
+    return ops.linear(x, linear.weight, linear.bias, shape) if is_plain(linear) else linear(x).unflatten(-1, shape)
 
 
 def is_plain(linear: Any) -> bool:
