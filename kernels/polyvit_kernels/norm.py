@@ -152,7 +152,8 @@ def layer_norm_bwd_kernel_parameters(
     tl.store(p_d_weight + i_columns, b_d_weight.to(p_d_weight.dtype.element_ty), m_columns)
     tl.store(p_d_bias + i_columns, b_d_bias.to(p_d_bias.dtype.element_ty), m_columns)
     if p_dx_sum is not None:
-        tl.store(p_dx_sum + i_columns, tl.sum(tl.load(p_partials + 2 * WIDTH + o_partials, mask, 0.0), 1), m_columns)
+        b_dx_sum = tl.sum(tl.load(p_partials + 2 * WIDTH + o_partials, mask, 0.0), 1)
+        tl.store(p_dx_sum + i_columns, b_dx_sum.to(p_dx_sum.dtype.element_ty), m_columns)
 
 
 _COLUMNS = 8
@@ -204,12 +205,12 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
 
-    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and as the fp32 sums of its columns.
+    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and its columns' sums, rounded last, do as well.
     """
     width = x.shape[-1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     low = None if low_dtype in (None, x.dtype) else torch.empty(x.shape, dtype=low_dtype, device=x.device)
-    sums = None if low_dtype is None else torch.empty(width, dtype=torch.float32, device=x.device)
+    sums = None if low_dtype is None else torch.empty(width, dtype=low_dtype, device=x.device)
     if not x.numel():
         return d_x, low, sums if sums is None else sums.zero_(), weight.new_zeros(width), weight.new_zeros(width)
     x, grad = _as_rows(x), _as_rows(grad)
@@ -281,12 +282,12 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
                 yield _variant(layer_norm_fwd_kernel, types, {"p_residual": None, "p_sum": None}, width, tile)
         else:
             for out in outs:
+                yield _parameters_variant(width, {"SUMS": 3}, out, tile)
                 types = {"p_x": f"*{dtype}", "p_grad": f"*{out}", "p_grad_sum": f"*{dtype}", "p_dx": f"*{dtype}", "p_low": f"*{out}"}
                 low = {"p_low": None} if out == dtype else {}
                 yield _variant(layer_norm_bwd_kernel, types, {"SUMS": 3} | low, width, tile)
                 yield _variant(layer_norm_bwd_kernel, types, {"SUMS": 2, "p_grad_sum": None, "p_low": None}, width, tile)
-            yield _parameters_variant(width, {"SUMS": 3}, tile)
-            yield _parameters_variant(width, {"SUMS": 2, "p_dx_sum": None}, tile)
+            yield _parameters_variant(width, {"SUMS": 2, "p_dx_sum": None}, dtype, tile)
 
 
 def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], width: int, tile: Tile) -> Variant:
@@ -304,13 +305,16 @@ def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], wi
     )
 
 
-def _parameters_variant(width: int, more: dict[str, int | None], tile: Tile) -> Variant:
-    pointers = dict.fromkeys((name for name in layer_norm_bwd_kernel_parameters.arg_names if name[:2] == "p_" and name not in more), "*fp32")
+def _parameters_variant(width: int, more: dict[str, int | None], low: str, tile: Tile) -> Variant:
+    """With sums in `low`, unless `more` leaves them out."""
+    kernel: Any = layer_norm_bwd_kernel_parameters
     block_programs = triton.next_power_of_2(tile.blocks["PROGRAMS"])
+    constants = {"WIDTH": width, "BLOCK_PROGRAMS": block_programs, "BLOCK_COLUMNS": _COLUMNS, **more}
+    pointers = {name: f"*{low}" if name == "p_dx_sum" else "*fp32" for name in kernel.arg_names if name[:2] == "p_" and name not in more}
     return Variant(
-        kernel=layer_norm_bwd_kernel_parameters,
+        kernel=kernel,
         signature=pointers | {"programs": "i32"},
-        constants={"WIDTH": width, "BLOCK_PROGRAMS": block_programs, "BLOCK_COLUMNS": _COLUMNS, **more},
+        constants=constants,
         divisible=tuple(pointers),
         num_warps=_PARAMETER_WARPS,
         num_stages=1,

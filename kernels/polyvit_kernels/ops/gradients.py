@@ -39,10 +39,12 @@ def low_form(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return found.low if found and found.low is not None and found.low.dtype is dtype else grad.to(dtype)
 
 
-def column_sums(grad: Tensor, columns: int) -> Tensor:
-    """`[columns]`: the sums of `grad` over all its rows, which are the last axes that hold so many numbers."""
+def column_sums(grad: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """`[columns]` in `dtype`: the sums of `grad` over all its rows, which are the last axes that hold so many numbers."""
     found = _find(grad)
-    return grad.reshape(-1, columns).sum(0) if found is None or found.sums is None else found.sums.view(columns)
+    if found and found.sums is not None and torch.promote_types(found.sums.dtype, dtype) is found.sums.dtype:
+        return found.sums.view(columns).to(dtype)
+    return grad.reshape(-1, columns).sum(0).to(dtype)
 
 
 def _find(grad: Tensor) -> _Companions | None:

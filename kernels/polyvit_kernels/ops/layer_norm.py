@@ -152,17 +152,18 @@ def _layer_norm_backward_by_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
 
-    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and as the sums of its columns, in fp32 at least;
-    what is not wanted is empty. The bias has the weight's dtype.
+    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and its columns' sums, rounded last, do as well; what
+    is not wanted is empty. The bias has the weight's dtype.
     """
     precise, kept = mean.dtype, mean[..., None]
     inputs = (grad.to(precise), x.to(precise), x.shape[-1:], kept, rstd.view_as(kept), weight.to(precise), weight.to(precise))
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True, True, True])
     if grad_sum is not None:
         d_x += grad_sum
-    low, sums = x.new_empty(0), x.new_empty(0, dtype=precise)
+    low, sums = x.new_empty(0), x.new_empty(0)
     if low_dtype is not None:
-        low, sums = low if low_dtype is x.dtype else d_x.to(low_dtype, copy=True), d_x.reshape(-1, len(weight)).sum(0)
+        low = low if low_dtype is x.dtype else d_x.to(low_dtype, copy=True)
+        sums = d_x.reshape(-1, len(weight)).sum(0).to(low_dtype)
     return d_x.to(x.dtype), low, sums, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
@@ -182,7 +183,7 @@ def _(
 
     with torch.cuda.device_of(x):
         d_x, low, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, low_dtype)
-    low, sums = x.new_empty(0) if low is None else low, mean.new_empty(0) if sums is None else sums
+    low, sums = (x.new_empty(0) if tensor is None else tensor for tensor in (low, sums))
     return d_x, low, sums, d_weight, d_bias
 
 
@@ -191,7 +192,7 @@ def _(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     low = x.new_empty(0) if low_dtype in (None, x.dtype) else x.new_empty(x.shape, dtype=low_dtype)
-    sums = mean.new_empty(0 if low_dtype is None else weight.shape)
+    sums = x.new_empty(0) if low_dtype is None else x.new_empty(weight.shape, dtype=low_dtype)
     return x.new_empty(x.shape), low, sums, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 

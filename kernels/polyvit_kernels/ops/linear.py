@@ -45,4 +45,4 @@ class _Linear(torch.autograd.Function):
         rows, (wants_x, wants_weight, wants_bias, _) = grad.reshape(-1, len(weight)), ctx.needs_input_grad
         d_x = (rows @ weight).view(x.shape) if wants_x else None
         d_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
-        return d_x, d_weight, column_sums(grad, len(weight)).to(weight.dtype) if wants_bias else None, None
+        return d_x, d_weight, column_sums(grad, len(weight), weight.dtype) if wants_bias else None, None

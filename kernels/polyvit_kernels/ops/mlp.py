@@ -178,7 +178,7 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick:
 
 
 def _linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool], pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-    return _layer_gradients(wants, x, weight, _rows(low_form(grad, x.dtype)), column_sums(grad, len(weight)))
+    return _layer_gradients(wants, x, weight, _rows(low_form(grad, x.dtype)), column_sums(grad, len(weight), x.dtype))
 
 
 def _mlp(
@@ -206,7 +206,8 @@ def _mlp_backward(
     low = _rows(low_form(grad, x.dtype))
     d_pre, activation, d_fc1_bias = _undone(low, fc2_weight, pre, gelu, pick)
     first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, column_sums(grad, len(fc2_weight)))
+    sums = column_sums(grad, len(fc2_weight), x.dtype)
+    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
 

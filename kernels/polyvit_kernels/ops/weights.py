@@ -50,7 +50,7 @@ def attach(parameter: Tensor, buffer: RoundedBuffer, view: Tensor) -> None:
     """Let operations under autocast take `view`, a part of the buffer's rounded form, in the parameter's place.
 
     They do so until somebody writes to the parameter, or to the buffer in which it lies; writing past autograd, through `.data`, goes
-    unseen. Its gradient then arrives in the rounded dtype: it is added as it is to an fp32 one that is there.
+    unseen. The parameter's gradient is as of the rounded form; with `grad_dtype` = None torch adds it to an fp32 one without a cast.
     """
     setattr(parameter, _ATTRIBUTE, _Rounded(buffer, view, parameter._version))
 
