@@ -15,10 +15,12 @@ DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.fl
 
 
 def row(op, tokens, head_dim):
-    return tiles.pick(op, ARCH, torch.bfloat16, tokens=tokens, features=head_dim)
+    return tiles.pick(op, ARCH, torch.bfloat16, tokens=tokens, features=head_dim, portable=True)
 
 
 def plain(qkv):
+    if qkv.is_cuda and qkv.dtype is torch.float32:  # there ours is that very call, and the rule only bounds it against the truth
+        return library(qkv.clone(memory_format=torch.contiguous_format))  # whose kernels read where an address is no multiple of 16
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
 
