@@ -376,7 +376,7 @@ TRIALS: Mapping[str, Trial] = {
     "patch_embed_forward": Trial(
         inputs=_patch_inputs,
         ours=_patch_forward,
-        plain=lambda inputs: {"tokens": _patch_embed_by_torch(*(inputs[name] for name in _PATCH_NAMES))},
+        plain=lambda inputs: {"tokens": _patch_embed_by_torch(*(inputs[name] for name in _PATCH_NAMES), inputs["weight"].dtype)},
         true=lambda inputs: {"tokens": reference.patch_embed(*(inputs[name] for name in _PATCH_NAMES))},
     ),
     "patch_embed_backward": Trial(inputs=_patch_inputs, ours=_patch_backward, plain=_torch_patch_backward, true=_true_patch_backward),

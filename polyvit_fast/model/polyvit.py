@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,10 +20,19 @@ from polyvit_fast.randomness import generator
 class PolyViT(nn.Module):
     """One Vision Transformer for the tasks of several modalities; a call serves one task.
 
-    `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone.
+    `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone. With `residual` =
+    "bf16" the tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'.
     """
 
-    def __init__(self, model: Model, modalities: dict[str, Modality], heads: dict[str, tuple[str, int]], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        modalities: dict[str, Modality],
+        heads: dict[str, tuple[str, int]],
+        *,
+        seed: int = 0,
+        residual: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
         super().__init__()
         _check_names([*modalities, *heads])
         unknown = {modality for modality, _ in heads.values()} - modalities.keys()
@@ -30,7 +40,7 @@ class PolyViT(nn.Module):
             raise ValueError(f"heads of the modalities {sorted(unknown)}, but there are only {sorted(modalities)}")
         self.depth = model.depth
         self.modality_of = {task: modality for task, (modality, _) in heads.items()}
-        self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model) for name, modality in modalities.items()})
+        self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model, residual) for name, modality in modalities.items()})
         self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.depth - model.num_adaptor_layers))
         self.norm = LayerNorm(model.dim)
         self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
@@ -40,7 +50,7 @@ class PolyViT(nn.Module):
     def from_config(cls, train: Train) -> PolyViT:
         """The model of a run, with its first weights."""
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
-        return cls(train.model, train.modalities, heads, seed=train.seed)
+        return cls(train.model, train.modalities, heads, seed=train.seed, residual=train.residual)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises.
