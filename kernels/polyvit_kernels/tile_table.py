@@ -160,6 +160,20 @@ _MLP = tuple(
     )
 )
 
+# The narrower rows are there for the portable ones of that width, which would come first.
+_MLP_HOPPER = tuple(
+    Tile(
+        op=op,
+        archs=_HOPPER,
+        tokens=(1025, ANY),
+        features=features,
+        backend="hopper",
+        blocks={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "REGISTERS": 168},
+        max_registers=168,
+    )
+    for op, features in (("linear_gelu_forward", ANY), ("linear_add_forward", 1536), ("linear_add_forward", ANY), ("dgelu_backward", ANY))
+)
+
 # Backward: as many programs as the registers of a card's processors hold at once.
 _LAYER_NORM = (
     *(
@@ -204,7 +218,7 @@ _PATCH_EMBED = (
 
 _UPDATE = tuple(Tile(op=op, archs=_ALL, dtypes=("fp32",), blocks={"BLOCK": 1024}) for op in ("sgd_update", "adamw_update"))
 
-_BY_HAND = (*_ATTENTION, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE)
+_BY_HAND = (*_ATTENTION, *_MLP_HOPPER, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE)
 
 _H100 = "nvidia-h100-80gb-hbm3"
 # Of these rows, those timed as they stand on an H100, in bf16: op, tokens, features, and the file.
