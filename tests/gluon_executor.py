@@ -120,11 +120,11 @@ def _product(
     a: Any, b: Shared, acc: Any, *, use_acc: Any = True, precision: Any = None, max_num_imprecise_acc: Any = None, is_async: bool = False
 ) -> Any:
     """warpgroup_mma: what it reads from shared memory is read until it is waited for."""
+    number = Now.machine.begin_product([(x.allocation, x.values) for x in (a, b) if isinstance(x, Shared)])
     left = a.read("a wgmma") if isinstance(a, Shared) else values_of(a)
     product = left @ b.read("a wgmma")
     if a.dtype != b.dtype or list(product.shape) != acc.shape:
         raise FaultError(f"wgmma of {a.dtype}{a.shape} and {b.dtype}{b.shape} to {acc.shape}")
-    number = Now.machine.begin_product([(x.allocation, x.values) for x in (a, b) if isinstance(x, Shared)])
     Now.report.products += 1
     result = Product(product + acc.values if use_acc else product, acc.dtype, number)
     return result if is_async else _wait_products(0, [result])
@@ -165,8 +165,8 @@ def _copy_to_shared(
 def _copy_from_shared(descriptor: Descriptor, coord: Any, src: Shared) -> None:
     _check_box(descriptor, src)
     places, inside = descriptor.find(coord)
-    values = src.read("a copy")
     Now.machine.store(src.allocation, src.values)
+    values = src.read("a copy")
     descriptor.span.memory.write(places[inside], values[inside], again=descriptor.span.is_rewritten)
 
 

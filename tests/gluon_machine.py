@@ -14,13 +14,14 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Clock = dict[Hashable, int]
 SHARED_BYTES = 227 << 10
-_OURS = ("gluon_machine.py", "gluon_executor.py")
+_OURS = {str(Path(__file__).with_name(f"gluon_{name}.py")) for name in ("machine", "values", "memory", "executor")}
 
 
 class FaultError(AssertionError):
@@ -34,7 +35,7 @@ class _StoppedError(BaseException):
 def here() -> str:
     """The line of the kernel that is being executed."""
     frame = sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename.endswith(_OURS):
+    while frame.f_back and frame.f_code.co_filename in _OURS:
         frame = frame.f_back
     return f"{frame.f_code.co_name}, line {frame.f_lineno}"
 
@@ -149,7 +150,7 @@ class Barrier:
         if not self.count:
             raise FaultError(f"{self.name} is not initialized")
         if count > self.pending:
-            raise FaultError(f"{count} arrivals at {self}")
+            raise FaultError(f"more arrivals than expected, {count} at {self}")
         _join(self.arriving, clock)
         self.pending -= count
         self.num_bytes += expected - copied

@@ -220,6 +220,12 @@ class Shared:
     def permute(self, order: Any) -> "Shared":
         return self._view(lambda array: array.transpose(order))
 
+    def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> "Shared":
+        """Of the same type and layout: the rows in other groups."""
+        if dtype != self.dtype or layout != self.layout or int(shape[-1]) != self.shape[-1]:
+            raise NotImplementedError("shared memory taken for another type or layout")
+        return self.reshape([int(size) for size in shape])
+
     def read(self, what: str) -> np.ndarray:
         """What it holds, all of which must have been written."""
         if not self.known.all():

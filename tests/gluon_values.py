@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from gluon_machine import FaultError
 from triton.experimental.gluon import language as gl
+from triton.language.semantic import TritonSemantic
 
+_SEMANTIC = TritonSemantic.__new__(TritonSemantic)
 _BF16_HALF, _BF16_MASK = np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
 
@@ -102,18 +104,10 @@ def values_of(x: Any) -> Any:
     return x.values if isinstance(x, Value) else x
 
 
-def promoted(one: Any, other: Any) -> Any:
-    """The type of a result: a plain number takes the other's type where that is of its kind or above."""
-    kinds = [_kind(x) for x in (one, other)]
-    dtypes = [dtype_of(x) for x in (one, other)]
-    for plain, typed in ((0, 1), (1, 0)):
-        if not isinstance((one, other)[plain], Value) and kinds[plain] <= kinds[typed]:
-            return dtypes[typed]
-    if kinds[0] != kinds[1]:
-        return dtypes[kinds.index(max(kinds))]
-    if kinds[0] == 2 and dtypes[0] != dtypes[1]:
-        return gl.float32
-    return max(dtypes, key=lambda dtype: dtype.primitive_bitwidth)
+def promoted(one: Any, other: Any, *, is_division: bool = False) -> Any:
+    """The type of a result, by Triton's own rules."""
+    sides = [part for x in (one, other) for part in (dtype_of(x), not isinstance(x, Value))]
+    return TritonSemantic.computation_type_impl(_SEMANTIC, *sides, is_division)
 
 
 def dtype_of(x: Any) -> Any:
@@ -125,30 +119,35 @@ def dtype_of(x: Any) -> Any:
     return gl.float32 if isinstance(x, float) else gl.int32 if -(1 << 31) <= x < 1 << 31 else gl.int64
 
 
-def _kind(x: Any) -> int:
-    dtype = dtype_of(x)
-    return 0 if dtype == gl.int1 else 2 if dtype.is_floating() else 1
-
-
-def _operator(function: Callable, result: Any = None) -> tuple[Callable, Callable]:
+def _operator(function: Callable, *, compares: bool = False) -> tuple[Callable, Callable]:
     """An operator and the one with its sides exchanged."""
+    is_division = function in (np.true_divide, _floor_divide, _remainder)
 
     def operate(one: Any, other: Any) -> Any:
         if not all(isinstance(x, Value | Product | bool | int | float) for x in (one, other)):
             return NotImplemented
-        values = function(values_of(one), values_of(other))
-        return Value(values, result or promoted(one, other))
+        sides = values_of(one), values_of(other)
+        dtype = promoted(one, other, is_division=is_division)
+        if function is np.true_divide and not dtype.is_floating():
+            dtype = gl.float32
+        return Value(function(*(rounded(side, dtype) for side in sides)), gl.int1 if compares else dtype)
 
     return operate, lambda one, other: operate(other, one)
 
 
-def _of_positives(function: Callable) -> Callable:
-    def divide(one: Any, other: Any) -> Any:
-        if np.any(np.less(one, 0)) or np.any(np.less(other, 0)):
-            raise FaultError("a division of negative numbers: Python and the GPU round it differently")
-        return function(one, other)
+def _check_positive(one: Any, other: Any) -> None:
+    if np.any(np.less(one, 0)) or np.any(np.less(other, 0)):
+        raise FaultError("a division of negative numbers: Python and the GPU round it differently")
 
-    return divide
+
+def _floor_divide(one: Any, other: Any) -> Any:
+    _check_positive(one, other)
+    return np.floor_divide(one, other)
+
+
+def _remainder(one: Any, other: Any) -> Any:
+    _check_positive(one, other)
+    return np.remainder(one, other)
 
 
 for _name, _function in {
@@ -156,8 +155,8 @@ for _name, _function in {
     "sub": np.subtract,
     "mul": np.multiply,
     "truediv": np.true_divide,
-    "floordiv": _of_positives(np.floor_divide),
-    "mod": _of_positives(np.remainder),
+    "floordiv": _floor_divide,
+    "mod": _remainder,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
@@ -175,4 +174,4 @@ for _name, _function in {
     "eq": np.equal,
     "ne": np.not_equal,
 }.items():
-    setattr(Value, f"__{_name}__", _operator(_function, gl.int1)[0])
+    setattr(Value, f"__{_name}__", _operator(_function, compares=True)[0])
