@@ -45,12 +45,13 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim = {dim} does not divide by num_heads = {num_heads}")
         self.num_heads, self.dropout = num_heads, dropout
+        self.backend: ops.AttentionBackend = "auto"
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tokens, residual: Tokens | None = None) -> Tokens:
         """Every token's weighted mean over all tokens' values, projected, in training with dropout, and added to `residual`."""
-        mixed = ops.attention(project(self.qkv, x, (3, self.num_heads, -1))).flatten(2)
+        mixed = ops.attention(project(self.qkv, x, (3, self.num_heads, -1)), self.backend).flatten(2)
         return _linear_add(mixed, self.proj, self.dropout * self.training, residual)
 
     def class_token(self, x: Tokens, out_dtype: torch.dtype) -> OneToken:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from polyvit_kernels.ops import Gelu
+from polyvit_kernels.ops import AttentionBackend, Gelu
 
 
 class Drop(NamedTuple):
@@ -40,6 +40,7 @@ class Attention(NamedTuple):
     proj: nn.Module
     gives_pair: bool
     drops: tuple[Drop, ...]
+    backend: AttentionBackend = "auto"
 
 
 class Mlp(NamedTuple):
