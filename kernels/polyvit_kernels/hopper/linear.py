@@ -367,7 +367,7 @@ def dgelu_bwd_kernel(
 
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, tile: Tile) -> tuple[Tensor, Tensor]:
     """(gelu(H), gelu'(H)), H = x weightᵀ + bias; without `keep` the second one is empty."""
-    if not _can_describe(x, weight):
+    if not _can_describe(weight):
         return linear.linear_gelu_forward(x, weight, bias, gelu, keep, _portable("linear_gelu_forward", x))
     y = x.new_empty(len(x), len(weight))
     slope = torch.empty_like(y) if keep else x.new_empty(0)
@@ -377,7 +377,7 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep
 
 def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
     """residual + x weightᵀ + bias, in the dtype that torch's sum has."""
-    if not _can_describe(x, weight):
+    if not _can_describe(weight):
         return linear.linear_add_forward(x, weight, bias, residual, _portable("linear_add_forward", x))
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
     _launch(linear_add_fwd_kernel, x, weight, (bias.contiguous(), residual.contiguous(), y), y, {}, tile)
@@ -386,7 +386,7 @@ def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
 
 def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """(dH, sums of dH's columns in fp32), dH = (grad weight) · slope."""
-    if not _can_describe(grad, weight):
+    if not _can_describe(weight):
         return linear.dgelu_backward(grad, weight, slope, _portable("dgelu_backward", grad))
     d_pre = slope.new_empty(slope.shape)
     sums = slope.new_empty(_cdiv(len(slope), tile.blocks["BLOCK_M"]), slope.shape[1], dtype=torch.float32)
@@ -394,9 +394,9 @@ def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> t
     return d_pre, sums.sum(0)
 
 
-def _can_describe(*matrices: Tensor) -> bool:
-    """Whether TMA can address them all: their rows are multiples of 16 bytes, and so are the output's."""
-    return all(size * matrix.element_size() % 16 == 0 for matrix in matrices for size in matrix.shape[-2:])
+def _can_describe(weight: Tensor) -> bool:
+    """Whether TMA can address all matrices, whose rows are as long as one side of the weight: multiples of 16 bytes."""
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape)
 
 
 def _portable(op: str, x: Tensor) -> Tile:
@@ -405,6 +405,11 @@ def _portable(op: str, x: Tensor) -> Tile:
 
 def _cdiv(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def num_processors(device: torch.device) -> int:
+    """How many programs run at once: each takes a whole processor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_n(rows: int, columns: int, programs: int, tile: Tile) -> int:
@@ -429,7 +434,7 @@ def _launch(kernel: Any, a: Tensor, b: Tensor, tensors: tuple[Tensor, ...], out:
     if not out.numel():
         return
     rows, columns = out.shape
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
+    processors = num_processors(out.device)
     blocks = _constants(tile, block_n(rows, columns, processors, tile))
     d_a, d_b = (_describe(_packed(x), box) for x, box in zip((a, b), _boxes(blocks, kernel is dgelu_bwd_kernel), strict=True))
     grid = (min(processors, _cdiv(rows, blocks["BLOCK_M"]) * _cdiv(columns, blocks["BLOCK_N"])),)
