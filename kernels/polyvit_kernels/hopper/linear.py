@@ -101,11 +101,11 @@ def _multiply(
                 i_load_k = 0
                 i_load += step
                 i_row, i_column = _corner(i_load, tiles_n, BLOCK_M, BLOCK_N)
-    i_use, i_turn = 0, 0
+    i_use = 0
     # [BLOCK_M / 2, BLOCK_N]
     b_sum = gl.zeros([BLOCK_M // 2, BLOCK_N], gl.float32, layout)
     mbarrier.wait(bar_h_empty.index(HALF), 0)
-    for _ in range(gl.program_id(0), num_tiles, step):
+    for i_turn in range(gl.cdiv(num_tiles - gl.program_id(0), step)):
         if BIAS:
             b_bias = s_bias.index(i_turn % _BIAS_SLOTS).load(gl.SliceLayout(0, layout))
             b_sum = b_bias[None, :].broadcast_to([BLOCK_M // 2, BLOCK_N])
@@ -136,7 +136,6 @@ def _multiply(
         mbarrier.wait(bar_h_empty.index(HALF), i_turn & 1)
         s_h.index(HALF).store(b_sum.to(s_h.dtype))
         mbarrier.arrive(bar_h_full.index(HALF), count=1)
-        i_turn += 1
 
 
 @gluon.jit
@@ -197,10 +196,11 @@ def _finish(
             s_bias.index(j).store(_load_bias(p_bias, i_first + j * step, tiles_n, num_columns, BLOCK_N))
     for j in gl.static_range(2):
         mbarrier.arrive(bar_h_empty.index(j), count=1)
-    i_part, i_turn = 0, 0
+    i_part = 0
     if p_in is not None:
         b_next = _load_part(p_in, i_part, num_rows, num_columns, tiles_n, ROWS, BLOCK_M, BLOCK_N, layout)
-    for i_tile in range(i_first, num_tiles, step):
+    for i_turn in range(gl.cdiv(num_tiles - i_first, step)):
+        i_tile = i_first + i_turn * step
         i_row, i_column = _corner(i_tile, tiles_n, BLOCK_M, BLOCK_N)
         if p_bias is not None:
             # [BLOCK_N]
@@ -235,7 +235,6 @@ def _finish(
         if p_sums is not None:
             o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
             gl.store(p_sums + i_tile // tiles_n * num_columns + i_column + o_n, gl.sum(b_sums, 0), mask=o_n < num_columns - i_column)
-        i_turn += 1
 
 
 @gluon.jit
