@@ -28,6 +28,7 @@ from polyvit_fast.config import MODELS, Model, Optim, Task, Train
         (lambda: tiny_config(tasks={"a b": tile_task()}), "task name 'a b'"),
         (lambda: tiny_config(log_every_steps=0), "log_every_steps = 0 must be at least 1"),
         (lambda: tiny_config(decoding="gpu"), "decoding = gpu needs device = cuda"),
+        (lambda: tiny_config(attention="cudnn"), "attention = cudnn needs device = cuda"),
         (lambda: tiny_config(residual="bf16"), "residual = bf16 needs precision = bf16"),
         (lambda: tiny_config(max_bad_ratio=1.5), "max_bad_ratio"),
     ],

@@ -7,7 +7,7 @@ from itertools import islice
 
 from polyvit_kernels.tiles import ANY, Tile, Variant
 
-_PACKAGES = {"triton": "polyvit_kernels", "hopper": "polyvit_kernels.hopper"}
+PACKAGES = {"triton": "polyvit_kernels", "hopper": "polyvit_kernels.hopper"}
 
 _MODULES = {
     "attention_short_": "attention_short",
@@ -54,13 +54,13 @@ class Entry:
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
     """The kernels of a row; none for one that another backend serves. Raises ValueError for an op that no module compiles."""
-    if tile.backend not in _PACKAGES:
+    if tile.backend not in PACKAGES:
         return iter(())
     module = next((module for prefix, module in _MODULES.items() if tile.op.startswith(prefix)), None)
     if module is None:
         raise ValueError(f"no module compiles the rows of {tile.op}: add it to plan._MODULES")
     budget = {"programs_per_sm": tile.programs_per_sm, "allowed_spills": tile.allowed_spills}
-    return (replace(variant, **budget) for variant in import_module(f"{_PACKAGES[tile.backend]}.{module}").variants(tile, dtype))
+    return (replace(variant, **budget) for variant in import_module(f"{PACKAGES[tile.backend]}.{module}").variants(tile, dtype))
 
 
 def plan(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Entry], list[Job]]:

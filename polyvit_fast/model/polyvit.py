@@ -12,16 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyvit_fast.config import Modality, Model, Train
-from polyvit_fast.model.modules import Block, LayerNorm, drop_path_ramp
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp, project
 from polyvit_fast.model.tokenizer import Grid, Tokenizer
 from polyvit_fast.randomness import generator
+from polyvit_kernels.ops import AttentionBackend
 
 
 class PolyViT(nn.Module):
     """One Vision Transformer for the tasks of several modalities; a call serves one task.
 
     `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone. With `residual` =
-    "bf16" the tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'.
+    "bf16" the tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'. `attention`:
+    see `polyvit_kernels.attention`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class PolyViT(nn.Module):
         *,
         seed: int = 0,
         residual: Literal["fp32", "bf16"] = "fp32",
+        attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
         _check_names([*modalities, *heads])
@@ -44,13 +47,16 @@ class PolyViT(nn.Module):
         self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.depth - model.num_adaptor_layers))
         self.norm = LayerNorm(model.dim)
         self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = attention
         initialise(self, seed)
 
     @classmethod
     def from_config(cls, train: Train) -> PolyViT:
         """The model of a run, with its first weights."""
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
-        return cls(train.model, train.modalities, heads, seed=train.seed, residual=train.residual)
+        return cls(train.model, train.modalities, heads, seed=train.seed, residual=train.residual, attention=train.attention)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises.
@@ -66,7 +72,7 @@ class PolyViT(nn.Module):
         for left, (block, rate) in enumerate(zip(self.blocks, rates, strict=True), 1 - len(self.blocks)):
             x = block(x, rate, class_token=not left, recompute=recompute)
         # The head reads the class token alone, and the norm takes each token by itself.
-        return self.heads[task](self.norm(x[:, 0]))
+        return project(self.heads[task], self.norm(x[:, 0]), (-1,))
 
 
 def _check_names(names: Iterable[str]) -> None:
