@@ -270,7 +270,7 @@ _TIMED = {
 def _with_source(row: Tile) -> Iterator[Tile]:
     """The row, with Hopper's part apart where that was timed."""
     file = _TIMED.get((row.op, row.tokens, row.features))
-    if file is None or 90 not in row.archs:
+    if file is None or 90 not in row.archs or row.backend == "hopper":
         yield row
         return
     yield replace(row, archs=_HOPPER, source=f"{_H100}/{file}")
