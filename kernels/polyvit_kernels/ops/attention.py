@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops import dtypes
+from polyvit_kernels.ops import dtypes, gradients
 from polyvit_kernels.ops import xformers_attention as xformers
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 from polyvit_kernels.plan import PACKAGES
@@ -268,8 +268,8 @@ def _keep(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad: Tensor | None, _: None) -> Tensor | None:
     if grad is None:
         return None
-    dqkv, _sums = torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
-    return dqkv
+    dqkv, sums = torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
+    return gradients.attach(dqkv, sums=sums)
 
 
 def _differentiate_varlen(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
