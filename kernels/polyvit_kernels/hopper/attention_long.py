@@ -223,32 +223,54 @@ def _pass_by(full, empty, first, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _absorb(b_q, k, v, b_out, b_max, b_sum, ready, scale, rest, FIRST: gl.constexpr):
-    """One block of keys more in the running maximum, sum and output (arXiv 2205.14135, algorithm 1)."""
+def _scores(b_q, k):
+    """Begin the scores of 64 queries."""
     N: gl.constexpr = k.shape[0]
-    b_s = warpgroup_mma(b_q, k.permute((1, 0)), gl.zeros([64, N], gl.float32, mma(N)), use_acc=False, is_async=True)
-    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    if FIRST:
-        i = gl.arange(0, N, layout=columns_of(N))
-        b_s = gl.where(i[None, :] < rest, b_s, float("-inf"))
-        b_max = gl.convert_layout(gl.max(b_s, 1), rows_of(64)) * scale
-        b_p = gl.exp2(b_s * scale - gl.convert_layout(b_max, rows_of(N))[:, None])
-        b_sum = gl.convert_layout(gl.sum(b_p, 1), rows_of(64))
-    else:
-        b_new = gl.maximum(b_max, gl.convert_layout(gl.max(b_s, 1), rows_of(64)) * scale)
-        b_p = gl.exp2(b_s * scale - gl.convert_layout(b_new, rows_of(N))[:, None])
-        b_alpha = gl.exp2(b_max - b_new)
-        b_sum = b_sum * b_alpha + gl.convert_layout(gl.sum(b_p, 1), rows_of(64))
-        b_max = b_new
-        b_out = b_out * b_alpha[:, None]
-    b_out = warpgroup_mma(gl.convert_layout(b_p.to(v.dtype), left()), v, b_out, use_acc=not FIRST, is_async=True)
+    return warpgroup_mma(b_q, k.permute((1, 0)), gl.zeros([64, N], gl.float32, mma(N)), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _softmax(b_s, b_max, b_sum, scale):
+    """(exponentials, new maximum, new sum, what the older ones are multiplied by): arXiv 2205.14135, algorithm 1."""
+    N: gl.constexpr = b_s.shape[1]
+    b_new = gl.maximum(b_max, gl.convert_layout(gl.max(b_s, 1), rows_of(64)) * scale)
+    b_p = gl.exp2(b_s * scale - gl.convert_layout(b_new, rows_of(N))[:, None])
+    b_alpha = gl.exp2(b_max - b_new)
+    return b_p, b_new, b_sum * b_alpha + gl.convert_layout(gl.sum(b_p, 1), rows_of(64)), b_alpha
+
+
+@gluon.jit
+def _absorb_last(b_q, k, v, ready, scale, rest):
+    """(output, maximum, sum) of the last keys, the first to be seen."""
+    N: gl.constexpr = k.shape[0]
+    HEAD_DIM: gl.constexpr = v.shape[1]
+    b_s = warpgroup_mma_wait(0, deps=(_scores(b_q, k),))
+    i = gl.arange(0, N, layout=columns_of(N))
+    b_s = gl.where(i[None, :] < rest, b_s, float("-inf"))
+    b_max = gl.max(b_s, 1) * scale
+    b_p = gl.exp2(b_s * scale - b_max[:, None])
+    b_sum = gl.convert_layout(gl.sum(b_p, 1), rows_of(64))
+    b_zero = gl.zeros([64, HEAD_DIM], gl.float32, mma(HEAD_DIM))
+    b_out = warpgroup_mma(gl.convert_layout(b_p.to(v.dtype), left()), v, b_zero, use_acc=False, is_async=True)
+    b_out = warpgroup_mma_wait(0, deps=(b_out,))
+    mbarrier.arrive(ready, count=1)
+    return b_out, gl.convert_layout(b_max, rows_of(64)), b_sum
+
+
+@gluon.jit
+def _absorb(b_q, k, v, b_out, b_max, b_sum, ready, scale):
+    """One block of keys more in output, maximum and sum."""
+    b_s = warpgroup_mma_wait(0, deps=(_scores(b_q, k),))
+    b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
+    b_out = b_out * b_alpha[:, None]
+    b_out = warpgroup_mma(gl.convert_layout(b_p.to(v.dtype), left()), v, b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, deps=(b_out,))
     mbarrier.arrive(ready, count=1)
     return b_out, b_max, b_sum
 
 
 @gluon.jit
-def _attend(shared, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr):
+def _attend(shared, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, AHEAD: gl.constexpr):
     """The output of 64 queries of every tile."""
     p_out, p_lse, p_cu_tokens, q_s, k_s, v_s, own_full, own_empty, full, empty, tokens, heads, groups, tiles, scale = shared
     step = 0
@@ -264,17 +286,38 @@ def _attend(shared, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, VARLEN: g
             if i_row < count:
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), step // STAGES & 1)
-                b_out, b_max, b_sum = _absorb(
-                    b_q, _box(k_s, slot).slice(0, TAIL), _box(v_s, slot).slice(0, TAIL), gl.zeros([64, HEAD_DIM], gl.float32, mma(HEAD_DIM)),
-                    gl.zeros([64], gl.float32, rows_of(64)), gl.zeros([64], gl.float32, rows_of(64)), empty.index(slot), scale,
-                    count - (steps - 1) * BLOCK_N, True,
+                b_out, b_max, b_sum = _absorb_last(
+                    b_q, _box(k_s, slot).slice(0, TAIL), _box(v_s, slot).slice(0, TAIL), empty.index(slot), scale, count - (steps - 1) * BLOCK_N
                 )  # fmt: skip
-                for j in range(step + 1, step + steps):
-                    slot = j % STAGES
-                    mbarrier.wait(full.index(slot), j // STAGES & 1)
-                    b_out, b_max, b_sum = _absorb(
-                        b_q, _box(k_s, slot), _box(v_s, slot), b_out, b_max, b_sum, empty.index(slot), scale, 0, False
-                    )  # fmt: skip
+                if AHEAD:
+                    if steps > 1:
+                        slot = (step + 1) % STAGES
+                        mbarrier.wait(full.index(slot), (step + 1) // STAGES & 1)
+                        b_s = warpgroup_mma_wait(0, deps=(_scores(b_q, _box(k_s, slot)),))
+                        b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
+                        b_out = b_out * b_alpha[:, None]
+                        b_a = gl.convert_layout(b_p.to(q_s.dtype), left())
+                        for j in range(step + 2, step + steps):
+                            before = (j - 1) % STAGES
+                            slot = j % STAGES
+                            mbarrier.wait(full.index(slot), j // STAGES & 1)
+                            b_s = _scores(b_q, _box(k_s, slot))
+                            b_out = warpgroup_mma(b_a, _box(v_s, before), b_out, is_async=True)
+                            b_s = warpgroup_mma_wait(1, deps=(b_s,))
+                            b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
+                            b_out = warpgroup_mma_wait(0, deps=(b_out,))
+                            mbarrier.arrive(empty.index(before), count=1)
+                            b_out = b_out * b_alpha[:, None]
+                            b_a = gl.convert_layout(b_p.to(q_s.dtype), left())
+                        before = (step + steps - 1) % STAGES
+                        b_out = warpgroup_mma(b_a, _box(v_s, before), b_out, is_async=True)
+                        b_out = warpgroup_mma_wait(0, deps=(b_out,))
+                        mbarrier.arrive(empty.index(before), count=1)
+                else:
+                    for j in range(step + 1, step + steps):
+                        slot = j % STAGES
+                        mbarrier.wait(full.index(slot), j // STAGES & 1)
+                        b_out, b_max, b_sum = _absorb(b_q, _box(k_s, slot), _box(v_s, slot), b_out, b_max, b_sum, empty.index(slot), scale)
                 width = heads * HEAD_DIM
                 p_head = p_out + _first_row(i_sequence, i_first, tokens, VARLEN) * width + i_head * HEAD_DIM
                 _store_block(p_head, b_out * (1.0 / b_sum)[:, None], i_row, width, count, HEAD_DIM)
@@ -428,10 +471,10 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "heads", "groups", "tiles"])
 def attention_long_fwd_kernel(
     d_qkv, d_stream, p_out, p_lse, p_cu_tokens, tokens, heads, groups, tiles, scale,
-    VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, REGISTERS: gl.constexpr,
+    VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr,
 ):
     q_s = gl.allocate_shared_memory(d_qkv.dtype, [WARPGROUPS, 1, 64, HEAD_DIM], d_qkv.layout)
     k_s = gl.allocate_shared_memory(d_qkv.dtype, [STAGES, 1, BLOCK_N, HEAD_DIM], d_qkv.layout)
@@ -449,20 +492,20 @@ def attention_long_fwd_kernel(
     )  # fmt: skip
     if WARPGROUPS == 3:
         gl.warp_specialize([
-            (_attend, (shared, 0, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL)),
-            (_attend, (shared, 1, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL)),
-            (_attend, (shared, 2, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL)),
+            (_attend, (shared, 0, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, AHEAD)),
+            (_attend, (shared, 1, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, AHEAD)),
+            (_attend, (shared, 2, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, AHEAD)),
             (_produce, (given, QUERIES, 1, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_attend, (shared, 0, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL)),
-            (_attend, (shared, 1, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL)),
+            (_attend, (shared, 0, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, AHEAD)),
+            (_attend, (shared, 1, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, AHEAD)),
             (_produce, (given, QUERIES, 1, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "heads", "groups", "tiles"])
 def attention_long_bwd_queries_kernel(
     d_qkv, d_do, d_out, d_stream, p_lse, p_delta, p_dqkv, p_cu_tokens, tokens, heads, groups, tiles, scale,
     VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, REGISTERS: gl.constexpr,
@@ -500,7 +543,7 @@ def attention_long_bwd_queries_kernel(
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "heads", "groups", "tiles"])
 def attention_long_bwd_keys_kernel(
     d_qkv, d_stream, d_do, p_lse, p_delta, p_dqkv, p_cu_tokens, tokens, heads, groups, tiles, scale,
     VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, REGISTERS: gl.constexpr, IN_REGISTERS: gl.constexpr,
