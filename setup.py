@@ -70,7 +70,8 @@ FIND = "import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.ar
 WITH_LIBRARY = {"distclass": BinaryDistribution, "cmdclass": {"build_py": BuildWithLibrary, "bdist_wheel": AnyPythonWheel}}
 
 setup(
-    packages=find_packages(include=["polyvit_fast", "polyvit_fast.*"]) + ["polyvit_kernels", "polyvit_kernels.ops"],
+    packages=find_packages(include=["polyvit_fast", "polyvit_fast.*"])
+    + ["polyvit_kernels", "polyvit_kernels.hopper", "polyvit_kernels.ops"],
     package_dir={"polyvit_fast": "polyvit_fast", "polyvit_kernels": "kernels/polyvit_kernels"},
     package_data={"polyvit_fast": ["py.typed"], "polyvit_kernels": ["py.typed"]},
     **(WITH_LIBRARY if os.environ.get("POLYVIT_AOT") == "1" else {}),

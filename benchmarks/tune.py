@@ -74,9 +74,9 @@ def row_in_use(case: Case, arch: int) -> Tile:
     """What the table gives for a case; where a short attention has no row, the long kernel does it."""
     tokens, features = case.question()
     dtype = next(dtype for dtype, name in tiles.DTYPES.items() if name == case.dtypes()[0])
-    row = tiles.pick(case.op, arch, dtype, tokens=tokens, features=features)
+    row = tiles.pick(case.op, arch, dtype, tokens=tokens, features=features, portable=True)
     if row.backend == "torch" and case.op.startswith("attention_short"):
-        return tiles.pick(case.op.replace("short", "long"), arch, dtype, tokens=tokens, features=features)
+        return tiles.pick(case.op.replace("short", "long"), arch, dtype, tokens=tokens, features=features, portable=True)
     return row
 
 

@@ -17,23 +17,24 @@ def registered(monkeypatch):
 
 @pytest.fixture
 def on_kernels(monkeypatch, registered):
-    """The public operations as on a GPU: what is registered for CUDA runs, here in Triton's interpreter with an H100's rows.
+    """The public operations as on a GPU: what is registered for CUDA runs, here in Triton's interpreter with an H100's portable rows.
 
-    The interpreter multiplies no bf16, so tensors are fp32 and take the rows of bf16.
+    The interpreter multiplies no bf16, so tensors are fp32 and take the rows of bf16. It does not run Gluon.
     """
     if DEVICE.type == "cuda":
         return
-    choose_an_h100s_rows(monkeypatch)
+    choose_an_h100s_rows(monkeypatch, portable=True)
     for name, operation in OPDEFS.items():
         if name.startswith("polyvit::"):
             monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
 
 
-def choose_an_h100s_rows(monkeypatch) -> None:
-    """For fp32, where there are none, those of bf16."""
+def choose_an_h100s_rows(monkeypatch, *, portable: bool) -> None:
+    """For fp32, where there are none, those of bf16; with `portable`, Hopper's own kernels are passed over."""
     real = tiles.pick
 
     def pick(op, arch, dtype, **sizes):
+        sizes["portable"] = portable or sizes.get("portable", False)
         row = real(op, arch, dtype, **sizes)
         return real(op, arch, torch.bfloat16, **sizes) if row.backend == "torch" and dtype is torch.float32 else row
 

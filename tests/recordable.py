@@ -17,6 +17,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -116,9 +117,9 @@ def on_meta(monkeypatch):
     It runs up to the launches of kernels, which take tensors of the device alone and write nothing. Autocast knows no meta tensors.
     """
     monkeypatch.setattr(dtypes, "runs_registered", lambda x: True)
-    choose_an_h100s_rows(monkeypatch)
+    choose_an_h100s_rows(monkeypatch, portable=False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
-    for kind in (JITFunction, InterpretedFunction):
+    for kind in (JITFunction, InterpretedFunction):  # Gluon's functions are JITFunctions
         monkeypatch.setattr(kind, "run", _launch)
     monkeypatch.setattr(update, "_check_apart", lambda *args: None)  # of addresses, of which meta tensors have none
     for name, operation in OPDEFS.items():
@@ -128,5 +129,6 @@ def on_meta(monkeypatch):
 
 def _launch(self, *args, grid, warmup, **kwargs) -> None:
     """In the place of a kernel's launch."""
-    if any(isinstance(arg, Tensor) and not arg.is_meta for arg in (*args, *kwargs.values())):
+    tensors = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in (*args, *kwargs.values())]
+    if any(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in tensors):
         raise NotRecordableError(f"{self.__name__}: a kernel takes a tensor of the host")

@@ -1,8 +1,10 @@
 """The lint of recordings refuses what a GPU refuses, and lets the rest pass."""
 
+import gluon_samples
 import pytest
 import torch
 from recordable import META, NotRecordableError, recording
+from recordable import on_meta as on_meta  # a fixture
 from torch.nn import functional
 
 REFUSED = {
@@ -54,6 +56,15 @@ class Reading(torch.autograd.Function):
 def test_what_needs_the_host_is_refused(call):
     with pytest.raises(NotRecordableError), recording():
         call(torch.zeros(3, 4, device=META))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_a_gluon_kernel_is_not_launched_and_its_descriptors_are_of_the_device():
+    x = torch.zeros(2, 70, 64, device=META, dtype=torch.bfloat16)
+    with recording():
+        assert gluon_samples.copy(x).is_meta
+        with pytest.raises(NotRecordableError, match="copy_kernel: a kernel takes a tensor of the host"):
+            gluon_samples.copy(torch.zeros(2, 70, 64, dtype=torch.bfloat16))
 
 
 def test_what_stays_on_the_device_passes():

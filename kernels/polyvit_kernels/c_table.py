@@ -1,6 +1,10 @@
-"""The tile table and its images as the C library holds them (`csrc/polyvit_table.h`), with the lookups that its test repeats."""
+"""The tile table and its images as the C library holds them (`csrc/polyvit_table.h`), with the lookups that its test repeats.
+
+Rows of the backend hopper are left out: their kernels take tensor descriptors, which the library does not make.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,10 +22,18 @@ def write(folder: Path, entries: Sequence[Entry], images: Sequence[Image]) -> No
     The images may differ: for sm_100, ptxas itself does not repeat its bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    entries, images = _portable(entries, images)
     cubins = [image.cubin + b"\0" * (-len(image.cubin) % _ALIGNMENT) for image in images]
     (folder / "polyvit_cubins.bin").write_bytes(b"".join(cubins))
     (folder / "polyvit_table.c").write_text("\n".join(_source(entries, images, [len(cubin) for cubin in cubins])) + "\n")
     (folder / "lookups.txt").write_text("\n".join(_lookups(entries)) + "\n")
+
+
+def _portable(entries: Sequence[Entry], images: Sequence[Image]) -> tuple[list[Entry], list[Image]]:
+    """The rows that the library holds, and the images that they need."""
+    kept = [entry for entry in entries if entry.tile.backend != "hopper"]
+    numbers = {old: new for new, old in enumerate(sorted({place for entry in kept for place in entry.kernels}))}
+    return [replace(entry, kernels=tuple(numbers[k] for k in entry.kernels)) for entry in kept], [images[k] for k in numbers]
 
 
 def _source(entries: Sequence[Entry], images: Sequence[Image], sizes: Sequence[int]) -> Iterator[str]:
@@ -70,7 +82,7 @@ def _lookups(entries: Sequence[Entry]) -> Iterator[str]:
         tokens = _around(size for tile in rows for size in tile.tokens)
         features = _around(tile.features for tile in rows)
         for dtype, arch, count, width in product(tiles.DTYPES, archs, tokens, features):
-            tile = tiles.pick(op, arch, dtype, tokens=count, features=width)
+            tile = tiles.pick(op, arch, dtype, tokens=count, features=width, portable=True)
             older = max((a for a in known if a <= arch), default=0)
             place = places.get((id(tile), tiles.DTYPES[dtype], older), -1) if tile.backend == "triton" else -1
             yield f"{op} {tiles.DTYPES[dtype]} {arch} {count} {width} {place}"

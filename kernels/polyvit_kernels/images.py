@@ -11,6 +11,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from polyvit_kernels import cubin
 from polyvit_kernels.cubin import Usage
@@ -24,6 +25,7 @@ TENSOR_COLUMNS = 512
 
 _TENSOR_INSTRUCTIONS = {8: "HMMA", 9: "HGMMA", 10: "UTC", 12: "HMMA"}
 _PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+_PRODUCT = re.compile(r"(tt\.dot|ttng\.warp_group_dot) .*tensor<\w+x(bf16|f16)[,>]")
 _MESSAGE = re.compile(r"^ptxas.*?\b(?:warning *: |info *: (?=\(C\d+\)|Potential ))(.+)$", re.M)
 
 
@@ -74,23 +76,27 @@ class Image:
 def build(variant: Variant, arch: int) -> Image:
     """Compile for the compute capability `arch` (10 × major + minor), without a GPU.
 
-    The code carries no line numbers: they triple its size and name folders of this machine. Raises ValueError for a kernel whose launch
-    would need more than a grid and its arguments, and whatever the compiler raises.
+    The code carries no line numbers: they triple its size and name folders of this machine. Raises ValueError for a portable kernel whose
+    launch would need more than a grid and its arguments (kernels in Gluon are no part of the C library), and whatever the compiler raises.
     """
     knobs.compilation.disable_line_info = True
     function: Any = variant.kernel
     names = list(function.arg_names)
     signature = {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
-    source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.constants), attrs=attrs)
-    kernel, log = _compile(source, GPUTarget("cuda", arch, 32), {"num_warps": variant.num_warps, "num_stages": variant.num_stages})
+    is_gluon = isinstance(function, GluonJITFunction)
+    language = GluonASTSource if is_gluon else ASTSource
+    source = language(fn=function, signature=signature, constexprs=dict(variant.constants), attrs=attrs)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers}
+    kernel, log = _compile(source, GPUTarget("cuda", arch, 32), options)
     metadata = kernel.metadata
     parameters = tuple(
         Parameter(name=name, type=kind, multiple=16 if name in variant.divisible else 1)
         for name, kind in signature.items()
         if kind != "constexpr"
     )
-    _check_launch(kernel, parameters)
+    if not is_gluon:
+        _check_launch(kernel, parameters)
     return Image(
         name=metadata.name,
         arch=arch,
@@ -101,7 +107,7 @@ def build(variant: Variant, arch: int) -> Image:
         parameters=parameters,
         constants={name: _text(value) for name, value in variant.constants.items()},
         usage=cubin.read(kernel.asm["cubin"]),
-        multiplies=bool(re.search(r"tt\.dot .*tensor<\w+x(bf16|f16)>", kernel.asm["ttir"])),
+        multiplies=bool(_PRODUCT.search(kernel.asm["ttgir" if is_gluon else "ttir"])),
         messages=messages(log),
         cubin=kernel.asm["cubin"],
     )

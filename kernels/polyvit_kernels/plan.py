@@ -7,6 +7,8 @@ from itertools import islice
 
 from polyvit_kernels.tiles import ANY, Tile, Variant
 
+_PACKAGES = {"triton": "polyvit_kernels", "hopper": "polyvit_kernels.hopper"}
+
 _MODULES = {
     "attention_short_": "attention_short",
     "attention_long_": "attention_long",
@@ -52,12 +54,12 @@ class Entry:
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
     """The kernels of a row; none for one that another backend serves. Raises ValueError for an op that no module compiles."""
-    if tile.backend != "triton":
+    if tile.backend not in _PACKAGES:
         return iter(())
     module = next((module for prefix, module in _MODULES.items() if tile.op.startswith(prefix)), None)
     if module is None:
         raise ValueError(f"no module compiles the rows of {tile.op}: add it to plan._MODULES")
-    return import_module(f"polyvit_kernels.{module}").variants(tile, dtype)
+    return import_module(f"{_PACKAGES[tile.backend]}.{module}").variants(tile, dtype)
 
 
 def plan(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Entry], list[Job]]:
@@ -86,7 +88,15 @@ def compile_arch(tile: Tile, arch: int, archs: Sequence[int]) -> int:
 
 def _identity(variant: Variant, arch: int) -> Hashable:
     parts = (sorted(variant.signature.items()), sorted(variant.constants.items(), key=lambda pair: pair[0]), sorted(variant.divisible))
-    return (variant.kernel.__module__, variant.kernel.__name__, str(parts), variant.num_warps, variant.num_stages, arch)
+    return (
+        variant.kernel.__module__,
+        variant.kernel.__name__,
+        str(parts),
+        variant.num_warps,
+        variant.num_stages,
+        variant.max_registers,
+        arch,
+    )
 
 
 def span(*limits: int) -> str:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-Backend = Literal["triton", "torch", "cudnn", "flash"]
-"""triton: our kernel; torch: the library's own operators; cudnn, flash: that backend of torch's scaled_dot_product_attention."""
+Backend = Literal["triton", "hopper", "torch", "cudnn", "flash", "xformers"]
+"""triton: our portable kernel; hopper: ours in Gluon for sm_90 alone; torch: the library's own operators; cudnn, flash: that backend of
+torch's scaled_dot_product_attention; xformers: that library's attention."""
 
 ANY = 1 << 30
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -24,8 +25,10 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 class Tile:
     """A row: on the GPUs `archs`, for at most so many tokens and features, `op` runs by `backend` with these blocks.
 
-    `blocks` are the kernel's compile-time constants by name. `source` says where the choice comes from: "compiled" (fits the card's
-    registers and memory, never timed), "published" (figures of others), or the file of the measurement under `benchmarks/results`.
+    `blocks` are the kernel's compile-time constants by name. `max_registers` is what ptxas may give a thread, where that is less than it
+    would; `programs_per_sm` how many programs an SM is meant to hold at once. `source` says where the choice comes from: "compiled" (fits
+    the card's registers and memory, never timed), "published" (figures of others), or the file of the measurement under
+    `benchmarks/results`.
     """
 
     op: str
@@ -37,6 +40,8 @@ class Tile:
     blocks: Mapping[str, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+    programs_per_sm: int = 1
     source: str = "compiled"
 
     def fits(self, tokens: int, features: int) -> bool:
@@ -46,14 +51,19 @@ class Tile:
 
     def launch(self) -> dict[str, int]:
         """The keyword arguments of a kernel's launch."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return {**self.blocks, **options}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """What it takes to compile a kernel without calling it.
 
-    `signature` gives every run-time argument's Triton type; the `divisible` ones are known to be multiples of 16 (pointers: of 16 bytes).
+    `signature` gives every run-time argument's type as Triton names it, such as `i32`, `*bf16` or, in Gluon,
+    `tensordesc<bf16[1, 64, 64],NVMMASharedLayout(...)>`; the `divisible` ones are known to be multiples of 16 (pointers: of 16 bytes).
+    `max_registers` and `programs_per_sm` are the row's.
     """
 
     kernel: Callable[..., Any]
@@ -62,19 +72,22 @@ class Variant:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    programs_per_sm: int = 1
 
 
-def pick(op: str, arch: int, dtype: torch.dtype, *, tokens: int = 1, features: int = 1) -> Tile:
+def pick(op: str, arch: int, dtype: torch.dtype, *, tokens: int = 1, features: int = 1, portable: bool = False) -> Tile:
     """The first row that fits; the torch backend when none does.
 
-    `arch` is 10 × major + minor of the compute capability; one without rows takes those of the nearest older one.
+    `arch` is 10 × major + minor of the compute capability; one without rows takes those of the nearest older one. With `portable`, rows
+    of the backend hopper are passed over: Triton's interpreter cannot run their kernels, and the C library cannot launch them.
     """
-    return _pick(op, arch, DTYPES.get(dtype, str(dtype)), tokens, features)
+    return _pick(op, arch, DTYPES.get(dtype, str(dtype)), tokens, features, portable)
 
 
 @cache
-def _pick(op: str, arch: int, dtype: str, tokens: int, features: int) -> Tile:
-    fitting = (row for row in _rows(op, arch, dtype) if row.fits(tokens, features))
+def _pick(op: str, arch: int, dtype: str, tokens: int, features: int, portable: bool) -> Tile:
+    fitting = (row for row in _rows(op, arch, dtype) if row.fits(tokens, features) and not (portable and row.backend == "hopper"))
     return next(fitting, Tile(op=op, archs=(arch,), dtypes=(dtype,), backend="torch"))
 
 
@@ -98,6 +111,6 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def pick_for(op: str, like: torch.Tensor, *, tokens: int = 1, features: int = 1) -> Tile:
+def pick_for(op: str, like: torch.Tensor, *, tokens: int = 1, features: int = 1, portable: bool = False) -> Tile:
     """`pick` for the device and dtype of a tensor."""
-    return pick(op, architecture(like.device), like.dtype, tokens=tokens, features=features)
+    return pick(op, architecture(like.device), like.dtype, tokens=tokens, features=features, portable=portable)

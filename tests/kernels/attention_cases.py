@@ -15,7 +15,7 @@ DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.fl
 
 
 def row(op, tokens, head_dim):
-    return tiles.pick(op, ARCH, torch.bfloat16, tokens=tokens, features=head_dim)
+    return tiles.pick(op, ARCH, torch.bfloat16, tokens=tokens, features=head_dim, portable=True)
 
 
 def plain(qkv):

@@ -138,7 +138,7 @@ def python_launches(arch: int, qkv: torch.Tensor, grad: torch.Tensor, out: torch
                 stack.enter_context(mock.patch.object(module, name, Recorded(name, found)))
         for direction, tensors in (("forward", (qkv,)), ("backward", (grad, qkv, out, lse))):
             for op, module in families.items():
-                tile = tiles.pick(f"{op}_{direction}", arch, torch.bfloat16, tokens=qkv.shape[1], features=qkv.shape[4])
+                tile = tiles.pick(f"{op}_{direction}", arch, torch.bfloat16, tokens=qkv.shape[1], features=qkv.shape[4], portable=True)
                 if tile.backend == "triton":
                     getattr(module, direction)(*tensors, tile)
                     break

@@ -1,6 +1,7 @@
 """What the C library is made of."""
 
 import json
+from dataclasses import replace
 
 from polyvit_kernels import c_table
 from polyvit_kernels.cubin import Usage
@@ -31,6 +32,16 @@ def test_the_same_table_gives_the_same_bytes(tmp_path):
     assert '{"k", 90, 8, 2048, 77, 2, 2, parameters_1, constants_1, polyvit_cubins + 64, 65},' in source
     assert f'{{"layer_norm_forward", "bf16", "triton", 90, 1, {1 << 30}, {tile.features}, 2, kernels_0}},' in source
     assert f'{{"layer_norm_forward", "fp16", "triton", 90, 1, {1 << 30}, {tile.features}, 0, NULL}},' in source
+
+
+def test_hoppers_own_kernels_are_left_out(tmp_path):
+    tile = next(tile for tile in TABLE if tile.op == "layer_norm_forward")
+    rows = [(replace(tile, backend="hopper"), (0, 2)), (tile, (3, 1))]
+    entries = [Entry(tile=tile, dtype="bf16", arch=90, kernels=kernels) for tile, kernels in rows]
+    c_table.write(tmp_path / "all", entries, [image(letter * 64) for letter in (b"a", b"b", b"c", b"d")])
+    c_table.write(tmp_path / "portable", [replace(entries[1], kernels=(1, 0))], [image(letter * 64) for letter in (b"b", b"d")])
+    for name in FILES:
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "portable" / name).read_bytes()
 
 
 def test_every_row_is_looked_up_at_its_borders(table_folder):

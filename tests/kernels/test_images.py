@@ -23,6 +23,18 @@ Path(sys.argv[1], "image").write_bytes(image.cubin)
 print(json.dumps({name: value for name, value in asdict(image).items() if name != "cubin"}))
 """
 
+GLUON = """
+import json
+import sys
+from dataclasses import asdict
+from triton import knobs
+from gluon_samples import copy_variant
+from polyvit_kernels import images
+knobs.cache.dir = sys.argv[1]
+built = [asdict(images.build(copy_variant(max_registers=registers), 90)) for registers in (None, 24)]
+print(json.dumps([{name: value for name, value in image.items() if name != "cubin"} for image in built]))
+"""
+
 # A tile that the table once had, compiled twice: the second time it comes from Triton's cache.
 ADVISED = """
 import json
@@ -105,6 +117,17 @@ def test_serialized_wgmma_is_found_though_nothing_spills_also_when_the_kernel_co
     (message,), excesses, spills = first
     assert message.startswith("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized")
     assert (excesses, spills) == ([message], 0)
+
+
+def test_a_gluon_kernel_takes_tensor_descriptors_and_its_limit_of_registers(tmp_path):
+    done = run_python("-c", GLUON, tmp_path, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT / 'kernels'}")
+    assert not done.returncode, done.stderr
+    free, limited = json.loads(done.stdout)
+    for image in (free, limited):
+        assert (image["name"], image["num_warps"], image["multiplies"], image["messages"]) == ("copy_kernel", 4, False, [])
+        assert image["shared"] == 64 * 64 * 2 + 8
+        assert [parameter["type"].partition("<")[0] for parameter in image["parameters"]] == ["tensordesc", "*bf16", "i32", "i32"]
+    assert limited["usage"]["registers"] <= 24 < free["usage"]["registers"]
 
 
 def test_the_same_kernel_gives_the_same_bytes_and_none_of_this_machines_folders(tmp_path):

@@ -60,7 +60,7 @@ def test_lookups_are_those_of_pick(op, c_library):
     sizes = (1, 16, 64, 65, 129, 197, 208, 257, 401, 1025, 3137), (16, 32, 48, 64, 80, 128, 192, 768, 1024, 3072, 5000)
     for dtype, arch, tokens, features in itertools.product(("fp32", "bf16"), (70, 80, 87, 90, 95, 100, 103, 120, 121), *sizes):
         name = next(key for key, value in tiles.DTYPES.items() if value == dtype)
-        tile = tiles.pick(op, arch, name, tokens=tokens, features=features)
+        tile = tiles.pick(op, arch, name, tokens=tokens, features=features, portable=True)
         found = held.polyvit_kernels_find(op.encode(), dtype.encode(), arch, tokens, features)
         older = max((a for a in (80, 86, 89, 90, 100, 120) if a <= arch), default=0)
         served = tile.backend == "triton" and op != BACKEND_CHOICE and older in ARCHS

@@ -1,6 +1,10 @@
 """Which kernels are compiled, before any is."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
+from gluon_samples import copy_variant
 
 from polyvit_kernels import plan
 from polyvit_kernels.tile_table import TABLE
@@ -45,6 +49,14 @@ def test_a_row_of_another_backend_is_there_without_kernels():
     entries, jobs = plan.plan([tile(backend="torch"), tile(op="attention", backend="cudnn")], [90], ["bf16"])
     assert [entry.kernels for entry in entries] == [()]
     assert not jobs
+
+
+def test_hoppers_rows_are_compiled_from_their_own_modules(monkeypatch):
+    made = [copy_variant(max_registers=registers) for registers in (None, 168, 168)]
+    monkeypatch.setitem(sys.modules, "polyvit_kernels.hopper.linear", SimpleNamespace(variants=lambda tile, dtype: iter(made)))
+    entries, jobs = plan.plan([tile(op="linear_add_forward", backend="hopper", archs=(90,))], [80, 90], ["bf16"])
+    assert [(entry.arch, entry.kernels) for entry in entries] == [(90, (0, 1, 1))]
+    assert [job.variant() for job in jobs] == made[:2]
 
 
 def test_a_row_that_no_module_compiles_is_refused():

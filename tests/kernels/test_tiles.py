@@ -10,6 +10,9 @@ ROWS = (
     Tile(op="a", archs=(80,), tokens=(1, 64), features=64, num_warps=1),
     Tile(op="a", archs=(80,), tokens=(1, 256), features=128, num_warps=2),
     Tile(op="a", archs=(90,), features=64, num_warps=3, dtypes=("fp32",)),
+    Tile(op="c", archs=(90,), features=64, num_warps=4, backend="hopper"),
+    Tile(op="c", archs=(90,), features=128, num_warps=5),
+    Tile(op="d", archs=(90,), backend="hopper"),
 )
 
 
@@ -55,6 +58,26 @@ def test_without_a_row_torch_does_it(op, arch, dtype, tokens, features):
     assert pick(op, arch, dtype, tokens=tokens, features=features).backend == "torch"
 
 
+@pytest.mark.usefixtures("rows")
+def test_what_must_be_portable_passes_over_hoppers_own_kernels(monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    like = torch.empty(1, dtype=torch.bfloat16)
+    for op, features, portable, expected in (
+        ("c", 64, False, ("hopper", 4)),
+        ("c", 64, True, ("triton", 5)),
+        ("c", 65, False, ("triton", 5)),
+        ("d", 64, False, ("hopper", 4)),
+        ("d", 64, True, ("torch", 4)),
+    ):
+        found = pick(op, 90, torch.bfloat16, features=features, portable=portable)
+        assert (found.backend, found.num_warps) == expected
+        assert tiles.pick_for(op, like, features=features, portable=portable) == found
+
+
 def test_launch_gives_blocks_warps_and_stages():
     tile = Tile(op="a", archs=(80,), blocks={"BLOCK_M": 64}, num_warps=8, num_stages=3)
     assert tile.launch() == {"BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
+
+
+def test_launch_limits_registers_where_the_row_does():
+    assert Tile(op="a", archs=(90,), max_registers=168).launch() == {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
