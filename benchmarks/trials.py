@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import compare
@@ -17,6 +19,7 @@ from polyvit_kernels.ops.layer_norm import _add_layer_norm_by_torch, _layer_norm
 from polyvit_kernels.ops.mlp import _activated, _added, _undone
 from polyvit_kernels.ops.patch_embed import _patch_embed_backward_by_torch, _patch_embed_by_torch
 from polyvit_kernels.ops.update import _adamw_by_torch, _sgd_by_torch
+from polyvit_kernels.plan import PACKAGES
 from polyvit_kernels.tiles import Tile
 
 Inputs = dict[str, Tensor]
@@ -92,18 +95,16 @@ def _attention_inputs_with_gradient(size: tuple[int, ...], dtype: torch.dtype) -
     return inputs | {"out": torch.cat(outs), "lse": torch.cat(sums)}
 
 
-def _attention_forward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import attention_long, attention_short
+def _attention_kernels(tile: Tile) -> ModuleType:
+    return import_module(f"{PACKAGES[tile.backend]}.{tile.op.rpartition('_')[0]}")
 
-    kernels = attention_short if tile.op.startswith("attention_short") else attention_long
-    return {"out": kernels.forward(inputs["qkv"], tile)[0]}
+
+def _attention_forward(inputs: Inputs, tile: Tile) -> Results:
+    return {"out": _attention_kernels(tile).forward(inputs["qkv"], tile)[0]}
 
 
 def _attention_backward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import attention_long, attention_short
-
-    kernels = attention_short if tile.op.startswith("attention_short") else attention_long
-    return {"d_qkv": kernels.backward(*(inputs[name] for name in ("grad", "qkv", "out", "lse")), tile)}
+    return {"d_qkv": _attention_kernels(tile).backward(*(inputs[name] for name in ("grad", "qkv", "out", "lse")), tile)[0]}
 
 
 def _torch_attention(inputs: Inputs) -> Results:

@@ -86,6 +86,31 @@ _ATTENTION_SHORT_BACKWARD = tuple(
     )
 )
 
+# A program on 168 registers shares an SM with two others: 69 us at 128 × 197 × 12 heads where two programs without spills take 76; the
+# backward, two on an SM, 340 at 256 × 197 × 12 (nvidia-h100-80gb-hbm3/attention-prototypes.json, `g head few` and `g bwd7 few`). From 209
+# tokens on, and in the backward of wide heads from 129, shared memory holds fewer programs. What is missing, 96 and more features, spills.
+_ATTENTION_SHORT_ON_HOPPER = tuple(
+    Tile(
+        op=f"attention_short_{direction}",
+        archs=_HOPPER,
+        tokens=tokens,
+        features=features,
+        backend="hopper",
+        max_registers=registers,
+        programs_per_sm=programs,
+    )
+    for direction, tokens, features, registers, programs in (
+        *(("forward", (1, 208), features, 168, 3) for features in (32, 64)),
+        *(("forward", (209, 256), features, None, 2) for features in (32, 64)),
+        *(("forward", (1, 256), features, None, 2) for features in (48, 80)),
+        *(("backward", (1, 256), features, None, 2) for features in (32, 48)),
+        ("backward", (1, 208), 64, None, 2),
+        ("backward", (209, 256), 64, None, 1),
+        ("backward", (1, 128), 80, None, 2),
+        ("backward", (129, 256), 80, None, 1),
+    )
+)
+
 _ATTENTION_LONG_FORWARD = tuple(
     Tile(
         op="attention_long_forward",
@@ -127,6 +152,7 @@ _ATTENTION_LONG_BACKWARD = tuple(
 
 _ATTENTION = (
     *_ATTENTION_BACKEND,
+    *_ATTENTION_SHORT_ON_HOPPER,
     *_ATTENTION_SHORT_FORWARD,
     *_ATTENTION_SHORT_BACKWARD,
     *_ATTENTION_LONG_FORWARD,

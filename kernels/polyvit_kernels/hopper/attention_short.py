@@ -458,9 +458,10 @@ def forward(qkv: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(batch, tokens, heads, head_dim)
     lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
     if out.numel():
-        attention_short_fwd_kernel[(heads, batch)](
-            *_descriptors(packed(qkv)), out, lse, tokens, heads, scale_of(head_dim), HEAD_DIM=head_dim, **_blocks(tokens), **tile.launch()
-        )  # fmt: skip
+        blocks = _blocks(tokens)
+        inputs = _descriptors(packed(qkv), blocks["TAIL"])
+        sizes = (tokens, heads, scale_of(head_dim))
+        attention_short_fwd_kernel[(heads, batch)](*inputs, out, lse, *sizes, HEAD_DIM=head_dim, **blocks, **tile.launch())
     return out, lse
 
 
@@ -470,24 +471,24 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile) ->
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     sums = qkv.new_empty(batch, 3, heads, head_dim, dtype=torch.float32)
     if out.numel():
-        attention_short_bwd_kernel[(heads, batch)](
-            *_descriptors(packed(qkv)), *_descriptors(packed(grad)), out, lse, dqkv, sums, tokens, heads, scale_of(head_dim),
-            HEAD_DIM=head_dim, **_blocks(tokens), **tile.launch(),
-        )  # fmt: skip
+        blocks = _blocks(tokens, head_dim <= 64)
+        inputs = (*_descriptors(packed(qkv), blocks["TAIL"]), *_descriptors(packed(grad), blocks["TAIL"]), out, lse)
+        sizes = (tokens, heads, scale_of(head_dim))
+        attention_short_bwd_kernel[(heads, batch)](*inputs, dqkv, sums, *sizes, HEAD_DIM=head_dim, **blocks, **tile.launch())
     return dqkv, sums.sum(0)
 
 
-def _blocks(tokens: int) -> dict[str, int]:
+def _blocks(tokens: int, has_tail: bool = True) -> dict[str, int]:
+    """BLOCKS, RAGGED and TAIL. A backward of wide heads goes without the last: its code would spill."""
     whole, rest = divmod(tokens, 64)
-    if whole and 0 < rest <= 32:
+    if has_tail and whole and 0 < rest <= 32:
         return {"BLOCKS": whole, "RAGGED": 0, "TAIL": 16 if rest <= 16 else 32}
     return {"BLOCKS": whole + (rest > 0), "RAGGED": int(rest > 0), "TAIL": 0}
 
 
-def _descriptors(x: Tensor) -> list[TensorDescriptor | None]:
+def _descriptors(x: Tensor, tail: int) -> list[TensorDescriptor | None]:
     """Of the panels of a block of 64 rows and of the rows after the blocks."""
-    rows = 64, _blocks(x.shape[1])["TAIL"]
-    return [descriptor for count in rows for descriptor in descriptors(x, x.shape[-1], count)]
+    return [descriptor for rows in (64, tail) for descriptor in descriptors(x, x.shape[-1], rows)]
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
@@ -498,7 +499,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
     if direction == "backward":
         pointers |= {"p_dqkv": f"*{dtype}", "p_sums": "*fp32"}
     for tokens in filter(lambda tokens: tile.fits(tokens, tile.features), _LENGTHS):
-        blocks = _blocks(tokens)
+        blocks = _blocks(tokens, direction == "forward" or tile.features <= 64)
         types = _descriptor_types(dtype, tile.features, blocks["TAIL"], ("d_qkv", "d_few"))
         if direction == "backward":
             types |= _descriptor_types(dtype, tile.features, blocks["TAIL"], ("d_grad", "d_grad_few"))
