@@ -4,25 +4,22 @@
 # pyright: reportIndexIssue=false
 """Attention of any number of tokens on Hopper, of equal sequences or of sequences packed one after the other.
 
-A processor has one program, which takes one tile after the other. Of a tile's head a few blocks of 64 rows stay, one with each consumer, a
-warpgroup; the other rows stream past them all through a ring in shared memory, which a warp of its own fills by TMA:
+What stays with a consumer, and what streams past it (`streams`):
 
-- forward: queries stay, keys and values stream (online softmax)
-- dQ: queries, dO and out stay, keys and values stream. rowsum(dO · out) comes from here
-- dK and dV: keys and values stay, queries and dO stream with their log-sums. Scores are transposed: their rows are keys
+- forward: queries; keys and values (online softmax)
+- dQ: queries, dO and out; keys and values. rowsum(dO · out), which the other kernel needs too, comes from here
+- dK and dV: keys and values; queries and dO. Scores are transposed: their rows are keys
 
 So the backward computes scores and dP twice, seven products instead of five, but P and dS never leave registers, and no two programs add
-to one element: no atomics, runs repeat bit for bit. The last block of what streams comes first: it alone is masked, and it may be narrower.
+to one element: no atomics, runs repeat bit for bit.
 
-- VARLEN: sequences are packed, and the rows beyond a sequence's end, which are another one's, are zeroed in the ring
 - HEAD_DIM: a head's width, in one or two panels (`layouts`): `d_..._rest` describe the second one
-- WARPGROUPS: consumers, two or three
-- BLOCK_N: rows that stream at a time, STAGES: places for them; TAIL: so many rows of the last block are multiplied
+- VARLEN, WARPGROUPS, BLOCK_N, STAGES, TAIL: as in `streams`
 - AHEAD: the next scores are computed while this block's exponentials are taken (forward)
 - IN_REGISTERS: keys and values are read from shared memory once (dK and dV)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -30,7 +27,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from polyvit_kernels.attention_short import scale_of
 from polyvit_kernels.hopper.layouts import (
@@ -41,46 +38,24 @@ from polyvit_kernels.hopper.layouts import (
     begin_sums,
     box,
     columns_of,
-    copy,
+    descriptor_type,
     descriptors,
     finish_sums,
     left,
     line_shared,
     mma,
     packed,
+    panels,
     panels_of,
     read,
     rows_of,
     store_rows,
     times,
 )
-from polyvit_kernels.tiles import Tile
+from polyvit_kernels.hopper.streams import KEYS, QUERIES, run
+from polyvit_kernels.tiles import Tile, Variant
 
-FORWARD, QUERIES, KEYS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what a kernel gives: the output, dQ, or dK and dV
 _INTEGERS = ["tokens", "heads", "groups", "tiles"]
-
-
-@gluon.jit
-def _tile(i_tile, p_cu_tokens, tokens, heads, groups, WARPGROUPS: gl.constexpr, VARLEN: gl.constexpr):
-    """(sequence, its first row, number of its rows, head, group of its blocks, number of its groups)"""
-    i_group = i_tile % groups
-    i_head = i_tile // groups % heads
-    i_sequence = i_tile // groups // heads
-    if VARLEN:
-        i_first = gl.load(p_cu_tokens + i_sequence)
-        count = gl.load(p_cu_tokens + i_sequence + 1) - i_first
-    else:
-        i_first = 0
-        count = tokens
-    return i_sequence, i_first, count, i_head, i_group, (count + WARPGROUPS * 64 - 1) // (WARPGROUPS * 64)
-
-
-@gluon.jit
-def _first_sum(i_sequence, i_first, i_head, tokens, heads, VARLEN: gl.constexpr):
-    """Offset of a sequence's first log-sum in `[batch, heads, tokens]`, or in `[heads, total]`."""
-    if VARLEN:
-        return i_head.to(gl.int64) * tokens + i_first
-    return (i_sequence.to(gl.int64) * heads + i_head) * tokens
 
 
 @gluon.jit
@@ -90,114 +65,6 @@ def _top(s_panels, ROWS: gl.constexpr):
     for w in gl.static_range(len(s_panels)):
         s_top = s_top + (s_panels[w].slice(0, ROWS),)
     return s_top
-
-
-@gluon.jit
-def _zero_beyond(s_panel, rest):
-    """Zero the rows from `rest` on: one warp, eight rows at a time."""
-    WIDTH: gl.constexpr = s_panel.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [1, 1], [1, 0])
-    for i in gl.static_range(s_panel.shape[0] // 8):
-        if rest < i * 8 + 8:
-            s_part = s_panel.slice(i * 8, 8)
-            b_part = s_part.load(LAYOUT)
-            r = i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, LAYOUT))
-            s_part.store(gl.where(r[:, None] < rest, b_part, gl.zeros_like(b_part)))
-
-
-@gluon.jit
-def _produce(
-    stay, stream, sums, bars, sizes, GIVES: gl.constexpr, WARPGROUPS: gl.constexpr, VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Fill the consumers' places and the ring, tile after tile, as they become free."""
-    d_stay, s_stay = stay
-    d_stream, s_stream = stream
-    p_lse, p_delta, s_lse, s_delta = sums
-    own_full, own_empty, full, empty, landed = bars
-    p_cu_tokens, tokens, heads, groups, tiles, scale = sizes
-    LINE: gl.constexpr = gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0])
-    PLACES: gl.constexpr = 2 if GIVES == KEYS else 1
-    BYTES: gl.constexpr = 2 * HEAD_DIM
-    width = heads * HEAD_DIM
-    turn = 0
-    step = 0
-    for i_tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        i_sequence, i_first, count, i_head, i_group, used = _tile(i_tile, p_cu_tokens, tokens, heads, groups, WARPGROUPS, VARLEN)
-        if i_group < used:
-            i_batch = 0 if VARLEN else i_sequence
-            column = i_head * HEAD_DIM
-            for w in gl.static_range(WARPGROUPS):
-                place = w * PLACES + turn % PLACES
-                mbarrier.wait(own_empty.index(place), (turn // PLACES & 1) ^ 1)
-                mbarrier.expect(own_full.index(place), len(d_stay) * 64 * BYTES)
-                for x in gl.static_range(len(d_stay)):
-                    c = column + (x + 1) * width if GIVES == KEYS else column
-                    copy(d_stay[x], i_batch, i_first + (i_group + w * used) * 64, c, own_full.index(place), s_stay[x], place)
-            steps = (count + BLOCK_N - 1) // BLOCK_N
-            for j in range(step, step + steps):
-                slot = j % STAGES
-                i_row = (steps if j == step else j - step) * BLOCK_N - BLOCK_N
-                if GIVES == KEYS:
-                    i = _first_sum(i_sequence, i_first, i_head, tokens, heads, VARLEN) + i_row + gl.arange(0, BLOCK_N, layout=LINE)
-                    is_row = i_row + gl.arange(0, BLOCK_N, layout=LINE) < count
-                    # An infinite log-sum makes the probabilities of rows beyond the end zero.
-                    b_lse = gl.load(p_lse + i, mask=is_row, other=float("inf"))
-                    b_delta = gl.load(p_delta + i, mask=is_row, other=0.0)
-                mbarrier.wait(empty.index(slot), (j // STAGES & 1) ^ 1)
-                if GIVES == KEYS:
-                    s_lse.index(slot).store(b_lse)
-                    s_delta.index(slot).store(b_delta)
-                    mbarrier.arrive(full.index(slot), count=1)
-                c_0 = column if GIVES == KEYS else column + width
-                c_1 = column if GIVES == KEYS else column + 2 * width
-                if VARLEN and j == step:
-                    mbarrier.expect(landed, 2 * BLOCK_N * BYTES)
-                    copy(d_stream[0], i_batch, i_first + i_row, c_0, landed, s_stream[0], slot)
-                    copy(d_stream[1], i_batch, i_first + i_row, c_1, landed, s_stream[1], slot)
-                    mbarrier.wait(landed, turn & 1)
-                    for x in gl.static_range(2):
-                        for w in gl.static_range(len(s_stream[x])):
-                            _zero_beyond(box(s_stream[x], slot)[w], count - i_row)
-                    fence_async_shared()
-                    mbarrier.arrive(full.index(slot), count=1)
-                else:
-                    mbarrier.expect(full.index(slot), 2 * BLOCK_N * BYTES)
-                    copy(d_stream[0], i_batch, i_first + i_row, c_0, full.index(slot), s_stream[0], slot)
-                    copy(d_stream[1], i_batch, i_first + i_row, c_1, full.index(slot), s_stream[1], slot)
-            step += steps
-            turn += 1
-
-
-@gluon.jit
-def _consume(
-    work, tensors, bars, sizes, WARPGROUP: gl.constexpr, PLACES: gl.constexpr, WARPGROUPS: gl.constexpr, VARLEN: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, OPTION: gl.constexpr,
-):  # fmt: skip
-    """One block of 64 rows of every tile."""
-    own_full, own_empty, full, empty, landed = bars
-    p_cu_tokens, tokens, heads, groups, tiles, scale = sizes
-    turn = 0
-    step = 0
-    for i_tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        i_sequence, i_first, count, i_head, i_group, used = _tile(i_tile, p_cu_tokens, tokens, heads, groups, WARPGROUPS, VARLEN)
-        if i_group < used:
-            steps = (count + BLOCK_N - 1) // BLOCK_N
-            i_row = (i_group + WARPGROUP * used) * 64
-            place = WARPGROUP * PLACES + turn % PLACES
-            mbarrier.wait(own_full.index(place), turn // PLACES & 1)
-            if i_row < count:
-                o_row = i_first.to(gl.int64) if VARLEN else i_sequence.to(gl.int64) * tokens
-                o_sum = _first_sum(i_sequence, i_first, i_head, tokens, heads, VARLEN)
-                rows = (i_row, count, o_row, o_sum, i_head * HEAD_DIM, heads * HEAD_DIM)
-                work(tensors, place, own_empty.index(place), full, empty, rows, step, step + steps, scale, BLOCK_N, STAGES, TAIL, OPTION)
-            else:
-                mbarrier.arrive(own_empty.index(place), count=1)
-                for j in range(step, step + steps):
-                    mbarrier.wait(full.index(j % STAGES), j // STAGES & 1)
-                    mbarrier.arrive(empty.index(j % STAGES), count=1)
-            step += steps
-            turn += 1
 
 
 # Forward
@@ -380,7 +247,7 @@ def _differentiate_keys(
 ):  # fmt: skip
     """dK and dV of 64 keys."""
     p_dqkv, s_k, s_v, s_q, s_do, s_lse, s_delta = tensors
-    i_row, count, o_row, o_sum, column, width = rows
+    i_row, count, o_row, _o_sum, column, width = rows
     if IN_REGISTERS:
         b_k = read(box(s_k, place), left())
         b_v = read(box(s_v, place), left())
@@ -390,8 +257,8 @@ def _differentiate_keys(
     slot = start % STAGES
     mbarrier.wait(full.index(slot), start // STAGES & 1)
     b_dk, b_dv = _key_step(
-        b_k, b_v, accumulators(box(s_k, place), 64), accumulators(box(s_v, place), 64), _top(box(s_q, slot), TAIL), _top(box(s_do, slot), TAIL),
-        s_lse.index(slot).slice(0, TAIL), s_delta.index(slot).slice(0, TAIL), empty.index(slot), scale,
+        b_k, b_v, accumulators(box(s_k, place), 64), accumulators(box(s_v, place), 64), _top(box(s_q, slot), TAIL),
+        _top(box(s_do, slot), TAIL), s_lse.index(slot).slice(0, TAIL), s_delta.index(slot).slice(0, TAIL), empty.index(slot), scale,
     )  # fmt: skip
     for j in range(start + 1, end):
         slot = j % STAGES
@@ -408,55 +275,21 @@ def _differentiate_keys(
 # Kernels
 
 
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
-def _run(
-    work, tensors, stay, stream, sums, sizes, GIVES: gl.constexpr, VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, OPTION: gl.constexpr,
-):  # fmt: skip
-    PLACES: gl.constexpr = 2 if GIVES == KEYS else 1
-    own_full = _barriers(WARPGROUPS * PLACES, 1)
-    own_empty = _barriers(WARPGROUPS * PLACES, 1)
-    full = _barriers(STAGES, 2 if GIVES == KEYS else 1)
-    empty = _barriers(STAGES, WARPGROUPS)
-    bars = (own_full, own_empty, full, empty, _barriers(1, 1).index(0))
-    fence_async_shared()
-    if WARPGROUPS == 3:
-        gl.warp_specialize([
-            (_consume, (work, tensors, bars, sizes, 0, PLACES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, OPTION)),
-            (_consume, (work, tensors, bars, sizes, 1, PLACES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, OPTION)),
-            (_consume, (work, tensors, bars, sizes, 2, PLACES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, OPTION)),
-            (_produce, (stay, stream, sums, bars, sizes, GIVES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES)),
-        ], [4, 4, 1], [160, 160, 32])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (work, tensors, bars, sizes, 0, PLACES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, OPTION)),
-            (_consume, (work, tensors, bars, sizes, 1, PLACES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES, TAIL, OPTION)),
-            (_produce, (stay, stream, sums, bars, sizes, GIVES, WARPGROUPS, VARLEN, HEAD_DIM, BLOCK_N, STAGES)),
-        ], [4, 1], [232, 40])  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=_INTEGERS)
 def attention_long_fwd_kernel(
     d_rows, d_rows_rest, d_stream, d_stream_rest, p_out, p_lse, p_cu_tokens, tokens, heads, groups, tiles, scale,
     VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     TAIL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
+    """Output and log-sums."""
     d_q = panels_of(d_rows, d_rows_rest)
     d_kv = panels_of(d_stream, d_stream_rest)
     s_q = allocate(d_q, WARPGROUPS)
     s_k = allocate(d_kv, STAGES)
     s_v = allocate(d_kv, STAGES)
-    _run(
+    run(
         _attend, (p_out, p_lse, s_q, s_k, s_v), ((d_q,), (s_q,)), ((d_kv, d_kv), (s_k, s_v)), (p_lse, p_lse, p_lse, p_lse),
-        (p_cu_tokens, tokens, heads, groups, tiles, scale), FORWARD, VARLEN, HEAD_DIM, WARPGROUPS, BLOCK_N, STAGES, TAIL, AHEAD,
+        (p_cu_tokens, tokens, heads, groups, tiles, scale), QUERIES, VARLEN, HEAD_DIM, WARPGROUPS, BLOCK_N, STAGES, TAIL, AHEAD,
     )  # fmt: skip
 
 
@@ -466,6 +299,7 @@ def attention_long_bwd_kernel_queries(
     tokens, heads, groups, tiles, scale, VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
+    """dQ and rowsum(dO · out)."""
     d_q = panels_of(d_rows, d_rows_rest)
     d_do = panels_of(d_grad, d_grad_rest)
     d_o = panels_of(d_out, d_out_rest)
@@ -475,10 +309,10 @@ def attention_long_bwd_kernel_queries(
     s_out = allocate(d_o, WARPGROUPS)
     s_k = allocate(d_kv, STAGES)
     s_v = allocate(d_kv, STAGES)
-    _run(
+    run(
         _differentiate_queries, (p_lse, p_delta, p_dqkv, s_q, s_do, s_out, s_k, s_v), ((d_q, d_do, d_o), (s_q, s_do, s_out)),
-        ((d_kv, d_kv), (s_k, s_v)), (p_lse, p_lse, p_lse, p_lse), (p_cu_tokens, tokens, heads, groups, tiles, scale), QUERIES, VARLEN, HEAD_DIM,
-        WARPGROUPS, BLOCK_N, STAGES, TAIL, False,
+        ((d_kv, d_kv), (s_k, s_v)), (p_lse, p_lse, p_lse, p_lse), (p_cu_tokens, tokens, heads, groups, tiles, scale),
+        QUERIES, VARLEN, HEAD_DIM, WARPGROUPS, BLOCK_N, STAGES, TAIL, False,
     )  # fmt: skip
 
 
@@ -488,6 +322,7 @@ def attention_long_bwd_kernel_keys(
     tokens, heads, groups, tiles, scale, VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TAIL: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """dK and dV."""
     d_kv = panels_of(d_rows, d_rows_rest)
     d_q = panels_of(d_stream, d_stream_rest)
     d_do = panels_of(d_grad, d_grad_rest)
@@ -497,7 +332,7 @@ def attention_long_bwd_kernel_keys(
     s_do = allocate(d_do, STAGES)
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], line_shared())
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], line_shared())
-    _run(
+    run(
         _differentiate_keys, (p_dqkv, s_k, s_v, s_q, s_do, s_lse, s_delta), ((d_kv, d_kv), (s_k, s_v)), ((d_q, d_do), (s_q, s_do)),
         (p_lse, p_delta, s_lse, s_delta), (p_cu_tokens, tokens, heads, groups, tiles, scale), KEYS, VARLEN, HEAD_DIM,
         WARPGROUPS, BLOCK_N, STAGES, TAIL, IN_REGISTERS,
@@ -568,3 +403,45 @@ def _options(blocks: Mapping[str, int]) -> dict[str, int]:
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
+    """The kernels of a row: for equal sequences whose last block is narrow, and for packed ones."""
+    numbers = {**dict.fromkeys(_INTEGERS, "i32"), "scale": "fp32"}
+    if tile.op == "attention_long_forward":
+        blocks = dict(tile.blocks)
+        streams = {"d_rows": 64, "d_stream": blocks["BLOCK_N"]}
+        kernels = ((attention_long_fwd_kernel, streams, {"p_out": f"*{dtype}", "p_lse": "*fp32"}, blocks),)
+    else:
+        queries, keys = blocks_of(tile)
+        pointers = {"p_lse": "*fp32", "p_delta": "*fp32", "p_dqkv": f"*{dtype}"}
+        first = {"d_rows": 64, "d_grad": 64, "d_out": 64, "d_stream": queries["BLOCK_N"]}
+        second = {"d_rows": 64, "d_stream": keys["BLOCK_N"], "d_grad": keys["BLOCK_N"]}
+        kernels = (
+            (attention_long_bwd_kernel_queries, first, pointers, queries),
+            (attention_long_bwd_kernel_keys, second, pointers, keys),
+        )
+    for kernel, streams, pointers, blocks in kernels:
+        types = _descriptor_types(dtype, tile.features, streams)
+        for varlen in (False, True):
+            cu_tokens = {"p_cu_tokens": "*i32"} if varlen else {}
+            options = _options(blocks)
+            yield Variant(
+                kernel=kernel,
+                signature={name: kind for name, kind in types.items() if kind} | pointers | cu_tokens | numbers,
+                constants={name: None for name, kind in (types | {"p_cu_tokens": varlen}).items() if not kind}
+                | {"VARLEN": varlen, "HEAD_DIM": tile.features, "TAIL": blocks["BLOCK_N"] if varlen else 16}
+                | blocks,
+                divisible=(*pointers, *cu_tokens),
+                num_warps=options["num_warps"],
+                num_stages=tile.num_stages,
+                max_registers=options["maxnreg"],
+            )
+
+
+def _descriptor_types(dtype: str, head_dim: int, streams: Mapping[str, int]) -> dict[str, str | None]:
+    return {
+        name + suffix: descriptor_type(dtype, rows, width) if width else None
+        for name, rows in streams.items()
+        for suffix, width in zip(("", "_rest"), panels(head_dim), strict=True)
+    }
