@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import compare
@@ -17,6 +19,7 @@ from polyvit_kernels.ops.layer_norm import _add_layer_norm_by_torch, _layer_norm
 from polyvit_kernels.ops.mlp import _activated, _added, _undone
 from polyvit_kernels.ops.patch_embed import _patch_embed_backward_by_torch, _patch_embed_by_torch
 from polyvit_kernels.ops.update import _adamw_by_torch, _sgd_by_torch
+from polyvit_kernels.plan import PACKAGES
 from polyvit_kernels.tiles import Tile
 
 Inputs = dict[str, Tensor]
@@ -92,18 +95,16 @@ def _attention_inputs_with_gradient(size: tuple[int, ...], dtype: torch.dtype) -
     return inputs | {"out": torch.cat(outs), "lse": torch.cat(sums)}
 
 
-def _attention_forward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import attention_long, attention_short
+def _attention_kernels(tile: Tile) -> ModuleType:
+    return import_module(f"{PACKAGES[tile.backend]}.{tile.op.rpartition('_')[0]}")
 
-    kernels = attention_short if tile.op.startswith("attention_short") else attention_long
-    return {"out": kernels.forward(inputs["qkv"], tile)[0]}
+
+def _attention_forward(inputs: Inputs, tile: Tile) -> Results:
+    return {"out": _attention_kernels(tile).forward(inputs["qkv"], tile)[0]}
 
 
 def _attention_backward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import attention_long, attention_short
-
-    kernels = attention_short if tile.op.startswith("attention_short") else attention_long
-    return {"d_qkv": kernels.backward(*(inputs[name] for name in ("grad", "qkv", "out", "lse")), tile)}
+    return {"d_qkv": _attention_kernels(tile).backward(*(inputs[name] for name in ("grad", "qkv", "out", "lse")), tile)[0]}
 
 
 def _torch_attention(inputs: Inputs) -> Results:
@@ -229,18 +230,24 @@ def _norm_backward_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 def _norm_backward(inputs: Inputs, tile: Tile) -> Results:
     from polyvit_kernels import norm
 
-    found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile)
-    return dict(zip(("d_x", "d_weight", "d_bias"), found, strict=True))
+    found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile, inputs["x"].dtype)
+    return _named_gradients(*found)
 
 
 def _torch_norm_backward(inputs: Inputs) -> Results:
-    found = _layer_norm_backward_by_torch(*(inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum")))
-    return dict(zip(("d_x", "d_weight", "d_bias"), found, strict=True))
+    tensors = (inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum"))
+    return _named_gradients(*_layer_norm_backward_by_torch(*tensors, inputs["x"].dtype))
+
+
+def _named_gradients(d_x: Tensor, _: Tensor | None, sums: Tensor | None, d_weight: Tensor, d_bias: Tensor) -> Results:
+    assert sums is not None
+    return {"d_x": d_x, "sums": sums, "d_weight": d_weight, "d_bias": d_bias}
 
 
 def _true_norm_backward(inputs: Inputs) -> Results:
     d_x, d_weight, d_bias = reference.layer_norm_backward(inputs["x"], inputs["weight"], inputs["grad"], EPS)
-    return {"d_x": d_x + inputs["grad_sum"], "d_weight": d_weight, "d_bias": d_bias}
+    d_x = d_x + inputs["grad_sum"]
+    return {"d_x": d_x, "sums": d_x.sum(0), "d_weight": d_weight, "d_bias": d_bias}
 
 
 # Updates

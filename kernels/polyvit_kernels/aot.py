@@ -56,6 +56,8 @@ def records(entries: Sequence[Entry], images: Sequence[Image]) -> list[dict]:
     return [
         {
             "op": entry.tile.op,
+            "backend": entry.tile.backend,
+            "source": entry.tile.source,
             "tokens": entry.tile.tokens,
             "features": entry.tile.features,
             "dtype": entry.dtype,
@@ -65,6 +67,8 @@ def records(entries: Sequence[Entry], images: Sequence[Image]) -> list[dict]:
             "stages": image.num_stages,
             **asdict(image.usage),
             "shared": image.shared,
+            "programs": image.programs(),
+            "programs_per_sm": image.programs_per_sm,
             "columns": image.columns,
             "bytes": len(image.cubin),
             "multiplies": image.multiplies,
@@ -79,7 +83,8 @@ def records(entries: Sequence[Entry], images: Sequence[Image]) -> list[dict]:
 
 def _name(record: dict) -> str:
     sizes = f"tokens {span(*record['tokens'])}, features {span(record['features'])}"
-    return f"{record['op']} {record['dtype']} sm_{record['arch']}, {sizes}, {record['registers']} registers, {_kernel(record)}"
+    row = f"{record['op']} {record['backend']} {record['dtype']} sm_{record['arch']}"
+    return f"{row}, {sizes}, {record['registers']} registers, {_kernel(record)}"
 
 
 def _kernel(record: dict) -> str:
@@ -92,13 +97,22 @@ def _cells(record: dict) -> tuple[str, ...]:
     numbers = (record[name] for name in ("warps", "stages", "registers"))
     spills = f"{record['spill_stores']}/{record['spill_loads']}"
     messages = "; ".join(message.partition(":")[0] for message in record["messages"])
-    rest = (spills, str(record["shared"]), tensor or "-", messages, str(record["bytes"]), _kernel(record))
-    return (record["op"], *sizes, record["dtype"], f"sm_{record['arch']}", *map(str, numbers), *rest)
+    rest = (
+        spills,
+        record["inner_spills"],
+        record["shared"],
+        record["programs"],
+        tensor or "-",
+        messages,
+        record["bytes"],
+        record["source"],
+    )
+    return (record["op"], record["backend"], *sizes, record["dtype"], f"sm_{record['arch']}", *map(str, (*numbers, *rest)), _kernel(record))
 
 
 HEADINGS = (
-    *("op", "tokens", "features", "dtype", "gpu", "warps", "stages", "registers", "spills", "shared", "tensor", "messages", "bytes"),
-    "kernel",
+    *("op", "backend", "tokens", "features", "dtype", "gpu", "warps", "stages", "registers", "spills", "inner", "shared", "programs"),
+    *("tensor", "messages", "bytes", "source", "kernel"),
 )
 
 

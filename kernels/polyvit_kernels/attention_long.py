@@ -272,8 +272,11 @@ def forward(qkv: Tensor, tile: Tile, cu_tokens: Tensor | None = None, max_tokens
 
 def backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile, cu_tokens: Tensor | None = None, max_tokens: int = 0
-) -> Tensor:
-    """The packed gradient, as `qkv` but contiguous. The last strides of grad and qkv are 1; out is contiguous."""
+) -> tuple[Tensor, Tensor]:
+    """(the packed gradient, as `qkv` but contiguous; an empty tensor, as its sums are not known).
+
+    The last strides of grad and qkv are 1; out is contiguous.
+    """
     tokens, heads, head_dim = qkv.shape[-4], *qkv.shape[-2:]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if out.numel():
@@ -290,7 +293,7 @@ def backward(
             grad, qkv, lse, delta, dqkv, cu_tokens, tokens, heads, key_blocks, *_strides(grad, packed), *_strides(qkv, packed),
             scale_of(head_dim), **shared, **tile.launch(),
         )  # fmt: skip
-    return dqkv
+    return dqkv, lse.new_empty(0)
 
 
 def _sizes(qkv: Tensor, cu_tokens: Tensor | None, max_tokens: int) -> tuple[int, int]:

@@ -180,8 +180,11 @@ def forward(qkv: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile) -> Tensor:
-    """The packed gradient `[batch, tokens, 3, heads, head_dim]`, contiguous. The last strides of grad and qkv are 1; out is contiguous."""
+def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(the packed gradient `[batch, tokens, 3, heads, head_dim]`, contiguous; an empty tensor, as its sums are not known).
+
+    The last strides of grad and qkv are 1; out is contiguous.
+    """
     batch, tokens, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if out.numel():
@@ -189,7 +192,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile) ->
         attention_short_bwd_kernel[(heads, batch)](
             grad, qkv, out, lse, dqkv, tokens, heads, *strides, scale_of(head_dim), HEAD_DIM=head_dim, **tile.launch()
         )  # fmt: skip
-    return dqkv
+    return dqkv, lse.new_empty(0)
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:

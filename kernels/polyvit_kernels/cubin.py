@@ -1,31 +1,38 @@
-"""What a compiled kernel uses, read from its image: registers, spills, tensor-core instructions."""
+"""What a compiled kernel uses, read from its image: registers, spills and whether loops repeat them, tensor-core instructions."""
 
 import re
 import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from triton import knobs
 
 OPCODES = {0x187: "STL", 0x183: "LDL", 0x03C: "HMMA", 0x1F0: "HGMMA", 0x1EA: "UTCHMMA"}
 """The low nine bits of the instructions that are counted, the same from Ampere to Blackwell: store to and load from the stack, and the
 products of 16-bit matrices of mma.sync, of Hopper's wgmma and of Blackwell's tcgen05. NVIDIA names them (nvdisasm) but does not document
-their bits; the tests compare the two. A disassembly would take as long as the compilation."""
+their bits; the tests compare the two. A disassembly, which only a kernel that spills needs, takes as long as the compilation."""
 
 _INSTRUCTION_BYTES = 16
+_LABEL = re.compile(r"^(\.L\w+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([\w.]+)(.*)")
+_TARGET = re.compile(r"\((\.L\w+)\)|(?<=[\s,\"])(\.L\w+)")
+_JUMPS = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "WARPSYNC.COLLECTIVE")
+_WAITS = ("SYNCS", "USETMAXREG")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Per thread: `registers` and bytes of `stack`. In the code: how many instructions store to and load from it, and multiply matrices."""
+    """Per thread: `registers` and bytes of `stack`. In the code: how many instructions store to and load from it, how many of these are
+    in inner loops (`count_inner_spills`), and how many multiply matrices."""
 
     registers: int
     stack: int
     spill_stores: int
     spill_loads: int
+    inner_spills: int
     tensor: Mapping[str, int]
 
 
@@ -36,10 +43,18 @@ def read(image: bytes) -> Usage:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         resources = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        counts = instructions(image)
+        stores, loads = counts.pop("STL", 0), counts.pop("LDL", 0)
+        inner = count_inner_spills(_disassemble(file.name)) if stores or loads else 0
     ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", resources)
-    counts = instructions(image)
-    stores, loads = counts.pop("STL", 0), counts.pop("LDL", 0)
-    return Usage(registers=int(registers), stack=int(stack) + int(local), spill_stores=stores, spill_loads=loads, tensor=dict(counts))
+    return Usage(
+        registers=int(registers),
+        stack=int(stack) + int(local),
+        spill_stores=stores,
+        spill_loads=loads,
+        inner_spills=inner,
+        tensor=dict(counts),
+    )
 
 
 def instructions(image: bytes) -> Counter[str]:
@@ -56,3 +71,84 @@ def _code(image: bytes) -> Iterator[bytes]:
         _, _, flags, _, offset, length = struct.unpack_from("<IIQQQQ", image, table + place * size)
         if flags & 0x4:
             yield image[offset : offset + length - length % _INSTRUCTION_BYTES]
+
+
+def _disassemble(path: str) -> str:
+    return subprocess.run([knobs.nvidia.nvdisasm.path, "-ndf", "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+@dataclass
+class _Block:
+    """Instructions of which all are executed when the first one is."""
+
+    opcodes: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    falls_through: bool = True
+
+
+def count_inner_spills(assembly: str) -> int:
+    """How many loads from the stack and stores to it are in inner loops: those in which no other loop lies.
+
+    A loop that only waits, for a barrier or for registers, is none: it may lie in an inner loop, and what it repeats costs nothing. What
+    lies in outer loops alone is not counted: a persistent kernel's loop over tiles, or that in which warps wait for their partition.
+    """
+    blocks, labels = _blocks(assembly)
+    successors = {
+        place: {labels[name] for name in block.targets} | ({place + 1} if block.falls_through and place + 1 < len(blocks) else set())
+        for place, block in enumerate(blocks)
+    }
+    return sum(
+        opcode.startswith(("STL", "LDL")) for loop in _inner_loops(successors, blocks) for place in loop for opcode in blocks[place].opcodes
+    )
+
+
+def _blocks(assembly: str) -> tuple[list[_Block], dict[str, int]]:
+    """The blocks in their order, and which one each label names."""
+    blocks, labels = [_Block()], {}
+    for line in assembly.splitlines():
+        if label := _LABEL.match(line):
+            if blocks[-1].opcodes:
+                blocks.append(_Block())
+            labels[label[1]] = len(blocks) - 1
+        elif instruction := _INSTRUCTION.match(line):
+            predicate, opcode, operands = instruction.groups()
+            blocks[-1].opcodes.append(opcode)
+            if opcode.startswith(_JUMPS):
+                blocks[-1].targets = [first or second for first, second in _TARGET.findall(operands)]
+                blocks[-1].falls_through = bool(predicate) or opcode.startswith("WARPSYNC") or ".DIV" in opcode
+                blocks.append(_Block())
+    return blocks, labels
+
+
+def _inner_loops(successors: Mapping[int, Collection[int]], blocks: list[_Block]) -> Iterator[set[int]]:
+    """The blocks of each loop that holds no other: a loop without its first block is looked through again."""
+    for loop in _cycles(successors):
+        inside = loop - {min(loop)}
+        inner = list(_inner_loops({place: [next for next in successors[place] if next in inside] for place in inside}, blocks))
+        if inner:
+            yield from inner
+        elif len(loop) > 1 or not any(opcode.startswith(_WAITS) for place in loop for opcode in blocks[place].opcodes):
+            yield loop
+
+
+def _cycles(successors: Mapping[int, Collection[int]]) -> Iterator[set[int]]:
+    """Strongly connected components with an edge inside."""
+    reached = {place: _reach(successors, place) for place in successors}
+    left = {place for place in successors if place in reached[place]}
+    while left:
+        first = min(left)
+        component = {place for place in reached[first] if first in reached[place]}
+        yield component
+        left -= component
+
+
+def _reach(successors: Mapping[int, Collection[int]], start: int) -> set[int]:
+    """Where one comes from a place, in one step or more."""
+    reached: set[int] = set()
+    ways = list(successors[start])
+    while ways:
+        place = ways.pop()
+        if place not in reached:
+            reached.add(place)
+            ways += successors[place]
+    return reached

@@ -1,13 +1,13 @@
 """Which kernels the rows of the tile table need on which GPUs."""
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
 
 from polyvit_kernels.tiles import ANY, Tile, Variant
 
-_PACKAGES = {"triton": "polyvit_kernels", "hopper": "polyvit_kernels.hopper"}
+PACKAGES = {"triton": "polyvit_kernels", "hopper": "polyvit_kernels.hopper"}
 
 _MODULES = {
     "attention_short_": "attention_short",
@@ -54,12 +54,13 @@ class Entry:
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
     """The kernels of a row; none for one that another backend serves. Raises ValueError for an op that no module compiles."""
-    if tile.backend not in _PACKAGES:
+    if tile.backend not in PACKAGES:
         return iter(())
     module = next((module for prefix, module in _MODULES.items() if tile.op.startswith(prefix)), None)
     if module is None:
         raise ValueError(f"no module compiles the rows of {tile.op}: add it to plan._MODULES")
-    return import_module(f"{_PACKAGES[tile.backend]}.{module}").variants(tile, dtype)
+    budget = {"programs_per_sm": tile.programs_per_sm, "allowed_spills": tile.allowed_spills}
+    return (replace(variant, **budget) for variant in import_module(f"{PACKAGES[tile.backend]}.{module}").variants(tile, dtype))
 
 
 def plan(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Entry], list[Job]]:
@@ -88,15 +89,8 @@ def compile_arch(tile: Tile, arch: int, archs: Sequence[int]) -> int:
 
 def _identity(variant: Variant, arch: int) -> Hashable:
     parts = (sorted(variant.signature.items()), sorted(variant.constants.items(), key=lambda pair: pair[0]), sorted(variant.divisible))
-    return (
-        variant.kernel.__module__,
-        variant.kernel.__name__,
-        str(parts),
-        variant.num_warps,
-        variant.num_stages,
-        variant.max_registers,
-        arch,
-    )
+    options = (variant.num_warps, variant.num_stages, variant.max_registers, variant.programs_per_sm, variant.allowed_spills)
+    return (variant.kernel.__module__, variant.kernel.__name__, str(parts), *options, arch)
 
 
 def span(*limits: int) -> str:

@@ -26,9 +26,9 @@ class Tile:
     """A row: on the GPUs `archs`, for at most so many tokens and features, `op` runs by `backend` with these blocks.
 
     `blocks` are the kernel's compile-time constants by name. `max_registers` is what ptxas may give a thread, where that is less than it
-    would; `programs_per_sm` how many programs an SM is meant to hold at once. `source` says where the choice comes from: "compiled" (fits
-    the card's registers and memory, never timed), "published" (figures of others), or the file of the measurement under
-    `benchmarks/results`.
+    would; `programs_per_sm` how many programs an SM is meant to hold at once; `allowed_spills` how many loads and stores of registers may
+    go to memory, all of them outside inner loops. `source` says where the choice comes from: "compiled" (fits the card's registers and
+    memory, never timed), "published" (figures of others), or the file of the measurement under `benchmarks/results`.
     """
 
     op: str
@@ -42,6 +42,7 @@ class Tile:
     num_stages: int = 1
     max_registers: int | None = None
     programs_per_sm: int = 1
+    allowed_spills: int = 0
     source: str = "compiled"
 
     def fits(self, tokens: int, features: int) -> bool:
@@ -63,7 +64,7 @@ class Variant:
 
     `signature` gives every run-time argument's type as Triton names it, such as `i32`, `*bf16` or, in Gluon,
     `tensordesc<bf16[1, 64, 64],NVMMASharedLayout(...)>`; the `divisible` ones are known to be multiples of 16 (pointers: of 16 bytes).
-    `max_registers` and `programs_per_sm` are the row's.
+    `programs_per_sm` and `allowed_spills` are what the row says (`plan.variants` sets them).
     """
 
     kernel: Callable[..., Any]
@@ -74,6 +75,7 @@ class Variant:
     num_stages: int
     max_registers: int | None = None
     programs_per_sm: int = 1
+    allowed_spills: int = 0
 
 
 def pick(op: str, arch: int, dtype: torch.dtype, *, tokens: int = 1, features: int = 1, portable: bool = False) -> Tile:

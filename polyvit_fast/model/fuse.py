@@ -263,7 +263,7 @@ def _normalise_beside(norm: Norm, x: Tensor, out_dtype: torch.dtype) -> tuple[Te
 
 
 def _mix(attention: Attention, x: Tensor) -> Tensor:
-    return ops.attention(attention.pack(x).unflatten(-1, (3, attention.num_heads, -1)), attention.backend).flatten(2)
+    return ops.attention(attention.pack(x, (3, attention.num_heads, -1)), attention.backend).flatten(2)
 
 
 def _attend(attention: Attention, x: Tensor) -> Tensor | tuple[Tensor, None]:

@@ -30,9 +30,12 @@ class Norm(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """proj(attention(pack(x))); with `gives_pair` the module's own `forward` returns the attention's weights, or None, beside it."""
+    """proj(attention(pack(x, shape))), where pack gives queries, keys and values in the shape that attention takes.
 
-    pack: Callable[[Tensor], Tensor]
+    With `gives_pair` the module's own `forward` returns the attention's weights, or None, beside it.
+    """
+
+    pack: Callable[[Tensor, tuple[int, ...]], Tensor]
     num_heads: int
     proj: nn.Module
     gives_pair: bool

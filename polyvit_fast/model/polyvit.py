@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyvit_fast.config import Modality, Model, Train
-from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp, project
 from polyvit_fast.model.tokenizer import Grid, Tokenizer
 from polyvit_fast.randomness import generator
 from polyvit_kernels.ops import AttentionBackend
@@ -72,7 +72,7 @@ class PolyViT(nn.Module):
         for left, (block, rate) in enumerate(zip(self.blocks, rates, strict=True), 1 - len(self.blocks)):
             x = block(x, rate, class_token=not left, recompute=recompute)
         # The head reads the class token alone, and the norm takes each token by itself.
-        return self.heads[task](self.norm(x[:, 0]))
+        return project(self.heads[task], self.norm(x[:, 0]), (-1,))
 
 
 def _check_names(names: Iterable[str]) -> None:

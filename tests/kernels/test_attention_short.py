@@ -23,7 +23,8 @@ def assert_kernels_obey(qkv, dtype, plain=plain):
     tokens, head_dim = qkv.shape[1], qkv.shape[4]
     out, lse = attention_short.forward(qkv, row("attention_short_forward", tokens, head_dim))
     grad = upstream(qkv)
-    dqkv = attention_short.backward(grad, qkv, out, lse, backward_row(tokens, head_dim))
+    dqkv, sums = attention_short.backward(grad, qkv, out, lse, backward_row(tokens, head_dim))
+    assert not sums.numel()
     assert dqkv.is_contiguous()
     assert_obeys(qkv, {"out": out, "dqkv": dqkv}, lse, dtype, grad, plain)
 
@@ -69,7 +70,7 @@ def test_every_layout(shape, view, dtype):
     tile = row("attention_short_forward", qkv.shape[1], 32)
     out, lse = attention_short.forward(qkv, tile)
     grad = upstream(qkv)
-    dqkv = attention_short.backward(grad, qkv, out, lse, row("attention_short_backward", qkv.shape[1], 32))
+    dqkv, _ = attention_short.backward(grad, qkv, out, lse, row("attention_short_backward", qkv.shape[1], 32))
     assert_obeys(qkv, {"out": out, "dqkv": dqkv}, lse, dtype, grad)
 
 
@@ -89,7 +90,7 @@ def test_runs_repeat_bit_for_bit():
     qkv = normal(1, 197, 3, 2, 64).to(DTYPES[0])
     forward, backward = row("attention_short_forward", 197, 64), backward_row(197, 64)
     out, lse = attention_short.forward(qkv, forward)
-    first, second = (attention_short.backward(out, qkv, out, lse, backward) for _ in range(2))
+    first, second = (attention_short.backward(out, qkv, out, lse, backward)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -97,18 +98,18 @@ def test_runs_repeat_bit_for_bit():
 def test_nothing_gives_nothing(shape):
     qkv = normal(*shape)
     out, lse = attention_short.forward(qkv, row("attention_short_forward", 5, 32))
-    dqkv = attention_short.backward(out, qkv, out, lse, row("attention_short_backward", 5, 32))
+    dqkv, _ = attention_short.backward(out, qkv, out, lse, row("attention_short_backward", 5, 32))
     assert (out.shape, dqkv.shape) == ((shape[0], shape[1], shape[3], 32), shape)
 
 
 def test_the_keys_of_every_row_hold_its_tokens_and_only_the_last_chunk_may_exceed_them():
-    rows = [tile for tile in TABLE if tile.op == "attention_short_forward"]
+    rows = [tile for tile in TABLE if tile.op == "attention_short_forward" and tile.backend == "triton"]
     for tile in rows:
         low, high = tile.tokens
         chunks = [size for size in (tile.blocks[f"KEYS_{i}"] for i in range(3)) if size]
         assert sum(chunks) >= high
         assert sum(chunks[:-1]) < low
-    for tile in (tile for tile in TABLE if tile.op == "attention_short_backward"):
+    for tile in (tile for tile in TABLE if tile.op == "attention_short_backward" and tile.backend == "triton"):
         assert tile.blocks["BLOCK_M"] >= tile.tokens[1]
 
 

@@ -13,7 +13,7 @@ FILES = ("polyvit_table.c", "polyvit_cubins.bin", "lookups.txt")
 
 
 def image(cubin):
-    usage = Usage(registers=77, stack=0, spill_stores=0, spill_loads=0, tensor={})
+    usage = Usage(registers=77, stack=0, spill_stores=0, spill_loads=0, inner_spills=0, tensor={})
     parameters = (Parameter(name="p_x", type="*bf16", multiple=16), Parameter(name="eps", type="fp32", multiple=1))
     constants = {"WIDTH": "768", "p_residual": "none"}
     sizes = {"arch": 90, "num_warps": 8, "num_stages": 1, "shared": 2048, "columns": 0}

@@ -27,6 +27,45 @@ for arch in sys.argv[2:]:
 """
 
 
+LOOPING = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from polyvit_kernels import attention_long, images
+from polyvit_kernels.tile_table import TABLE
+rows = (row for row in TABLE if row.op == "attention_long_forward" and row.backend == "triton" and 90 in row.archs)
+row = next(row for row in rows if row.features == 64)
+for registers in (64, 255):
+    variant = replace(next(attention_long.variants(row, "bf16")), max_registers=registers)
+    Path(sys.argv[1], str(registers)).write_bytes(images.build(variant, 90).cubin)
+"""
+
+# As nvdisasm writes them. Blocks that wait for a barrier lie behind the end; what they repeat lies in the loop that they go back to.
+NESTED = """
+        /*0000*/                   STL [R1], R2 ;
+.L_x_0:
+        /*0010*/                   LDL R2, [R1] ;
+.L_x_1:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], RZ ;
+        /*0030*/              @!P0 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0040*/                   {inner} ;
+        /*0050*/              @!P1 BRA `(.L_x_1) ;
+        /*0060*/                   STL [R1], R2 ;
+        /*0070*/              @!P2 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0080*/                   LDL R3, [R1+0x4] ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], RZ ;
+        /*00b0*/                   {waiting} ;
+        /*00c0*/              @!P0 BRA `(.L_x_3) ;
+        /*00d0*/                   BRA `(.L_x_4) ;
+.L_x_5:
+        /*00e0*/                   BRA `(.L_x_5);
+"""
+
+
 def disassembled(image, path):
     path.write_bytes(image)
     done = subprocess.run([knobs.nvidia.nvdisasm.path, "-ndf", "-c", path], capture_output=True, text=True, check=True)
@@ -64,3 +103,31 @@ def test_spills_are_those_that_the_disassembler_finds(tmp_path):
         assert (usage.stack > 0) == (found["STL"] > 0)
         assert usage.tensor == {name: count for name, count in found.items() if "MMA" in name}
     assert cubin.read((tmp_path / "80").read_bytes()).spill_stores > 50
+
+
+@pytest.mark.parametrize(
+    ("inner", "waiting", "spills"),
+    [
+        ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24", "NOP", 0),
+        ("LDL.64 R4, [R1]", "NOP", 1),
+        ("@P0 STL [R1], R4", "NOP", 1),
+        ("LDL R4, [R1]", "LDL R5, [R1]", 2),
+        ('BRX R4 -0x40 (*"BRANCH_TARGETS .L_x_4,.L_x_2"*)', "NOP", 0),
+        ("BRA.DIV UR4, `(.L_x_0)", "LDL R5, [R1]", 1),
+    ],
+)
+def test_spills_of_inner_loops_alone_are_counted(inner, waiting, spills):
+    assert cubin.count_inner_spills(NESTED.format(inner=inner, waiting=waiting)) == spills
+
+
+def test_straight_code_has_no_inner_loops():
+    assert cubin.count_inner_spills("        /*0000*/                   LDL R2, [R1] ;\n        /*0010*/                   EXIT ;\n") == 0
+
+
+def test_spills_of_a_kernel_with_a_loop(tmp_path):
+    done = run_python("-c", LOOPING, tmp_path)
+    assert not done.returncode, done.stderr
+    few, many = (cubin.read((tmp_path / registers).read_bytes()) for registers in ("64", "255"))
+    assert 0 < few.inner_spills <= few.spill_stores + few.spill_loads
+    assert few.registers == 64
+    assert (many.inner_spills, many.spill_stores, many.spill_loads) == (0, 0, 0)

@@ -57,6 +57,8 @@ def test_hoppers_rows_are_compiled_from_their_own_modules(monkeypatch):
     entries, jobs = plan.plan([tile(op="linear_add_forward", backend="hopper", archs=(90,))], [80, 90], ["bf16"])
     assert [(entry.arch, entry.kernels) for entry in entries] == [(90, (0, 1, 1))]
     assert [job.variant() for job in jobs] == made[:2]
+    (variant,) = {repr(variant) for variant in plan.variants(tile(programs_per_sm=3, allowed_spills=4), "bf16")}
+    assert "programs_per_sm=3, allowed_spills=4" in variant
 
 
 def test_a_row_that_no_module_compiles_is_refused():

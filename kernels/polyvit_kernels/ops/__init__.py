@@ -7,6 +7,7 @@ torch's own operators (and so do the registered operations, for those who call t
 
 from polyvit_kernels.ops.attention import AttentionBackend, attention, attention_varlen
 from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_beside
+from polyvit_kernels.ops.linear import linear
 from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp
 from polyvit_kernels.ops.patch_embed import patch_embed
 from polyvit_kernels.ops.update import adamw_, sgd_
@@ -20,6 +21,7 @@ __all__ = [
     "attention_varlen",
     "layer_norm",
     "layer_norm_beside",
+    "linear",
     "linear_add",
     "linear_gelu",
     "mlp",

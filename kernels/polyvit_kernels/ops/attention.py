@@ -1,5 +1,6 @@
 """Softmax attention of every token to all tokens of its sequence, on the packed projection that a linear layer gives."""
 
+from importlib import import_module
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -13,6 +14,7 @@ from polyvit_kernels import tiles
 from polyvit_kernels.ops import dtypes
 from polyvit_kernels.ops import xformers_attention as xformers
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
+from polyvit_kernels.plan import PACKAGES
 
 AttentionBackend = Literal["auto", "cudnn", "flash", "xformers"]
 """auto: as the tile table says for the size; else the library that computes it on a GPU: cuDNN, torch's FlashAttention, xformers."""
@@ -22,6 +24,9 @@ MOST_SEQUENCES = 65_535
 
 ALIGNMENT = 16
 """Bytes: what the attention kernels of PyTorch's backends load at once, without looking at the address."""
+
+_OPS = ("attention_short", "attention_long")
+"""Of the tile table, the first choice first; their modules have the same names."""
 
 _BACKENDS = get_args(AttentionBackend)
 _PRIORITIES = {
@@ -173,20 +178,22 @@ def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("polyvit::attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(the packed gradient, its sums over batch and tokens `[3, heads, head_dim]`), the latter empty where no kernel gives them."""
     if not qkv.numel():
-        return _empty_packed(qkv)
+        return _empty_packed(qkv), lse.new_empty(0)
     parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _addressable(grad, 1).transpose(1, 2), *_split(_addressable(qkv, 1)), out.transpose(1, 2), lse, 0.0, False
     )
-    return torch.stack([part.transpose(1, 2) for part in parts], 2)
+    return torch.stack([part.transpose(1, 2) for part in parts], 2), lse.new_empty(0)
 
 
 @_attention_backward.register_kernel("cuda")
-def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     if len(qkv) > MOST_SEQUENCES:
         pieces = zip(*(tensor.split(MOST_SEQUENCES) for tensor in (grad, qkv, out, lse)), strict=True)
-        return torch.cat([_attention_backward_on_cuda(*piece) for piece in pieces])
+        gradients, sums = zip(*(_attention_backward_on_cuda(*piece) for piece in pieces), strict=True)
+        return torch.cat(gradients), torch.stack(sums).sum(0)
     qkv = _addressable(qkv, 1)
     kernels, tile = _kernels("backward", qkv)
     with torch.cuda.device_of(qkv):
@@ -194,8 +201,16 @@ def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Ten
 
 
 @_attention_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    return _empty_packed(qkv)
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_packed(qkv), lse.new_empty((3, *qkv.shape[3:]) if _gives_sums(qkv) else 0)
+
+
+def _gives_sums(qkv: Tensor) -> bool:
+    """Whether the kernel of `_kernels` does."""
+    if not qkv.is_cuda:
+        return False
+    routes = (_route(f"{op}_backward", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) for op in _OPS)
+    return next((route for route in routes if route in PACKAGES), "triton") == "hopper"
 
 
 @torch.library.custom_op("polyvit::attention_varlen", mutates_args=(), device_types="cpu")
@@ -224,7 +239,7 @@ def _(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
 def _attention_varlen_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, max_tokens: int) -> Tensor:
     lengths = _lengths(qkv, cu_tokens, max_tokens)
     rows = zip(*(tensor.split(lengths) for tensor in (grad, qkv, out)), lse.split(lengths, 1), strict=True)
-    pieces = [_attention_backward(*(tensor[None] for tensor in row))[0] for row in rows]
+    pieces = [_attention_backward(*(tensor[None] for tensor in row))[0][0] for row in rows]
     return torch.cat(pieces) if pieces else _empty_packed(qkv)
 
 
@@ -234,7 +249,7 @@ def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, ma
 
     tile = tiles.pick_for("attention_long_backward", qkv, tokens=max_tokens, features=qkv.shape[3])
     with torch.cuda.device_of(qkv):
-        return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens.contiguous(), max_tokens)
+        return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens.contiguous(), max_tokens)[0]
 
 
 @_attention_varlen_backward.register_fake
@@ -251,7 +266,10 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: Tensor | None, _: None) -> Tensor | None:
-    return grad if grad is None else torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
+    if grad is None:
+        return None
+    dqkv, _sums = torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
+    return dqkv
 
 
 def _differentiate_varlen(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
@@ -297,12 +315,11 @@ def _addressable(x: Tensor, token_axis: int) -> Tensor:
 
 
 def _kernels(direction: str, qkv: Tensor) -> tuple[ModuleType, tiles.Tile]:
-    from polyvit_kernels import attention_long, attention_short
-
-    for kernels, op in ((attention_short, "attention_short"), (attention_long, "attention_long")):
-        tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=qkv.shape[1], features=qkv.shape[4])
-        if tile.backend == "triton":
-            return kernels, tile
+    tokens, features = qkv.shape[1], qkv.shape[4]
+    for op in _OPS:
+        tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=tokens, features=features, portable=features % 16 != 0)
+        if tile.backend in PACKAGES:
+            return import_module(f"{PACKAGES[tile.backend]}.{op}"), tile
     raise ValueError(
         f"polyvit::attention has no kernel for {qkv.dtype} with head_dim {qkv.shape[4]}; polyvit_kernels.attention calls torch's"
     )

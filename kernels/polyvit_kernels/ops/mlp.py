@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from polyvit_kernels.ops import dtypes
-from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype
+from polyvit_kernels.ops import dtypes, weights
+from polyvit_kernels.ops.dtypes import check_floating, check_one_device
+from polyvit_kernels.ops.gradients import column_sums, low_form
 from polyvit_kernels.tiles import Tile, pick_for
 
 Gelu = Literal["tanh", "erf"]
@@ -33,9 +34,9 @@ def linear_gelu(
     Raises ValueError when shapes, dtypes or devices do not go together, a dtype is no floating-point one, or `gelu` is unknown.
     """
     check_floating(x=x, weight=weight, bias=bias)
-    x, weight, bias = _cast(x, weight, bias)
+    x, weight, bias = weights.cast(x, weight, bias)
     _check_gelu(gelu)
-    _check_layer(x, x.shape[-1:], weight, bias)
+    check_layer(x, x.shape[-1:], weight, bias)
     if not dtypes.runs_registered(x):
         return _linear_gelu(x, weight, bias, gelu, False, _by_torch)[0]
     return _linear_gelu_op(x, weight, bias, gelu, _is_recorded(x, weight, bias))[0]
@@ -49,8 +50,8 @@ def linear_add(
     Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
     """
     check_floating(x=x, weight=weight, bias=bias, residual=residual)
-    x, weight, bias = _cast(x, weight, bias)
-    _check_layer(x, x.shape[-1:], weight, bias)
+    x, weight, bias = weights.cast(x, weight, bias)
+    check_layer(x, x.shape[-1:], weight, bias)
     _check_residual(residual, x, weight)
     if not dtypes.runs_registered(x):
         return _linear_add(x, weight, bias, residual, _by_torch)
@@ -71,21 +72,17 @@ def mlp(
     For the backward the input, the activation and GELU's slope are kept. Raises ValueError as `linear_gelu` does.
     """
     check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    x, *layers = _cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    x, *layers = weights.cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = layers
     _check_gelu(gelu)
-    _check_layer(x, x.shape[-1:], fc1_weight, fc1_bias, "fc1_")
-    _check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
+    check_layer(x, x.shape[-1:], fc1_weight, fc1_bias, "fc1_")
+    check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
     if residual is not None:
         check_floating(residual=residual)
         _check_residual(residual, x, fc2_weight)
     if not dtypes.runs_registered(x):
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, gelu, False, _by_torch)[0]
     return _mlp_op(x, *layers, residual, gelu, _is_recorded(x, *layers))[0]
-
-
-def _cast(*operands: Tensor) -> list[Tensor]:
-    return [tensor.to(matmul_dtype(tensor)) for tensor in operands] if dtypes.is_autocast_on(operands[0]) else list(operands)
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
@@ -97,7 +94,8 @@ def _check_gelu(gelu: str) -> None:
         raise ValueError(f"gelu is {gelu!r}, but 'tanh' or 'erf' is needed")
 
 
-def _check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
+def check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
+    """Raises ValueError when a linear layer does not go together with an input of so many `features`, or with its dtype or device."""
     if weight.ndim != 2 or weight.shape[1:] != features or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name}weight {list(weight.shape)} and {name}bias {list(bias.shape)} meet an input of {list(features)} features, "
@@ -184,8 +182,7 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick:
 
 
 def _linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool], pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _rows(grad)
-    return _layer_gradients(wants, x, weight, grads.to(x.dtype), grads.sum(0))
+    return _layer_gradients(wants, x, weight, _rows(low_form(grad, x.dtype)), column_sums(grad, len(weight), x.dtype))
 
 
 def _mlp(
@@ -210,11 +207,11 @@ def _mlp(
 def _mlp_backward(
     grad: Tensor, x: Tensor, fc1_weight: Tensor, activation: Tensor, slope: Tensor, fc2_weight: Tensor, wants: list[bool], pick: _Pick
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _rows(grad)
-    low = grads.to(x.dtype)
+    low = _rows(low_form(grad, x.dtype))
     d_pre, d_fc1_bias = _undone(low, fc2_weight, slope, pick)
     first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, grads.sum(0))
+    sums = column_sums(grad, len(fc2_weight), x.dtype)
+    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_kernels import tiles
+from polyvit_kernels.ops import weights
 from polyvit_kernels.ops.dtypes import FLOATING, check_floating, check_one_device, matmul_dtype
+from polyvit_kernels.ops.gradients import low_form
 
 
 def patch_embed(
@@ -33,7 +35,7 @@ def patch_embed(
     _check_dtypes(grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
     _check_parameters(weight, bias, cls_token, pos_embed, mean, std)
     check_one_device(grid=grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
-    weight = weight.to(matmul_dtype(weight))
+    weight = weights.rounded(weight, matmul_dtype(weight))
     out_dtype = out_dtype or torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
     check_floating(out_dtype=out_dtype)
     return _patch_embed(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
@@ -166,7 +168,7 @@ def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> 
     with torch.cuda.device_of(grid):
         tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)
     # Class tokens have a row of zeros there, so that their gradients need not be cut out.
-    d_weight = (grad.reshape(-1, len(weight)).to(weight.dtype).T @ tubelets).view(weight.shape)
+    d_weight = (low_form(grad, weight.dtype).reshape(-1, len(weight)).T @ tubelets).view(weight.shape)
     return d_weight, grad.sum(0, dtype=torch.float32)
 
 
