@@ -154,12 +154,12 @@ def _linear_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 
 def _linear_gelu(inputs: Inputs, tile: Tile) -> Results:
     found = _activated(inputs["x"], inputs["weight"], inputs["bias"], GELU, True, lambda *_, **__: tile)
-    return dict(zip(("y", "pre"), found, strict=True))
+    return dict(zip(("y", "slope"), found, strict=True))
 
 
 def _true_linear_gelu(inputs: Inputs) -> Results:
     pre = reference.linear(inputs["x"], inputs["weight"], inputs["bias"])
-    return {"y": reference.gelu(pre, GELU), "pre": pre}
+    return {"y": reference.gelu(pre, GELU), "slope": reference.gelu_backward(pre, GELU, torch.ones_like(pre))}
 
 
 def _linear_add(inputs: Inputs, tile: Tile) -> Results:
@@ -173,18 +173,18 @@ def _true_linear_add(inputs: Inputs) -> Results:
 
 def _dgelu_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
     rows, depth, columns = size
-    inputs = _random(dtype, grad=(rows, depth), weight=(depth, columns), pre=(rows, columns))
+    inputs = _random(dtype, grad=(rows, depth), weight=(depth, columns), slope=(rows, columns))
     return inputs | {"weight": inputs["weight"] / math.sqrt(depth)}
 
 
 def _dgelu(inputs: Inputs, tile: Tile) -> Results:
-    d_pre, activation, sums = _undone(inputs["grad"], inputs["weight"], inputs["pre"], GELU, lambda *_, **__: tile)
-    return {"d_pre": d_pre, "activation": activation, "sums": sums.to(d_pre.dtype)}
+    d_pre, sums = _undone(inputs["grad"], inputs["weight"], inputs["slope"], lambda *_, **__: tile)
+    return {"d_pre": d_pre, "sums": sums.to(d_pre.dtype)}
 
 
 def _true_dgelu(inputs: Inputs) -> Results:
-    d_pre = reference.gelu_backward(inputs["pre"], GELU, inputs["grad"] @ inputs["weight"])
-    return {"d_pre": d_pre, "activation": reference.gelu(inputs["pre"], GELU), "sums": d_pre.sum(0)}
+    d_pre = (inputs["grad"] @ inputs["weight"]) * inputs["slope"]
+    return {"d_pre": d_pre, "sums": d_pre.sum(0)}
 
 
 def _plain_of(run: Callable[[Inputs, Tile], Results]) -> Callable[[Inputs], Results]:

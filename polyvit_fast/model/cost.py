@@ -50,10 +50,10 @@ def activation_bytes(
 ) -> int:
     """Memory that one micro-batch of `task` holds from its forward to its backward pass, on a GPU.
 
-    Counted is what autograd keeps: per block both inputs of the norms, and the inputs of attention, the GELU and all linear layers but
-    the last, which is computed again unless there is dropout (a CPU keeps it); in bf16 the weights' rounded copies too, unless those
-    last for the whole run. With `recompute` it is the input of every block and all that one block keeps. Not counted: short-lived results
-    and gradients (about one block's share), the allocator's slack, the input grid, decoded batches.
+    Counted is what autograd keeps: per block both inputs of the norms, the inputs of attention and of all linear layers, and GELU's
+    slope; in bf16 the weights' rounded copies too, unless those last for the whole run. With `recompute` it is the input of every block
+    and all that one block keeps. Not counted: short-lived results and gradients (about one block's share), the allocator's slack, the
+    input grid, decoded batches.
     """
     narrow, wide = BYTES[precision], BYTES[residual]
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
@@ -85,7 +85,7 @@ def _class_token_bytes(model: Model, tokens: int, narrow: int, wide: int) -> int
 
 def _mlp_elements(model: Model) -> int:
     """Kept for one token by the MLP, and the masks of a block's dropout."""
-    return 3 * model.dim + 3 * model.mlp_dim if model.dropout else model.dim + model.mlp_dim
+    return 3 * model.dim + 3 * model.mlp_dim if model.dropout else model.dim + 2 * model.mlp_dim
 
 
 def _ends_with_class_token(model: Model) -> bool:
