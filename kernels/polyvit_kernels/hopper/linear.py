@@ -101,11 +101,11 @@ def _multiply(
                 i_load_k = 0
                 i_load += step
                 i_row, i_column = _corner(i_load, tiles_n, BLOCK_M, BLOCK_N)
-    i_use, i_turn = 0, 0
+    i_use = 0
     # [BLOCK_M / 2, BLOCK_N]
     b_sum = gl.zeros([BLOCK_M // 2, BLOCK_N], gl.float32, layout)
     mbarrier.wait(bar_h_empty.index(HALF), 0)
-    for _ in range(gl.program_id(0), num_tiles, step):
+    for i_turn in range(gl.cdiv(num_tiles - gl.program_id(0), step)):
         if BIAS:
             b_bias = s_bias.index(i_turn % _BIAS_SLOTS).load(gl.SliceLayout(0, layout))
             b_sum = b_bias[None, :].broadcast_to([BLOCK_M // 2, BLOCK_N])
@@ -136,7 +136,6 @@ def _multiply(
         mbarrier.wait(bar_h_empty.index(HALF), i_turn & 1)
         s_h.index(HALF).store(b_sum.to(s_h.dtype))
         mbarrier.arrive(bar_h_full.index(HALF), count=1)
-        i_turn += 1
 
 
 @gluon.jit
@@ -197,10 +196,11 @@ def _finish(
             s_bias.index(j).store(_load_bias(p_bias, i_first + j * step, tiles_n, num_columns, BLOCK_N))
     for j in gl.static_range(2):
         mbarrier.arrive(bar_h_empty.index(j), count=1)
-    i_part, i_turn = 0, 0
+    i_part = 0
     if p_in is not None:
         b_next = _load_part(p_in, i_part, num_rows, num_columns, tiles_n, ROWS, BLOCK_M, BLOCK_N, layout)
-    for i_tile in range(i_first, num_tiles, step):
+    for i_turn in range(gl.cdiv(num_tiles - i_first, step)):
+        i_tile = i_first + i_turn * step
         i_row, i_column = _corner(i_tile, tiles_n, BLOCK_M, BLOCK_N)
         if p_bias is not None:
             # [BLOCK_N]
@@ -235,7 +235,6 @@ def _finish(
         if p_sums is not None:
             o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
             gl.store(p_sums + i_tile // tiles_n * num_columns + i_column + o_n, gl.sum(b_sums, 0), mask=o_n < num_columns - i_column)
-        i_turn += 1
 
 
 @gluon.jit
@@ -367,7 +366,7 @@ def dgelu_bwd_kernel(
 
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, tile: Tile) -> tuple[Tensor, Tensor]:
     """(gelu(H), gelu'(H)), H = x weightᵀ + bias; without `keep` the second one is empty."""
-    if not _can_describe(x, weight):
+    if not _can_describe(weight):
         return linear.linear_gelu_forward(x, weight, bias, gelu, keep, _portable("linear_gelu_forward", x))
     y = x.new_empty(len(x), len(weight))
     slope = torch.empty_like(y) if keep else x.new_empty(0)
@@ -377,7 +376,7 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep
 
 def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
     """residual + x weightᵀ + bias, in the dtype that torch's sum has."""
-    if not _can_describe(x, weight):
+    if not _can_describe(weight):
         return linear.linear_add_forward(x, weight, bias, residual, _portable("linear_add_forward", x))
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
     _launch(linear_add_fwd_kernel, x, weight, (bias.contiguous(), residual.contiguous(), y), y, {}, tile)
@@ -386,7 +385,7 @@ def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
 
 def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """(dH, sums of dH's columns in fp32), dH = (grad weight) · slope."""
-    if not _can_describe(grad, weight):
+    if not _can_describe(weight):
         return linear.dgelu_backward(grad, weight, slope, _portable("dgelu_backward", grad))
     d_pre = slope.new_empty(slope.shape)
     sums = slope.new_empty(_cdiv(len(slope), tile.blocks["BLOCK_M"]), slope.shape[1], dtype=torch.float32)
@@ -394,9 +393,9 @@ def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> t
     return d_pre, sums.sum(0)
 
 
-def _can_describe(*matrices: Tensor) -> bool:
-    """Whether TMA can address them all: their rows are multiples of 16 bytes, and so are the output's."""
-    return all(size * matrix.element_size() % 16 == 0 for matrix in matrices for size in matrix.shape[-2:])
+def _can_describe(weight: Tensor) -> bool:
+    """Whether TMA can address all matrices, whose rows are as long as one side of the weight: multiples of 16 bytes."""
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape)
 
 
 def _portable(op: str, x: Tensor) -> Tile:
@@ -405,6 +404,11 @@ def _portable(op: str, x: Tensor) -> Tile:
 
 def _cdiv(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def num_processors(device: torch.device) -> int:
+    """How many programs run at once: each takes a whole processor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_n(rows: int, columns: int, programs: int, tile: Tile) -> int:
@@ -429,7 +433,7 @@ def _launch(kernel: Any, a: Tensor, b: Tensor, tensors: tuple[Tensor, ...], out:
     if not out.numel():
         return
     rows, columns = out.shape
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
+    processors = num_processors(out.device)
     blocks = _constants(tile, block_n(rows, columns, processors, tile))
     d_a, d_b = (_describe(_packed(x), box) for x, box in zip((a, b), _boxes(blocks, kernel is dgelu_bwd_kernel), strict=True))
     grid = (min(processors, _cdiv(rows, blocks["BLOCK_M"]) * _cdiv(columns, blocks["BLOCK_N"])),)
