@@ -56,10 +56,10 @@ def _problem(shape: Sequence[int], residual: Inputs) -> Problem:
     sample = {name: tensor[:SAMPLE] if name in ("x", "residual") else tensor for name, tensor in inputs.items()}
     size, parts = inputs["x"].element_size(), len(residual)
     weights, product = 2 * dim * hidden, 2 * rows * dim * hidden
-    # In: x, the residual, the weights; out: y, the pre-activation. Backward in: dy, x, the pre-activation, the weights; out: dx, dw.
+    # In: x, the residual, the weights; out: y, the activation, GELU's slope. Backward in: dy, x, those two, the weights; out: dx, dw.
     costs = {
-        FORWARD: Cost(num_bytes=size * ((2 + parts) * rows * dim + rows * hidden + weights), flops=2 * product),
-        BACKWARD: Cost(num_bytes=size * (3 * rows * dim + rows * hidden + 2 * weights), flops=4 * product),
+        FORWARD: Cost(num_bytes=size * ((2 + parts) * rows * dim + 2 * rows * hidden + weights), flops=2 * product),
+        BACKWARD: Cost(num_bytes=size * (3 * rows * dim + 2 * rows * hidden + 2 * weights), flops=4 * product),
     }
     return Problem(
         title=f"MLP{' + residual' * parts} | {rows}×{dim}→{hidden}→{dim}",

@@ -108,9 +108,12 @@ def neighbours(case: Case, tile: Tile) -> list[Tile]:
 
 def label(tile: Tile) -> str:
     """What a row runs, in one line."""
-    if tile.op == "attention" or tile.backend != "triton":
+    if tile.op == "attention" or tile.backend not in ("triton", "hopper"):
         return tile.backend
-    return f"{' '.join(f'{name}={value}' for name, value in tile.blocks.items())} warps={tile.num_warps} stages={tile.num_stages}"
+    words = [f"{name}={value}" for name, value in tile.blocks.items()] + [f"warps={tile.num_warps}", f"stages={tile.num_stages}"]
+    if tile.backend == "hopper":
+        words = ["hopper", *words, f"registers={tile.max_registers or 'free'}"]
+    return " ".join(words)
 
 
 def _power_of_two(least: int) -> int:

@@ -26,7 +26,18 @@ RATES = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 790e
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 
 PACKAGES = (
-    *("torch", "triton", "timm", "transformers", "nvidia-dali-cuda130", "xformers", "liger-kernel", "flash-attn", "flash-attn-3"),
+    *(
+        "torch",
+        "triton",
+        "timm",
+        "transformers",
+        "nvidia-dali-cuda130",
+        "xformers",
+        "mslk-cuda",
+        "liger-kernel",
+        "flash-attn",
+        "flash-attn-3",
+    ),
     "pytest-benchmark",
 )
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -47,7 +58,12 @@ def name() -> str:
 
 def folder_name() -> str:
     """Of `benchmarks/results/<here>`: nvidia-h200, cpu-2-cores."""
-    return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+    return folder_of(name())
+
+
+def folder_of(card: str) -> str:
+    """The same of a card by its name."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
 def floor_seconds(cost: Cost, card: str) -> float | None:

@@ -154,12 +154,12 @@ def _linear_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 
 def _linear_gelu(inputs: Inputs, tile: Tile) -> Results:
     found = _activated(inputs["x"], inputs["weight"], inputs["bias"], GELU, True, lambda *_, **__: tile)
-    return dict(zip(("y", "pre"), found, strict=True))
+    return dict(zip(("y", "slope"), found, strict=True))
 
 
 def _true_linear_gelu(inputs: Inputs) -> Results:
     pre = reference.linear(inputs["x"], inputs["weight"], inputs["bias"])
-    return {"y": reference.gelu(pre, GELU), "pre": pre}
+    return {"y": reference.gelu(pre, GELU), "slope": reference.gelu_backward(pre, GELU, torch.ones_like(pre))}
 
 
 def _linear_add(inputs: Inputs, tile: Tile) -> Results:
@@ -173,18 +173,18 @@ def _true_linear_add(inputs: Inputs) -> Results:
 
 def _dgelu_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
     rows, depth, columns = size
-    inputs = _random(dtype, grad=(rows, depth), weight=(depth, columns), pre=(rows, columns))
+    inputs = _random(dtype, grad=(rows, depth), weight=(depth, columns), slope=(rows, columns))
     return inputs | {"weight": inputs["weight"] / math.sqrt(depth)}
 
 
 def _dgelu(inputs: Inputs, tile: Tile) -> Results:
-    d_pre, activation, sums = _undone(inputs["grad"], inputs["weight"], inputs["pre"], GELU, lambda *_, **__: tile)
-    return {"d_pre": d_pre, "activation": activation, "sums": sums.to(d_pre.dtype)}
+    d_pre, sums = _undone(inputs["grad"], inputs["weight"], inputs["slope"], lambda *_, **__: tile)
+    return {"d_pre": d_pre, "sums": sums.to(d_pre.dtype)}
 
 
 def _true_dgelu(inputs: Inputs) -> Results:
-    d_pre = reference.gelu_backward(inputs["pre"], GELU, inputs["grad"] @ inputs["weight"])
-    return {"d_pre": d_pre, "activation": reference.gelu(inputs["pre"], GELU), "sums": d_pre.sum(0)}
+    d_pre = (inputs["grad"] @ inputs["weight"]) * inputs["slope"]
+    return {"d_pre": d_pre, "sums": d_pre.sum(0)}
 
 
 def _plain_of(run: Callable[[Inputs, Tile], Results]) -> Callable[[Inputs], Results]:
@@ -229,18 +229,24 @@ def _norm_backward_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 def _norm_backward(inputs: Inputs, tile: Tile) -> Results:
     from polyvit_kernels import norm
 
-    found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile)
-    return dict(zip(("d_x", "d_weight", "d_bias"), found, strict=True))
+    found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile, inputs["x"].dtype)
+    return _named_gradients(*found)
 
 
 def _torch_norm_backward(inputs: Inputs) -> Results:
-    found = _layer_norm_backward_by_torch(*(inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum")))
-    return dict(zip(("d_x", "d_weight", "d_bias"), found, strict=True))
+    tensors = (inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum"))
+    return _named_gradients(*_layer_norm_backward_by_torch(*tensors, inputs["x"].dtype))
+
+
+def _named_gradients(d_x: Tensor, _: Tensor | None, sums: Tensor | None, d_weight: Tensor, d_bias: Tensor) -> Results:
+    assert sums is not None
+    return {"d_x": d_x, "sums": sums, "d_weight": d_weight, "d_bias": d_bias}
 
 
 def _true_norm_backward(inputs: Inputs) -> Results:
     d_x, d_weight, d_bias = reference.layer_norm_backward(inputs["x"], inputs["weight"], inputs["grad"], EPS)
-    return {"d_x": d_x + inputs["grad_sum"], "d_weight": d_weight, "d_bias": d_bias}
+    d_x = d_x + inputs["grad_sum"]
+    return {"d_x": d_x, "sums": d_x.sum(0), "d_weight": d_weight, "d_bias": d_bias}
 
 
 # Updates
@@ -377,7 +383,7 @@ TRIALS: Mapping[str, Trial] = {
     "patch_embed_forward": Trial(
         inputs=_patch_inputs,
         ours=_patch_forward,
-        plain=lambda inputs: {"tokens": _patch_embed_by_torch(*(inputs[name] for name in _PATCH_NAMES))},
+        plain=lambda inputs: {"tokens": _patch_embed_by_torch(*(inputs[name] for name in _PATCH_NAMES), inputs["weight"].dtype)},
         true=lambda inputs: {"tokens": reference.patch_embed(*(inputs[name] for name in _PATCH_NAMES))},
     ),
     "patch_embed_backward": Trial(inputs=_patch_inputs, ours=_patch_backward, plain=_torch_patch_backward, true=_true_patch_backward),

@@ -29,6 +29,7 @@ from typing import Any
 import gluon_memory
 import numpy as np
 import torch
+import triton.language as tl
 from gluon_machine import Barrier, FaultError, Machine
 from gluon_memory import Barriers, Descriptor, Memory, Now, Pointer, Report, Shared, Span
 from gluon_values import Product, Rounding, Value, promoted, values_of
@@ -36,6 +37,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 ASSEMBLY = {"ex2.approx.ftz.f32 $0, $1;": np.exp2}
@@ -183,12 +185,12 @@ def _allocate_barriers(batch: int | None = None, two_ctas: bool = False) -> Barr
 
 def _expect(mbarrier: Barrier, bytes_per_cta: int, pred: Any = True) -> None:
     if pred:
-        Now.machine.arrive(mbarrier, count=1, expected=int(bytes_per_cta))
+        Now.machine.expect(mbarrier, int(bytes_per_cta))
 
 
 def _arrive(mbarrier: Barrier, *, count: int = 1, pred: Any = True) -> None:
     if pred:
-        Now.machine.arrive(mbarrier, count=int(count))
+        Now.machine.arrive(mbarrier, int(count))
 
 
 def _wait(mbarrier: Barrier, phase: Any, pred: Any = True, deps: Any = ()) -> None:
@@ -273,6 +275,7 @@ _LANGUAGE = {
         "make_tensor_descriptor": _describe,
     },
 }
+_LANGUAGE[tl] = _LANGUAGE[gl]  # of portable functions that a kernel calls
 _STAND_INS = {
     id(getattr(module, name)): function
     for module, functions in _LANGUAGE.items()
@@ -296,7 +299,7 @@ def _translate(x: Any) -> Any:
     """What stands in a kernel for something of Python's or of the language's."""
     if id(x) in _STAND_INS:
         return _STAND_INS[id(x)]
-    if isinstance(x, JITFunction):
+    if isinstance(x, JITFunction | InterpretedFunction):
         return _executable(x.fn)
     if isinstance(x, ModuleType):
         return _Module(x)

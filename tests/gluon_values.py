@@ -74,6 +74,9 @@ class Value:
     def permute(self, *order: Any) -> "Value":
         return Value(self.values.transpose(*order), self.dtype)
 
+    def broadcast_to(self, shape: Any) -> "Value":
+        return Value(np.broadcast_to(self.values, [int(size) for size in shape]), self.dtype)
+
 
 class Product:
     """A sum of products of wgmma that may be under way: the `number`-th of its partition. Only other products may take it as it is."""
