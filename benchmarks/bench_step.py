@@ -4,21 +4,23 @@ Run: pytest benchmarks/bench_step.py. All start from the same weights (asserted:
 clipping, and get their batch on the device: ours as bytes, the others normalised. Peers have torch's fused AdamW and SDPA with the
 backend pinned that is fastest for this attention. Ours is recorded as a CUDA graph unless it is called eager, and so is the model of a peer
 that is compiled to reduce overhead, which the smallest models, whose launches take as long as their kernels, are held against; on a CPU all
-run eagerly. MFU counts what is computed: ours computes the last block for the class token alone, which is all that the head reads. Memory
-is what the process takes from the device.
+run eagerly. A residual stream of bf16 is held against a peer that is all in bf16: its weights and moments too, and so it loses updates that
+are smaller than a weight's rounding. MFU counts what is computed: ours computes the last block for the class token alone, which is all that
+the head reads. Memory is what the process takes from the device.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import peers
 import pytest
 import twins
 from card import DEVICE, HAS_GPU
 from problem import OURS, STEP
-from steps import Case, Contest, Trainer, apart, fastest_backend, our_trainer, peer_trainer, run_of
+from steps import FURTHEST_LOSS, Case, Contest, Trainer, apart, fastest_backend, our_trainer, peer_trainer, run_of
 from twins import Build
 
 from polyvit_fast.config import MODELS, Modality, Model, Task
@@ -30,6 +32,7 @@ from polyvit_fast.model.polyvit import PolyViT
 
 OURS_EAGER = "ours eager"
 TIMM, VIT, VIVIT, AST, APART = "timm", "HF ViT", "HF ViViT", "HF AST", "each task alone"
+PURE = "all in bf16"
 BUILDS: dict[str, Build] = {
     TIMM: twins.timm_vit,
     VIT: twins.hugging_face_vit,
@@ -44,8 +47,8 @@ def task_of(modality: Modality, batch: int, num_classes: int = 1000, **changes) 
     return Task(modality=modality, train=Synthetic(), val=Synthetic(), num_classes=num_classes, steps=1, batch=batch, **changes)
 
 
-def vit(size: str, batch: int) -> Case:
-    return Case(model=replace(MODELS[size], gelu="erf"), task=task_of(Image(size=224), batch))
+def vit(size: str, batch: int, residual: Literal["fp32", "bf16"] = "fp32") -> Case:
+    return Case(model=replace(MODELS[size], gelu="erf"), task=task_of(Image(size=224), batch), residual=residual)
 
 
 def vivit_b() -> Case:
@@ -66,6 +69,7 @@ class Rivals:
     case: Callable[[], Case]
     contenders: tuple[str, ...]
     unit: str
+    furthest: float = FURTHEST_LOSS
 
     def contest(self) -> Contest:
         """All of them on one batch and from one model's weights."""
@@ -73,7 +77,7 @@ class Rivals:
         ways = ways_of(case, PolyViT.from_config(case.config).to(DEVICE))
         chosen = {name: ways[name] if HAS_GPU or name in (OURS, *BUILDS) else NOT_ON_A_CPU for name in self.contenders}
         amount = case.task.batch
-        return Contest(title=self.title, amount=amount, unit=self.unit, contenders=chosen)
+        return Contest(title=self.title, amount=amount, unit=self.unit, contenders=chosen, furthest=self.furthest)
 
 
 def ways_of(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
@@ -84,10 +88,11 @@ def ways_of(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
         OURS_EAGER: partial(ours, captured=False),
     }
     for library, build in BUILDS.items():
-        peer = partial(peer_trainer, case, build, model)
-        ways[library] = partial(peer, compiled=False, backend=backend)
-        ways[f"{library} {peers.COMPILED}"] = partial(peer, compiled=True, backend=backend)
-        ways[f"{library} {peers.RECORDED}"] = partial(peer, compiled=True, backend=backend, recorded=True)
+        for name, pure in ((library, False), (f"{library} {PURE}", True)):
+            peer = partial(peer_trainer, case, build, model, backend=backend, pure=pure)
+            ways[name] = partial(peer, compiled=False)
+            ways[f"{name} {peers.COMPILED}"] = partial(peer, compiled=True)
+            ways[f"{name} {peers.RECORDED}"] = partial(peer, compiled=True, recorded=True)
     return ways
 
 
@@ -141,8 +146,15 @@ def vits(size: str, batch: int, contenders: tuple[str, ...]) -> Rivals:
     return Rivals(title=title, case=partial(vit, size, batch), contenders=contenders, unit="images")
 
 
+def narrow_vit() -> Rivals:
+    title, library = "ViT-B/16 224, batch 256, bf16 residual", f"{TIMM} {PURE}"
+    case = partial(vit, "B", 256, "bf16")
+    return Rivals(title=title, case=case, contenders=usual(library), unit="images", furthest=math.inf)  # the peer's weights hardly move
+
+
 ON_A_GPU: tuple[Rivals | CoTraining, ...] = (  # in the order in which they begin, should time run out
     vits("B", 256, usual(TIMM)),
+    narrow_vit(),
     Rivals(title="ViViT-B 32×224, batch 16", case=vivit_b, contenders=usual(VIVIT), unit="clips"),
     CoTraining(title="PolyViT-B, nine tasks", model=MODELS["B"], tasks=nine_tasks),
     vits("S", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),

@@ -26,7 +26,18 @@ RATES = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 790e
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 
 PACKAGES = (
-    *("torch", "triton", "timm", "transformers", "nvidia-dali-cuda130", "xformers", "liger-kernel", "flash-attn", "flash-attn-3"),
+    *(
+        "torch",
+        "triton",
+        "timm",
+        "transformers",
+        "nvidia-dali-cuda130",
+        "xformers",
+        "mslk-cuda",
+        "liger-kernel",
+        "flash-attn",
+        "flash-attn-3",
+    ),
     "pytest-benchmark",
 )
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")

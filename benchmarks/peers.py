@@ -1,6 +1,7 @@
 """Other libraries' ways, each where it can be had; where not, a sentence says why."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from card import HAS_GPU, is_installed
@@ -10,6 +11,9 @@ from torch import Tensor
 from torch._functorch import config as graphs
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from polyvit_kernels import attention
+from polyvit_kernels.ops import xformers_attention
 
 COMPILED, AUTOTUNED, RECORDED = PEER_COMPILERS
 COMPILERS = (COMPILED, AUTOTUNED)
@@ -50,7 +54,9 @@ def attentions() -> dict[str, Contender | str]:
     for name, backend in BACKENDS.items():
         found[name] = Contender(operation=_packed(_pinned(backend)))
         found[name + APART] = Contender(operation=_pinned(backend), take=_apart, directions=(BACKWARD,), alike=False)
-    found["xformers"] = _from_package("xformers", _xformers)
+    found["xformers"] = (
+        Contender(operation=partial(attention, backend="xformers")) if xformers_attention.is_installed() else "not installed"
+    )
     found["flash-attn 2"] = _from_package("flash_attn", _flash_attn_2)
     found["flash-attn 3"] = _from_package("flash_attn_interface", _flash_attn_3)
     return found
@@ -105,12 +111,6 @@ def _packed(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Operation:
 
 def _apart(inputs: Inputs) -> Inputs:
     return {name: part.contiguous() for name, part in zip("qkv", inputs["qkv"].unbind(2), strict=True)}
-
-
-def _xformers() -> Contender:
-    from xformers.ops import memory_efficient_attention
-
-    return Contender(operation=_packed(memory_efficient_attention))
 
 
 def _flash_attn_2() -> Contender:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Literal
 
 import card
 import peers
@@ -15,7 +16,7 @@ from race import Group, Lane, release, time_steps, told
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from twins import Build, twin_of
+from twins import Build, Twin, twin_of
 
 from polyvit_fast.config import Model, Optim, Task, Train
 from polyvit_fast.model.cost import forward_flops
@@ -161,11 +162,14 @@ class Case:
     model: Model
     task: Task
     seed: int = 0
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Of ours, on a GPU."""
 
     @property
     def config(self) -> Train:
         """A run of this task alone. Nothing is clipped, as the others clip nothing."""
-        return run_of(self.model, {"task": self.task})
+        found = run_of(self.model, {"task": self.task})
+        return replace(found, residual=self.residual) if HAS_GPU else found
 
     @property
     def nominal_flops(self) -> float:
@@ -233,13 +237,18 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     return Trainer(step=run, loss=loss, flops=flops)
 
 
-def peer_trainer(case: Case, build: Build, ours: PolyViT, *, compiled: bool, backend: SDPBackend | None, recorded: bool = False) -> Trainer:
+def peer_trainer(
+    case: Case, build: Build, ours: PolyViT, *, compiled: bool, backend: SDPBackend | None, recorded: bool = False, pure: bool = False
+) -> Trainer:
     """Another library's model with our weights, torch's fused AdamW, SDPA's backend pinned.
 
-    With `recorded`, what is compiled is replayed from CUDA graphs, as ours is.
+    With `recorded`, what is compiled is replayed from CUDA graphs, as ours is. A `pure` one is all in bf16, its weights and their moments
+    too, without autocast.
     """
     grid, labels = batch_of(case.task)
     twin = twin_of(build, ours, case.model, case.task, grid)
+    if pure:
+        twin = Twin(twin.module.bfloat16(), twin.pixels.bfloat16())
     mode = "reduce-overhead" if recorded else None
     call = torch.compile(twin.module, dynamic=False, mode=mode) if compiled else twin.module
     optimizer = torch.optim.AdamW(twin.module.parameters(), lr=LR, weight_decay=0.0, fused=True)
@@ -250,7 +259,7 @@ def peer_trainer(case: Case, build: Build, ours: PolyViT, *, compiled: bool, bac
             torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any more
         with nullcontext() if backend is None else sdpa_kernel(backend):
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU and not pure):
                 logits = twin.logits(call, twin.pixels)
             loss = LOSSES[case.task.loss](logits, labels, case.task.label_smoothing)
             loss.backward()

@@ -229,18 +229,24 @@ def _norm_backward_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 def _norm_backward(inputs: Inputs, tile: Tile) -> Results:
     from polyvit_kernels import norm
 
-    found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile)
-    return dict(zip(("d_x", "d_weight", "d_bias"), found, strict=True))
+    found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile, inputs["x"].dtype)
+    return _named_gradients(*found)
 
 
 def _torch_norm_backward(inputs: Inputs) -> Results:
-    found = _layer_norm_backward_by_torch(*(inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum")))
-    return dict(zip(("d_x", "d_weight", "d_bias"), found, strict=True))
+    tensors = (inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum"))
+    return _named_gradients(*_layer_norm_backward_by_torch(*tensors, inputs["x"].dtype))
+
+
+def _named_gradients(d_x: Tensor, _: Tensor | None, sums: Tensor | None, d_weight: Tensor, d_bias: Tensor) -> Results:
+    assert sums is not None
+    return {"d_x": d_x, "sums": sums, "d_weight": d_weight, "d_bias": d_bias}
 
 
 def _true_norm_backward(inputs: Inputs) -> Results:
     d_x, d_weight, d_bias = reference.layer_norm_backward(inputs["x"], inputs["weight"], inputs["grad"], EPS)
-    return {"d_x": d_x + inputs["grad_sum"], "d_weight": d_weight, "d_bias": d_bias}
+    d_x = d_x + inputs["grad_sum"]
+    return {"d_x": d_x, "sums": d_x.sum(0), "d_weight": d_weight, "d_bias": d_bias}
 
 
 # Updates
@@ -377,7 +383,7 @@ TRIALS: Mapping[str, Trial] = {
     "patch_embed_forward": Trial(
         inputs=_patch_inputs,
         ours=_patch_forward,
-        plain=lambda inputs: {"tokens": _patch_embed_by_torch(*(inputs[name] for name in _PATCH_NAMES))},
+        plain=lambda inputs: {"tokens": _patch_embed_by_torch(*(inputs[name] for name in _PATCH_NAMES), inputs["weight"].dtype)},
         true=lambda inputs: {"tokens": reference.patch_embed(*(inputs[name] for name in _PATCH_NAMES))},
     ),
     "patch_embed_backward": Trial(inputs=_patch_inputs, ours=_patch_backward, plain=_torch_patch_backward, true=_true_patch_backward),

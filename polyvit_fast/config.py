@@ -244,6 +244,10 @@ class Train:
     """Where the model computes. Under torchrun, cuda is one GPU for each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward and backward under autocast; parameters and optimizer stay fp32."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the tokens between the blocks, to which every branch is added; bf16, with precision = bf16, halves their memory."""
+    attention: Literal["auto", "cudnn", "flash", "xformers"] = "auto"
+    """What computes attention on a GPU. auto: what is fastest at its length; else this library (xformers: pip install mslk-cuda)."""
     capture: bool = True
     """On a GPU, record each task's step once as a CUDA graph and replay it, so that the GPU does not wait for Python."""
     recompute: bool = False
@@ -285,6 +289,10 @@ class Train:
                 raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
         if self.decoding == "gpu" and self.device == "cpu":
             raise ValueError("decoding = gpu needs device = cuda; leave it auto")
+        if self.attention != "auto" and self.device == "cpu":
+            raise ValueError(f"attention = {self.attention} needs device = cuda; leave it auto")
+        if self.residual == "bf16" and self.precision == "fp32":
+            raise ValueError("residual = bf16 needs precision = bf16; leave it fp32")
         for name in ("num_threads", "prefetch", "log_every_steps", "save_every_steps", "keep", "nonfinite_patience"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")

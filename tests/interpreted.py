@@ -30,13 +30,15 @@ def on_kernels(monkeypatch, registered):
 
 
 def choose_an_h100s_rows(monkeypatch, *, portable: bool) -> None:
-    """For fp32, where there are none, those of bf16; with `portable`, Hopper's own kernels are passed over."""
+    """For fp32, where there are none, bf16's portable ones; with `portable`, Hopper's own kernels are passed over for every dtype."""
     real = tiles.pick
 
     def pick(op, arch, dtype, **sizes):
         sizes["portable"] = portable or sizes.get("portable", False)
         row = real(op, arch, dtype, **sizes)
-        return real(op, arch, torch.bfloat16, **sizes) if row.backend == "torch" and dtype is torch.float32 else row
+        if row.backend == "torch" and dtype is torch.float32:
+            return real(op, arch, torch.bfloat16, **sizes | {"portable": True})
+        return row
 
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     monkeypatch.setattr(tiles, "pick", pick)

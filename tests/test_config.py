@@ -28,6 +28,8 @@ from polyvit_fast.config import MODELS, Model, Optim, Task, Train
         (lambda: tiny_config(tasks={"a b": tile_task()}), "task name 'a b'"),
         (lambda: tiny_config(log_every_steps=0), "log_every_steps = 0 must be at least 1"),
         (lambda: tiny_config(decoding="gpu"), "decoding = gpu needs device = cuda"),
+        (lambda: tiny_config(attention="cudnn"), "attention = cudnn needs device = cuda"),
+        (lambda: tiny_config(residual="bf16"), "residual = bf16 needs precision = bf16"),
         (lambda: tiny_config(max_bad_ratio=1.5), "max_bad_ratio"),
     ],
 )
@@ -48,7 +50,9 @@ def test_model_table_is_that_of_the_papers():
 
 def test_any_field_can_be_set_on_the_command_line(config):
     flags = "--tasks.a.steps 5 --tasks.b.modality.size 16 --optim.lr 0.5 --schedule uniform --model.depth 3 --no-resume"
+    flags += " --precision bf16 --residual bf16"
     changed = tyro.cli(Train, default=config, args=flags.split())
+    assert (changed.precision, changed.residual) == ("bf16", "bf16")
     assert (changed.tasks["a"].steps, changed.optim.lr, changed.schedule, changed.model.depth, changed.resume) == (
         5,
         0.5,

@@ -1,6 +1,6 @@
 # A launch is not the call that its signature says, to a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Matrix products with what follows them in the same pass: bias and GELU, bias and residual, GELU's derivative.
+"""Matrix products with what follows them in the same pass: bias and GELU, bias and residual, the slope that GELU had.
 
 No atomics: every element has one writer, and runs repeat bit for bit. All tensors are contiguous matrices; a weight is `[out, in]`.
 
@@ -8,7 +8,7 @@ No atomics: every element has one writer, and runs repeat bit for bit. All tenso
 - GROUP_M: so many tiles of rows take turns before the next tile of columns, so that what they share is read from L2
 - PARTS: the tile is finished in so many parts, one after the other, which takes fewer registers: 1, 2 or 4
 - EVEN_N, EVEN_K: the size is a multiple of its block, so nothing is masked
-- GELU: "erf" or "tanh"; PRECISE: by its definition, for fp32, not by the fits of `_tail`; KEEP: the pre-activation is stored
+- GELU: "erf" or "tanh"; PRECISE: by its definition, for fp32, not by the fits of `_tail`; KEEP: GELU's slope is stored
 """
 
 import itertools
@@ -120,14 +120,14 @@ def _tail(b_t, GELU: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _gelu(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
+def gelu(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
     """gelu(x) = max(x, 0) − |x| tail(|x|)."""
     b_t = tl.abs(b_x)
     return tl.maximum(b_x, 0.0) - b_t * _tail(b_t, GELU, PRECISE)
 
 
 @triton.jit
-def _gelu_and_slope(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
+def gelu_and_slope(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
     """gelu(x) and gelu'(x) = P + x P', P(x) = gelu(x) / x; P' is the normal density, or 2 u' P (1 − P) for tanh."""
     b_t = tl.abs(b_x)
     b_tail = _tail(b_t, GELU, PRECISE)
@@ -163,7 +163,7 @@ def _finish_gelu(
     b_h,
     p_bias,
     p_y,
-    p_pre,
+    p_slope,
     i_row,
     i_column,
     num_rows,
@@ -177,15 +177,18 @@ def _finish_gelu(
     if PARTS > 1:
         b_left, b_right = _halves(b_h)
         i_right = i_column + b_left.shape[1]
-        _finish_gelu(b_left, p_bias, p_y, p_pre, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
-        _finish_gelu(b_right, p_bias, p_y, p_pre, i_row, i_right, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
+        _finish_gelu(b_left, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
+        _finish_gelu(b_right, p_bias, p_y, p_slope, i_row, i_right, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
     else:
         o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_h.shape[0], b_h.shape[1])
         b_bias = tl.load(p_bias + i_column + tl.arange(0, b_h.shape[1]), mask=m_n, other=0.0)
         b_h += b_bias.to(tl.float32)[None, :]
         if KEEP:
-            tl.store(p_pre + o_part, b_h.to(p_pre.dtype.element_ty), mask=m_part)
-        tl.store(p_y + o_part, _gelu(b_h, GELU, PRECISE).to(p_y.dtype.element_ty), mask=m_part)
+            b_y, b_slope = gelu_and_slope(b_h, GELU, PRECISE)
+            tl.store(p_slope + o_part, b_slope.to(p_slope.dtype.element_ty), mask=m_part)
+        else:
+            b_y = gelu(b_h, GELU, PRECISE)
+        tl.store(p_y + o_part, b_y.to(p_y.dtype.element_ty), mask=m_part)
 
 
 @triton.jit
@@ -204,37 +207,16 @@ def _finish_add(b_y, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_col
 
 
 @triton.jit
-def _finish_dgelu(
-    b_da,
-    p_pre,
-    p_dpre,
-    p_activation,
-    p_sums,
-    i_row,
-    i_column,
-    num_rows,
-    num_columns,
-    GELU: tl.constexpr,
-    PRECISE: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+def _finish_dgelu(b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, PARTS: tl.constexpr):
     if PARTS > 1:
         b_left, b_right = _halves(b_da)
         i_right = i_column + b_left.shape[1]
-        _finish_dgelu(
-            b_left, p_pre, p_dpre, p_activation, p_sums, i_row, i_column, num_rows, num_columns, GELU, PRECISE, EVEN_N, PARTS // 2
-        )
-        _finish_dgelu(
-            b_right, p_pre, p_dpre, p_activation, p_sums, i_row, i_right, num_rows, num_columns, GELU, PRECISE, EVEN_N, PARTS // 2
-        )
+        _finish_dgelu(b_left, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS // 2)
+        _finish_dgelu(b_right, p_slope, p_dpre, p_sums, i_row, i_right, num_rows, num_columns, EVEN_N, PARTS // 2)
     else:
         o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_da.shape[0], b_da.shape[1])
-        # The slope is exactly 0 there, so that rows beyond the end add nothing to the sums.
-        b_h = tl.load(p_pre + o_part, mask=m_part, other=-1e4).to(tl.float32)
-        b_activation, b_slope = _gelu_and_slope(b_h, GELU, PRECISE)
-        tl.store(p_activation + o_part, b_activation.to(p_activation.dtype.element_ty), mask=m_part)
-        b_dh = b_da * b_slope
+        # Rows beyond the end add nothing to the sums.
+        b_dh = b_da * tl.load(p_slope + o_part, mask=m_part, other=0.0).to(tl.float32)
         tl.store(p_dpre + o_part, b_dh.to(p_dpre.dtype.element_ty), mask=m_part)
         tl.store(p_sums + i_column + tl.arange(0, b_da.shape[1]), tl.sum(b_dh, 0), mask=m_n)
 
@@ -245,7 +227,7 @@ def linear_gelu_fwd_kernel(
     p_weight,
     p_bias,
     p_y,
-    p_pre,
+    p_slope,
     num_rows,
     num_columns,
     depth,
@@ -260,10 +242,10 @@ def linear_gelu_fwd_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of Y = gelu(H), H = X Wᵀ + b; GELU is taken before H is rounded."""
+    """A tile of Y = gelu(H) and of gelu'(H), H = X Wᵀ + b, which is not rounded in between."""
     i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
     b_h = _product(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    _finish_gelu(b_h, p_bias, p_y, p_pre, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS)
+    _finish_gelu(b_h, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -294,15 +276,12 @@ def linear_add_fwd_kernel(
 def dgelu_bwd_kernel(
     p_grad,
     p_weight,
-    p_pre,
+    p_slope,
     p_dpre,
-    p_activation,
     p_sums,
     num_rows,
     num_columns,
     depth,
-    GELU: tl.constexpr,
-    PRECISE: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -311,20 +290,20 @@ def dgelu_bwd_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of dH = (dY W) · gelu'(H), of A = gelu(H), and the sums of dH's columns over the tile's rows."""
+    """A tile of dH = (dY W) · slope, and the sums of dH's columns over the tile's rows."""
     i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
     b_da = _product(p_grad, p_weight, i_row, i_column, num_rows, num_columns, depth, True, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
     p_sums += (i_row // BLOCK_M).to(tl.int64) * num_columns
-    _finish_dgelu(b_da, p_pre, p_dpre, p_activation, p_sums, i_row, i_column, num_rows, num_columns, GELU, PRECISE, EVEN_N, PARTS)
+    _finish_dgelu(b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS)
 
 
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, tile: Tile) -> tuple[Tensor, Tensor]:
-    """(gelu(H), H), H = x weightᵀ + bias; without `keep` the second one is empty."""
+    """(gelu(H), gelu'(H)), H = x weightᵀ + bias; without `keep` the second one is empty."""
     y = x.new_empty(len(x), len(weight))
-    pre = torch.empty_like(y) if keep else x.new_empty(0)
+    slope = torch.empty_like(y) if keep else x.new_empty(0)
     constants = {"GELU": gelu, "PRECISE": x.dtype is torch.float32, "KEEP": keep}
-    _launch(linear_gelu_fwd_kernel, (x, weight, bias), (y, pre), constants, tile)
-    return y, pre
+    _launch(linear_gelu_fwd_kernel, (x, weight, bias), (y, slope), constants, tile)
+    return y, slope
 
 
 def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
@@ -334,13 +313,12 @@ def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
     return y
 
 
-def dgelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, gelu: str, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH, gelu(H), sums of dH's columns in fp32), dH = (grad weight) · gelu'(H), from H = `pre`."""
-    d_pre, activation = pre.new_empty(pre.shape), pre.new_empty(pre.shape)
-    sums = pre.new_empty(triton.cdiv(len(pre), tile.blocks["BLOCK_M"]), pre.shape[1], dtype=torch.float32)
-    constants = {"GELU": gelu, "PRECISE": pre.dtype is torch.float32}
-    _launch(dgelu_bwd_kernel, (grad, weight, pre), (d_pre, activation, sums), constants, tile)
-    return d_pre, activation, sums.sum(0)
+def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(dH, sums of dH's columns in fp32), dH = (grad weight) · slope."""
+    d_pre = slope.new_empty(slope.shape)
+    sums = slope.new_empty(triton.cdiv(len(slope), tile.blocks["BLOCK_M"]), slope.shape[1], dtype=torch.float32)
+    _launch(dgelu_bwd_kernel, (grad, weight, slope), (d_pre, sums), {}, tile)
+    return d_pre, sums.sum(0)
 
 
 def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], constants: dict[str, Any], tile: Tile) -> None:
@@ -364,15 +342,14 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
             pointers = {"p_x": tensor, "p_weight": tensor, "p_bias": tensor, "p_residual": residual, "p_y": residual}
             yield _variant(linear_add_fwd_kernel, pointers, {"EVEN_N": even}, tile)
         return
-    for gelu in ("erf", "tanh"):
-        constants = {"GELU": gelu, "PRECISE": dtype == "fp32", "EVEN_N": True}
-        if tile.op == "dgelu_backward":
-            pointers = dict.fromkeys(("p_grad", "p_weight", "p_pre", "p_dpre", "p_activation"), tensor) | {"p_sums": "*fp32"}
-            yield _variant(dgelu_bwd_kernel, pointers, constants, tile)
-            continue
-        pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y", "p_pre"), tensor)
-        for keep in (True, False):
-            yield _variant(linear_gelu_fwd_kernel, pointers, constants | {"KEEP": keep}, tile)
+    if tile.op == "dgelu_backward":
+        pointers = dict.fromkeys(("p_grad", "p_weight", "p_slope", "p_dpre"), tensor) | {"p_sums": "*fp32"}
+        yield _variant(dgelu_bwd_kernel, pointers, {"EVEN_N": True}, tile)
+        return
+    pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y", "p_slope"), tensor)
+    for gelu, keep in itertools.product(("erf", "tanh"), (True, False)):
+        constants = {"GELU": gelu, "PRECISE": dtype == "fp32", "KEEP": keep, "EVEN_N": True}
+        yield _variant(linear_gelu_fwd_kernel, pointers, constants, tile)
 
 
 def _variant(kernel: Callable[..., Any], pointers: dict[str, str], constants: dict[str, Any], tile: Tile) -> Variant:

@@ -1,7 +1,7 @@
 """Layer normalisation in one pass each way; adding a residual first costs no pass of its own.
 
 Constants: WIDTH the length of a vector, BLOCK the power of two that holds it, ROWS vectors side by side in a program's registers.
-Backward: PROGRAMS persistent programs, each with one partial sum per parameter, so that the sums have one order on every card;
+Backward: PROGRAMS persistent programs, each with SUMS partial sums of every column, so that the sums have one order on every card;
 STAGES loads in flight.
 """
 
@@ -73,6 +73,7 @@ def layer_norm_bwd_kernel(
     p_mean,
     p_rstd,
     p_dx,
+    p_low,
     p_partials,
     rows,
     stride_grad,
@@ -81,10 +82,14 @@ def layer_norm_bwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`p_partials` is `[programs, 2, WIDTH]`: of the weight, of the bias. Without a gradient of the sum `p_grad_sum` is None."""
+    """`p_partials` is `[programs, SUMS, WIDTH]`: of the weight, of the bias, and where SUMS is 3 of the gradient of x.
+
+    Without a gradient of the sum `p_grad_sum` is None, and `p_low` where nobody wants the gradient of x in a lower precision as well.
+    """
     i_program = tl.program_id(0)
     i_columns = tl.arange(0, BLOCK)
     m_columns = i_columns < WIDTH
@@ -92,6 +97,7 @@ def layer_norm_bwd_kernel(
     # Summed over rows at the end only: inside the loop that would be a word between warps for every vector.
     b_d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     b_d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_dx_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for i_block in tl.range(i_program, tl.cdiv(rows, ROWS), PROGRAMS, num_stages=STAGES):
         i_rows = i_block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_rows = i_rows < rows
@@ -109,29 +115,48 @@ def layer_norm_bwd_kernel(
         b_dx = b_rstd[:, None] * (b_g - (tl.sum(b_g, 1) / WIDTH)[:, None] - b_normal * b_along[:, None])
         if p_grad_sum is not None:
             b_dx += tl.load(p_grad_sum + i_rows[:, None] * stride_grad_sum + i_columns[None, :], mask, 0.0).to(tl.float32)
-        tl.store(p_dx + i_rows[:, None] * WIDTH + i_columns[None, :], b_dx.to(p_dx.dtype.element_ty), mask)
-    o_partial = i_program * 2 * WIDTH + i_columns
+        o_dx = i_rows[:, None] * WIDTH + i_columns[None, :]
+        tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask)
+        if p_low is not None:
+            tl.store(p_low + o_dx, b_dx.to(p_low.dtype.element_ty), mask)
+        if SUMS == 3:
+            b_dx_sum += b_dx
+    o_partial = i_program * SUMS * WIDTH + i_columns
     tl.store(p_partials + o_partial, tl.sum(b_d_weight, 0), m_columns)
     tl.store(p_partials + WIDTH + o_partial, tl.sum(b_d_bias, 0), m_columns)
+    if SUMS == 3:
+        tl.store(p_partials + 2 * WIDTH + o_partial, tl.sum(b_dx_sum, 0), m_columns)
 
 
 @triton.jit
 def layer_norm_bwd_kernel_parameters(
-    p_partials, p_d_weight, p_d_bias, programs, WIDTH: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    p_partials,
+    p_d_weight,
+    p_d_bias,
+    p_dx_sum,
+    programs,
+    WIDTH: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """The sums of `p_partials` over the programs, which are loaded all at once."""
+    """The sums of `p_partials` over the programs, which are loaded all at once. Without a third sum `p_dx_sum` is None."""
     i_programs = tl.arange(0, BLOCK_PROGRAMS)
     i_columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     m_columns = i_columns < WIDTH
-    mask = (i_programs < programs)[:, None] & m_columns[None, :]
-    o_partials = i_programs[:, None] * 2 * WIDTH + i_columns[None, :]
-    b_d_weight = tl.sum(tl.load(p_partials + o_partials, mask, 0.0), 0)
-    b_d_bias = tl.sum(tl.load(p_partials + WIDTH + o_partials, mask, 0.0), 0)
+    mask = m_columns[:, None] & (i_programs < programs)[None, :]
+    # [BLOCK_COLUMNS, BLOCK_PROGRAMS]
+    o_partials = i_columns[:, None] + i_programs[None, :] * SUMS * WIDTH
+    b_d_weight = tl.sum(tl.load(p_partials + o_partials, mask, 0.0), 1)
+    b_d_bias = tl.sum(tl.load(p_partials + WIDTH + o_partials, mask, 0.0), 1)
     tl.store(p_d_weight + i_columns, b_d_weight.to(p_d_weight.dtype.element_ty), m_columns)
     tl.store(p_d_bias + i_columns, b_d_bias.to(p_d_bias.dtype.element_ty), m_columns)
+    if p_dx_sum is not None:
+        b_dx_sum = tl.sum(tl.load(p_partials + 2 * WIDTH + o_partials, mask, 0.0), 1)
+        tl.store(p_dx_sum + i_columns, b_dx_sum.to(p_dx_sum.dtype.element_ty), m_columns)
 
 
-_COLUMNS = 16
+_COLUMNS = 8
 _PARAMETER_WARPS = 8
 
 
@@ -169,17 +194,29 @@ def forward(
 
 
 def backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, tile: Tile
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x`, with `grad_sum` added when there is one, of the weight and of the bias."""
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    tile: Tile,
+    low_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
+
+    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and its columns' sums, rounded last, do as well.
+    """
     width = x.shape[-1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    low = None if low_dtype in (None, x.dtype) else torch.empty(x.shape, dtype=low_dtype, device=x.device)
+    sums = None if low_dtype is None else torch.empty(width, dtype=low_dtype, device=x.device)
     if not x.numel():
-        return d_x, weight.new_zeros(width), weight.new_zeros(width)
+        return d_x, low, sums if sums is None else sums.zero_(), weight.new_zeros(width), weight.new_zeros(width)
     x, grad = _as_rows(x), _as_rows(grad)
     grad_sum = None if grad_sum is None else _as_rows(grad_sum)
     programs = min(tile.blocks["PROGRAMS"], -(-len(x) // tile.blocks["ROWS"]))
-    partials = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+    partials = torch.empty(programs, _num_sums(sums), width, dtype=torch.float32, device=x.device)
     launch: Any = layer_norm_bwd_kernel[(programs,)]
     launch(
         grad,
@@ -189,6 +226,7 @@ def backward(
         mean,
         rstd,
         d_x,
+        low,
         partials,
         len(x),
         grad.stride(0),
@@ -196,6 +234,7 @@ def backward(
         x.stride(0),
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
+        SUMS=_num_sums(sums),
         **tile.launch(),
     )
     d_weight, d_bias = (torch.empty(width, dtype=weight.dtype, device=x.device) for _ in range(2))
@@ -204,14 +243,21 @@ def backward(
         partials,
         d_weight,
         d_bias,
+        sums,
         programs,
         WIDTH=width,
+        SUMS=_num_sums(sums),
         BLOCK_PROGRAMS=triton.next_power_of_2(tile.blocks["PROGRAMS"]),
         BLOCK_COLUMNS=_COLUMNS,
         num_warps=_PARAMETER_WARPS,
         num_stages=1,
     )
-    return d_x, d_weight, d_bias
+    return d_x, low, sums, d_weight, d_bias
+
+
+def _num_sums(sums: object) -> int:
+    """How many vectors a program sums up: for the weight, for the bias, and of the gradient of x where that is wanted."""
+    return 2 if sums is None else 3
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -223,7 +269,8 @@ def _as_rows(x: Tensor) -> Tensor:
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
     """The kernels of a row for vectors of `dtype` as long as in the usual ViTs, with fp32 weights, without and with a residual.
 
-    An fp32 stream also with branches in bf16, as under autocast.
+    An fp32 stream also with branches in bf16, as under autocast. Backward: beside a residual, whose gradient is handed on with its sums
+    and its rounded form, and alone.
     """
     usual = [width for width in (192, 384, 768, 1024, 1280) if triton.next_power_of_2(width) == tile.features]
     outs = ("fp32", "bf16") if dtype == "fp32" else (dtype,)
@@ -235,14 +282,17 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
                 yield _variant(layer_norm_fwd_kernel, types, {"p_residual": None, "p_sum": None}, width, tile)
         else:
             for out in outs:
-                types = {"p_x": f"*{dtype}", "p_grad": f"*{out}", "p_grad_sum": f"*{dtype}", "p_dx": f"*{dtype}"}
-                yield _variant(layer_norm_bwd_kernel, types, {}, width, tile)
-                yield _variant(layer_norm_bwd_kernel, types, {"p_grad_sum": None}, width, tile)
-            yield _parameters_variant(width, tile)
+                yield _parameters_variant(width, {"SUMS": 3}, out, tile)
+                types = {"p_x": f"*{dtype}", "p_grad": f"*{out}", "p_grad_sum": f"*{dtype}", "p_dx": f"*{dtype}", "p_low": f"*{out}"}
+                low = {"p_low": None} if out == dtype else {}
+                yield _variant(layer_norm_bwd_kernel, types, {"SUMS": 3} | low, width, tile)
+                yield _variant(layer_norm_bwd_kernel, types, {"SUMS": 2, "p_grad_sum": None, "p_low": None}, width, tile)
+            yield _parameters_variant(width, {"SUMS": 2, "p_dx_sum": None}, dtype, tile)
 
 
-def _variant(kernel: Any, types: dict[str, str], absent: dict[str, None], width: int, tile: Tile) -> Variant:
-    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), **tile.blocks, **absent}
+def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], width: int, tile: Tile) -> Variant:
+    """`more` constants: None stands for a pointer that is not there."""
+    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), **tile.blocks, **more}
     names = [name for name in kernel.arg_names if name not in constants]
     usual = {name: "*fp32" if name.startswith("p_") else "fp32" if name == "eps" else "i32" for name in names}
     return Variant(
@@ -255,13 +305,16 @@ def _variant(kernel: Any, types: dict[str, str], absent: dict[str, None], width:
     )
 
 
-def _parameters_variant(width: int, tile: Tile) -> Variant:
-    pointers = dict.fromkeys(("p_partials", "p_d_weight", "p_d_bias"), "*fp32")
+def _parameters_variant(width: int, more: dict[str, int | None], low: str, tile: Tile) -> Variant:
+    """With sums in `low`, unless `more` leaves them out."""
+    kernel: Any = layer_norm_bwd_kernel_parameters
     block_programs = triton.next_power_of_2(tile.blocks["PROGRAMS"])
+    constants = {"WIDTH": width, "BLOCK_PROGRAMS": block_programs, "BLOCK_COLUMNS": _COLUMNS, **more}
+    pointers = {name: f"*{low}" if name == "p_dx_sum" else "*fp32" for name in kernel.arg_names if name[:2] == "p_" and name not in more}
     return Variant(
-        kernel=layer_norm_bwd_kernel_parameters,
+        kernel=kernel,
         signature=pointers | {"programs": "i32"},
-        constants={"WIDTH": width, "BLOCK_PROGRAMS": block_programs, "BLOCK_COLUMNS": _COLUMNS},
+        constants=constants,
         divisible=tuple(pointers),
         num_warps=_PARAMETER_WARPS,
         num_stages=1,

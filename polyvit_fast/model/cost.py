@@ -8,7 +8,9 @@ from torch import nn
 
 from polyvit_fast.config import Modality, Model, Optim, Task
 
-FP32_BYTES, BF16_BYTES = 4, 2
+Precision = Literal["fp32", "bf16"]
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+FP32_BYTES, BF16_BYTES = BYTES["fp32"], BYTES["bf16"]
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -34,7 +36,9 @@ def state_bytes(model: nn.Module, optim: Optim) -> int:
     return FP32_BYTES * copies * num_parameters(model)
 
 
-def activation_bytes(model: Model, task: Task, precision: Literal["fp32", "bf16"] = "fp32", recompute: bool = False) -> int:
+def activation_bytes(
+    model: Model, task: Task, precision: Precision = "fp32", recompute: bool = False, *, residual: Precision = "fp32"
+) -> int:
     """Memory that one micro-batch of `task` holds from its forward to its backward pass, on a GPU.
 
     Counted is what autograd keeps: per block both inputs of the norms, and the inputs of attention, the GELU and all linear layers but
@@ -42,32 +46,32 @@ def activation_bytes(model: Model, task: Task, precision: Literal["fp32", "bf16"
     it is the input of every block and all that one block keeps. Not counted: short-lived results and gradients (about one block's
     share), the allocator's slack, the input grid, decoded batches.
     """
-    narrow = BF16_BYTES if precision == "bf16" else FP32_BYTES
+    narrow, wide = BYTES[precision], BYTES[residual]
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
-    residual = FP32_BYTES * tokens * model.dim
-    embedding = residual if model.dropout else 0
-    end = (FP32_BYTES * model.dim if _ends_with_class_token(model) else residual) + narrow * model.dim
+    stream = wide * tokens * model.dim
+    embedding = stream if model.dropout else 0
+    end = (wide * model.dim if _ends_with_class_token(model) else stream) + narrow * model.dim
     num_whole, num_last, num_inputs = _num_whole_blocks(model), int(_ends_with_class_token(model)), 0
     if recompute:  # the block that the backward pass is in, and the inputs of all others
         num_whole, num_last, num_inputs = (1, 0, model.depth - 1) if num_whole else (0, 1, 0)
-    whole, last = _whole_block_bytes(model, tokens, narrow), _class_token_bytes(model, tokens, narrow)
-    blocks = num_whole * whole + num_last * last + num_inputs * residual
+    whole, last = _whole_block_bytes(model, tokens, narrow, wide), _class_token_bytes(model, tokens, narrow, wide)
+    blocks = num_whole * whole + num_last * last + num_inputs * stream
     matrices = num_whole * _block_matrices(model) + num_last * (_block_matrices(model) - 3 * model.dim**2)  # its qkv stays fp32
     weights = matrices + model.dim * (_tubelet_elements(task.modality) + task.num_classes)
     return batch * (embedding + blocks + end) + (BF16_BYTES * weights if precision == "bf16" else 0)
 
 
-def _whole_block_bytes(model: Model, tokens: int, narrow: int) -> int:
+def _whole_block_bytes(model: Model, tokens: int, narrow: int, wide: int) -> int:
     """Kept for one example by a block that computes all tokens."""
     statistics = FP32_BYTES * (4 + model.num_heads)
-    return tokens * (2 * FP32_BYTES * model.dim + statistics + narrow * (5 * model.dim + _mlp_elements(model)))
+    return tokens * (2 * wide * model.dim + statistics + narrow * (5 * model.dim + _mlp_elements(model)))
 
 
-def _class_token_bytes(model: Model, tokens: int, narrow: int) -> int:
+def _class_token_bytes(model: Model, tokens: int, narrow: int, wide: int) -> int:
     """Kept for one example by a block that computes the class token alone: of all tokens only what the first norm and the scores are."""
-    seen = FP32_BYTES * (2 * model.dim + 2 + model.num_heads)
+    seen = wide * model.dim + FP32_BYTES * (model.dim + 2 + model.num_heads)
     query = FP32_BYTES * model.dim * (1 + 2 * model.num_heads)
-    return tokens * seen + query + FP32_BYTES * (model.dim + 2) + narrow * (model.dim + _mlp_elements(model))
+    return tokens * seen + query + wide * model.dim + 2 * FP32_BYTES + narrow * (model.dim + _mlp_elements(model))
 
 
 def _mlp_elements(model: Model) -> int:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from polyvit_fast.model.modules import PLAIN, has_hooks, is_plain, is_untouched
+from polyvit_fast.model.modules import PLAIN, has_hooks, is_plain, is_untouched, project
 from polyvit_fast.model.parts import Attention, Block, Drop, Mlp, Norm, Row, full_name, fused_row
+from polyvit_kernels import ops
 from polyvit_kernels.ops import Gelu
 
 HEAD_DIM_STEP, LARGEST_HEAD_DIM = 8, 128
@@ -102,12 +103,19 @@ _GELUS: dict[str, Callable[[Any], Gelu]] = {
 }
 
 
-def _pack(linears: tuple[Any, ...], x: Tensor) -> Tensor:
+def _pack(linears: tuple[Any, ...], x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Several linear layers of one input, side by side: as one where all are plain, for weights are smaller than activations."""
     if all(is_plain(linear) for linear in linears):
         weight, bias = torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
-        return functional.linear(x, weight, bias)
-    return torch.cat([linear(x) for linear in linears], -1)
+        return ops.linear(x, weight, bias, shape)
+    return torch.cat([linear(x) for linear in linears], -1).unflatten(-1, shape)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A linear layer's function of parameters that belong to no such layer."""
+    if bias is not None and type(weight) in PLAIN and type(bias) in PLAIN:
+        return ops.linear(x, weight, bias, shape)
+    return functional.linear(x, weight, bias).unflatten(-1, shape)
 
 
 def _not_plain(linear: Any, name: str) -> str:
@@ -145,7 +153,7 @@ def _unfit_torch_attention(m: Any) -> str:
 
 
 def _read_torch_attention(m: Any) -> Attention:
-    pack = partial(functional.linear, weight=m.in_proj_weight, bias=m.in_proj_bias)
+    pack = partial(_linear, m.in_proj_weight, m.in_proj_bias)
     return Attention(pack, m.num_heads, m.out_proj, True, (Drop(m.dropout, m.training),))
 
 
@@ -185,9 +193,9 @@ def _read_timm_attention(m: Any) -> Attention:
     if getattr(m, "qkv", None) is None:
         pack = partial(_pack, (m.q_proj, m.k_proj, m.v_proj))
     elif getattr(m, "q_bias", None) is None:
-        pack = m.qkv
+        pack = partial(project, m.qkv)
     else:  # EVA: as there, the layer's weight is read and the layer not called
-        pack = partial(functional.linear, weight=m.qkv.weight, bias=torch.cat([m.q_bias, m.k_bias, m.v_bias]))
+        pack = partial(_linear, m.qkv.weight, torch.cat([m.q_bias, m.k_bias, m.v_bias]))
     return Attention(pack, m.num_heads, m.proj, False, _drops(m, "attn_drop", "proj_drop"))
 
 

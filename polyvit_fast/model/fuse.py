@@ -17,6 +17,7 @@ from polyvit_fast.model.modules import is_plain
 from polyvit_fast.model.parts import MARK, Attention, Block, Mlp, Norm, Part, Row, full_name, fused_row
 from polyvit_fast.model.verify import Batch, Check, compare, table
 from polyvit_kernels import ops
+from polyvit_kernels.ops.attention import check_backend
 from polyvit_kernels.ops.dtypes import matmul_dtype
 
 
@@ -44,12 +45,13 @@ class Report:
         return "\n".join([*_lines("replaced", self.replaced), *_lines("left", self.left)])
 
 
-def fuse(model: nn.Module, verify: Batch | Mapping[str, Any] | None = None) -> Report:
+def fuse(model: nn.Module, verify: Batch | Mapping[str, Any] | None = None, *, attention: ops.AttentionBackend = "auto") -> Report:
     """Let the blocks, attention, MLPs and norms of `model` run on the kernels; tells which do, and why the others do not.
 
     Only the `forward` of single objects changes: no class, no other model, no parameter, hook or name in the state dict. Parameters are
     read at each call; layers that have been replaced, hooked or parametrised are called. Where a call asks for more than a module's plain
     value (masks, attention weights, dropout or drop path in training, export, tracing), the module's own `forward` runs.
+    `attention` says what computes attention on a GPU: see `polyvit_kernels.attention`.
     Call it before `torch.compile` and before the model is sharded or wrapped. `torch.jit.script`, second derivatives and `torch.func`'s
     transforms need `unfuse` first, and so does `torch.nn.DataParallel`, whose replicas would run the first device's modules.
 
@@ -60,10 +62,11 @@ def fuse(model: nn.Module, verify: Batch | Mapping[str, Any] | None = None) -> R
     and the random state stay as they are; no other thread may use the model meanwhile.
     """
     _refuse_other_types(model, "fuse")
+    check_backend(attention, "cuda")  # the model may move there later
     batch = None if verify is None else _as_batch(verify)
     _refuse_wrapped(model)
     unfuse(model)
-    replaced, left = _replace(model)
+    replaced, left = _replace(model, attention)
     if batch is None:
         return Report(replaced, left)
     if not replaced:
@@ -118,7 +121,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(f"{path or 'the model'} has been compiled: call fuse before torch.compile")
 
 
-def _replace(model: nn.Module) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+def _replace(model: nn.Module, attention: ops.AttentionBackend) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
     """The modules that now run on the kernels, and those that do not."""
     fused: list[tuple[Entry, float, str]] = []
     left: list[Entry] = []
@@ -127,7 +130,8 @@ def _replace(model: nn.Module) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
         row, what = row_of(module), type(module).__name__
         reason = _reason_to_leave(module, row, rotary)
         if row is not None and not reason:
-            module.__dict__["forward"] = partial(_forward, module, row)
+            chosen = row if attention == "auto" else replace(row, read=partial(_read, row.read, attention))
+            module.__dict__["forward"] = partial(_forward, module, chosen)
             module.__dict__[MARK] = True
             rate = max((drop.rate for drop in row.read(module).drops), default=0.0)
             fused.append((Entry(path, what), rate, row.note(module)))
@@ -138,6 +142,14 @@ def _replace(model: nn.Module) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
         highest[_kind(entry)] = max(rate, highest.get(_kind(entry), 0.0))
     replaced = [replace(entry, why=_exceptions(highest[_kind(entry)] if rate else 0.0, note)) for entry, rate, note in fused]
     return tuple(reversed(replaced)), tuple(reversed(left))
+
+
+def _read(read: Callable[[Any], Part], attention: ops.AttentionBackend, module: Any) -> Part:
+    """A part that attends by the given backend."""
+    part = read(module)
+    if isinstance(part, Block):
+        return part._replace(attention=part.attention._replace(backend=attention))
+    return part._replace(backend=attention) if isinstance(part, Attention) else part
 
 
 @contextmanager
@@ -251,7 +263,7 @@ def _normalise_beside(norm: Norm, x: Tensor, out_dtype: torch.dtype) -> tuple[Te
 
 
 def _mix(attention: Attention, x: Tensor) -> Tensor:
-    return ops.attention(attention.pack(x).unflatten(-1, (3, attention.num_heads, -1))).flatten(2)
+    return ops.attention(attention.pack(x, (3, attention.num_heads, -1)), attention.backend).flatten(2)
 
 
 def _attend(attention: Attention, x: Tensor) -> Tensor | tuple[Tensor, None]:

@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 from polyvit_fast.config import Model
+from polyvit_fast.model.class_token import attend_first
 from polyvit_kernels import ops
 from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
 
@@ -44,27 +45,19 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim = {dim} does not divide by num_heads = {num_heads}")
         self.num_heads, self.dropout = num_heads, dropout
+        self.backend: ops.AttentionBackend = "auto"
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tokens, residual: Tokens | None = None) -> Tokens:
         """Every token's weighted mean over all tokens' values, projected, in training with dropout, and added to `residual`."""
-        mixed = ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))).flatten(2)
+        mixed = ops.attention(project(self.qkv, x, (3, self.num_heads, -1)), self.backend).flatten(2)
         return _linear_add(mixed, self.proj, self.dropout * self.training, residual)
 
     def class_token(self, x: Tokens, out_dtype: torch.dtype) -> OneToken:
-        """What `forward` gives for the first token, without a key or a value of any token; computed in the dtype of x, fp32 at least.
-
-        For one query q it is cheaper to bring q through the keys' weights, q · (W x + b) = (Wᵀ q) · x + a constant that the softmax does
-        not see, and the mean of the tokens, not each of them, through the values' weights.
-        """
+        """What `forward` gives for the first token, computed in the dtype of x, fp32 at least."""
         with without_autocast(x):
-            query, key, value = self.qkv.weight.to(x.dtype).unflatten(0, (3, self.num_heads, -1)).unbind()
-            query_bias, _, value_bias = self.qkv.bias.to(x.dtype).chunk(3)
-            q = functional.linear(x[:, 0], query.flatten(0, 1), query_bias).unflatten(1, (self.num_heads, -1)) / query.shape[1] ** 0.5
-            q = (q.transpose(0, 1) @ key).transpose(0, 1)
-            mean = (q @ x.transpose(1, 2)).softmax(-1) @ x
-            mixed = (mean.transpose(0, 1) @ value.transpose(1, 2)).transpose(0, 1).flatten(1) + value_bias
+            mixed = attend_first(x, self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype), self.num_heads)
         return _linear_add(mixed[:, None].to(out_dtype), self.proj, self.dropout * self.training, None)
 
 
@@ -164,6 +157,11 @@ def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype) -> tuple[Tokens,
     return x, norm(x, out_dtype)
 
 
+def project(linear: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `linear` makes of x, its features in `shape`."""
+    return ops.linear(x, linear.weight, linear.bias, shape) if is_plain(linear) else linear(x).unflatten(-1, shape)
+
+
 def is_plain(linear: Any) -> bool:
     """Whether a call of `linear` is x Wᵀ + b and nothing else, so that an operation may read its parameters instead.
 
@@ -211,5 +209,5 @@ def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:
 def _linear_add(x: Tensor, linear: Any, dropout: float, residual: Tensor | None) -> Tensor:
     if residual is not None and is_plain(linear) and not dropout:
         return ops.linear_add(x, linear.weight, linear.bias, residual)
-    branch = functional.dropout(linear(x), dropout)
+    branch = functional.dropout(project(linear, x, (-1,)), dropout)
     return branch if residual is None else residual + branch

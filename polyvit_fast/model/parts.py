@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from polyvit_kernels.ops import Gelu
+from polyvit_kernels.ops import AttentionBackend, Gelu
 
 
 class Drop(NamedTuple):
@@ -30,13 +30,17 @@ class Norm(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """proj(attention(pack(x))); with `gives_pair` the module's own `forward` returns the attention's weights, or None, beside it."""
+    """proj(attention(pack(x, shape))), where pack gives queries, keys and values in the shape that attention takes.
 
-    pack: Callable[[Tensor], Tensor]
+    With `gives_pair` the module's own `forward` returns the attention's weights, or None, beside it.
+    """
+
+    pack: Callable[[Tensor, tuple[int, ...]], Tensor]
     num_heads: int
     proj: nn.Module
     gives_pair: bool
     drops: tuple[Drop, ...]
+    backend: AttentionBackend = "auto"
 
 
 class Mlp(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,18 +12,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyvit_fast.config import Modality, Model, Train
-from polyvit_fast.model.modules import Block, LayerNorm, drop_path_ramp
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp, project
 from polyvit_fast.model.tokenizer import Grid, Tokenizer
 from polyvit_fast.randomness import generator
+from polyvit_kernels.ops import AttentionBackend
 
 
 class PolyViT(nn.Module):
     """One Vision Transformer for the tasks of several modalities; a call serves one task.
 
-    `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone.
+    `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone. With `residual` =
+    "bf16" the tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'. `attention`:
+    see `polyvit_kernels.attention`.
     """
 
-    def __init__(self, model: Model, modalities: dict[str, Modality], heads: dict[str, tuple[str, int]], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        modalities: dict[str, Modality],
+        heads: dict[str, tuple[str, int]],
+        *,
+        seed: int = 0,
+        residual: Literal["fp32", "bf16"] = "fp32",
+        attention: AttentionBackend = "auto",
+    ) -> None:
         super().__init__()
         _check_names([*modalities, *heads])
         unknown = {modality for modality, _ in heads.values()} - modalities.keys()
@@ -30,17 +43,20 @@ class PolyViT(nn.Module):
             raise ValueError(f"heads of the modalities {sorted(unknown)}, but there are only {sorted(modalities)}")
         self.depth = model.depth
         self.modality_of = {task: modality for task, (modality, _) in heads.items()}
-        self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model) for name, modality in modalities.items()})
+        self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model, residual) for name, modality in modalities.items()})
         self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.depth - model.num_adaptor_layers))
         self.norm = LayerNorm(model.dim)
         self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = attention
         initialise(self, seed)
 
     @classmethod
     def from_config(cls, train: Train) -> PolyViT:
         """The model of a run, with its first weights."""
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
-        return cls(train.model, train.modalities, heads, seed=train.seed)
+        return cls(train.model, train.modalities, heads, seed=train.seed, residual=train.residual, attention=train.attention)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises.
@@ -56,7 +72,7 @@ class PolyViT(nn.Module):
         for left, (block, rate) in enumerate(zip(self.blocks, rates, strict=True), 1 - len(self.blocks)):
             x = block(x, rate, class_token=not left, recompute=recompute)
         # The head reads the class token alone, and the norm takes each token by itself.
-        return self.heads[task](self.norm(x[:, 0]))
+        return project(self.heads[task], self.norm(x[:, 0]), (-1,))
 
 
 def _check_names(names: Iterable[str]) -> None:

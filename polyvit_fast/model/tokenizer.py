@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional
 from polyvit_fast.config import Modality, Model
 from polyvit_fast.model.modules import Block, drop_path_ramp
 from polyvit_kernels import ops
+from polyvit_kernels.ops.dtypes import matmul_dtype
 
 Grid = UInt8[Tensor, "batch frames rows columns channels"] | Float[Tensor, "batch frames rows columns channels"]
 
@@ -18,16 +21,16 @@ class Tokenizer(nn.Module):
     """Normalise, cut into tubelets, project, add class token and positions; then the modality's own blocks (adaptors), if any.
 
     `weight` is a convolution's kernel, its stride being its size, with the channels last as in the grid. All parameters but those of
-    the adaptors start at zero: `polyvit.initialise` sets them.
+    the adaptors start at zero: `polyvit.initialise` sets them. `residual`: see `PolyViT`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, modality: Modality, model: Model) -> None:
+    def __init__(self, modality: Modality, model: Model, residual: Literal["fp32", "bf16"] = "fp32") -> None:
         super().__init__()
         channels = modality.grid[3]
-        self.dropout = model.dropout
+        self.dropout, self.residual = model.dropout, residual
         self.weight = nn.Parameter(torch.zeros(model.dim, *modality.tubelet, channels))
         self.bias = nn.Parameter(torch.zeros(model.dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, model.dim))
@@ -44,7 +47,8 @@ class Tokenizer(nn.Module):
         The adaptors have a ramp of drop-path rates of their own, from 0 to the full rate, as in the paper's code.
         `recompute`: see `Block`.
         """
-        x = ops.patch_embed(grid, self.weight, self.bias, self.cls_token, self.pos_embed, self.mean, self.std)
+        out_dtype = matmul_dtype(self.weight) if self.residual == "bf16" else None
+        x = ops.patch_embed(grid, self.weight, self.bias, self.cls_token, self.pos_embed, self.mean, self.std, out_dtype)
         x = functional.dropout(x, self.dropout, self.training)
         for block, rate in zip(self.blocks, drop_path_ramp(len(self.blocks), drop_path_rate), strict=True):
             x = block(x, rate, recompute=recompute)

@@ -19,15 +19,17 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.distributed import ALONE, World, joined
 from polyvit_fast.train.metrics import Metrics
+from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
 def on_device(config: Train, world: World = ALONE) -> Iterator[None]:
-    """Inside, PyTorch computes with the configuration's number of threads. Raises ValueError when its device is not there."""
+    """Inside, PyTorch computes with the configuration's number of threads. Raises ValueError when its device or library is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or look at what nvidia-smi says")
+    check_backend(config.attention, config.device)
     before = torch.get_num_threads()
     torch.set_num_threads(config.compute_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size - 1))
     try:

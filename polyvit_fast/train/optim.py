@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from polyvit_fast.config import Optim
 from polyvit_kernels import ops
+from polyvit_kernels.ops import weights
+from polyvit_kernels.ops.weights import RoundedBuffer
 
 ALIGNMENT = 64  # elements: every parameter starts at a 256-byte boundary of the buffer
 
@@ -27,6 +29,8 @@ class Piece:
     grads: Tensor
     decays: bool
     """Whether they are subject to weight decay."""
+    rounded: Tensor | None = None
+    """The values once more in the precision of matrix products, written by each update."""
 
 
 class Parameters(ABC):
@@ -63,6 +67,14 @@ class Parameters(ABC):
         """Set the parameters' values, as in `fill`."""
         self.fill([piece.values for piece in self.pieces], tensors)
 
+    def refresh(self) -> None:
+        """Bring up to date what follows the values, after somebody else than the optimizer has changed them."""
+
+    @contextmanager
+    def updated(self) -> Iterator[None]:
+        """Inside, whoever changes the values of the pieces changes what follows them alike."""
+        yield
+
     def zero_grads(self) -> None:
         """Forget the gradient."""
         for piece in self.pieces:
@@ -94,11 +106,12 @@ class FlatParameters(Parameters):
     """All parameters of a model in one flat buffer, their gradients in another; the model's own tensors become views of them.
 
     Weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the others are not; `taint` last.
+    With a `rounded` dtype a third buffer holds the parameters in that, for the operations that would round them at every step.
     """
 
     is_averaged = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rounded: torch.dtype | None = None) -> None:
         self.leaves = dict(sorted(model.named_parameters(), key=lambda item: not is_matrix(*item)))
         self.shapes = {name: parameter.shape for name, parameter in self.leaves.items()}
         self.slots: list[Slot] = []
@@ -114,8 +127,31 @@ class FlatParameters(Parameters):
             slot.view(self.values).copy_(parameter.detach())
             parameter.data = slot.view(self.values)
             parameter.grad = slot.view(self.grads)
+        self.rounded = RoundedBuffer(self.values, rounded) if rounded else None
+        if self.rounded:
+            for parameter in self.leaves.values():
+                parameter.grad_dtype = None  # of a rounded form: torch adds it to the fp32 one as it is
         stretches = ((slice(0, self.decayed), True), (slice(self.decayed, None), False))
-        self.pieces = [Piece(self.values[where], self.grads[where], decays) for where, decays in stretches]
+        self.pieces = [
+            Piece(self.values[where], self.grads[where], decays, self.rounded and self.rounded.rounded[where])
+            for where, decays in stretches
+        ]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Round the parameters anew, unless nobody but the optimizer has written to them."""
+        if self.rounded and not all(weights.is_attached(parameter) for parameter in self.leaves.values()):
+            self.rounded.refresh()
+            for slot, parameter in zip(self.slots, self.leaves.values(), strict=True):
+                weights.attach(parameter, self.rounded, slot.view(self.rounded.rounded))
+
+    @contextmanager
+    def updated(self) -> Iterator[None]:
+        """Inside, whoever changes the values of the pieces rounds them alike."""
+        was_fresh = self.rounded and self.rounded.is_fresh()
+        yield
+        if self.rounded and was_fresh:
+            self.rounded.mark_fresh()
 
     def norm(self) -> Tensor:
         """Of the whole gradient, which processes have summed before, `taint` included."""
@@ -158,15 +194,16 @@ class Optimizer:
         done = norm.isfinite()
         scale = (clip_norm / norm).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
         self.count += done
-        for index in range(len(self.parameters.pieces)):
-            self._update_piece(index, lr, scale, done)
+        with self.parameters.updated():
+            for index in range(len(self.parameters.pieces)):
+                self._update_piece(index, lr, scale, done)
         return norm, done
 
     def _update_piece(self, index: int, lr: Tensor, scale: Tensor, done: Tensor) -> None:
         piece, config = self.parameters.pieces[index], self.config
         moments = {name: parts[index] for name, parts in self.moments.items()}
         ema = None if self.ema is None else self.ema[index]
-        common = {"lr": lr, "scale": scale, "ok": done, "ema": ema, "ema_decay": config.ema_decay}
+        common = {"lr": lr, "scale": scale, "ok": done, "ema": ema, "ema_decay": config.ema_decay, "copy": piece.rounded}
         common["weight_decay"] = config.weight_decay if piece.decays else 0.0
         if config.name == "sgd":
             ops.sgd_(piece.values, piece.grads, moments["momentum"], **common, momentum=config.momentum)

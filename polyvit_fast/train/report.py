@@ -76,7 +76,7 @@ class Report:
         if micro_batches is None:
             return self.state_bytes + row.activation_bytes
         task = replace(row.task, micro_batches=micro_batches)
-        return self.state_bytes + activation_bytes(self.config.model, task, self.config.precision, self.config.recompute)
+        return self.state_bytes + _kept_bytes(self.config, task)
 
     @property
     def is_large(self) -> bool:
@@ -105,8 +105,13 @@ def _task_report(config: Train, name: str, num_steps: int) -> TaskReport:
     task = config.tasks[name]
     (num_train, train_problem), (num_val, val_problem) = _count(task.train, task), _count(task.val, task)
     flops = forward_flops(config.model, task.modality, task.num_classes)
-    kept = activation_bytes(config.model, task, config.precision, config.recompute)
-    return TaskReport(name, task, num_steps, flops, _num_forwards(config), kept, num_train, num_val, train_problem or val_problem)
+    return TaskReport(
+        name, task, num_steps, flops, _num_forwards(config), _kept_bytes(config, task), num_train, num_val, train_problem or val_problem
+    )
+
+
+def _kept_bytes(config: Train, task: Task) -> int:
+    return activation_bytes(config.model, task, config.precision, config.recompute, residual=config.residual)
 
 
 def _num_forwards(config: Train) -> int:

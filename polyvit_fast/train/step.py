@@ -68,7 +68,9 @@ class Step:
         if config.sharded:
             self.parameters, self.reducer = ShardedParameters(model, self.world, config.device, config.grad_reduce), None
         else:
-            self.parameters = FlatParameters(model.to(config.device))
+            # A CPU rounds at each use, where that is cheap.
+            rounded = torch.bfloat16 if config.precision == "bf16" and config.device != "cpu" else None
+            self.parameters = FlatParameters(model.to(config.device), rounded)
             self.reducer = Reducer(self.parameters, config.grad_reduce) if self.world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
         self.device = self.parameters.taint.device
@@ -79,6 +81,7 @@ class Step:
 
     def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
         """Say what comes: the tasks of step number `step`, whose gradients are averaged, and its learning rate."""
+        self.parameters.refresh()
         self.lr.fill_(lr)
         self.number.fill_(step)
         self.share.fill_(1 / len(names) if self.parameters.is_averaged else 1 / (len(names) * self.world.size))
@@ -100,12 +103,12 @@ class Step:
         for number, piece in enumerate(pieces, 1):
             loss, right = self._loss(name, piece, inputs.mixup_ratio)
             with torch.no_grad():
-                self.parameters.taint.add_(loss * 0)  # NaN unless the loss is finite: then nobody updates
-                row[0] += loss.nan_to_num(0.0, 0.0, 0.0) / task.micro_batches
-                row[1] += right / task.micro_batches
+                self.parameters.taint.add_(loss, alpha=0)  # NaN unless the loss is finite: then nobody updates
+                row[0].add_(loss.nan_to_num(0.0, 0.0, 0.0), alpha=1 / task.micro_batches)
+                row[1].add_(right, alpha=1 / task.micro_batches)
             with self._summed(name, last and number == len(pieces)):
-                (loss * (self.share / task.micro_batches)).backward()
-        row[2] += 1
+                loss.backward(self.share / task.micro_batches)
+        row[2].add_(1)
         self.took_part[self.rows[name]].fill_(True)  # an assignment would copy the number from the host, which no graph records
 
     def _loss(self, name: str, piece: tuple[Tensor, ...], ratio: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,26 @@ def test_all_libraries_make_the_step_that_ours_makes():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_peer_that_is_all_in_bf16_computes_the_same_loss_but_loses_small_updates():
+    case = case_of()
+    model = model_of(case)
+    ours = first_losses(our_trainer(case.config, model, captured=False))
+    pure = peer_trainer(case, twins.timm_vit, model, compiled=False, backend=None, pure=True)
+    first, second = first_losses(pure)
+    assert_equal_losses([first], ours[:1])
+    assert ours[1] < second < first
+
+
+def test_ours_has_the_residual_stream_of_its_case_on_a_gpu(monkeypatch):
+    case = replace(case_of(), residual="bf16")
+    assert case.config.residual == ("bf16" if steps.HAS_GPU else "fp32")
+    monkeypatch.setattr(steps, "HAS_GPU", True)
+    assert (case.config.precision, case.config.residual) == ("bf16", "bf16")
+    narrow = next(rivals for rivals in bench_step.ON_A_GPU if "bf16 residual" in rivals.title)
+    assert narrow.case().residual == "bf16"
+    assert f"timm all in bf16 {peers.COMPILED}" in narrow.contenders
+
+
 def test_a_multi_label_task_is_trained_alike():
     # So many tokens that the second class token of theirs has little weight.
     case = case_of(Audio(clip_seconds=1.6, num_mel_bins=1024, channels=1), loss="sigmoid", multi_label=True, batch=2)

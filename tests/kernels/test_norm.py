@@ -24,8 +24,10 @@ def tile(direction, width, **blocks):
 def ours(x, residual, weight, bias, grad, grad_sum, **blocks):
     total, out, mean, rstd = norm.forward(x, residual, weight, bias, EPS, grad.dtype, tile("forward", x.shape[-1]))
     saved = x if total is None else total
-    gradients = norm.backward(grad, grad_sum, saved, weight, mean, rstd, tile("backward", x.shape[-1], **blocks))
-    return named(total, out, mean, rstd, *gradients)
+    row = tile("backward", x.shape[-1], **blocks)
+    d_x, low, sums, *parameters = norm.backward(grad, grad_sum, saved, weight, mean, rstd, row)
+    assert low is sums is None
+    return named(total, out, mean, rstd, d_x, *parameters)
 
 
 def plain(x, residual, weight, bias, grad, grad_sum):
@@ -162,11 +164,48 @@ def test_no_rows():
     assert not found["gradient of bias"].any()
 
 
+@pytest.mark.parametrize("low_dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("width", [3, 192, 768, 1280])
+def test_the_gradient_comes_rounded_and_summed_as_well(width, low_dtype):
+    x, _, weight, _, grad, grad_sum = inputs(7, 5, width, out_dtype=low_dtype, grad_sum_dtype=torch.float32)
+    mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
+    row = tile("backward", width, PROGRAMS=3)
+    d_x, low, sums, *parameters = norm.backward(grad, grad_sum, x, weight, mean, rstd, row, low_dtype)
+    alone, _, _, *same_parameters = norm.backward(grad, grad_sum, x, weight, mean, rstd, row)
+    assert torch.equal(d_x, alone)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, same_parameters, strict=True))
+    if low_dtype is torch.float32:
+        assert low is None
+    else:
+        assert torch.equal(low, d_x.to(low_dtype))
+    assert sums.dtype is low_dtype
+    torch.testing.assert_close(sums, d_x.sum((0, 1)).to(low_dtype))
+
+
+def test_the_sums_of_a_rounded_gradient_are_those_of_the_exact_one():
+    half = HALVES[-1]
+    x, _, weight, _, grad, grad_sum = inputs(300, 96, dtype=half, grad_sum_dtype=half)
+    exact = (x.float(), weight.float(), x.float().mean(-1), (x.float().var(-1, correction=0) + EPS).rsqrt())
+    rounded, low, sums, *_ = norm.backward(grad, grad_sum, x, weight, *exact[2:], tile("backward", 96), half)
+    d_x, *_ = norm.backward(grad.float(), grad_sum.float(), *exact, tile("backward", 96))
+    assert low is None
+    torch.testing.assert_close(sums, d_x.sum(0).to(half))
+    assert not torch.equal(sums, rounded.sum(0))
+
+
+def test_no_rows_have_sums_of_zero():
+    x, _, weight, _, grad, _ = inputs(0, 5, 32, out_dtype=HALVES[0])
+    d_x, low, sums, *_ = norm.backward(grad, None, x, weight, x[..., 0], x[..., 0], tile("backward", 32), HALVES[0])
+    assert d_x.shape == low.shape == (0, 5, 32)
+    assert torch.equal(sums, torch.zeros(32, device=DEVICE, dtype=HALVES[0]))
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter runs programs one after the other")
 def test_gradients_are_the_same_in_every_run():
-    tensors = inputs(50000, 768)
-    first, second = ours(*tensors), ours(*tensors)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    x, _, weight, bias, grad, grad_sum = inputs(50000, 768, out_dtype=torch.bfloat16, grad_sum_dtype=torch.float32)
+    _, _, mean, rstd = norm.forward(x, None, weight, bias, EPS, torch.bfloat16, tile("forward", 768))
+    runs = [norm.backward(grad, grad_sum, x, weight, mean, rstd, tile("backward", 768), torch.bfloat16) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 def test_every_row_of_the_table_has_variants_that_name_all_arguments():

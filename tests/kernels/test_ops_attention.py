@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
+from attention_cases import plain
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from samples import activations, normal
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import scaled_dot_product_attention
 
 import polyvit_kernels as ops
 from polyvit_kernels import reference, tiles
@@ -19,16 +19,9 @@ ON_THE_CARD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 TOKENS = [1, 16, 63, 64, 65, 197, 256, 257, 401, 1569]
 
 
-def plain_attention(qkv):
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if qkv.is_cuda and qkv.dtype is torch.float32:  # there ours is this very call, and the rule only bounds it against the truth
-        return scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
-
-
 def assert_attention_obeys(qkv, dtype, view=lambda qkv: qkv):
     """`view` is what the operations see of the leaf `qkv`."""
-    forms = (lambda qkv, f=f: f(view(qkv)) for f in (ops.attention, plain_attention, reference.attention))
+    forms = (lambda qkv, f=f: f(view(qkv)) for f in (ops.attention, plain, reference.attention))
     assert_as_exact_as_torch(*forms, {"qkv": qkv}, dtype)
 
 
@@ -128,7 +121,7 @@ def test_gradients_of_any_layout(name, path, request):
         request.getfixturevalue("on_kernels")
     leaf = normal(2, 5, 3, 2, 16).requires_grad_()
     (found,) = torch.autograd.grad(UPSTREAM[name](ops.attention(leaf)), leaf)
-    (expected,) = torch.autograd.grad(UPSTREAM[name](plain_attention(leaf)), leaf)
+    (expected,) = torch.autograd.grad(UPSTREAM[name](plain(leaf)), leaf)
     torch.testing.assert_close(found, expected)
 
 
@@ -152,7 +145,7 @@ def test_packed_sequences_are_what_they_are_alone(lengths, path, request):
 
     forms = (
         lambda qkv: ops.attention_varlen(qkv, cu_tokens, longest),
-        lambda qkv: alone(qkv, plain_attention),
+        lambda qkv: alone(qkv, plain),
         lambda qkv: alone(qkv, reference.attention),
     )
     assert_as_exact_as_torch(*forms, {"qkv": qkv}, ON_THE_CARD)
@@ -238,8 +231,8 @@ def test_compiles_whole():
 def test_a_librarys_backend_takes_and_gives_the_same_layouts(backend):
     qkv = normal(2, 17, 3, 2, 32).requires_grad_()
     out = _library_attention(qkv, backend)
-    torch.testing.assert_close(out, plain_attention(qkv))
-    found, expected = (torch.autograd.grad(o.square().sum(), qkv)[0] for o in (out, plain_attention(qkv)))
+    torch.testing.assert_close(out, plain(qkv))
+    found, expected = (torch.autograd.grad(o.square().sum(), qkv)[0] for o in (out, plain(qkv)))
     torch.testing.assert_close(found, expected)
 
 
@@ -284,7 +277,7 @@ def test_a_librarys_backend_compiles_whole():
     qkv = normal(2, 17, 3, 2, 32).requires_grad_()
     compiled = torch.compile(lambda qkv: _library_attention(qkv, "cudnn").square().sum(), fullgraph=True, backend="aot_eager")
     (found,) = torch.autograd.grad(compiled(qkv), qkv)
-    torch.testing.assert_close(found, torch.autograd.grad(plain_attention(qkv).square().sum(), qkv)[0])
+    torch.testing.assert_close(found, torch.autograd.grad(plain(qkv).square().sum(), qkv)[0])
 
 
 @pytest.mark.usefixtures("on_kernels")

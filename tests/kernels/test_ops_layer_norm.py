@@ -127,8 +127,8 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
     torch.library.opcheck(torch.ops.polyvit.layer_norm, (x, weight, bias, 1e-6, torch.bfloat16))
     torch.library.opcheck(torch.ops.polyvit.add_layer_norm, (x, residual, weight, bias, 1e-6, dtype))
     saved = (x.detach(), weight.detach(), torch.zeros(x.shape[:-1], device=DEVICE), torch.ones(x.shape[:-1], device=DEVICE))
-    torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, None))
-    torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, x.detach()))
+    for grad_sum, low_dtype in ((None, None), (x.detach(), None), (x.detach(), torch.bfloat16), (None, torch.float32)):
+        torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, grad_sum, low_dtype))
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -99,6 +99,7 @@ def test_tokens_stand_in_the_order_frames_rows_columns():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"out_dtype": torch.int32}, "out_dtype is torch.int32, but a floating-point dtype is needed"),
         ({"grid": normal(1, 16, 16, 3)}, r"\[1, 16, 16, 3\], but \[batch, frames, rows, columns, channels\] is needed"),
         ({"grid": normal(1, 1, 16, 20, 3)}, r"\(frames, rows, columns\) = \[1, 16, 20\] does not divide into tubelets of \[1, 8, 8\]"),
         ({"grid": normal(1, 1, 16, 16, 1)}, "the grid has 1 channels and the weight 3"),
@@ -192,6 +193,23 @@ def test_autocast_multiplies_in_its_dtype_and_leaves_the_positions_alone():
     assert (tokens - normalised(**inputs)).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tokens_may_be_rounded_as_they_are_written(dtype):
+    inputs = patch_embed_inputs(normal(2, 1, 16, 16, 3), (1, 8, 8), 3)
+    leaves = {key: t.clone().requires_grad_() for key, t in inputs.items()}
+    tokens, grad = normalised(**leaves, out_dtype=dtype), normal(2, 5, 40).to(dtype)
+    assert torch.equal(tokens, normalised(**inputs).to(dtype))
+    found = torch.autograd.grad(tokens, list(leaves.values()), grad)
+    expected = torch.autograd.grad(normalised(**leaves), list(leaves.values()), grad.float())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("on_kernels")
+def test_tokens_may_be_rounded_as_kernels_write_them():
+    test_tokens_may_be_rounded_as_they_are_written(torch.float16)  # Triton's interpreter cuts bf16 off
+
+
 OP_GRIDS = {
     "bytes": lambda: bytes_of(2, 1, 16, 16, 3),
     "numbers": lambda: normal(2, 1, 16, 16, 3).requires_grad_(),
@@ -209,7 +227,7 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
     weight, *others = (tensor.detach().requires_grad_() for tensor in parameters)
     weight = weight.detach().to(dtype).requires_grad_()
     statistics = (numbers(0.1, 0.2, 0.3), numbers(1, 2, 3))
-    torch.library.opcheck(torch.ops.polyvit.patch_embed, (grid, weight, *others, *statistics))
+    torch.library.opcheck(torch.ops.polyvit.patch_embed, (grid, weight, *others, *statistics, torch.bfloat16))
     grad = normal(len(grid), 5, 40)
     # opcheck itself cannot copy tensors without elements that do not lie in order.
     layouts = (grad, grad.transpose(0, 2).contiguous().transpose(0, 2), grad[:, :, :1].expand(-1, -1, 40))

@@ -38,7 +38,7 @@ def assert_kernels_obey(grid, *parameters, dtype=torch.float32, out_dtype=torch.
     found = patches.forward(grid, *parameters, out_dtype, FORWARD)
     exact = [tensor.double() for tensor in parameters]
     expected = {"tokens": reference.patch_embed(grid.double(), *exact)}
-    yardstick = _patch_embed_by_torch(grid, *parameters).to(out_dtype)
+    yardstick = _patch_embed_by_torch(grid, *parameters, out_dtype)
     assert_within_rule({"tokens": found}, {"tokens": yardstick}, expected, dtype)
 
     rows = patches.tubelets(grid, weight, mean, std, pos_embed.shape[1], BACKWARD).view(len(grid), pos_embed.shape[1], -1)

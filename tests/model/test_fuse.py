@@ -628,3 +628,25 @@ def test_a_wrapper_around_a_fused_forward_must_go_before_unfuse():
     mlp.old_forward, mlp.forward = mlp.forward, lambda x: mlp.old_forward(x) + 1
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp was wrapped after fuse"):
         unfuse(model)
+
+
+@pytest.mark.parametrize("build", [timm_vit, torchvision_vit])
+def test_the_library_that_computes_attention_can_be_named(build, monkeypatch):
+    named = []
+    attend = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda qkv, backend: named.append(backend) or attend(qkv))
+    model, batch = build()
+    fuse(model, attention="cudnn")
+    model(batch).sum().backward()
+    assert named == ["cudnn"] * 2
+    fuse(model)
+    model(batch)
+    assert named == ["cudnn"] * 2 + ["auto"] * 2
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_library_that_is_not_there_changes_nothing():
+    model, _ = timm_vit()
+    with pytest.raises(ValueError, match="attention by 'cudn' is unknown"):
+        fuse(model, attention="cudn")
+    assert not any(fused_row(module) for module in model.modules())

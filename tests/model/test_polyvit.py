@@ -7,7 +7,9 @@ from grids import PAPER, PAPER_HEADS, SMALL, Picture, task
 
 from polyvit_fast.config import MODELS, Model, Train
 from polyvit_fast.model.cost import num_parameters
+from polyvit_fast.model.modules import Attention
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_kernels import ops
 
 MODEL = Model(dim=32, depth=4, num_heads=4, mlp_dim=64)
 HEADS = {"pets": ("picture", 3), "birds": ("picture", 4), "motion": ("clip", 5), "words": ("sound", 6)}
@@ -103,6 +105,17 @@ def test_with_recomputation_only_the_inputs_of_blocks_are_kept(num_adaptor_layer
         model(normal(6, *SMALL["clip"].grid), "motion", 0.4, True)
     assert sum(tensor.shape == (6, 9, 32) for tensor in kept) == 4
     assert not any(tensor.shape[-1] in (64, 96) for tensor in kept if tensor.shape[:1] == (6,))
+
+
+def test_all_blocks_attend_by_the_library_that_is_named(monkeypatch):
+    named, attend = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda qkv, backend: named.append(backend) or attend(qkv))
+    model = PolyViT(replace(MODEL, num_adaptor_layers=1), SMALL, HEADS, attention="flash")
+    model(normal(2, *SMALL["picture"].grid), "pets")
+    assert named == ["flash"] * 3  # the last block computes the class token alone
+    tasks = {name: task(SMALL[modality], num_classes) for name, (modality, num_classes) in HEADS.items()}
+    of_configuration = PolyViT.from_config(Train(tasks=tasks, model=MODEL, device="cuda", attention="cudnn"))
+    assert {module.backend for module in of_configuration.modules() if isinstance(module, Attention)} == {"cudnn"}
 
 
 @pytest.mark.parametrize("task", HEADS)

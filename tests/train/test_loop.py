@@ -69,8 +69,9 @@ def losses(folder: Path):
     return [(line["step"], task, row["loss"]) for line in lines for task, row in line.get("tasks", {}).items() if "loss" in row]
 
 
-def test_smoke_loses_more_than_thirty_percent_of_its_loss(tmp_path):
-    run(experiments.load("smoke"), tmp_path / "run", log_every_steps=10)
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "residual": "bf16"}], ids=["fp32", "bf16-residual"])
+def test_smoke_loses_more_than_thirty_percent_of_its_loss(tmp_path, changes):
+    run(experiments.load("smoke"), tmp_path / "run", log_every_steps=10, **changes)
     rows = losses(tmp_path / "run")
     for task in ("pictures", "clips", "sounds"):
         curve = [loss for _, name, loss in rows if name == task]

@@ -162,6 +162,11 @@ def test_single_examples_in_bf16_are_sent_to_recomputation():
     assert after.training_flops * 3 == before.training_flops * 4
 
 
+def test_a_residual_of_bf16_takes_less_memory():
+    wide, narrow = (plan_report(tiny_config(precision="bf16", residual=residual)) for residual in ("fp32", "bf16"))
+    assert narrow.peak_bytes(narrow.tasks[0]) < wide.peak_bytes(wide.tasks[0])
+
+
 def test_gpus_get_the_least_micro_batches_that_fit(capsys, monkeypatch):
     config = large_config()
     report = plan_report(config)

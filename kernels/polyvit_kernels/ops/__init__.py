@@ -5,13 +5,15 @@ torch's own operators (and so do the registered operations, for those who call t
 `reference.py` says what each computes.
 """
 
-from polyvit_kernels.ops.attention import attention, attention_varlen
+from polyvit_kernels.ops.attention import AttentionBackend, attention, attention_varlen
 from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_beside
+from polyvit_kernels.ops.linear import linear
 from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp
 from polyvit_kernels.ops.patch_embed import patch_embed
 from polyvit_kernels.ops.update import adamw_, sgd_
 
 __all__ = [
+    "AttentionBackend",
     "Gelu",
     "adamw_",
     "add_layer_norm",
@@ -19,6 +21,7 @@ __all__ = [
     "attention_varlen",
     "layer_norm",
     "layer_norm_beside",
+    "linear",
     "linear_add",
     "linear_gelu",
     "mlp",

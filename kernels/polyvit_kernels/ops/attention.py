@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int32
@@ -11,8 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import tiles
 from polyvit_kernels.ops import dtypes
+from polyvit_kernels.ops import xformers_attention as xformers
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 from polyvit_kernels.plan import PACKAGES
+
+AttentionBackend = Literal["auto", "cudnn", "flash", "xformers"]
+"""auto: as the tile table says for the size; else the library that computes it on a GPU: cuDNN, torch's FlashAttention, xformers."""
 
 MOST_SEQUENCES = 65_535
 """In one launch: what the third axis of a grid may have."""
@@ -23,6 +28,7 @@ ALIGNMENT = 16
 _OPS = ("attention_short", "attention_long")
 """Of the tile table, the first choice first; their modules have the same names."""
 
+_BACKENDS = get_args(AttentionBackend)
 _PRIORITIES = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -30,21 +36,27 @@ _PRIORITIES = {
 }
 
 
-def attention(qkv: Float[Tensor, "batch tokens 3 heads head_dim"]) -> Float[Tensor, "batch tokens heads head_dim"]:
+def attention(
+    qkv: Float[Tensor, "batch tokens 3 heads head_dim"], backend: AttentionBackend = "auto"
+) -> Float[Tensor, "batch tokens heads head_dim"]:
     """Softmax attention of every token to all tokens of its example, scores divided by sqrt(head_dim) (arXiv 1706.03762, eq. 1).
 
     Any strides will do; the gradient is packed and contiguous. On a GPU, fp32 and a head_dim beyond 128 or that 16 does not divide are
-    torch's. Raises ValueError for another shape or dtype.
+    torch's, unless a `backend` is named; where cuDNN or FlashAttention has no kernel, another one of torch's takes its place, and xformers
+    raises NotImplementedError. Raises ValueError for another shape or dtype, and for a backend that is not there.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but attention needs [batch, tokens, 3, heads, head_dim]")
     check_floating(qkv=qkv)
     qkv = qkv.to(matmul_dtype(qkv))
+    if backend != "auto":
+        check_backend(backend, qkv.device.type)
+        return _library_attention(qkv, backend)
     if not dtypes.runs_registered(qkv):
         return functional.scaled_dot_product_attention(*_split(qkv)).transpose(1, 2)
-    backend = _route("attention", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) if qkv.is_cuda else "triton"
-    if backend != "triton":
-        return _library_attention(qkv, backend)
+    row = _route("attention", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) if qkv.is_cuda else "triton"
+    if row != "triton":
+        return _library_attention(qkv, row)
     return torch.ops.polyvit.attention(qkv)[0]
 
 
@@ -76,6 +88,16 @@ def attention_varlen(
     return torch.ops.polyvit.attention_varlen(qkv, cu_tokens, max_tokens)[0]
 
 
+def check_backend(backend: str, device: str) -> None:
+    """Raises ValueError unless attention on a device of that type can be computed by `backend`."""
+    if backend not in _BACKENDS:
+        raise ValueError(f"attention by {backend!r} is unknown; there are: {', '.join(_BACKENDS)}")
+    if backend != "auto" and device != "cuda":
+        raise ValueError(f"attention by {backend} needs a GPU, but is to be computed on {device}; leave it auto")
+    if backend == "xformers" and not torch.compiler.is_compiling():
+        xformers.load()
+
+
 def _route(op: str, tokens: int, features: int, device: int, dtype: torch.dtype) -> str:
     """The backend that `tiles.pick` gives, in steps that torch.compile can follow when the sizes are symbols.
 
@@ -90,9 +112,10 @@ def _route(op: str, tokens: int, features: int, device: int, dtype: torch.dtype)
 
 
 def _rows(op: str, device: int, dtype: torch.dtype) -> tuple[tuple[int, int, int, str], ...]:
-    """(fewest tokens, most tokens, most features, backend) of the rows for a card and dtype."""
+    """(fewest tokens, most tokens, most features, backend) of the rows for a card and dtype whose package is there."""
     rows = tiles.rows(op, tiles.architecture(torch.device("cuda", device)), dtype)
-    return tuple((*row.tokens, row.features, row.backend) for row in rows)
+    there = [row for row in rows if row.backend != "xformers" or xformers.is_installed()]
+    return tuple((*row.tokens, row.features, row.backend) for row in there)
 
 
 # The mark that torch.compiler.assume_constant_result makes; calling that would import the compiler with this module.
@@ -100,6 +123,8 @@ vars(_rows)["_dynamo_marked_constant"] = True
 
 
 def _library_attention(qkv: Tensor, backend: str) -> Tensor:
+    if backend == "xformers":
+        return xformers.xformers_attention(_aligned(qkv))[0]
     with sdpa_kernel(_PRIORITIES[backend], set_priority=True):
         return functional.scaled_dot_product_attention(*_split(_aligned(qkv))).transpose(1, 2)
 

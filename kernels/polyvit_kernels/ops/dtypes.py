@@ -14,7 +14,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def runs_registered(x: Tensor) -> bool:
     """Whether a public function calls its registered operation on `x`, on CUDA, or torch's own operators, which torch differentiates.
 
-    On a CPU those are the same, take a third of the time to call, and keep the GELU's output instead of computing it again.
+    On a CPU those are the same, and take a third of the time to call.
     """
     return x.is_cuda
 

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops import dtypes
-from polyvit_kernels.ops.dtypes import check_floating, check_one_device, norm_dtype
+from polyvit_kernels.ops import dtypes, gradients
+from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype, norm_dtype
 
 
 def layer_norm(
@@ -148,15 +148,23 @@ def _(
 
 
 def _layer_norm_backward_by_torch(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x`, with `grad_sum` added when there is one, of the weight and of the bias (which has the weight's dtype)."""
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
+
+    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and its columns' sums, rounded last, do as well; what
+    is not wanted is empty. The bias has the weight's dtype.
+    """
     precise, kept = mean.dtype, mean[..., None]
     inputs = (grad.to(precise), x.to(precise), x.shape[-1:], kept, rstd.view_as(kept), weight.to(precise), weight.to(precise))
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True, True, True])
     if grad_sum is not None:
         d_x += grad_sum
-    return d_x.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    low, sums = x.new_empty(0), x.new_empty(0)
+    if low_dtype is not None:
+        low = low if low_dtype is x.dtype else d_x.to(low_dtype, copy=True)
+        sums = d_x.reshape(-1, len(weight)).sum(0).to(low_dtype)
+    return d_x.to(x.dtype), low, sums, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
 _layer_norm_backward = torch.library.custom_op(
@@ -165,19 +173,27 @@ _layer_norm_backward = torch.library.custom_op(
 
 
 @_layer_norm_backward.register_kernel("cuda")
-def _(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tile = tiles.pick_for("layer_norm_backward", x, features=x.shape[-1])
     if tile.backend == "torch":
-        return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum)
+        return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum, low_dtype)
     from polyvit_kernels import norm
 
     with torch.cuda.device_of(x):
-        return norm.backward(grad, grad_sum, x, weight, mean, rstd, tile)
+        d_x, low, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, low_dtype)
+    low, sums = (x.new_empty(0) if tensor is None else tensor for tensor in (low, sums))
+    return d_x, low, sums, d_weight, d_bias
 
 
 @_layer_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    low = x.new_empty(0) if low_dtype in (None, x.dtype) else x.new_empty(x.shape, dtype=low_dtype)
+    sums = x.new_empty(0) if low_dtype is None else x.new_empty(weight.shape, dtype=low_dtype)
+    return x.new_empty(x.shape), low, sums, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -191,7 +207,20 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _layer_norm_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    return *_layer_norm_backward(grad, *ctx.saved_tensors, None), None, None
+    d_x, _, _, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, None, None)
+    return d_x, d_weight, d_bias, None, None
+
+
+def _low_dtype(x: Tensor, out_dtype: torch.dtype) -> torch.dtype:
+    """In which products will read the gradient of a residual stream `x`, whose normalised form is in `out_dtype`."""
+    return matmul_dtype(x) if out_dtype is x.dtype else out_dtype
+
+
+def _residual_gradients(grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], low_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The gradients of a residual stream, which is handed on with what the layers before will ask of it, of the weight and of the bias."""
+    wanted = low_dtype if gradients.can_attach(grad) else None
+    d_x, low, sums, d_weight, d_bias = _layer_norm_backward(grad, *saved, grad_x, wanted)
+    return gradients.attach(d_x, low=low, sums=sums), d_weight, d_bias
 
 
 class _Beside(torch.autograd.Function):
@@ -200,22 +229,24 @@ class _Beside(torch.autograd.Function):
         out, mean, rstd = _layer_norm(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
+        ctx.low_dtype = _low_dtype(x, out_dtype)
         return x, out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return grad_x, None, None, None, None
-        return *_layer_norm_backward(grad, *ctx.saved_tensors, grad_x), None, None
+        return *_residual_gradients(grad, grad_x, ctx.saved_tensors, ctx.low_dtype), None, None
 
 
 def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, *_ = inputs
-    total, _, mean, rstd = output
+    total, out, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.dtypes = (x.dtype, residual.dtype)
+    ctx.low_dtype = _low_dtype(total, out.dtype)
 
 
 def _add_layer_norm_gradients(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -223,7 +254,7 @@ def _add_layer_norm_gradients(ctx: Any, grad_sum: Tensor | None, grad: Tensor | 
         # Nobody used the normalised one, so the sum's gradient, if there is one, is all there is.
         d_sum, d_weight, d_bias = grad_sum, None, None
     else:
-        d_sum, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, grad_sum)
+        d_sum, d_weight, d_bias = _residual_gradients(grad, grad_sum, ctx.saved_tensors, ctx.low_dtype)
     d_x, d_residual = (d_sum if d_sum is None else d_sum.to(dtype) for dtype in ctx.dtypes)
     return d_x, d_residual, d_weight, d_bias, None, None
 

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from polyvit_kernels.ops import dtypes
-from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype
+from polyvit_kernels.ops import dtypes, weights
+from polyvit_kernels.ops.dtypes import check_floating, check_one_device
+from polyvit_kernels.ops.gradients import column_sums, low_form
 from polyvit_kernels.tiles import Tile, pick_for
 
 Gelu = Literal["tanh", "erf"]
@@ -28,14 +29,14 @@ _BY_TORCH = Tile(op="linear", archs=(), backend="torch")
 def linear_gelu(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "hidden dim"], bias: Float[Tensor, " hidden"], gelu: Gelu
 ) -> Float[Tensor, "*batch hidden"]:
-    """GELU of a linear layer. For the backward only the pre-activation is kept.
+    """GELU of a linear layer. For the backward only GELU's slope is kept.
 
     Raises ValueError when shapes, dtypes or devices do not go together, a dtype is no floating-point one, or `gelu` is unknown.
     """
     check_floating(x=x, weight=weight, bias=bias)
-    x, weight, bias = _cast(x, weight, bias)
+    x, weight, bias = weights.cast(x, weight, bias)
     _check_gelu(gelu)
-    _check_layer(x, x.shape[-1:], weight, bias)
+    check_layer(x, x.shape[-1:], weight, bias)
     if not dtypes.runs_registered(x):
         return _linear_gelu(x, weight, bias, gelu, False, _by_torch)[0]
     return _linear_gelu_op(x, weight, bias, gelu, _is_recorded(x, weight, bias))[0]
@@ -49,8 +50,8 @@ def linear_add(
     Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
     """
     check_floating(x=x, weight=weight, bias=bias, residual=residual)
-    x, weight, bias = _cast(x, weight, bias)
-    _check_layer(x, x.shape[-1:], weight, bias)
+    x, weight, bias = weights.cast(x, weight, bias)
+    check_layer(x, x.shape[-1:], weight, bias)
     _check_residual(residual, x, weight)
     if not dtypes.runs_registered(x):
         return _linear_add(x, weight, bias, residual, _by_torch)
@@ -68,25 +69,20 @@ def mlp(
 ) -> Float[Tensor, "*batch out"]:
     """Two linear layers with a GELU between them, plus `residual` if there is one, which autocast leaves as it is.
 
-    For the backward the input and the pre-activation are kept; the activation is computed again, but on a CPU kept too. Raises ValueError
-    as `linear_gelu` does.
+    For the backward the input, the activation and GELU's slope are kept. Raises ValueError as `linear_gelu` does.
     """
     check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    x, *layers = _cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    x, *layers = weights.cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = layers
     _check_gelu(gelu)
-    _check_layer(x, x.shape[-1:], fc1_weight, fc1_bias, "fc1_")
-    _check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
+    check_layer(x, x.shape[-1:], fc1_weight, fc1_bias, "fc1_")
+    check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
     if residual is not None:
         check_floating(residual=residual)
         _check_residual(residual, x, fc2_weight)
     if not dtypes.runs_registered(x):
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, gelu, False, _by_torch)[0]
     return _mlp_op(x, *layers, residual, gelu, _is_recorded(x, *layers))[0]
-
-
-def _cast(*operands: Tensor) -> list[Tensor]:
-    return [tensor.to(matmul_dtype(tensor)) for tensor in operands] if dtypes.is_autocast_on(operands[0]) else list(operands)
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
@@ -98,7 +94,8 @@ def _check_gelu(gelu: str) -> None:
         raise ValueError(f"gelu is {gelu!r}, but 'tanh' or 'erf' is needed")
 
 
-def _check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
+def check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
+    """Raises ValueError when a linear layer does not go together with an input of so many `features`, or with its dtype or device."""
     if weight.ndim != 2 or weight.shape[1:] != features or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name}weight {list(weight.shape)} and {name}bias {list(bias.shape)} meet an input of {list(features)} features, "
@@ -125,35 +122,40 @@ def _by_torch(*_: Any, **__: Any) -> Tile:
 
 
 def _activated(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: _Pick) -> tuple[Tensor, Tensor]:
-    """gelu(H) and H, which is empty without `keep`."""
+    """gelu(H) and gelu'(H), which is empty without `keep`."""
     tile = pick("linear_gelu_forward", rows, tokens=len(rows), features=rows.shape[1])
-    if tile.backend == "triton":
-        from polyvit_kernels import linear
-
-        return linear.linear_gelu_forward(rows, weight, bias, gelu, keep, tile)
+    if tile.backend != "torch":
+        return _kernels(tile).linear_gelu_forward(rows, weight, bias, gelu, keep, tile)
     pre = torch.addmm(bias, rows, weight.t())
-    return functional.gelu(pre, approximate=_APPROXIMATE[gelu]), pre if keep else pre.new_empty(0)
+    approximate = _APPROXIMATE[gelu]
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(pre), pre, approximate=approximate) if keep else pre.new_empty(0)
+    return functional.gelu(pre, approximate=approximate), slope
 
 
 def _added(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick: _Pick) -> Tensor:
     tile = pick("linear_add_forward", rows, tokens=len(rows), features=rows.shape[1])
-    if tile.backend == "triton":
-        from polyvit_kernels import linear
-
-        return linear.linear_add_forward(rows, weight, bias, residual, tile)
+    if tile.backend != "torch":
+        return _kernels(tile).linear_add_forward(rows, weight, bias, residual, tile)
     y = torch.addmm(bias, rows, weight.t())
     return y.add_(residual) if residual.dtype == y.dtype else y + residual
 
 
-def _undone(grads: Tensor, weight: Tensor, pre: Tensor, gelu: str, pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, gelu(H) and the sums of dH's columns; `grads` is the gradient by the output of a layer `weight` that takes gelu(H)."""
+def _undone(grads: Tensor, weight: Tensor, slope: Tensor, pick: _Pick) -> tuple[Tensor, Tensor]:
+    """dH and the sums of its columns; `grads` is the gradient by the output of a layer `weight` that takes gelu(H)."""
     tile = pick("dgelu_backward", grads, tokens=len(grads), features=grads.shape[1])
-    if tile.backend == "triton":
-        from polyvit_kernels import linear
+    if tile.backend != "torch":
+        return _kernels(tile).dgelu_backward(grads, weight, slope, tile)
+    d_pre = (grads @ weight).mul_(slope)
+    return d_pre, d_pre.sum(0)
 
-        return linear.dgelu_backward(grads, weight, pre, gelu, tile)
-    d_pre = torch.ops.aten.gelu_backward(grads @ weight, pre, approximate=_APPROXIMATE[gelu])
-    return d_pre, functional.gelu(pre, approximate=_APPROXIMATE[gelu]), d_pre.sum(0)
+
+def _kernels(tile: Tile) -> Any:
+    """The module that a row of the table says."""
+    if tile.backend == "hopper":
+        from polyvit_kernels.hopper import linear
+    else:
+        from polyvit_kernels import linear
+    return linear
 
 
 def _layer_gradients(wants: list[bool], x: Tensor, weight: Tensor, d_out: Tensor, d_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,14 +166,14 @@ def _layer_gradients(wants: list[bool], x: Tensor, weight: Tensor, d_out: Tensor
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: _Pick) -> tuple[Tensor, Tensor]:
-    y, pre = _activated(_rows(x), weight, bias, gelu, keep, pick)
-    return _unsafe_view(y, [*x.shape[:-1], len(weight)]), pre
+    y, slope = _activated(_rows(x), weight, bias, gelu, keep, pick)
+    return _unsafe_view(y, [*x.shape[:-1], len(weight)]), slope
 
 
 def _linear_gelu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, gelu: str, wants: list[bool], pick: _Pick
+    grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor, wants: list[bool], pick: _Pick
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_pre = torch.ops.aten.gelu_backward(_rows(grad), pre, approximate=_APPROXIMATE[gelu])
+    d_pre = _rows(grad) * slope
     return _layer_gradients(wants, x, weight, d_pre, d_pre.sum(0))
 
 
@@ -180,8 +182,7 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick:
 
 
 def _linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool], pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _rows(grad)
-    return _layer_gradients(wants, x, weight, grads.to(x.dtype), grads.sum(0))
+    return _layer_gradients(wants, x, weight, _rows(low_form(grad, x.dtype)), column_sums(grad, len(weight), x.dtype))
 
 
 def _mlp(
@@ -194,28 +195,28 @@ def _mlp(
     gelu: str,
     keep: bool,
     pick: _Pick,
-) -> tuple[Tensor, Tensor]:
-    activation, pre = _activated(_rows(x), fc1_weight, fc1_bias, gelu, keep, pick)
+) -> tuple[Tensor, Tensor, Tensor]:
+    activation, slope = _activated(_rows(x), fc1_weight, fc1_bias, gelu, keep, pick)
     if residual is None:
         y = torch.addmm(fc2_bias, activation, fc2_weight.t())
     else:
         y = _added(activation, fc2_weight, fc2_bias, _rows(residual), pick)
-    return _unsafe_view(y, [*x.shape[:-1], len(fc2_weight)]), pre
+    return _unsafe_view(y, [*x.shape[:-1], len(fc2_weight)]), activation if keep else x.new_empty(0), slope
 
 
 def _mlp_backward(
-    grad: Tensor, x: Tensor, fc1_weight: Tensor, pre: Tensor, fc2_weight: Tensor, gelu: str, wants: list[bool], pick: _Pick
+    grad: Tensor, x: Tensor, fc1_weight: Tensor, activation: Tensor, slope: Tensor, fc2_weight: Tensor, wants: list[bool], pick: _Pick
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _rows(grad)
-    low = grads.to(x.dtype)
-    d_pre, activation, d_fc1_bias = _undone(low, fc2_weight, pre, gelu, pick)
+    low = _rows(low_form(grad, x.dtype))
+    d_pre, d_fc1_bias = _undone(low, fc2_weight, slope, pick)
     first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, grads.sum(0))
+    sums = column_sums(grad, len(fc2_weight), x.dtype)
+    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
 
 def _fake_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], len(weight)), _fake_pre(x, weight, keep)
+    return x.new_empty(*x.shape[:-1], len(weight)), _fake_hidden(x, weight, keep)
 
 
 def _fake_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -224,12 +225,13 @@ def _fake_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) 
 
 def _fake_mlp(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None, gelu: str, keep: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(*x.shape[:-1], len(fc2_weight), dtype=dtype), _fake_pre(x, fc1_weight, keep)
+    y = x.new_empty(*x.shape[:-1], len(fc2_weight), dtype=dtype)
+    return y, _fake_hidden(x, fc1_weight, keep), _fake_hidden(x, fc1_weight, keep)
 
 
-def _fake_pre(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
+def _fake_hidden(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
     return x.new_empty(math.prod(x.shape[:-1]), len(weight)) if keep else x.new_empty(0)
 
 
@@ -240,9 +242,7 @@ def _fake_layer_gradients(wants: list[bool], x: Tensor, weight: Tensor) -> tuple
     return d_x, d_weight, d_bias
 
 
-def _fake_linear_gelu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, gelu: str, wants: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear_gelu_backward(grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_layer_gradients(wants, x, weight)
 
 
@@ -251,7 +251,7 @@ def _fake_linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: li
 
 
 def _fake_mlp_backward(
-    grad: Tensor, x: Tensor, fc1_weight: Tensor, pre: Tensor, fc2_weight: Tensor, gelu: str, wants: list[bool]
+    grad: Tensor, x: Tensor, fc1_weight: Tensor, activation: Tensor, slope: Tensor, fc2_weight: Tensor, wants: list[bool]
 ) -> tuple[Tensor, ...]:
     return *_fake_layer_gradients(wants[:3], x, fc1_weight), *_fake_layer_gradients([False, *wants[3:]], x, fc2_weight)[1:]
 
@@ -277,7 +277,7 @@ _linear_gelu_op = _operation(
 )
 _linear_gelu_backward_op = _operation(
     "linear_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor pre, str gelu, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor slope, bool[] wants) -> (Tensor, Tensor, Tensor)",
     _linear_gelu_backward,
     _fake_linear_gelu_backward,
 )
@@ -293,13 +293,13 @@ _linear_add_backward_op = _operation(
 _mlp_op = _operation(
     "mlp",
     "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? residual, str gelu, bool keep)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     _mlp,
     _fake_mlp,
 )
 _mlp_backward_op = _operation(
     "mlp_backward",
-    "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor pre, Tensor fc2_weight, str gelu, bool[] wants)"
+    "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor activation, Tensor slope, Tensor fc2_weight, bool[] wants)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_backward,
     _fake_mlp_backward,
@@ -311,7 +311,7 @@ def _only(needed: list[bool], gradients: tuple[Tensor, ...]) -> list[Tensor | No
 
 
 def _save_linear_gelu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.gelu, _ = inputs
+    x, weight, *_ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -321,7 +321,7 @@ def _differentiate_linear_gelu(ctx: Any, grad: Tensor | None, _: None) -> tuple[
     if grad is None:
         return (None,) * 5
     wants = list(ctx.needs_input_grad[:3])
-    return *_only(wants, _linear_gelu_backward_op(grad, *ctx.saved_tensors, ctx.gelu, wants)), None, None
+    return *_only(wants, _linear_gelu_backward_op(grad, *ctx.saved_tensors, wants)), None, None
 
 
 def _save_linear_add(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -336,20 +336,20 @@ def _differentiate_linear_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
 
 
-def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, fc1_weight, _, fc2_weight, _, residual, ctx.gelu, _ = inputs
-    ctx.save_for_backward(x, fc1_weight, output[1], fc2_weight)
-    ctx.mark_non_differentiable(output[1])
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, fc1_weight, _, fc2_weight, _, residual, *_ = inputs
+    ctx.save_for_backward(x, fc1_weight, *output[1:], fc2_weight)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _differentiate_mlp(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate_mlp(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     wants = list(ctx.needs_input_grad[:5])
-    # With a residual alone to differentiate by, the pre-activation was not kept.
-    gradients = _only(wants, _mlp_backward_op(grad, *ctx.saved_tensors, ctx.gelu, wants)) if any(wants) else [None] * 5
+    # With a residual alone to differentiate by, neither activation nor slope was kept.
+    gradients = _only(wants, _mlp_backward_op(grad, *ctx.saved_tensors, wants)) if any(wants) else [None] * 5
     return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None, None, None
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_kernels import tiles
+from polyvit_kernels.ops import weights
 from polyvit_kernels.ops.dtypes import FLOATING, check_floating, check_one_device, matmul_dtype
+from polyvit_kernels.ops.gradients import low_form
 
 
 def patch_embed(
@@ -20,19 +22,23 @@ def patch_embed(
     pos_embed: Float[Tensor, "1 tokens dim"],
     mean: Float[Tensor, " channels"],
     std: Float[Tensor, " channels"],
+    out_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch tokens dim"]:
     """A grid as tokens: normalised, cut into tubelets, projected, the class token put first, positions added to all of them.
 
     Tubelets are in the order (frames, rows, columns). `mean` and `std` are in the grid's units, and constants. Any strides of the grid
-    will do. Numbers are normalised in fp32 and rounded to the weight's dtype, which autocast changes; the result has the common dtype of
-    weight, class token and positions. Raises ValueError when sizes or devices disagree, and when a dtype is no floating-point one, nor
-    the grid's uint8.
+    will do. Numbers are normalised in fp32 and rounded to the weight's dtype, which autocast changes; `out_dtype` is the common dtype of
+    weight, class token and positions unless given. Raises ValueError when sizes or devices disagree, and when a dtype is no
+    floating-point one, nor the grid's uint8.
     """
     _check_sizes(grid, weight, pos_embed)
     _check_dtypes(grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
     _check_parameters(weight, bias, cls_token, pos_embed, mean, std)
     check_one_device(grid=grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
-    return _patch_embed(grid, weight.to(matmul_dtype(weight)), bias, cls_token, pos_embed, mean, std)
+    weight = weights.rounded(weight, matmul_dtype(weight))
+    out_dtype = out_dtype or torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
+    check_floating(out_dtype=out_dtype)
+    return _patch_embed(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
 
 
 def _check_sizes(grid: Tensor, weight: Tensor, pos_embed: Tensor) -> None:
@@ -76,11 +82,18 @@ def _check_parameters(weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed
 
 
 def _patch_embed_by_torch(
-    grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor
+    grid: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     # Channels are the weight's last axis as they are the grid's: gathering copies whole runs, and the weight is a matrix as it lies.
     embedded = functional.linear(_tubelets(grid, weight, mean, std), weight.flatten(1), bias.to(weight.dtype))
-    return torch.cat([cls_token.expand(len(grid), -1, -1), embedded], 1) + pos_embed
+    return (torch.cat([cls_token.expand(len(grid), -1, -1), embedded], 1) + pos_embed).to(out_dtype)
 
 
 def _tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -98,26 +111,39 @@ def _tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> Tensor
 _patch_embed = torch.library.custom_op("polyvit::patch_embed", _patch_embed_by_torch, mutates_args=(), device_types="cpu")
 
 
-def _out_dtype(weight: Tensor, cls_token: Tensor, pos_embed: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
-
-
 @_patch_embed.register_kernel("cuda")
-def _(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _(
+    grid: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
     tile = tiles.pick_for("patch_embed_forward", weight, features=weight[0].numel())
     if tile.backend == "torch":
-        return _patch_embed_by_torch(grid, weight, bias, cls_token, pos_embed, mean, std)
+        return _patch_embed_by_torch(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
     from polyvit_kernels import patches
 
     with torch.cuda.device_of(grid):
-        out_dtype = _out_dtype(weight, cls_token, pos_embed)
         return patches.forward(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype, tile)
 
 
 @_patch_embed.register_fake
-def _(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _(
+    grid: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
     shape = (grid.shape[0], pos_embed.shape[1], len(weight))  # len would fix the batch in a compiled graph
-    return weight.new_empty(shape, dtype=_out_dtype(weight, cls_token, pos_embed))
+    return weight.new_empty(shape, dtype=out_dtype)
 
 
 def _patch_embed_backward_by_torch(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +168,7 @@ def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> 
     with torch.cuda.device_of(grid):
         tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)
     # Class tokens have a row of zeros there, so that their gradients need not be cut out.
-    d_weight = (grad.reshape(-1, len(weight)).to(weight.dtype).T @ tubelets).view(weight.shape)
+    d_weight = (low_form(grad, weight.dtype).reshape(-1, len(weight)).T @ tubelets).view(weight.shape)
     return d_weight, grad.sum(0, dtype=torch.float32)
 
 
@@ -152,8 +178,8 @@ def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> 
     return weight.new_empty(weight.shape), grad.new_empty(grad.shape[1:], dtype=precise)
 
 
-def _patch_embed_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    grid, weight, bias, cls_token, pos_embed, mean, std = inputs
+def _patch_embed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grid, weight, bias, cls_token, pos_embed, mean, std, _ = inputs
     ctx.save_for_backward(grid, weight, mean, std)
     ctx.dtypes = (bias.dtype, cls_token.dtype, pos_embed.dtype)
 
@@ -166,7 +192,7 @@ def _patch_embed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # A copy: gradients are added to in place, and the positions' must not change with the class token's.
     d_cls = d_pos[None, :1].to(cls_dtype, copy=True)
     d_grid = _grid_gradient(grad, grid, weight, std) if ctx.needs_input_grad[0] else None
-    return d_grid, d_weight, d_bias, d_cls, d_pos[None].to(pos_dtype), None, None
+    return d_grid, d_weight, d_bias, d_cls, d_pos[None].to(pos_dtype), None, None, None
 
 
 def _grid_gradient(grad: Tensor, grid: Tensor, weight: Tensor, std: Tensor) -> Tensor:
