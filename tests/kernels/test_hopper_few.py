@@ -5,7 +5,6 @@ import torch
 from hopper_cases import assert_short_attention_obeys
 from samples import normal
 
-
 LENGTHS_AND_WIDTHS = [(tokens, 64) for tokens in (65, 80, 81, 129, 145, 160, 193, 196, 208)] + [(96, 32), (197, 48), (145, 80)]
 
 
