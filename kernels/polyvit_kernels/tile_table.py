@@ -22,7 +22,7 @@ _MEASURED = ()
 # and RTX PRO 6000: huggingface/transformers issue 48163).
 _ATTENTION_BACKEND = (
     Tile(op="attention", archs=_ALL, tokens=(1, 256), features=128),
-    Tile(op="attention", archs=_HOPPER, tokens=(257, ANY), features=80),
+    Tile(op="attention", archs=_HOPPER, features=80),
     Tile(op="attention", archs=(90, 100), tokens=(257, ANY), features=128, backend="cudnn", source="published"),
     Tile(op="attention", archs=(80, 86, 89, 120), tokens=(257, ANY), features=128, backend="flash", source="published"),
 )

@@ -20,7 +20,6 @@ to one element: no atomics, runs repeat bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 
 import torch
 import triton
@@ -52,6 +51,7 @@ from polyvit_kernels.hopper.layouts import (
     store_rows,
     times,
 )
+from polyvit_kernels.hopper.linear import num_processors
 from polyvit_kernels.hopper.streams import KEYS, QUERIES, run
 from polyvit_kernels.tiles import Tile, Variant
 
@@ -383,7 +383,7 @@ def _launch(kernel: Callable, tensors: tuple, qkv: Tensor, cu_tokens: Tensor | N
     sequences, longest = (batch, tokens) if cu_tokens is None else (len(cu_tokens) - 1, max_tokens)
     groups = triton.cdiv(longest, 64 * blocks["WARPGROUPS"])
     tiles = sequences * heads * groups
-    kernel[(min(tiles, _processors(qkv.device)),)](
+    kernel[(min(tiles, num_processors(qkv.device)),)](
         *tensors, cu_tokens, tokens, heads, groups, tiles, scale_of(head_dim), VARLEN=cu_tokens is not None, HEAD_DIM=head_dim,
         TAIL=_tail(tokens, blocks["BLOCK_N"]) if cu_tokens is None else blocks["BLOCK_N"], **blocks, **_options(blocks),
     )  # fmt: skip
@@ -391,17 +391,12 @@ def _launch(kernel: Callable, tensors: tuple, qkv: Tensor, cu_tokens: Tensor | N
 
 def _tail(tokens: int, block: int) -> int:
     """How many rows of the last block are multiplied: those that there are, up to a power of two."""
-    return max(16, triton.next_power_of_2((tokens - 1) % block + 1))
+    return max(16, 1 << ((tokens - 1) % block).bit_length())
 
 
 def _options(blocks: Mapping[str, int]) -> dict[str, int]:
     """Registers of a thread at the launch, when consumers and the producer have equally many."""
     return {"num_warps": 4, "maxnreg": 128 if blocks["WARPGROUPS"] == 3 else 168}
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:

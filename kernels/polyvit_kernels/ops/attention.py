@@ -324,9 +324,9 @@ def _kernels(direction: str, qkv: Tensor) -> tuple[ModuleType, tiles.Tile]:
 
 
 def _packed_kernels(direction: str, qkv: Tensor, max_tokens: int) -> tuple[ModuleType, tiles.Tile]:
-    """As `_kernels`; cuDNN's rows are passed over, as it takes equal sequences alone."""
-    op, features = f"attention_long_{direction}", qkv.shape[3]
-    rows = tiles.rows(op, tiles.architecture(qkv.device), qkv.dtype)
-    backends = [backend for backend in PACKAGES if backend != "hopper" or features % 16 == 0]
-    tile = next(row for row in rows if row.backend in backends and row.fits(max_tokens, features))
+    """As `_kernels`; a row of cuDNN's is passed over, as it takes equal sequences alone."""
+    op, sizes = f"attention_long_{direction}", {"tokens": max(max_tokens, 1), "features": qkv.shape[3]}
+    tile = tiles.pick_for(op, qkv, **sizes, portable=qkv.shape[3] % 16 != 0)
+    if tile.backend not in PACKAGES:
+        tile = tiles.pick_for(op, qkv, **sizes, portable=True)
     return import_module(f"{PACKAGES[tile.backend]}.attention_long"), tile
