@@ -178,8 +178,8 @@ def _dgelu_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 
 
 def _dgelu(inputs: Inputs, tile: Tile) -> Results:
-    d_pre, sums = _undone(inputs["grad"], inputs["weight"], inputs["slope"], lambda *_, **__: tile)
-    return {"d_pre": d_pre, "sums": sums.to(d_pre.dtype)}
+    found = _undone(inputs["grad"], inputs["weight"], inputs["slope"], lambda *_, **__: tile)
+    return dict(zip(("d_pre", "sums"), found, strict=True))
 
 
 def _true_dgelu(inputs: Inputs) -> Results:

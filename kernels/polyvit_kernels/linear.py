@@ -297,6 +297,19 @@ def dgelu_bwd_kernel(
     _finish_dgelu(b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def dgelu_bwd_kernel_sums(p_partials, p_sums, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sums of BLOCK_N columns."""
+    o_m, o_n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < num_columns
+    # [BLOCK_M, BLOCK_N]
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_row in tl.range(0, num_rows, BLOCK_M):
+        o_part = (i_row + o_m)[:, None] * num_columns + o_n[None, :]
+        b_sum += tl.load(p_partials + o_part, mask=(i_row + o_m < num_rows)[:, None] & m_n[None, :], other=0.0)
+    tl.store(p_sums + o_n, tl.sum(b_sum, 0).to(p_sums.dtype.element_ty), mask=m_n)
+
+
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, tile: Tile) -> tuple[Tensor, Tensor]:
     """(gelu(H), gelu'(H)), H = x weightᵀ + bias; without `keep` the second one is empty."""
     y = x.new_empty(len(x), len(weight))
@@ -314,11 +327,23 @@ def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
 
 
 def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """(dH, sums of dH's columns in fp32), dH = (grad weight) · slope."""
+    """(dH, sums of dH's columns), dH = (grad weight) · slope."""
     d_pre = slope.new_empty(slope.shape)
-    sums = slope.new_empty(triton.cdiv(len(slope), tile.blocks["BLOCK_M"]), slope.shape[1], dtype=torch.float32)
-    _launch(dgelu_bwd_kernel, (grad, weight, slope), (d_pre, sums), {}, tile)
-    return d_pre, sums.sum(0)
+    partials = slope.new_empty(triton.cdiv(len(slope), tile.blocks["BLOCK_M"]), slope.shape[1], dtype=torch.float32)
+    _launch(dgelu_bwd_kernel, (grad, weight, slope), (d_pre, partials), {}, tile)
+    return d_pre, sum_partials(partials, slope.dtype)
+
+
+_SUMS = {"BLOCK_M": 128, "BLOCK_N": 16}
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums of the columns, rounded last: torch takes 36 us for the 394 × 3072 of a ViT-B, where reading them takes 2."""
+    rows, columns = partials.shape
+    sums = torch.empty(columns, dtype=dtype, device=partials.device)
+    if columns:
+        dgelu_bwd_kernel_sums[(triton.cdiv(columns, _SUMS["BLOCK_N"]),)](partials, sums, rows, columns, **_SUMS)
+    return sums
 
 
 def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], constants: dict[str, Any], tile: Tile) -> None:
@@ -345,6 +370,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
     if tile.op == "dgelu_backward":
         pointers = dict.fromkeys(("p_grad", "p_weight", "p_slope", "p_dpre"), tensor) | {"p_sums": "*fp32"}
         yield _variant(dgelu_bwd_kernel, pointers, {"EVEN_N": True}, tile)
+        yield sums_variant(dtype)
         return
     pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y", "p_slope"), tensor)
     for gelu, keep in itertools.product(("erf", "tanh"), (True, False)):
@@ -360,4 +386,16 @@ def _variant(kernel: Callable[..., Any], pointers: dict[str, str], constants: di
         divisible=(*pointers, "num_columns", "depth"),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+    )
+
+
+def sums_variant(dtype: str) -> Variant:
+    """What sums partial sums up for gradients of this dtype."""
+    return Variant(
+        kernel=dgelu_bwd_kernel_sums,
+        signature={"p_partials": "*fp32", "p_sums": f"*{dtype}", "num_rows": "i32", "num_columns": "i32"},
+        constants=_SUMS,
+        divisible=("p_partials", "p_sums", "num_columns"),
+        num_warps=4,
+        num_stages=3,
     )

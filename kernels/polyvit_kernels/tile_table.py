@@ -225,10 +225,15 @@ _MLP_HOPPER = tuple(
         tokens=(1025, ANY),
         features=features,
         backend="hopper",
-        blocks={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "REGISTERS": 168},
+        blocks={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "ROWS": rows, "REGISTERS": 160},
         max_registers=168,
     )
-    for op, features in (("linear_gelu_forward", ANY), ("linear_add_forward", 1536), ("linear_add_forward", ANY), ("dgelu_backward", ANY))
+    for op, features, rows in (
+        ("linear_gelu_forward", ANY, 8),
+        ("linear_add_forward", 1536, 16),
+        ("linear_add_forward", ANY, 16),
+        ("dgelu_backward", ANY, 16),
+    )
 )
 
 # Backward: as many programs as the registers of a card's processors hold at once. Beyond 4096 features they would spill.

@@ -77,7 +77,6 @@ def test_dgelu(sizes, dtype):
     grad, weight, slope = normal(rows, depth), normal(depth, columns, seed=1) / depth**0.5, normal(rows, columns, seed=2)
     grad, weight, slope = (before_nan(tensor.to(dtype)) for tensor in (grad, weight, slope))
     d_pre, sums = linear.dgelu_backward(grad, weight, slope, tile())
-    assert sums.dtype is torch.float32
 
     def expected(grad, weight, slope):
         d_pre = (grad @ weight) * slope
@@ -85,7 +84,7 @@ def test_dgelu(sizes, dtype):
 
     with one_thread():
         yardstick = expected(grad, weight, slope)
-    assert_within_rule({"d_pre": d_pre, "sums": sums.to(dtype)}, yardstick, expected(*doubles(grad, weight, slope)), dtype)
+    assert_within_rule({"d_pre": d_pre, "sums": sums}, yardstick, expected(*doubles(grad, weight, slope)), dtype)
 
 
 @pytest.mark.parametrize("blocks", [{"parts": 1}, {"parts": 4, "BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_K": 64}, {"GROUP_M": 1}], ids=str)
