@@ -172,7 +172,7 @@ _ATTENTION_LONG_ON_HOPPER = tuple(
                 | {"KEYS_WARPGROUPS": consumers, "KEYS_BLOCK_N": 64, "KEYS_STAGES": 4, "KEYS_IN_REGISTERS": 0},
                 spills,
             )
-            for features, consumers, spills in ((32, 3, 0), (64, 3, 16), (80, 2, 16))
+            for features, consumers, spills in ((32, 3, 0), (64, 3, 24), (80, 2, 16))
         ),
     )
 )

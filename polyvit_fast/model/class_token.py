@@ -49,11 +49,14 @@ class _AttendFirst(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
         out, *kept = _attend_first(x, weight, bias, num_heads)
         ctx.save_for_backward(x, weight, *kept)
+        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return (None,) * 4
         x, weight, q, through, attention, mean = ctx.saved_tensors
         num_heads, head_dim = q.shape[1:]
         query, key, value = weight.unflatten(0, (3, num_heads, -1)).unbind()
