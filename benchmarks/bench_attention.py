@@ -12,7 +12,7 @@ import peers
 import pytest
 import torch
 from card import DEVICE, DTYPE, HAS_GPU, Cost
-from problem import BACKWARD, EAGER, FORWARD, OURS, PORTABLE, Contender, Problem, portable
+from problem import BACKWARD, EAGER, FORWARD, KERNELS, OURS, PORTABLE, Contender, Problem, portable
 from torch import Tensor
 
 import polyvit_kernels
@@ -25,7 +25,6 @@ ON_A_GPU = [
 ]
 SHAPES = ON_A_GPU if HAS_GPU else [(2, 197, 3, 64)]
 COMPILED = [(128, 197, 12, 64), (64, 401, 12, 64), (2, 197, 3, 64)]
-KERNELS = "our kernels"
 SAMPLE = 2  # examples that are held to the truth
 
 

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --out DIR --minutes 2          what matters most; each result is written when it is there
     python benchmarks/gpu.py --out DIR --only steps tuning  what has one of these words in its name; tuning runs only so
     python benchmarks/gpu.py --out DIR --only hopper        what the kernels for Hopper are judged by: attention, linear layers, steps and
-                                                            a profile, beside what version 0.3.0 took; about four minutes, only so as well
+                                                            a profile, beside what version 0.3.0 took; three minutes, only so as well
     python benchmarks/gpu.py --plan --minutes 2             how the minutes would be spent
     python benchmarks/gpu.py --out DIR --small              every part on the CPU's path, to see that it works
 
@@ -53,7 +53,7 @@ NEEDS = {"kernels": (), "model": WHOLE, "train": LOOP, "data": (*WHOLE, *DATA, "
 """Folders of tests, and the packages of each beyond the seven."""
 NEED_NO_GPU = ("aot", "c_table", "commands", "cubin", "images", "library", "plan", "reference", "tile_table", "tiles")
 ONLY_ASKED = ("hopper", "tuning")
-"""First words of what measures things again, and of what changes the checkout."""
+"""What measures things again, and what changes the checkout."""
 LAST_SECONDS, GRACE_SECONDS = 3, 7  # for the tables; between a request to end and the end
 LEAST_SECONDS = 12  # imports take most of that
 SHOWN_LINES = 80
@@ -100,23 +100,16 @@ def limit(left: float, planned: float, later: Sequence[float]) -> float:
 
 def parts(out: Path, *, is_small: bool = False, only: Sequence[str] = ()) -> Iterator[Part]:
     """What is run, in the order of what matters most; compilers come after all that needs none."""
-    compiled = {"steps compiled": ("step",), "kernels compiled": HAVE_COMPILED, "hopper steps": ("step",)}
+    compiled = {"steps compiled": ("step",), "kernels compiled": HAVE_COMPILED}
     wanted = [name for name in compiled if is_chosen(name, only)]
-    files = list(dict.fromkeys(file for name in wanted for file in compiled[name]))
-    chosen_steps = HOPPER_STEPS if wanted == ["hopper steps"] else ""
+    files = [file for name in wanted for file in compiled[name]]
     found = [
         Part(name="tests for a GPU", seconds=45, commands=tuple(_gpu_tests(is_small))),
-        Part(name="hopper kernels", seconds=60, commands=(_bench("hopper kernels", ("attention", "linear"), out, "first", is_small),)),
+        *_hopper(out, is_small),
         Part(name="kernels", seconds=45, commands=(_bench("kernels", KERNEL_BENCHES, out, "first", is_small),)),
         Part(name="steps", seconds=80, commands=(_bench("steps", ("step",), out, "first", is_small),)),
         Part(name="other tests and the demo", seconds=100, commands=(*_other_tests(is_small), _demo(out, is_small))),
-        Part(
-            name="compiling peers",
-            seconds=85,
-            commands=(_bench("compiling peers", files, out, "compiled", is_small, warm=True, only=chosen_steps),),
-        ),
-        Part(name="hopper steps", seconds=75, commands=(_bench("hopper steps", ("step",), out, "compiled", is_small, only=HOPPER_STEPS),)),
-        Part(name="hopper profile", seconds=20, commands=(_profile("hopper profile", out, is_small),)),
+        Part(name="compiling peers", seconds=85, commands=(_bench("compiling peers", files, out, "compiled", is_small, warm=True),)),
         Part(name="steps compiled", seconds=70, commands=(_bench("steps compiled", ("step",), out, "compiled", is_small),)),
         Part(name="kernels compiled", seconds=50, commands=(_bench("kernels compiled", HAVE_COMPILED, out, "compiled", is_small),)),
         Part(name="training loop", seconds=30, commands=(_bench("training loop", ("train",), out, "first", is_small),)),
@@ -129,21 +122,34 @@ def parts(out: Path, *, is_small: bool = False, only: Sequence[str] = ()) -> Ite
             yield replace(part, commands=tuple(chosen))
 
 
+def _hopper(out: Path, is_small: bool) -> Iterator[Part]:
+    """What matters most there, compiled beforehand; the steps come last, as they take what time is left."""
+    kernels, steps = ("attention", "linear"), {"only": HOPPER_STEPS}
+    compiling = (
+        _bench("hopper's kernels compiled", kernels, out, "first", is_small, warm=True),
+        _bench("hopper's peers compiled", ("step",), out, "compiled", is_small, warm=True, **steps),
+    )
+    yield Part(name="compiling for hopper", seconds=65, commands=compiling)
+    yield Part(name="hopper's kernels", seconds=22, commands=(_bench("hopper's kernels", kernels, out, "first", is_small),))
+    yield Part(name="hopper's profile", seconds=13, commands=(_profile("hopper's profile", out, is_small),))
+    yield Part(name="hopper's steps", seconds=90, commands=(_bench("hopper's steps", ("step",), out, "compiled", is_small, **steps),))
+
+
 def in_time(todo: Sequence[Part], seconds: float) -> list[Part]:
     """Without compilers where no time would be left to race what they make."""
     needed = 0.0
     for part in todo:
         needed += part.seconds
         if part.name == "compiling peers" and needed + LEAST_SECONDS > seconds:
-            return [other for other in todo if not re.search(r"^compiling|compiled$|^hopper steps", other.name)]
+            return [other for other in todo if not other.name.startswith("compiling") and not other.name.endswith("compiled")]
     return list(todo)
 
 
 def is_chosen(name: str, only: Sequence[str]) -> bool:
     """By one of its words; where none is given, all but what runs only when it is asked for."""
-    first, *_ = words = name.split()
-    if first in ONLY_ASKED:
-        return first in only
+    words = name.replace("hopper's", "hopper").split()
+    if asked := set(words) & set(ONLY_ASKED):
+        return bool(asked & set(only))
     return not only or bool(set(only) & set(words))
 
 
@@ -198,7 +204,7 @@ def _bench(name: str, benches: Sequence[str], out: Path, phase: str, is_small: b
         options += ["--rounds=1", "--calls=1", *(["-k", chosen] if chosen else [])]
     elif "step" in benches:
         options += ["--rounds=4", "--calls=5", *(["-k", only] if only else [])]
-    elif name == "hopper kernels":
+    elif name == "hopper's kernels":
         options += ["--rounds=5", "--calls=6"]
     needs = {"step": WHOLE, "train": LOOP}
     return Command(

@@ -19,7 +19,9 @@ from polyvit_kernels import tiles
 Inputs = dict[str, Tensor]
 Operation = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
-OURS, PORTABLE, EAGER = "ours", "ours portable", "eager"
+OURS, PORTABLE, KERNELS, EAGER = "ours", "ours portable", "our kernels", "eager"
+OWN = (OURS, PORTABLE, KERNELS)
+"""Contenders that are compiled by Triton."""
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 HOPPER = 9
 """Compute capability of the GPUs that the tile table's backend of that name is for."""
@@ -69,6 +71,17 @@ class Problem:
         except Exception as error:
             return told(error)
         return ""
+
+    def compile_own(self, direction: str) -> dict[str, str]:
+        """Call each of `OWN` once, so that their kernels are in Triton's cache; why those are not there that failed."""
+        absent = {}
+        for name, contender in self.contenders.items():
+            if name in OWN and isinstance(contender, Contender) and direction in contender.directions:
+                try:
+                    run_of(contender, self.inputs, direction)()
+                except Exception as error:
+                    absent[name] = told(error)
+        return absent
 
     def enter(self, direction: str, names: set[str]) -> Group:
         """Of `names`, those that can run and give what eager gives."""
