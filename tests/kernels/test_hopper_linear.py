@@ -84,8 +84,7 @@ def test_executed(sizes, seed, programs, monkeypatch):
     tensors = layer(rows, depth, columns, dtype)
     with executing(seed=seed):
         check_gelu(tensors, ("erf", "tanh")[seed], dtype)
-        for residual_dtype in (torch.float32, dtype):
-            check_add(tensors, 10 * normal(rows, columns, seed=3).to(residual_dtype), dtype)
+        check_add(tensors, 10 * normal(rows, columns, seed=3).to((torch.float32, dtype)[seed]), dtype)
         grad, weight, slope = normal(rows, depth), normal(depth, columns, seed=1) / depth**0.5, normal(rows, columns, seed=4)
         check_undo(*(tensor.to(dtype) for tensor in (grad, weight, slope)), dtype)
 
@@ -183,7 +182,7 @@ def test_tiles_are_narrow_where_that_takes_less_time(rows, columns, expected):
 def test_variants_name_every_argument_of_their_kernels():
     for row in TILES.values():
         variants = list(linear.variants(row, "bf16"))
-        assert {variant.constants["BLOCK_N"] for variant in variants} == {128, 256}
+        assert {variant.constants["BLOCK_N"] for variant in variants if variant.kernel is not portable.dgelu_bwd_kernel_sums} == {128, 256}
         for variant in variants:
             assert {*variant.signature, *variant.constants} == set(variant.kernel.arg_names)
             assert [*variant.signature] == variant.kernel.arg_names[: len(variant.signature)]

@@ -100,6 +100,13 @@ def test_every_tile_gives_the_same(blocks):
         torch.testing.assert_close(run(tile(**blocks)), run(tile()))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (128, 16), (129, 40), (394, 17)], ids=str)
+def test_partial_sums(sizes):
+    partials = before_nan(normal(*sizes))
+    torch.testing.assert_close(linear.sum_partials(partials, torch.float32), partials.sum(0))
+    assert linear.sum_partials(partials, torch.float16).dtype is torch.float16
+
+
 def test_layouts_and_gradients_that_repeat():
     x, weight, bias = normal(24, 20), normal(36, 24), normal(72)
     x, weight, bias, residual = x.t(), weight, bias[::2], normal(1, 36).expand(20, -1)
