@@ -16,9 +16,9 @@ _EVERY = ("fp32", "fp16", "bf16")
 _MEASURED = ()
 
 # The choice between our kernels and a backend of torch's scaled_dot_product_attention, for both directions: what training takes decides.
-# Up to 256 tokens attention is bound by memory and the libraries' tiles of 128 and more are wasted. Beyond, our portable kernels are behind:
-# cuDNN's by 1.10 to 1.44 in both directions together on Hopper, and its lead on Blackwell is that of others' figures (arXiv 2407.08608);
-# elsewhere FlashAttention-2 leads (cuDNN reaches 0.8 to 0.9 of it on A100, A10G and RTX PRO 6000: huggingface/transformers issue 48163).
+# Up to 256 tokens attention is bound by memory and the libraries' tiles of 128 and more are wasted. Beyond, cuDNN is 1.10 to 1.44 times as
+# fast as our portable kernels on Hopper, in both directions together, and leads by others' figures on Blackwell (arXiv 2407.08608), as does
+# FlashAttention-2 elsewhere (cuDNN reaches 0.8 to 0.9 of it on A100, A10G and RTX PRO 6000: huggingface/transformers issue 48163).
 # Hopper's own take heads of up to 80: 1.03 to 1.5 times cuDNN's forward and 1.3 to 2.0 times its backward at 257 to 1212 tokens
 # (nvidia-h100-80gb-hbm3/hopper-attention-long.jsonl).
 _ATTENTION_BACKEND = (
