@@ -238,7 +238,9 @@ _MLP_HOPPER = tuple(
     )
 )
 
-# Backward: as many programs as the registers of a card's processors hold at once. Beyond 4096 features they would spill.
+_PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+# Backward: as many programs as the registers of a card's processors hold at once (on Hopper 80 of a thread, with 16 bits 86). Beyond 4096 features they would spill.
 _LAYER_NORM = (
     *(
         Tile(op="layer_norm_forward", archs=_ALL, features=features, dtypes=_EVERY, blocks={"ROWS": rows}, num_warps=warps)
@@ -249,18 +251,20 @@ _LAYER_NORM = (
             op="layer_norm_backward",
             archs=(arch,),
             features=features,
-            dtypes=_EVERY,
+            dtypes=dtypes,
             blocks={"ROWS": rows, "PROGRAMS": processors * programs, "STAGES": 2},
             num_warps=warps,
         )
-        for arch, processors in ((80, 108), (86, 84), (89, 128), (90, 132), (100, 148), (120, 170))
+        for dtypes, archs in ((_EVERY, (80, 86, 89)), (("fp32",), (90,)), (("fp16", "bf16"), (90,)), (_EVERY, (100, 120)))
+        for arch in archs
         for features, rows, warps, programs in (
             (256, 4, 4, 5),
             (512, 2, 4, 5),
-            (1024, 1, 4, 6 if arch <= 90 else 5),
-            (2048, 1, 8, 3 if arch <= 90 else 2),
+            (1024, 1, 4, 6 if arch < 90 or dtypes == ("fp32",) else 5),
+            (2048, 1, 8, 3 if arch < 90 or dtypes == ("fp32",) else 2),
             (4096, 1, 16, 1),
         )
+        for processors in (_PROCESSORS[arch],)
     ),
 )
 

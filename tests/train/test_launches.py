@@ -53,8 +53,8 @@ def test_a_block_more_launches_what_its_parameters_need(monkeypatch):
     some, more = (Counter(launch.name for launch in launches(monkeypatch, depth)) for depth in (3, 4))
     assert more - some == {
         "add_": 12,  # a gradient for each parameter, added to the flat buffer
-        "sum": 2,  # of partial sums, for the biases of qkv and fc1
-        "_to_copy": 2,  # which round them
+        "sum": 1,  # of partial sums, for the bias of qkv
+        "_to_copy": 1,  # which rounds it
     }
     assert not some - more
 
