@@ -155,11 +155,11 @@ def narrow_vit() -> Rivals:
 ON_A_GPU: tuple[Rivals | CoTraining, ...] = (  # in the order in which they begin, should time run out
     vits("B", 256, usual(TIMM)),
     narrow_vit(),
-    Rivals(title="ViViT-B 32×224, batch 16", case=vivit_b, contenders=usual(VIVIT), unit="clips"),
-    CoTraining(title="PolyViT-B, nine tasks", model=MODELS["B"], tasks=nine_tasks),
     vits("S", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),
-    Rivals(title="AST-B 1212, batch 64", case=ast_b, contenders=usual(AST), unit="sounds"),
     vits("L", 128, usual(TIMM)),
+    Rivals(title="ViViT-B 32×224, batch 16", case=vivit_b, contenders=usual(VIVIT), unit="clips"),
+    Rivals(title="AST-B 1212, batch 64", case=ast_b, contenders=usual(AST), unit="sounds"),
+    CoTraining(title="PolyViT-B, nine tasks", model=MODELS["B"], tasks=nine_tasks),
     vits("Ti", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),
 )
 ON_A_CPU: tuple[Rivals | CoTraining, ...] = (

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from polyvit_kernels.images import SHARED_BYTES
+from polyvit_kernels.ops import xformers_attention
+from polyvit_kernels.tile_table import TABLE
 from polyvit_kernels.tiles import ANY, Tile
 
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -51,6 +53,7 @@ def _attention(op: str, *cases: tuple[tuple[int, int], tuple[int, int]]) -> tupl
 
 # ViT-B/32 and B/16 on images, 8 s and 25 s of sound, 32 frames: from the most used to the least, as time may run out.
 _LENGTHS = (((257, 800), (64, 401)), ((801, 2000), (32, 1212)), ((2001, ANY), (8, 3137)))
+_SHORT_FOR_LONG = ((129, 256), (128, 197))  # what no short backward has a row for goes to the long one
 _ROWS, _MANY, _FEW = (25_216, 50_432, 788)
 _LINEAR_SMALL = (20, 32, 48)
 
@@ -59,7 +62,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
         *_attention("attention_short_forward", ((193, 208), (128, 197))),
         *_attention("attention_short_backward", ((129, 256), (128, 197))),
         *_attention("attention_long_forward", *_LENGTHS),
-        *_attention("attention_long_backward", *_LENGTHS),
+        *_attention("attention_long_backward", _SHORT_FOR_LONG, *_LENGTHS),
         *_attention("attention", ((1, 256), (128, 197)), *_LENGTHS),
         *_attention("attention_short_forward", ((1, 64), (512, 50)), ((209, 256), (100, 256))),
         *_attention("attention_short_backward", ((1, 64), (512, 50))),
@@ -92,7 +95,7 @@ Choice = dict[str, int]
 def candidates(case: Case, current: Tile, arch: int) -> list[Tile]:
     """The row in use, then all that are tried, each once."""
     choices = _SPACES[case.op](case, arch) if case.op in _SPACES else ()
-    tiles = [current, *(_tile(case.op, choice) for choice in choices), *_by_others(case)]
+    tiles = [current, *_on_hopper(case, arch), *(_tile(case.op, choice) for choice in choices), *_by_others(case)]
     return _distinct(tiles)
 
 
@@ -108,9 +111,12 @@ def neighbours(case: Case, tile: Tile) -> list[Tile]:
 
 def label(tile: Tile) -> str:
     """What a row runs, in one line."""
-    if tile.op == "attention" or tile.backend != "triton":
+    if tile.op == "attention" or tile.backend not in ("triton", "hopper"):
         return tile.backend
-    return f"{' '.join(f'{name}={value}' for name, value in tile.blocks.items())} warps={tile.num_warps} stages={tile.num_stages}"
+    words = [f"{name}={value}" for name, value in tile.blocks.items()] + [f"warps={tile.num_warps}", f"stages={tile.num_stages}"]
+    if tile.backend == "hopper":
+        words = ["hopper", *words, f"registers={tile.max_registers or 'free'}"]
+    return " ".join(words)
 
 
 def _power_of_two(least: int) -> int:
@@ -129,10 +135,20 @@ def _tile(op: str, choice: Choice) -> Tile:
     return Tile(op=op, archs=(), blocks=blocks, num_warps=choice["num_warps"], num_stages=choice["num_stages"])
 
 
+def _on_hopper(case: Case, arch: int) -> Iterator[Tile]:
+    """The table's rows of kernels for Hopper that fit the case, with other limits of registers and other constants."""
+    rows = (row for row in TABLE if row.op == case.op and row.backend == "hopper" and arch in row.archs and row.fits(*case.question()))
+    for row in rows:
+        knobs = {name: values for name, values in _HOPPER_KNOBS.items() if name in row.blocks}
+        for registers, choice in itertools.product((row.max_registers, *_MOST_REGISTERS), _combinations(**knobs)):
+            yield replace(row, blocks={**row.blocks, **choice}, max_registers=registers, programs_per_sm=1, allowed_spills=0)
+
+
 def _by_others(case: Case) -> list[Tile]:
     """Backends: of attention as a whole, and torch's operators for what they can do alone."""
     if case.op == "attention":
-        return [Tile(op=case.op, archs=(), backend=backend) for backend in ("triton", "cudnn", "flash")]
+        backends = ("triton", "cudnn", "flash", *(["xformers"] if xformers_attention.is_installed() else []))
+        return [Tile(op=case.op, archs=(), backend=backend) for backend in backends]
     return [] if case.op.startswith("attention") else [Tile(op=case.op, archs=(), backend="torch")]
 
 
@@ -236,4 +252,7 @@ _SPACES: Mapping[str, Callable[[Case, int], Iterator[Choice]]] = {
     "patch_embed_forward": _patch_forward,
     "patch_embed_backward": _patch_backward,
 }
+_MOST_REGISTERS = (None, 128, 168, 200)
+_HOPPER_KNOBS = {"REGISTERS": (152, 160, 168), "STAGES": (2, 3, 4), "BLOCK_N": (64, 128, 256)}
+"""What the kernels cannot be compiled with is refused then."""
 _MINOR = {"GROUP_M": (4, 8, 16), "PARTS": (1, 2, 4), "STAGES": (1, 2, 3)}

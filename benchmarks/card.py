@@ -58,7 +58,12 @@ def name() -> str:
 
 def folder_name() -> str:
     """Of `benchmarks/results/<here>`: nvidia-h200, cpu-2-cores."""
-    return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+    return folder_of(name())
+
+
+def folder_of(card: str) -> str:
+    """The same of a card by its name."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
 def floor_seconds(cost: Cost, card: str) -> float | None:

@@ -27,7 +27,11 @@ def pytest_addoption(parser):
         help="all, those that need no compiler, or the compiled ones against the first of the others",
     )
     group.addoption(
-        "--warm", type=int, default=0, metavar="N", help="time nothing: compile peers in N processes, for a run that comes after"
+        "--warm",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time nothing: compile peers, or among the first ones our kernels, in N processes, for a run that comes after",
     )
     group.addoption("--measurements", type=Path, help="file that each result is appended to, when it is there")
 
@@ -113,7 +117,7 @@ def _fail(reason: str) -> None:
 
 def pytest_sessionfinish(session):
     if jobs := list(session.config.stash.get(JOBS, {})):
-        warm.compile_all(jobs, session.config.getoption("warm"))
+        warm.compile_all(jobs, session.config.getoption("warm"), session.config.getoption("contenders"))
 
 
 @pytest.hookimpl(trylast=True)

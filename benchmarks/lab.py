@@ -19,6 +19,7 @@ from trials import TRIALS, Inputs, nan_in_new_memory
 from triton import knobs
 
 from polyvit_kernels import tile_table, tiles
+from polyvit_kernels.plan import PACKAGES
 from polyvit_kernels.tiles import Tile
 
 _WRITTEN = tile_table.TABLE
@@ -51,6 +52,7 @@ class Request:
     attributes: Mapping[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 class LostCardError(Exception):
@@ -72,9 +74,9 @@ def requests(job: Job, rows: Sequence[Tile]) -> dict[str, list[Request] | str]:
     sizes = [inputs_of(job.case.op, size, job.dtype) for size in (job.size, job.sample)]
     for row in rows:
         asked: list[Request] = []
-        knobs.runtime.jit_cache_hook = _recorder(asked)
+        knobs.runtime.jit_cache_hook = _recorder(asked, row)
         try:
-            for inputs in sizes if row.backend == "triton" and row.op != "attention" else []:
+            for inputs in sizes if row.backend in PACKAGES and row.op != "attention" else []:
                 trial.run(inputs, row)
             found[label(row)] = asked
         except Exception as error:
@@ -84,7 +86,7 @@ def requests(job: Job, rows: Sequence[Tile]) -> dict[str, list[Request] | str]:
     return found
 
 
-def _recorder(asked: list[Request]):
+def _recorder(asked: list[Request], row: Tile):
     def record(*, fn, compile, **_: Any) -> bool:
         asked.append(
             Request(
@@ -95,6 +97,7 @@ def _recorder(asked: list[Request]):
                 attributes=compile["configs"][0],
                 num_warps=compile["num_warps"],
                 num_stages=compile["num_stages"],
+                max_registers=row.max_registers,
             )
         )
         # The launch is called off.
@@ -107,17 +110,20 @@ def compile_one(request: Request, arch: int) -> str:
     """Compile, on any machine; why the kernel will not do, or nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     from polyvit_kernels import cubin
     from polyvit_kernels.images import SHARED_BYTES
 
-    source = ASTSource(
-        fn=getattr(import_module(request.module), request.name),
+    function = getattr(import_module(request.module), request.name)
+    language = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
+    source = language(
+        fn=function,
         signature=dict(request.signature),
         constexprs=dict(request.constants),
         attrs=dict(request.attributes),
     )
-    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    options = {"num_warps": request.num_warps, "num_stages": request.num_stages, "maxnreg": request.max_registers}
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:

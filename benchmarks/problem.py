@@ -1,12 +1,15 @@
 """What is measured: an operation on given inputs, the ways to compute it, and how they are held to one another."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from statistics import median
+from typing import Any
 
 import card
 import torch
+from candidates import label
 from card import Cost
 from race import Group, Lane, Run, Watch, new_watch, told
 from torch import Tensor
@@ -16,8 +19,12 @@ from polyvit_kernels import tiles
 Inputs = dict[str, Tensor]
 Operation = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
-OURS, EAGER = "ours", "eager"
+OURS, PORTABLE, KERNELS, EAGER = "ours", "ours portable", "our kernels", "eager"
+OWN = (OURS, PORTABLE, KERNELS)
+"""Contenders that are compiled by Triton."""
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
+HOPPER = 9
+"""Compute capability of the GPUs that the tile table's backend of that name is for."""
 FURTHEST = 0.05
 """How far a contender's results may be from eager's, ‖a − b‖ / ‖b‖: bf16 and tanh for erf are within 0.01, another function is not."""
 
@@ -26,13 +33,16 @@ FURTHEST = 0.05
 class Contender:
     """A way to compute it, of the problem's inputs by keyword or of what `take` makes of them.
 
-    One that is not `alike` does less than ours: it is shown, but is no peer to beat.
+    One that is not `alike` does less than ours, or is ours: it is shown, but is no peer to beat. What is not `judged` gives something else
+    than eager. `within` is entered around every call.
     """
 
     operation: Operation
     take: Callable[[Inputs], Inputs] = dict
     directions: tuple[str, ...] = (FORWARD, BACKWARD, STEP)
     alike: bool = True
+    judged: bool = True
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,17 @@ class Problem:
             return told(error)
         return ""
 
+    def compile_own(self, direction: str) -> dict[str, str]:
+        """Call each of `OWN` once, so that their kernels are in Triton's cache; why those are not there that failed."""
+        absent = {}
+        for name, contender in self.contenders.items():
+            if name in OWN and isinstance(contender, Contender) and direction in contender.directions:
+                try:
+                    run_of(contender, self.inputs, direction)()
+                except Exception as error:
+                    absent[name] = told(error)
+        return absent
+
     def enter(self, direction: str, names: set[str]) -> Group:
         """Of `names`, those that can run and give what eager gives."""
         lanes, absent = [], {}
@@ -76,7 +97,7 @@ class Problem:
                     run = run_of(contender, self.inputs, direction)
                     found = run()
                     # Other leaves have other gradients.
-                    if expected is not None and (direction == FORWARD or contender.take is dict):
+                    if expected is not None and contender.judged and (direction == FORWARD or contender.take is dict):
                         assert_near(_as_tuple(found), expected)
                 except Exception as error:
                     absent[name] = told(error)
@@ -112,12 +133,44 @@ def _row(op: str, tokens: int, features: int) -> str:
     """The row of the tile table that ours runs with."""
     dtype = torch.float32 if op.endswith("_update") else card.DTYPE
     tile = tiles.pick(op, tiles.architecture(card.DEVICE), dtype, tokens=tokens, features=features)
-    blocks = " ".join(f"{name}={value}" for name, value in tile.blocks.items())
-    return f"{op}: {tile.backend} {blocks} warps={tile.num_warps} stages={tile.num_stages}, {tile.source}"
+    return f"{op}: {tile.backend} {label(tile)}, {tile.source}"
+
+
+def portable(operation: Operation, **rest: Any) -> Contender | str:
+    """`operation` of ours with kernels that run on every GPU, where there are others for this one; else why that is left out."""
+    if not card.HAS_GPU:
+        return "left out on a CPU"
+    if tiles.architecture(card.DEVICE) // 10 != HOPPER:
+        return "ours has no other kernels for this GPU"
+    return Contender(operation=operation, within=portable_rows, alike=False, **rest)
+
+
+@contextmanager
+def portable_rows() -> Iterator[None]:
+    """Inside, operations take rows of the tile table whose kernels run on every GPU."""
+    pick = tiles.pick
+    tiles.pick = lambda *question, **sizes: pick(*question, **(sizes | {"portable": True}))
+    try:
+        yield
+    finally:
+        tiles.pick = pick
 
 
 def run_of(contender: Contender, inputs: Inputs, direction: str) -> Run:
     """One call: the forward as in training, or the gradients of one graph that stays, for upstream gradients that all contenders share."""
+
+    def within(run: Run) -> Run:
+        def call() -> object:
+            with contender.within():
+                return run()
+
+        return call
+
+    with contender.within():
+        return within(_run_of(contender, inputs, direction))
+
+
+def _run_of(contender: Contender, inputs: Inputs, direction: str) -> Run:
     tensors = contender.take(inputs)
     if direction == STEP:
         return lambda: contender.operation(**tensors)

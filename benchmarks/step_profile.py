@@ -1,6 +1,6 @@
 """Where the time of a ViT-B training step goes, by families of kernels: ours, and timm's, from torch's profiler, both run eagerly.
 
-python benchmarks/step_profile.py --out FILE           on a GPU
+python benchmarks/step_profile.py --out FILE           on a GPU; the file has the kernels below each family too
 python benchmarks/step_profile.py --out FILE --small   a small model on the CPU's path, to see that it works
 """
 
@@ -26,17 +26,24 @@ from polyvit_kernels import commands
 
 STEPS = 5
 KERNELS_SHOWN = 4
+KERNEL = "    "
+"""How the line of a kernel begins, below its family's."""
 OTHER = "other"
 # The first that is found in a kernel's name, or on a CPU in an operator's, names its family.
 FAMILIES = {
-    "copy": r"memcpy|memset|copy_kernel|direct_copy|catarray|fillfunctor|aten::(copy_|_to_copy|fill_|zero_|cat|clone)$",
+    "casts and copies": r"memcpy|memset|copy_kernel|direct_copy|catarray|fillfunctor|aten::(copy_|_to_copy|fill_|zero_|cat|clone)$",
     "loss": r"log_?softmax|nll_loss|binary_cross_entropy|log_sigmoid",
-    "attention": r"attention|flash|fmha|sdpa|softmax",
-    "optimizer": r"adam|sgd_|multi_tensor_apply|normtwoops|linalg_vector_norm",
-    "norm": r"layer_?norm|gammabeta",
-    "mlp": r"gelu",
-    "patch embed": r"patch_embed|conv|im2col|fprop|dgrad|wgrad",
-    "matmul": r"gemm|nvjet|cutlass|xmma|splitk|gemv|linear_add|addmm|aten::(mm|bmm)$",
+    "attention backward": r"(attention|flash|fmha|sdpa|softmax).*(bwd|bprop|backward)|dot_do_o|fmha_cutlassb",
+    "attention forward": r"attention|flash|fmha|sdpa|softmax",
+    "update": r"adam|sgd_|multi_tensor_apply|normtwoops|linalg_vector_norm",
+    "norms": r"layer_?norm|gammabeta",
+    "linear_gelu": r"linear_gelu",
+    "linear_add": r"linear_add",
+    "dgelu": r"dgelu",
+    "GELU by itself": r"gelu",
+    "patches": r"patch_embed|conv|im2col|fprop|dgrad|wgrad",
+    "cuBLAS": r"gemm|nvjet|cutlass|xmma|splitk|gemv|addmm|aten::(mm|bmm)$",
+    "sums": r"reduce_kernel|aten::sum$",
 }
 
 
@@ -70,9 +77,9 @@ def lines(title: str, found: dict[str, Share], seconds: float) -> list[str]:
     total = sum(share.us for share in found.values())
     table = [f"{title}: {seconds * 1e3:.2f} ms a step; its kernels take {total / 1e3:.2f} ms"]
     for name, share in found.items():
-        table.append(f"  {name:12} {share.us / 1e3:9.3f} ms {share.us / max(total, 1e-9):6.1%} {share.launches:7.0f} launches")
+        table.append(f"  {name:18} {share.us / 1e3:9.3f} ms {share.us / max(total, 1e-9):6.1%} {share.launches:7.0f} launches")
         most = sorted(share.kernels.items(), key=lambda item: -item[1])[:KERNELS_SHOWN]
-        table += [f"    {us / 1e3:9.3f} ms  {kernel[:100]}" for kernel, us in most]
+        table += [f"{KERNEL}{us / 1e3:9.3f} ms  {kernel[:100]}" for kernel, us in most]
     return table
 
 
@@ -118,14 +125,17 @@ def main() -> int:
     case = vit("Ti", 1) if args.small else vit("B", 256)
     case = replace(case, model=replace(case.model, depth=1)) if args.small else case
     model = PolyViT.from_config(case.config).to(card.DEVICE)
+    narrow = replace(case, residual="bf16")
+    narrow_model = PolyViT.from_config(narrow.config).to(card.DEVICE)
     backend = fastest_backend(case.model, case.task)
     tables = [
         f"{card.name()}, {'ViT-Ti of one block' if args.small else 'ViT-B/16'}, batch {case.task.batch}, 224 × 224",
         *report("ours, eager", partial(our_trainer, case.config, model, captured=False)),
+        *report("ours, eager, bf16 residual", partial(our_trainer, narrow.config, narrow_model, captured=False)),
         *report("timm, eager", partial(peer_trainer, case, timm_vit, model, compiled=False, backend=backend)),
     ]
     args.out.write_text("\n".join(tables) + "\n")
-    print("\n".join(tables))
+    print("\n".join(line for line in tables if not line.startswith(KERNEL)))
     print(f"profile of a step written to {args.out}")
     return 0
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import before
 from problem import OURS
 
 
@@ -73,13 +74,14 @@ def rate_lines(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
-    """A line for each group: ours, its share of the floor, how many times as fast as the best peer it is, the peers from fast to slow.
+    """A line for each group: ours, the floor, the share of it, what ours was in version 0.3.0, how many times as fast as the best peer it
+    is, the peers from fast to slow.
 
-    Contenders in brackets do less than ours and are no peers to beat. The last lines say which are absent, and why.
+    Contenders in brackets do less than ours, or are ours, and are no peers to beat. The last lines say which are absent, and why.
     """
     groups = _by_group(measurements)
     width = max(map(len, groups), default=0)
-    lines = [f"{'':{width}} {'ours':>10} {'of floor':>8} {'/ best':>6}  peers"] if groups else []
+    lines = [f"{'':{width}} {'ours':>10} {'floor':>10} {'of floor':>8} {'0.3.0':>10} {'/ best':>6}  peers"] if groups else []
     lines += [f"{group:{width}} {_ours_and_peers(rows)}" for group, rows in groups.items()]
     return lines + _absent_lines(groups)
 
@@ -87,7 +89,8 @@ def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
 def step_lines(measurements: Sequence[Measurement]) -> list[str]:
     """A line for each contender, of each group ours first and then the others from fast to slow, and the absent ones.
 
-    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it.
+    It has units a second, how many times as fast ours is, MFU, memory, and the share of a step that Python takes to queue it; that of
+    ours also what it was in version 0.3.0.
     """
     lines = []
     groups = _by_group(measurements)
@@ -99,11 +102,13 @@ def step_lines(measurements: Sequence[Measurement]) -> list[str]:
             rate = row.info["amount"] / row.median
             found = None if row is ours else _ratio(row, rows)
             ratio = "" if found is None else f"ours / it = {found:.2f}"
+            earlier = before.seconds(group, row.info.get("card", "")) if row is ours else None
+            was = "" if earlier is None else f"0.3.0: {row.info['amount'] / earlier:.1f}"
             mfu = "" if row.info["mfu"] is None else f"MFU {row.info['mfu']:.1%}"
             memory = "" if row.info["peak_gib"] is None else f"{row.info['peak_gib']:.1f} GiB"
             share = row.info.get("host_share")
             host = "" if share is None else f"host {share:.1%}"
-            words = filter(None, (ratio, mfu, memory, host, row.info["note"]))
+            words = filter(None, (ratio, was, mfu, memory, host, row.info["note"]))
             lines.append(f"{group:{width}} {row.contender:22} {rate:9.1f} {row.info['unit']}/s  {', '.join(words)}".rstrip())
     return lines + _absent_lines(groups)
 
@@ -139,9 +144,12 @@ def _ours_and_peers(rows: list[Measurement]) -> str:
     ratios = [ratio for row in peers if row.info["alike"] and (ratio := _ratio(row, rows))]
     best = min(ratios, default=None)
     time = "-" if ours is None else _time(ours.median)
+    some = ours or rows[0]
+    floor, was = some.info.get("floor_us"), before.seconds(some.group, some.info.get("card", ""))
+    floor, was = ("-" if value is None else _time(value) for value in (floor and floor / 1e6, was))
     share = "-" if ours is None or ours.info["share_of_floor"] is None else f"{ours.info['share_of_floor']:.0%}"
     told = ", ".join(_told(row) for row in peers)
-    return f"{time:>10} {share:>8} {'-' if best is None else f'{best:.2f}':>6}  {told}"
+    return f"{time:>10} {floor:>10} {share:>8} {was:>10} {'-' if best is None else f'{best:.2f}':>6}  {told}"
 
 
 def _told(row: Measurement) -> str:

@@ -70,13 +70,13 @@ def job_of(case: Case, family: str, rows: tuple[Tile, ...], is_small: bool) -> J
     return Job(case=case, size=case.size, sample=sample, dtype=dtype, rows=rows)
 
 
-def row_in_use(case: Case, arch: int) -> Tile:
-    """What the table gives for a case; where a short attention has no row, the long kernel does it."""
+def row_in_use(case: Case, arch: int, *, portable: bool = False) -> Tile:
+    """What the table gives for a case; where a short attention has no row, the long kernel does it. `portable`: see `tiles.pick`."""
     tokens, features = case.question()
     dtype = next(dtype for dtype, name in tiles.DTYPES.items() if name == case.dtypes()[0])
-    row = tiles.pick(case.op, arch, dtype, tokens=tokens, features=features, portable=True)
+    row = tiles.pick(case.op, arch, dtype, tokens=tokens, features=features, portable=portable)
     if row.backend == "torch" and case.op.startswith("attention_short"):
-        return tiles.pick(case.op.replace("short", "long"), arch, dtype, tokens=tokens, features=features, portable=True)
+        return tiles.pick(case.op.replace("short", "long"), arch, dtype, tokens=tokens, features=features, portable=portable)
     return row
 
 
@@ -99,7 +99,7 @@ def tune(families: Sequence[str], seconds: float, crew: Crew, *, is_small: bool)
             if time.monotonic() >= end:
                 yield job
                 continue
-            outcome = hold(job, row_in_use(case, crew.arch), crew, lengths, check_budget=not is_small)
+            outcome = hold(job, row_in_use(case, crew.arch, portable=is_small), crew, lengths, check_budget=not is_small)
             if outcome.new and outcome.new.op == case.op:
                 rows = (*rows, case.row(outcome.new, crew.arch, "compiled"))
             yield outcome
@@ -203,13 +203,25 @@ def row_text(row: Tile) -> str:
     first += [f"features={_number(row.features)}"] if row.features != plain.features else []
     first += [f"dtypes={_tuple(row.dtypes)}"] if row.dtypes != plain.dtypes else []
     first += [f'backend="{row.backend}"'] if row.backend != plain.backend else []
-    second = []
-    if row.blocks:
+    if row.blocks or row.backend == "hopper":
         first += [f"num_warps={row.num_warps}", f"num_stages={row.num_stages}"]
+    budget = ("max_registers", "programs_per_sm", "allowed_spills")
+    second = [f"{name}={getattr(row, name)}" for name in budget if getattr(row, name) != getattr(plain, name)]
+    if row.blocks:
         second += [f"blocks={{{', '.join(f'{_quoted(name)}: {value}' for name, value in row.blocks.items())}}}"]
     second += [f'source="{row.source}"']
-    parts = [first, second] if len(_line(second)) <= LINE_LENGTH + 1 else [first, second[:1], second[1:]]
-    return f"    Tile(\n{''.join(map(_line, parts))}    ),\n"
+    return f"    Tile(\n{''.join(map(_line, (*_wrapped(first), *_wrapped(second))))}    ),\n"
+
+
+def _wrapped(parts: list[str]) -> Iterator[list[str]]:
+    """As few lines as they fit."""
+    line: list[str] = []
+    for part in parts:
+        if line and len(_line([*line, part])) > LINE_LENGTH + 1:
+            yield line
+            line = []
+        line.append(part)
+    yield line
 
 
 def _line(parts: list[str]) -> str:

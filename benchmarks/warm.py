@@ -1,4 +1,4 @@
-"""Compiling peers side by side, each process some of them, so that a later run finds them in torch's and Triton's caches."""
+"""Compiling peers and our kernels side by side, so that a later run finds them in torch's and Triton's caches."""
 
 import fcntl
 import multiprocessing
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 from card import HAS_GPU
-from race import Rivalry, forget, to_compile, told
+from problem import Problem
+from race import COMPILED, FIRST, Rivalry, forget, to_compile, told
 
 STEP_GIB = 26
 """What a process that trains a whole model may take of the card, at the sizes of `bench_step.py`."""
@@ -31,8 +32,8 @@ class Job:
     arguments: tuple[object, ...]
 
 
-def compile_all(jobs: Sequence[Job], num_processes: int) -> None:
-    """Compile the peers of all jobs; what cannot be compiled is told, and is compiled when it is timed.
+def compile_all(jobs: Sequence[Job], num_processes: int, phase: str = COMPILED) -> None:
+    """Compile the peers of all jobs, or in the first phase our own kernels. What cannot be is told, and is compiled when it is timed.
 
     Kernels and whole steps have processes of their own: steps fill the card's memory, and compile with other settings.
     """
@@ -49,7 +50,7 @@ def compile_all(jobs: Sequence[Job], num_processes: int) -> None:
             for pool, rivalries in zip(pools, kinds, strict=True):
                 for rivalry in rivalries:
                     directions = [job.direction for job in jobs if (job.build, job.arguments) == rivalry]
-                    futures.append(pool.submit(compile_one, *rivalry, directions))
+                    futures.append(pool.submit(compile_one, *rivalry, directions, phase))
             for future in as_completed(futures):
                 error = future.exception()
                 print(f"[{time.monotonic() - began:.0f} s] {told(error) if error else future.result()}", flush=True)
@@ -63,18 +64,25 @@ def _pool(num_processes: int, folder: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_processes, mp_context=context, initializer=take_turns_on_the_card, initargs=(folder,))
 
 
-def compile_one(build: Callable[..., Rivalry], arguments: Sequence[object], directions: Sequence[str]) -> str:
-    """Call what torch compiles of a rivalry once, each way; gives a line about it."""
+def compile_one(build: Callable[..., Rivalry], arguments: Sequence[object], directions: Sequence[str], phase: str = COMPILED) -> str:
+    """Call what is compiled of a rivalry once, each way; gives a line about it."""
     start, title, absent = time.monotonic(), "", {}
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rivalry = build(*arguments)
+        if phase == FIRST and isinstance(rivalry, Problem):
+            failed = {f"{name} {direction}": reason for direction in directions for name, reason in rivalry.compile_own(direction).items()}
+            return _line(rivalry.title, start, failed)
         names = to_compile(rivalry.contenders)
         for direction in directions if names else ():
             group = rivalry.enter(direction, names)
             title, absent = group.title, absent | group.absent
-    reasons = "".join(f"; not {name}: {reason}" for name, reason in absent.items() if name in names)
+    return _line(title, start, {name: reason for name, reason in absent.items() if name in names})
+
+
+def _line(title: str, start: float, failed: dict[str, str]) -> str:
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in failed.items())
     return f"compiled {title or 'nothing'} in {time.monotonic() - start:.0f} s{reasons}"
 
 

@@ -319,6 +319,11 @@ class Train:
         return {task.modality.name: task.modality for task in self.tasks.values()}
 
     @property
+    def keeps_rounded(self) -> bool:
+        """Whether each update writes the parameters in bf16 too. A CPU rounds them at each use, and FSDP gathers them in fp32."""
+        return self.precision == "bf16" and self.device != "cpu" and not self.sharded
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out)

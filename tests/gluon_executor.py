@@ -185,12 +185,12 @@ def _allocate_barriers(batch: int | None = None, two_ctas: bool = False) -> Barr
 
 def _expect(mbarrier: Barrier, bytes_per_cta: int, pred: Any = True) -> None:
     if pred:
-        Now.machine.arrive(mbarrier, count=1, expected=int(bytes_per_cta))
+        Now.machine.expect(mbarrier, int(bytes_per_cta))
 
 
 def _arrive(mbarrier: Barrier, *, count: int = 1, pred: Any = True) -> None:
     if pred:
-        Now.machine.arrive(mbarrier, count=int(count))
+        Now.machine.arrive(mbarrier, int(count))
 
 
 def _wait(mbarrier: Barrier, phase: Any, pred: Any = True, deps: Any = ()) -> None:

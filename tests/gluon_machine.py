@@ -5,8 +5,12 @@ arrives; where nothing can go on, that is a deadlock, and is told with what each
 
 Races do not depend on chance: every access to shared memory must be ordered after those that it conflicts with. What orders accesses is
 kept as vector clocks (Lamport's happens-before): a *lane* is a sequence of accesses in order, such as a partition's own, its products', or
-the copies to one place, and a clock says how far along each lane its owner has seen. Within a partition the compiler orders accesses of
-its threads; between partitions mbarriers do; products and copies are ordered by being waited for.
+the copies to one place, and a clock says how far along each lane its owner has seen.
+
+- Within a partition the compiler orders the threads' accesses: it puts a barrier between two that conflict, and before an arrival.
+- Between partitions mbarriers do: who waits has seen what those who arrived had seen. `expect` is the arrival of one thread: what other
+  threads did after the last such barrier is not part of it.
+- Products and copies are over when they have been waited for. They see what threads wrote only after a fence.
 """
 
 import random
@@ -53,6 +57,7 @@ class Partition:
     name: str
     num_warps: int
     clock: Clock = field(default_factory=dict)
+    settled: Clock = field(default_factory=dict)
     products: int = 0
     stores: int = 0
     ready: Callable[[], bool] = lambda: True
@@ -60,11 +65,19 @@ class Partition:
     is_done: bool = False
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def tick(self) -> Clock:
-        """What has happened so far, for another to see; what comes now is later."""
-        seen = dict(self.clock)
-        self.clock[self.number] = self.clock.get(self.number, 0) + 1
-        return seen
+    def settle(self) -> None:
+        """A barrier of the partition's threads: what they did is done."""
+        lanes = (self.number, ("wgmma", self.number), ("store", self.number))
+        self.settled = {lane: self.clock.get(lane, 0) for lane in lanes}
+        self.clock[self.number] += 1
+
+    def seen_by_one(self) -> Clock:
+        """What one of its threads knows to have happened."""
+        return self.clock | self.settled
+
+    def is_unsettled(self, access: "Access") -> bool:
+        """Whether some threads may not be done with an access of this partition."""
+        return access.lane in self.settled and access.time > self.settled[access.lane]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -105,11 +118,14 @@ class Allocation:
         self.name = name
         self.accesses: dict[Hashable, Access] = {}
 
-    def check(self, place: np.ndarray, clock: Clock, *, writes: bool, asynchronous: bool, what: str) -> None:
-        """Raise where an earlier access is not over, as far as `clock` knows."""
-        for access in self.accesses.values():
+    def check(self, place: np.ndarray, me: Partition, *, writes: bool, asynchronous: bool, what: str) -> None:
+        """Raise where an earlier access is not over, as far as the partition knows."""
+        clock = me.clock
+        for access in list(self.accesses.values()):
             if not access.conflicts(place, writes):
                 continue
+            if me.is_unsettled(access):
+                me.settle()
             if clock.get(access.lane, 0) < access.time:
                 raise FaultError(f"race on {self.name}: {what}, but nothing says that it comes after {access.what}")
             if asynchronous and access.by_threads and access.writes and clock.get(("fence", access.lane), 0) < access.by_threads:
@@ -176,6 +192,7 @@ class Machine:
         self.failure: BaseException | None = None
         self.num_bytes = 0
         self.root = Partition(number=0, name=name, num_warps=num_warps, clock={0: 1})
+        self.root.settle()
         self.partitions = [self.root]
         self.current = self.root
         self.num_partitions = 1
@@ -227,11 +244,14 @@ class Machine:
         """Run (name, function, warps) side by side to their ends; gives what the first one returns."""
         results: dict[int, Any] = {}
         parent = self.current
-        seen = parent.tick()
+        parent.settle()
         children = []
         for number, (name, _, num_warps) in enumerate(functions):
-            child = Partition(number=self.num_partitions, name=f"partition {number}, {name},", num_warps=num_warps, clock=dict(seen))
+            child = Partition(
+                number=self.num_partitions, name=f"partition {number}, {name},", num_warps=num_warps, clock=dict(parent.clock)
+            )
             child.clock[child.number] = 1
+            child.settle()
             self.num_partitions += 1
             children.append(child)
         threads = [
@@ -280,14 +300,14 @@ class Machine:
         """Threads read shared memory."""
         self.step()
         me, where = self.current, f"{what} in {here()}"
-        allocation.check(place, me.clock, writes=False, asynchronous=False, what=where)
+        allocation.check(place, me, writes=False, asynchronous=False, what=where)
         allocation.keep(place, me.number, me.clock[me.number], writes=False, what=where)
 
     def write(self, allocation: Allocation, place: np.ndarray) -> None:
         """Threads write it."""
         self.step()
         me, where = self.current, f"a store in {here()}"
-        allocation.check(place, me.clock, writes=True, asynchronous=False, what=where)
+        allocation.check(place, me, writes=True, asynchronous=False, what=where)
         me.stores += 1
         allocation.keep(place, me.number, me.clock[me.number], writes=True, by_threads=me.stores, what=where)
 
@@ -301,7 +321,7 @@ class Machine:
         me, where = self.current, f"a wgmma in {here()}"
         me.products += 1
         for allocation, place in operands:
-            allocation.check(place, me.clock, writes=False, asynchronous=True, what=where)
+            allocation.check(place, me, writes=False, asynchronous=True, what=where)
             allocation.keep(place, ("wgmma", me.number), me.products, writes=False, what=f"{where}")
         return me.products
 
@@ -316,9 +336,9 @@ class Machine:
         """TMA begins to copy `values` to shared memory; their arrival is told to the barrier."""
         self.step()
         where = f"a copy to shared memory in {here()}"
-        clock = self.current.tick()
-        allocation.check(place, clock, writes=True, asynchronous=True, what=where)
+        allocation.check(place, self.current, writes=True, asynchronous=True, what=where)
         lane = ("copy", *_bounds(place))
+        clock = self.current.seen_by_one()
         time = clock[lane] = clock.get(lane, 0) + 1
         allocation.keep(place, lane, time, writes=True, what=f"{where}")
 
@@ -333,7 +353,7 @@ class Machine:
         """TMA begins to copy from shared memory, and reads it until that is waited for."""
         self.step()
         me, where = self.current, f"a copy from shared memory in {here()}"
-        allocation.check(place, me.clock, writes=False, asynchronous=True, what=where)
+        allocation.check(place, me, writes=False, asynchronous=True, what=where)
         lane = ("store", me.number)
         me.clock["stores begun", me.number] = time = me.clock.get(("stores begun", me.number), 0) + 1
         allocation.keep(place, lane, time, writes=False, what=f"{where}")
@@ -344,10 +364,16 @@ class Machine:
         lane = ("store", me.number)
         me.clock[lane] = max(me.clock.get(lane, 0), me.clock.get(("stores begun", me.number), 0) - outstanding)
 
-    def arrive(self, barrier: Barrier, *, count: int, expected: int = 0) -> None:
+    def arrive(self, barrier: Barrier, count: int) -> None:
         """The partition arrives, all its threads having come so far."""
         self.step()
-        barrier.arrive(self.current.tick(), count=count, expected=expected)
+        self.current.settle()
+        barrier.arrive(self.current.seen_by_one(), count=count)
+
+    def expect(self, barrier: Barrier, num_bytes: int) -> None:
+        """One thread arrives and announces bytes."""
+        self.step()
+        barrier.arrive(self.current.seen_by_one(), count=1, expected=num_bytes)
 
     def wait_barrier(self, barrier: Barrier, parity: int) -> None:
         """Go on when the phase of that parity is over."""

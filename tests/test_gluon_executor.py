@@ -171,6 +171,8 @@ def double(s_in, s_out, full, empty, handed, taken, steps, SLOTS: gl.constexpr, 
         if FAULT == "handed over too early":
             mbarrier.arrive(handed, count=1)
             s_out.store(b_tile + b_tile)
+        elif FAULT == "handed over by one thread":
+            mbarrier.expect(handed, 0)
         else:
             mbarrier.arrive(handed, count=1)
 
@@ -241,6 +243,7 @@ def test_partitions_take_turns_in_any_order(seed):
         ("too few arrivals", "(?s)deadlock:.*partition 2, produce, waits for.*1 of 2 arrivals"),
         ("too many arrivals", "more arrivals than expected, 2 at barrier"),
         ("handed over too early", "race on allocation 1"),
+        ("handed over by one thread", "race on allocation 1.*a load in write.*comes after a store in double"),
         ("read before it is handed over", "race on allocation 1|reads what nobody wrote in allocation 1"),
         ("both wait", "(?s)deadlock:.*partition 0, write, waits for parity 1 of.*partition 1, double, waits for parity 0 of"),
         ("not initialized", "barrier 0 of .* is not initialized"),

@@ -23,6 +23,7 @@ _MEASURED = ()
 # and RTX PRO 6000: huggingface/transformers issue 48163).
 _ATTENTION_BACKEND = (
     Tile(op="attention", archs=_ALL, tokens=(1, 256), features=128),
+    Tile(op="attention", archs=_HOPPER, features=80),
     Tile(op="attention", archs=(90, 100), tokens=(257, ANY), features=128, backend="cudnn", source="published"),
     Tile(op="attention", archs=(80, 86, 89, 120), tokens=(257, ANY), features=128, backend="flash", source="published"),
 )
@@ -87,9 +88,9 @@ _ATTENTION_SHORT_BACKWARD = tuple(
     )
 )
 
-# A program on 168 registers shares an SM with two others: 69 us at 128 × 197 × 12 heads where two programs without spills take 76; the
-# backward, two on an SM, 340 at 256 × 197 × 12 (nvidia-h100-80gb-hbm3/attention-prototypes.json, `g head few` and `g bwd7 few`). From 209
-# tokens on, and in the backward of wide heads from 129, shared memory holds fewer programs. What is missing, 96 and more features, spills.
+# A program of 168 registers shares an SM with two others: the prototype took 69 us at 128 × 197 × 12 heads so, 76 with two of 174 (its
+# backward 340 at 256 × 197 × 12, two on an SM: nvidia-h100-80gb-hbm3/attention-prototypes.json, `g head few` and `g bwd7 few`). Beyond 208
+# tokens, and in the backward of wide heads beyond 128, shared memory holds fewer. Heads of 96 and more features spill.
 _ATTENTION_SHORT_ON_HOPPER = tuple(
     Tile(
         op=f"attention_short_{direction}",
@@ -99,16 +100,19 @@ _ATTENTION_SHORT_ON_HOPPER = tuple(
         backend="hopper",
         max_registers=registers,
         programs_per_sm=programs,
+        allowed_spills=spills,
     )
-    for direction, tokens, features, registers, programs in (
-        *(("forward", (1, 208), features, 168, 3) for features in (32, 64)),
-        *(("forward", (209, 256), features, None, 2) for features in (32, 64)),
-        *(("forward", (1, 256), features, None, 2) for features in (48, 80)),
-        *(("backward", (1, 256), features, None, 2) for features in (32, 48)),
-        ("backward", (1, 208), 64, None, 2),
-        ("backward", (209, 256), 64, None, 1),
-        ("backward", (1, 128), 80, None, 2),
-        ("backward", (129, 256), 80, None, 1),
+    for direction, tokens, features, registers, programs, spills in (
+        ("forward", (1, 208), 32, 168, 3, 0),
+        ("forward", (1, 208), 64, 168, 3, 2),  # Triton 3.6 keeps an address from before the blocks until after them
+        *(("forward", (209, 256), features, None, 2, 0) for features in (32, 64)),
+        ("forward", (1, 256), 48, None, 2, 0),
+        *(("forward", tokens, 80, None, 2, 0) for tokens in ((1, 208), (256, 256))),  # 209 to 255 tokens spill
+        *(("backward", (1, 256), features, None, 2, 0) for features in (32, 48)),
+        ("backward", (1, 208), 64, None, 2, 10),  # Triton 3.6: with 17 to 32 rows after the blocks
+        ("backward", (209, 256), 64, None, 1, 0),
+        ("backward", (1, 128), 80, None, 2, 0),
+        ("backward", (129, 256), 80, None, 1, 0),
     )
 )
 
@@ -151,11 +155,38 @@ _ATTENTION_LONG_BACKWARD = tuple(
     )
 )
 
+# Three consumers hide each other's exponentials; the accumulators of wider heads leave room for two. What spills is outside the loops.
+_ATTENTION_LONG_ON_HOPPER = tuple(
+    Tile(
+        op=f"attention_long_{direction}",
+        archs=_HOPPER,
+        features=features,
+        backend="hopper",
+        blocks=blocks,
+        allowed_spills=spills,
+    )
+    for direction, features, blocks, spills in (
+        *(("forward", features, {"WARPGROUPS": 3, "BLOCK_N": 128, "STAGES": 4, "AHEAD": 0}, 0) for features in (32, 64)),
+        ("forward", 80, {"WARPGROUPS": 2, "BLOCK_N": 128, "STAGES": 3, "AHEAD": 0}, 0),
+        *(
+            (
+                "backward",
+                features,
+                {"WARPGROUPS": consumers, "BLOCK_N": 64, "STAGES": 4}
+                | {"KEYS_WARPGROUPS": consumers, "KEYS_BLOCK_N": 64, "KEYS_STAGES": 4, "KEYS_IN_REGISTERS": 0},
+                spills,
+            )
+            for features, consumers, spills in ((32, 3, 0), (64, 3, 24), (80, 2, 16))
+        ),
+    )
+)
+
 _ATTENTION = (
     *_ATTENTION_BACKEND,
     *_ATTENTION_SHORT_ON_HOPPER,
     *_ATTENTION_SHORT_FORWARD,
     *_ATTENTION_SHORT_BACKWARD,
+    *_ATTENTION_LONG_ON_HOPPER,
     *_ATTENTION_LONG_FORWARD,
     *_ATTENTION_LONG_BACKWARD,
 )

@@ -82,14 +82,14 @@ def pick(op: str, arch: int, dtype: torch.dtype, *, tokens: int = 1, features: i
     """The first row that fits; the torch backend when none does.
 
     `arch` is 10 × major + minor of the compute capability; one without rows takes those of the nearest older one. With `portable`, rows
-    of the backend hopper are passed over: Triton's interpreter cannot run their kernels, and the C library cannot launch them.
+    of other backends than triton are passed over: Triton's interpreter cannot run their kernels, and the C library cannot launch them.
     """
     return _pick(op, arch, DTYPES.get(dtype, str(dtype)), tokens, features, portable)
 
 
 @cache
 def _pick(op: str, arch: int, dtype: str, tokens: int, features: int, portable: bool) -> Tile:
-    fitting = (row for row in _rows(op, arch, dtype) if row.fits(tokens, features) and not (portable and row.backend == "hopper"))
+    fitting = (row for row in _rows(op, arch, dtype) if row.fits(tokens, features) and (row.backend == "triton" or not portable))
     return next(fitting, Tile(op=op, archs=(arch,), dtypes=(dtype,), backend="torch"))
 
 

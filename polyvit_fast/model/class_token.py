@@ -49,17 +49,20 @@ class _AttendFirst(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
         out, *kept = _attend_first(x, weight, bias, num_heads)
         ctx.save_for_backward(x, weight, *kept)
+        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return (None,) * 4
         x, weight, q, through, attention, mean = ctx.saved_tensors
         num_heads, head_dim = q.shape[1:]
         query, key, value = weight.unflatten(0, (3, num_heads, -1)).unbind()
         grads = grad.unflatten(1, (num_heads, -1))
         d_mean = _per_head(grads, value)
-        d_scores = torch._softmax_backward_data(d_mean @ x.transpose(1, 2), attention, -1, x.dtype)
+        d_scores = torch.ops.aten._softmax_backward_data(d_mean @ x.transpose(1, 2), attention, -1, x.dtype)
         d_through = d_scores @ x
         d_query = (_per_head(d_through, key.transpose(1, 2)) / head_dim**0.5).flatten(1)
         # [batch, tokens, dim], made in one product: tokens meet the softmax as values, and as keys.

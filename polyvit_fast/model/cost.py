@@ -30,20 +30,30 @@ def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
     return 2 * (blocks + (tokens - 1) * _tubelet_elements(modality) * model.dim + model.dim * num_classes)
 
 
-def state_bytes(model: nn.Module, optim: Optim) -> int:
-    """Memory that lasts for the whole run: parameters, gradients, the optimizer's moments and the moving average, all fp32."""
+def state_bytes(model: nn.Module, optim: Optim, keeps_rounded: bool = False) -> int:
+    """Memory that lasts for the whole run: parameters, gradients, the optimizer's moments and the moving average, all fp32.
+
+    And with `keeps_rounded` the parameters in bf16.
+    """
     copies = 2 + {"sgd": 1, "adamw": 2}[optim.name] + (optim.ema_decay > 0)
-    return FP32_BYTES * copies * num_parameters(model)
+    return (FP32_BYTES * copies + BF16_BYTES * keeps_rounded) * num_parameters(model)
 
 
 def activation_bytes(
-    model: Model, task: Task, precision: Precision = "fp32", recompute: bool = False, *, residual: Precision = "fp32"
+    model: Model,
+    task: Task,
+    precision: Precision = "fp32",
+    recompute: bool = False,
+    *,
+    residual: Precision = "fp32",
+    keeps_rounded: bool = False,
 ) -> int:
     """Memory that one micro-batch of `task` holds from its forward to its backward pass, on a GPU.
 
     Counted is what autograd keeps: per block both inputs of the norms, the inputs of attention and of all linear layers, and GELU's
-    slope; in bf16 the weights' rounded copies too. With `recompute` it is the input of every block and all that one block keeps. Not
-    counted: short-lived results and gradients (about one block's share), the allocator's slack, the input grid, decoded batches.
+    slope; in bf16 the weights' rounded copies too, unless those last for the whole run. With `recompute` it is the input of every block
+    and all that one block keeps. Not counted: short-lived results and gradients (about one block's share), the allocator's slack, the
+    input grid, decoded batches.
     """
     narrow, wide = BYTES[precision], BYTES[residual]
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
@@ -57,7 +67,7 @@ def activation_bytes(
     blocks = num_whole * whole + num_last * last + num_inputs * stream
     matrices = num_whole * _block_matrices(model) + num_last * (_block_matrices(model) - 3 * model.dim**2)  # its qkv stays fp32
     weights = matrices + model.dim * (_tubelet_elements(task.modality) + task.num_classes)
-    return batch * (embedding + blocks + end) + (BF16_BYTES * weights if precision == "bf16" else 0)
+    return batch * (embedding + blocks + end) + (BF16_BYTES * weights if precision == "bf16" and not keeps_rounded else 0)
 
 
 def _whole_block_bytes(model: Model, tokens: int, narrow: int, wide: int) -> int:

@@ -128,12 +128,10 @@ class Block(nn.Module):
 
     def _all_tokens(self, x: Tokens, factors: Tensor | None) -> Tokens:
         dtype = matmul_dtype(x)
-        if factors is not None:
-            x = torch.addcmul(x, self.attn(self.norm1(x, dtype)), factors[0])
-            return torch.addcmul(x, self.mlp(self.norm2(x, dtype)), factors[1])
         x, normal = _beside(self.norm1, x, dtype)
-        x, normal = _beside(self.norm2, self.attn(normal, x), dtype)
-        return self.mlp(normal, x)
+        x = self.attn(normal, x) if factors is None else torch.addcmul(x, self.attn(normal), factors[0])
+        x, normal = _beside(self.norm2, x, dtype)
+        return self.mlp(normal, x) if factors is None else torch.addcmul(x, self.mlp(normal), factors[1])
 
     def _class_token(self, x: Tokens, factors: Tensor | None) -> OneToken:
         x, normal = _beside(self.norm1, x, torch.promote_types(x.dtype, torch.float32))

@@ -67,6 +67,7 @@ class Parameters(ABC):
         """Set the parameters' values, as in `fill`."""
         self.fill([piece.values for piece in self.pieces], tensors)
 
+    @abstractmethod
     def refresh(self) -> None:
         """Bring up to date what follows the values, after somebody else than the optimizer has changed them."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyvit_fast.config import Source, Task, Train
-from polyvit_fast.model.cost import FP32_BYTES, activation_bytes, forward_flops, num_parameters, state_bytes
+from polyvit_fast.model.cost import BF16_BYTES, FP32_BYTES, activation_bytes, forward_flops, num_parameters, state_bytes
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.schedule import count_steps, make_plan
 
@@ -98,7 +98,7 @@ def plan_report(config: Train) -> Report:
     with torch.device("meta"):
         model = PolyViT.from_config(config)
     tasks = [_task_report(config, name, counts[name]) for name in config.tasks]
-    return Report(config, _parameters(model), len(plan), state_bytes(model, config.optim), tasks)
+    return Report(config, _parameters(model), len(plan), state_bytes(model, config.optim, config.keeps_rounded), tasks)
 
 
 def _task_report(config: Train, name: str, num_steps: int) -> TaskReport:
@@ -111,7 +111,8 @@ def _task_report(config: Train, name: str, num_steps: int) -> TaskReport:
 
 
 def _kept_bytes(config: Train, task: Task) -> int:
-    return activation_bytes(config.model, task, config.precision, config.recompute, residual=config.residual)
+    more = {"residual": config.residual, "keeps_rounded": config.keeps_rounded}
+    return activation_bytes(config.model, task, config.precision, config.recompute, **more)
 
 
 def _num_forwards(config: Train) -> int:
@@ -239,12 +240,13 @@ def _data_notes(report: Report) -> Iterator[str]:
 
 def _memory_note(report: Report) -> str:
     average = ", moving average" if report.config.optim.ema_decay else ""
+    rounded = ", the parameters in bf16 too" if report.config.keeps_rounded else ""
     free = f", but the columns of GPUs leave {1 - COUNTED_RATIO:.0%} for them (-: even one example is too much)"
     again = ", each block's input and what one block keeps" if report.config.recompute else ""
     return (
-        f"The state, {_bytes(report.state_bytes)}, lasts for the whole run: parameters, gradients, optimizer{average}. Activations are "
-        f"what a micro-batch keeps for its backward pass in {report.config.precision}{again}. Short-lived results and the allocator's "
-        f"slack are not counted{free if report.is_large else ''}."
+        f"The state, {_bytes(report.state_bytes)}, lasts for the whole run: parameters, gradients, optimizer{average}{rounded}. "
+        f"Activations are what a micro-batch keeps for its backward pass in {report.config.precision}{again}. Short-lived results and the "
+        f"allocator's slack are not counted{free if report.is_large else ''}."
     )
 
 
@@ -264,7 +266,8 @@ def _compute_note(report: Report) -> str:
 
 
 def _disk_note(report: Report) -> str:
-    size = report.state_bytes - FP32_BYTES * report.num_parameters  # the gradients are not saved
+    not_saved = FP32_BYTES + BF16_BYTES * report.config.keeps_rounded  # gradients, rounded parameters
+    size = report.state_bytes - not_saved * report.num_parameters
     keep = report.config.keep
     return f"A checkpoint takes {_bytes(size)} on disk; up to {keep + 1} stay (keep = {keep}, and the best)."
 

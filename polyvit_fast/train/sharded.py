@@ -92,5 +92,8 @@ class ShardedParameters(Parameters):
             rows = -(-len(tensors[name]) // self.world.size)  # FSDP's shards are rows, as many on each process until they end
             part.copy_(tensors[name][rows * self.world.rank :][:rows].flatten())
 
+    def refresh(self) -> None:
+        """Nothing follows them: autocast rounds the parameters that FSDP has gathered."""
+
     def _named(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.shards, parts, strict=False))  # the last part is the taint's

@@ -68,9 +68,7 @@ class Step:
         if config.sharded:
             self.parameters, self.reducer = ShardedParameters(model, self.world, config.device, config.grad_reduce), None
         else:
-            # A CPU rounds at each use, where that is cheap.
-            rounded = torch.bfloat16 if config.precision == "bf16" and config.device != "cpu" else None
-            self.parameters = FlatParameters(model.to(config.device), rounded)
+            self.parameters = FlatParameters(model.to(config.device), torch.bfloat16 if config.keeps_rounded else None)
             self.reducer = Reducer(self.parameters, config.grad_reduce) if self.world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
         self.device = self.parameters.taint.device

@@ -57,6 +57,21 @@ def test_chunks_of_keys_hold_the_longest_row_and_only_the_last_is_masked(tokens)
         assert (chunks in found) == bool(used and holds and falls)
 
 
+def test_kernels_for_hopper_are_tried_there_alone_with_other_limits_of_registers():
+    for case in ALL:
+        fitting = [row for row in TABLE if row.op == case.op and row.backend == "hopper" and row.fits(*case.question())]
+        tried = [row for row in candidates(case, tune.row_in_use(case, 90, portable=True), 90) if row.backend == "hopper"]
+        assert {frozenset(row.blocks) for row in tried} == {frozenset(row.blocks) for row in fitting}
+        assert not fitting or {row.max_registers for row in tried} >= {None, 128, 168}
+        assert not [row for row in candidates(case, tune.row_in_use(case, 100), 100) if row.backend == "hopper"]
+    ops = {case.op for case in ALL for row in candidates(case, tune.row_in_use(case, 90), 90) if row.backend == "hopper"}
+    assert ops >= {"attention_short_forward", "attention_short_backward", "linear_gelu_forward", "linear_add_forward", "dgelu_backward"}
+
+
+def test_short_rows_without_a_row_of_their_own_have_a_case_of_the_long_backward():
+    assert (129, 256) in [case.tokens for case in CASES["attention"] if case.op == "attention_long_backward"]
+
+
 def test_neighbours_differ_in_one_thing():
     for case in ALL:
         row = tune.row_in_use(case, 90)

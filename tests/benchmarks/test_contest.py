@@ -50,13 +50,13 @@ def test_the_fastest_wins_but_a_row_in_use_gives_way_for_one_percent_only():
 @pytest.mark.parametrize("op", OPS)
 def test_rows_in_use_are_right(op):
     job = small_job(op)
-    row = tune.row_in_use(job.case, 90)
+    row = tune.row_in_use(job.case, 90, portable=DEVICE.type != "cuda")
     assert lab.judge(job, [row]) == {label(row): ""}
 
 
 def test_a_row_that_leaves_keys_out_is_refused():
     job = small_job("attention_short_forward")
-    right = tune.row_in_use(job.case, 90)
+    right = tune.row_in_use(job.case, 90, portable=True)
     wrong = replace(right, blocks={**right.blocks, "KEYS_1": 0, "KEYS_2": 0})
     reasons = lab.judge(job, [right, wrong])
     assert reasons[label(right)] == ""
@@ -119,32 +119,33 @@ triton.runtime.driver.set_active(Driver())
 import lab, tune
 from candidates import CASES, label
 from dataclasses import replace
-from triton.compiler import ASTSource
 from triton.compiler.compiler import get_cache_key, make_backend
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.runtime.jit import JITFunction
 
 case = CASES["attention"][0]
 job = lab.Job(case=case, size=(1, 197, 1, 64), sample=(1, 197, 1, 64), dtype=torch.bfloat16)
-good = tune.row_in_use(case, 90)
+good, in_gluon = (tune.row_in_use(case, 90, portable=portable) for portable in (True, False))
+free = replace(in_gluon, max_registers=None)
 bad = replace(good, blocks={**good.blocks, "BLOCK_M": 128, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0})
-asked = lab.requests(job, [good, bad])
-for row in (good, bad):
+asked = lab.requests(job, [good, free, bad, in_gluon])
+for row in (good, free, bad):
     print(lab.compile_apart(asked[label(row)][0], 90) or "compiles")
-request, keys = asked[label(good)][0], []
 backend, variables = make_backend(Driver.get_current_target()), get_cache_invalidating_env_vars()
 
 def key(fn, signature, constants, attributes, options):
-    return get_cache_key(ASTSource(fn, signature, constants, attributes), backend, backend.parse_options(options), variables)
+    return get_cache_key(fn.ASTSource(fn, signature, constants, attributes), backend, backend.parse_options(options), variables)
 
 def launch(self, _, signature, device, constants, options, attributes, warmup):
     keys.append(key(self, signature, constants, attributes, dict(options.__dict__)))
-    warps = {"num_warps": request.num_warps, "num_stages": request.num_stages}
-    keys.append(key(self, dict(request.signature), dict(request.constants), dict(request.attributes), warps))
+    asked_for = {"num_warps": request.num_warps, "num_stages": request.num_stages, "maxnreg": request.max_registers}
+    keys.append(key(self, dict(request.signature), dict(request.constants), dict(request.attributes), asked_for))
 
 JITFunction._do_compile = launch
-lab.TRIALS[case.op].run(lab.inputs_of(case.op, job.size, job.dtype), good)
-print(keys[0] == keys[1])
+for row in (good, in_gluon):
+    request, keys = asked[label(row)][0], []
+    lab.TRIALS[case.op].run(lab.inputs_of(case.op, job.size, job.dtype), row)
+    print(keys[0] == keys[1])
 """
 
 
@@ -154,18 +155,19 @@ def test_what_is_compiled_beforehand_is_what_a_launch_looks_for_and_spills_are_r
     env = WITHOUT | {"PYTHONPATH": str(BENCHMARKS), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert not done.returncode, done.stderr
-    good, bad, same_key = done.stdout.splitlines()
-    assert good == "compiles"
+    good, in_gluon, bad, *same_keys = done.stdout.splitlines()
+    assert good == in_gluon == "compiles"
     assert bad.startswith("spills: ")
-    assert same_key == "True"
+    assert same_keys == ["True", "True"]
 
 
 def test_the_budget_is_that_of_the_ahead_of_time_compilation(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    good = tune.row_in_use(CASES["attention"][0], 90)
+    good, in_gluon = (tune.row_in_use(CASES["attention"][0], 90, portable=portable) for portable in (True, False))
     bad = replace(good, blocks={**good.blocks, "BLOCK_M": 128, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0})
     with Crew(90) as crew:
-        assert crew.excesses(good, "bf16") == []
+        assert crew.excesses(good, "bf16") == crew.excesses(in_gluon, "bf16") == []
+        assert any("spill stores" in excess for excess in crew.excesses(replace(in_gluon, max_registers=96), "bf16"))
         assert any("spill stores" in excess for excess in crew.excesses(bad, "bf16"))
 
 

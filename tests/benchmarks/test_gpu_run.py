@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_step
 import card
 import gpu
 import pytest
@@ -79,9 +80,15 @@ def test_parts_can_be_chosen_by_a_word_and_peers_are_compiled_for_those_alone(tm
     assert chosen("demo") == ["demo"]
     assert chosen("kernels") == ["kernels", "compiling peers", "kernels compiled"]
     assert chosen("tuning") == ["tuning"]
+    compiling = ["hopper's kernels compiled", "hopper's peers compiled"]
+    assert chosen("hopper") == [*compiling, "hopper's kernels", "hopper's profile", "hopper's steps"]
     assert chosen("ste") == []
     [compiling] = [part for part in gpu.parts(tmp_path, only=["steps"]) if part.name == "compiling peers"]
     assert [path.name for path in files_of(compiling.commands[0])] == ["bench_step.py"]
+    [kernels, peers] = next(gpu.parts(tmp_path, only=["hopper"])).commands
+    assert [path.name for path in files_of(kernels)] == ["bench_attention.py", "bench_linear.py"]
+    assert [path.name for path in files_of(peers)] == ["bench_step.py"]
+    assert gpu.HOPPER_STEPS in peers.arguments
     done = start(tmp_path, "--only", "ste")
     assert "nothing has such a word in its name; there are: compiled, demo, kernels, loop," in " ".join(done.communicate()[0].split())
     assert done.returncode == 2
@@ -91,6 +98,12 @@ def test_parts_can_be_chosen_by_a_word_and_peers_are_compiled_for_those_alone(tm
 def test_nothing_is_compiled_that_there_is_no_time_to_race(tmp_path, seconds, compiles):
     todo = gpu.in_time(list(gpu.parts(tmp_path, only=["steps"])), seconds)
     assert [part.name for part in todo] == ["steps", *(["compiling peers", "steps compiled"] if compiles else [])]
+
+
+def test_steps_on_hopper_are_those_of_the_models_that_are_named():
+    chosen = [rivals.title for rivals in bench_step.ON_A_GPU if "nine" not in rivals.title and "ViT-Ti" not in rivals.title]
+    assert gpu.HOPPER_STEPS == "not nine and not ViT-Ti"
+    assert [title.partition("/")[0].partition(" ")[0] for title in chosen] == ["ViT-B", "ViT-B", "ViT-S", "ViT-L", "ViViT-B", "AST-B"]
 
 
 def test_the_plan_says_what_is_cut_and_what_lacks_a_package(tmp_path):
@@ -232,7 +245,7 @@ def test_every_part_runs_on_a_cpu_and_the_tables_come_last(tmp_path):
     assert any(line.startswith("mixed, made once") and "waits for data" in line for line in lines)
     assert lines[-1].startswith("PolyViT-Ti, three tasks")
     assert "ours / it" in lines[-1]
-    assert any("matmul" in line for line in lines)
+    assert any("cuBLAS" in line for line in lines)
     assert {path.name for path in out.iterdir()} == {"summary.txt", "measurements.jsonl", "profile.txt", "logs", "demo"}
     # What was timed had been compiled before.
     made, compiled_by = list(compiled.rglob("*.so")), (out / "logs" / "compiling-peers.txt").stat().st_mtime

@@ -1,11 +1,14 @@
 """What a contender must give to take part, each way."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from card import Cost
-from problem import BACKWARD, EAGER, FORWARD, OURS, STEP, Contender, Problem, assert_near, run_of
+from problem import BACKWARD, EAGER, FORWARD, OURS, STEP, Contender, Problem, assert_near, portable_rows, run_of
+
+from polyvit_kernels import tiles
 
 
 def double(x, weight):
@@ -114,3 +117,49 @@ def test_ours_is_absent_where_it_is_not_right_and_is_checked_once():
     for direction in (FORWARD, BACKWARD):
         assert enter(given, direction)[1][OURS] == "AssertionError: error 0.3"
     assert len(checks) == 1
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD, STEP])
+def test_a_contender_is_called_within_what_it_asks_for(direction):
+    inside, seen = [False], []
+
+    @contextmanager
+    def within():
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(inside[0])
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(inside[0])
+            return 2 * grad
+
+    run = run_of(
+        Contender(operation=lambda x, weight: Double.apply(x), within=within), problem().inputs | {"weight": torch.ones(3).int()}, direction
+    )
+    run()
+    assert not inside[0]
+    assert seen == [True] * (2 if direction == BACKWARD else 1)
+
+
+def test_rows_are_portable_within_and_as_before_afterwards():
+    def backend():
+        return tiles.pick("attention_short_forward", 90, torch.bfloat16, tokens=197, features=64).backend
+
+    with portable_rows():
+        assert backend() == "triton"
+        assert tiles.pick("attention_short_forward", 90, torch.bfloat16, tokens=197, features=64, portable=False).backend == "triton"
+    assert backend() == "hopper"
+
+
+def test_what_is_not_judged_may_give_something_else():
+    found = problem(contenders=CONTENDERS | {"product alone": replace(CONTENDERS["wrong"], judged=False)})
+    lanes, absent = enter(found, FORWARD)
+    assert "product alone" in [lane.name for lane in lanes]
+    assert "wrong" in absent

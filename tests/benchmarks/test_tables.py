@@ -1,5 +1,10 @@
 """The lines that people read."""
 
+from dataclasses import replace
+
+import before
+import bench_step
+from bench_attention import ON_A_GPU
 from tables import Measurement, append, kernel_lines, rate_lines, read, sections, step_lines
 
 INFO = {
@@ -15,20 +20,46 @@ def row(contender, us, group="attention forward", **info):
 
 def test_a_line_has_ours_the_floor_the_best_peer_and_all_peers_from_fast_to_slow():
     rows = [
-        row("ours", 48.0, share_of_floor=0.752),
+        row("ours", 48.0, share_of_floor=0.752, floor_us=36.1),
         row("flash", 90.0),
         row("no gradient", 40.0, alike=False),
         row("cuDNN", 72.0),
         row("eager", 20_000.0),
     ]
     heading, line = kernel_lines(rows)
-    assert heading.split() == ["ours", "of", "floor", "/", "best", "peers"]
-    assert line == "attention forward    48.0 us      75%   1.50  (no gradient 40.0 us), cuDNN 72.0 us, flash 90.0 us, eager 20.0 ms"
+    assert heading.split() == ["ours", "floor", "of", "floor", "0.3.0", "/", "best", "peers"]
+    assert line == (
+        "attention forward    48.0 us    36.1 us      75%          -   1.50  "
+        "(no gradient 40.0 us), cuDNN 72.0 us, flash 90.0 us, eager 20.0 ms"
+    )
+
+
+def test_a_line_has_what_ours_was_on_that_card():
+    group = "attention backward 256×197×12×64"
+
+    def line(card):
+        return kernel_lines([row("ours", 340.0, group=group, card=card)])[1].removeprefix(group).split()
+
+    assert line("NVIDIA H100 80GB HBM3") == ["340.0", "us", "-", "-", "697.3", "us", "-"]
+    assert line("NVIDIA H200") == ["340.0", "us", "-", "-", "-", "-"]
+
+
+def test_a_step_s_line_has_what_ours_was_on_that_card():
+    (line,) = step_lines([replace(step("ours", 50.0, card="NVIDIA H100 80GB HBM3"), group="ViT-B/16 224, batch 256")])
+    assert "0.3.0: 3585.3" in line
+
+
+def test_what_was_measured_is_named_as_the_benchmarks_name_it_now():
+    titles = {f"attention {direction} {'×'.join(map(str, shape))}" for shape in ON_A_GPU for direction in ("forward", "backward")}
+    known = before._all(before.RESULTS / "nvidia-h100-80gb-hbm3")
+    assert titles <= known.keys()
+    assert {rivals.title for rivals in bench_step.ON_A_GPU} & known.keys() == {"ViT-B/16 224, batch 256"}
+    assert len(known.keys() & before.LAYERS.keys()) == 6
 
 
 def test_a_group_without_ours_or_without_peers_has_a_line_too():
-    assert kernel_lines([row("eager", 72.0)])[1].split(maxsplit=5)[2:] == ["-", "-", "-", "eager 72.0 us"]
-    assert kernel_lines([row("ours", 72.0)])[1].split()[2:] == ["72.0", "us", "-", "-"]
+    assert kernel_lines([row("eager", 72.0)])[1].split(maxsplit=7)[2:] == ["-", "-", "-", "-", "-", "eager 72.0 us"]
+    assert kernel_lines([row("ours", 72.0)])[1].split()[2:] == ["72.0", "us", "-", "-", "-", "-"]
     assert kernel_lines([]) == []
 
 
@@ -105,7 +136,7 @@ def test_a_contender_is_compared_with_ours_of_its_own_race():
         row("ours", 60.0, race="compiled", absent={"Liger": "not installed"}),
     ]
     _, line, absent = kernel_lines(rows)
-    assert line.split()[2:] == ["50.0", "us", "-", "1.65", "torch.compile", "99.0", "us,", "eager", "100.0", "us"]
+    assert line.split()[2:] == ["50.0", "us", "-", "-", "-", "1.65", "torch.compile", "99.0", "us,", "eager", "100.0", "us"]
     assert absent == "absent, not installed: Liger"
     steps = [step("ours", 50.0, race="first"), step("ours", 60.0, race="compiled"), step("timm torch.compile", 66.0, race="compiled")]
     assert "ours / it = 1.10" in step_lines(steps)[1]

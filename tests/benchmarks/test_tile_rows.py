@@ -36,7 +36,27 @@ LONG = Tile(
 BACKEND = Tile(op="attention", archs=(90,), tokens=(257, 800), features=64, backend="flash", source="nvidia-h200/tuning.json")
 UPDATE = Tile(op="sgd_update", archs=(90,), dtypes=("fp32",), blocks={"BLOCK": 4096}, num_warps=8, source="nvidia-h200/tuning.json")
 BY_TORCH = Tile(op="linear_add_forward", archs=(90,), tokens=(1, 1024), backend="torch", source="nvidia-h200/tuning.json")
-ROWS = (SHORT, LONG, BACKEND, UPDATE, BY_TORCH)
+IN_GLUON = Tile(
+    op="attention_short_forward",
+    archs=(90,),
+    tokens=(1, 192),
+    features=64,
+    backend="hopper",
+    max_registers=168,
+    programs_per_sm=3,
+    allowed_spills=4,
+    source="nvidia-h200/tuning.json",
+)
+LINEAR_IN_GLUON = Tile(
+    op="linear_gelu_forward",
+    archs=(90,),
+    tokens=(1025, ANY),
+    backend="hopper",
+    blocks={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "REGISTERS": 160},
+    max_registers=168,
+    source="nvidia-rtx-pro-6000-blackwell-workstation-edition/tuning.json",
+)
+ROWS = (SHORT, LONG, BACKEND, UPDATE, BY_TORCH, IN_GLUON, LINEAR_IN_GLUON)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from polyvit_kernels.tiles import Tile
 SCRIPT = Path(tune.__file__)
 CASE = CASES["attention"][0]
 JOB = tune.job_of(CASE, "attention", (), is_small=False)
-OLD = tune.row_in_use(CASE, 90)
+OLD = tune.row_in_use(CASE, 90, portable=True)
 NEW = Tile(op=CASE.op, archs=(), blocks={**OLD.blocks, "BLOCK_M": 128}, num_warps=8)
 
 

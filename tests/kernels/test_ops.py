@@ -8,7 +8,7 @@ from recordable import META, recording
 from recordable import on_meta as on_meta  # a fixture
 from samples import normal
 
-import polyvit_kernels as ops
+from polyvit_kernels import ops
 from polyvit_kernels.ops import dtypes
 
 WEIGHTS = [normal(24, 16), normal(24), normal(16, 24), normal(16)]
@@ -19,6 +19,7 @@ CU_TOKENS = {place.type: torch.tensor([0, 4, 10], dtype=torch.int32, device=plac
 CALLS = {
     "attention": (ops.attention, [normal(2, 5, 3, 2, 16)]),
     "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, CU_TOKENS[qkv.device.type], 6), [normal(10, 3, 2, 16)]),
+    "linear": (lambda *x: ops.linear(*x, (3, 2, -1)), [normal(5, 16), *WEIGHTS[:2]]),
     "linear_gelu": (lambda *x: ops.linear_gelu(*x, "erf"), [normal(5, 16), *WEIGHTS[:2]]),
     "linear_add": (ops.linear_add, [normal(5, 16), *WEIGHTS[:2], normal(5, 24)]),
     "mlp": (lambda *x: ops.mlp(*x, "tanh"), [normal(5, 16), *WEIGHTS]),
@@ -111,7 +112,7 @@ def test_torchs_own_operators_in_every_layout(name, layout, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11, the first time
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear"])  # which is made of torch's own
 def test_the_registered_operation_is_what_runs_on_a_gpu_alone(name, monkeypatch):
     monkeypatch.undo()
     call, tensors = CALLS[name]
@@ -158,4 +159,4 @@ def test_an_update_can_be_recorded(more):
 
 
 def test_every_public_operation_is_recorded_above():
-    assert set(ops.__all__) == {*CALLS, "sgd_", "adamw_"}
+    assert set(ops.__all__) - {"Gelu", "AttentionBackend"} == {*CALLS, "sgd_", "adamw_"}

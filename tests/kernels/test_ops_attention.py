@@ -265,7 +265,15 @@ def test_the_choice_of_a_backend_compiles_whole_and_is_that_of_the_table(dynamic
         return x.new_full((), {"triton": 1, "cudnn": 2, "torch": 3}[backend])
 
     compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for tokens, features, expected in ((197, 64, 1), (256, 64, 1), (257, 64, 2), (1212, 128, 2), (197, 136, 3), (197, 72, 3)):
+    for tokens, features, expected in (
+        (197, 64, 1),
+        (256, 64, 1),
+        (257, 64, 1),
+        (257, 128, 2),
+        (1212, 128, 2),
+        (197, 136, 3),
+        (197, 72, 3),
+    ):
         backend = tiles.pick("attention", 90, torch.bfloat16, tokens=tokens, features=features).backend
         if features % 16 == 0:
             assert {"triton": 1, "cudnn": 2, "torch": 3}[backend] == expected

@@ -23,7 +23,7 @@ def test_no_row_is_hidden_by_an_earlier_one():
         for earlier in by_hand[:index]:
             hidden = (
                 earlier.op == tile.op
-                and (earlier.backend != "hopper" or tile.backend == "hopper")  # portable rows are reached where only such will do
+                and (earlier.backend != "hopper" or tile.backend == "hopper")  # a portable row serves where those are passed over
                 and set(tile.archs) <= set(earlier.archs)
                 and set(tile.dtypes) <= set(earlier.dtypes)
                 and earlier.tokens[0] <= tile.tokens[0]
@@ -43,7 +43,7 @@ def test_every_attention_has_kernels_each_way(arch):
     for dtype, tokens, head_dim in itertools.product((torch.bfloat16, torch.float16), TOKENS, (8, 32, 64, 72, 80, 96, 128)):
         for direction in ("forward", "backward"):
             tile = pick(f"attention_long_{direction}", arch, dtype, tokens=tokens, features=head_dim)
-            assert tile.backend == "triton", (dtype, tokens, head_dim, direction)
+            assert tile.backend == ("hopper" if arch == 90 and head_dim <= 80 else "triton"), (dtype, tokens, head_dim, direction)
 
 
 def test_heads_wider_than_128_are_torchs():
@@ -72,8 +72,18 @@ def test_every_timed_row_is_one_of_the_card_that_timed_it():
 
 
 @pytest.mark.parametrize("tokens", [129, 197, 256])
-def test_hoppers_backward_beyond_128_tokens_is_the_two_phase_kernel_that_was_timed(tokens):
-    sizes = {"tokens": tokens, "features": 64}
+def test_hoppers_portable_backward_beyond_128_tokens_is_the_two_phase_kernel_that_was_timed(tokens):
+    sizes = {"tokens": tokens, "features": 64, "portable": True}
     assert pick("attention_short_backward", 90, torch.bfloat16, **sizes).backend == "torch"
     tile = pick("attention_long_backward", 90, torch.bfloat16, **sizes)
     assert (set(tile.blocks.values()), tile.num_warps, tile.num_stages) == ({64}, 4, 1)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80])
+@pytest.mark.parametrize("tokens", [1, 50, 197, 256])
+def test_hopper_has_kernels_of_its_own_for_short_attention(tokens, head_dim, direction):
+    sizes = {"tokens": tokens, "features": head_dim}
+    assert pick(f"attention_short_{direction}", 90, torch.float16, **sizes).backend == "hopper"
+    assert pick(f"attention_short_{direction}", 90, torch.float16, **sizes, portable=True).backend != "hopper"
+    assert pick(f"attention_short_{direction}", 100, torch.float16, **sizes).backend != "hopper"

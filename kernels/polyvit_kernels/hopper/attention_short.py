@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from polyvit_kernels.attention_short import scale_of
+from polyvit_kernels.hopper.few import attend_few, differentiate_few
 from polyvit_kernels.hopper.layouts import (
     LN_2,
     accumulators,
@@ -36,16 +37,12 @@ from polyvit_kernels.hopper.layouts import (
     copy,
     descriptor_type,
     descriptors,
-    few_factor,
-    few_scores,
-    few_sums,
     finish_sums,
     left,
     line,
     line_shared,
     load_rows,
     mma,
-    mma_few,
     packed,
     panels,
     panels_of,
@@ -62,8 +59,9 @@ from polyvit_kernels.hopper.layouts import (
 )
 from polyvit_kernels.tiles import Tile, Variant
 
-_LENGTHS = (50, 64, 145, 191, 196, 197, 224, 256)
-"""For which `variants` compiles."""
+_LENGTHS = {64: (50, 145, 191, 197, 224, 256)}
+"""For which `variants` compiles, by head_dim: with and without a ragged block, with and without rows after the blocks."""
+_FEW_LENGTHS = (197, 256)
 
 
 @gluon.jit
@@ -130,42 +128,18 @@ def _attend(b_begun, s_v, s_v_few, bar_v, tokens, scale, BLOCKS: gl.constexpr, R
 
 
 @gluon.jit
-def _scale_rows(b, b_factor, L: gl.constexpr):
-    return b * gl.convert_layout(b_factor, gl.SliceLayout(1, L))[:, None]
+def _scale_rows(b, b_factor):
+    return b * gl.convert_layout(b_factor, rows_of(b.shape[1]))[:, None]
 
 
 @gluon.jit
-def _store_out(p_out, p_lse, b_out, b_factor, b_lse, i_row, stride, tokens, IS_FEW: gl.constexpr):
+def _store_out(p_out, p_lse, b_out, b_factor, b_lse, i_row, stride, tokens):
     b_panels = ()
     for w in gl.static_range(len(b_out)):
-        b_panels = b_panels + (_scale_rows(b_out[w], b_factor, mma_few() if IS_FEW else mma(b_out[w].shape[1])),)
-    store_rows(p_out, b_panels, i_row, stride, tokens, IS_FEW)
-    i_rows = i_row + gl.arange(0, b_out[0].shape[0], layout=gl.SliceLayout(1, mma_few() if IS_FEW else mma(64)))
+        b_panels = b_panels + (_scale_rows(b_out[w], b_factor),)
+    store_rows(p_out, b_panels, i_row, stride, tokens)
+    i_rows = i_row + gl.arange(0, 64, layout=rows_of(64))
     gl.store(p_lse + i_rows, b_lse, mask=i_rows < tokens)
-
-
-@gluon.jit
-def _attend_few(
-    s_q, s_k, s_v, s_k_few, s_v_few, bar_v, p_out, p_lse, stride, tokens, scale, BLOCKS: gl.constexpr, TAIL: gl.constexpr
-):  # fmt: skip
-    """The queries after the blocks."""
-    b_q = read(box(s_q, 0), few_factor(0))
-    b_last = _mask_keys(few_scores(b_q, box(s_k_few, 0), TAIL), BLOCKS * 64, tokens, TAIL, mma_few())
-    b_max = gl.max(b_last, 1)
-    b_s = ()
-    for c in gl.static_range(BLOCKS):
-        b_s = b_s + (few_scores(b_q, box(s_k, c), 64),)
-        b_max = gl.maximum(b_max, gl.max(b_s[c], 1))
-    b_max = b_max * scale
-    mbarrier.wait(bar_v, 0)
-    b_p = gl.exp2(b_last * scale - b_max[:, None])
-    b_sum = gl.sum(b_p, 1)
-    b_out = few_sums(b_p, box(s_v_few, 0), accumulators(box(s_v_few, 0), TAIL, True))
-    for c in gl.static_range(BLOCKS):
-        b_p = gl.exp2(b_s[c] * scale - b_max[:, None])
-        b_sum = b_sum + gl.sum(b_p, 1)
-        b_out = few_sums(b_p, box(s_v, c), b_out)
-    _store_out(p_out, p_lse, b_out, 1.0 / b_sum, b_max + gl.log2(b_sum), BLOCKS * 64, stride, tokens, True)
 
 
 @gluon.jit
@@ -234,9 +208,9 @@ def attention_short_fwd_kernel(
             mbarrier.expect(bars.index(i % RING), BLOCK_BYTES)
             copy(d_block, i_batch, (i + 2) * 64, c_q, bars.index(i % RING), s_q, i % RING)
         b_out, b_factor, b_lse = _attend(b_begun, s_v, s_v_few, bars.index(3), tokens, scale, BLOCKS, RAGGED, TAIL)
-        _store_out(p_o, p_l, b_out, b_factor, b_lse, i * 64, width, tokens, False)
-    if TAIL > 0:
-        _attend_few(s_q_few, s_k, s_v, s_k_few, s_v_few, bars.index(3), p_o, p_l, width, tokens, scale, BLOCKS, TAIL)
+        _store_out(p_o, p_l, b_out, b_factor, b_lse, i * 64, width, tokens)
+    for f in gl.static_range(TAIL // 16):
+        attend_few(s_q_few, s_k, s_v, s_k_few, s_v_few, bars.index(3), p_o, p_l, width, tokens, scale, BLOCKS, 16 * f)
 
 
 @gluon.jit
@@ -267,54 +241,6 @@ def _query_step(b_q, b_do, b_dq, s_k, s_v, b_lse, b_delta, i_key, tokens, scale,
     b_p = gl.exp2(b_x)
     b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
     return begin_sums(b_p * (b_dp - gl.convert_layout(b_delta, rows_of(N))[:, None]), s_k, b_dq)
-
-
-@gluon.jit
-def _few_key_step(b_k, b_v, b_dk, b_dv, s_q, s_do, s_lse, s_delta, scale, N: gl.constexpr):
-    """As `_key_step`, of the keys after the blocks."""
-    L: gl.constexpr = gl.SliceLayout(0, mma_few())
-    b_p = gl.exp2(few_scores(b_k, s_q, N) * scale - s_lse.load(L)[None, :])
-    b_ds = b_p * (few_scores(b_v, s_do, N) - s_delta.load(L)[None, :])
-    return few_sums(b_ds, s_q, b_dk), few_sums(b_p, s_do, b_dv)
-
-
-@gluon.jit
-def _few_query_step(b_q, b_do, b_dq, s_k, s_v, b_lse, b_delta, i_key, tokens, scale, N: gl.constexpr, MASKED: gl.constexpr):
-    """As `_query_step`, of the queries after the blocks."""
-    b_x = few_scores(b_q, s_k, N) * scale - b_lse[:, None]
-    if MASKED:
-        b_x = _mask_keys(b_x, i_key, tokens, N, mma_few())
-    return few_sums(gl.exp2(b_x) * (few_scores(b_do, s_v, N) - b_delta[:, None]), s_k, b_dq)
-
-
-@gluon.jit
-def _differentiate_few(
-    s_q, s_k, s_v, s_do, f_q, f_k, f_v, f_do, s_lse, s_delta, p_dq, width, tokens, scale, BLOCKS: gl.constexpr, TAIL: gl.constexpr
-):  # fmt: skip
-    """The rows after the blocks (`f_`), as keys and as queries: stores dQ, dK and dV, gives dQ."""
-    q, k, v, do = box(f_q, 0), box(f_k, 0), box(f_v, 0), box(f_do, 0)
-    b_k = read(k, few_factor(0))
-    b_v = read(v, few_factor(0))
-    b_dk = accumulators(k, TAIL, True)
-    b_dv = accumulators(v, TAIL, True)
-    for i in range(BLOCKS):
-        b_dk, b_dv = _few_key_step(b_k, b_v, b_dk, b_dv, box(s_q, i), box(s_do, i), s_lse.index(i), s_delta.index(i), scale, 64)
-    few_lse = s_lse.index(BLOCKS).slice(0, TAIL)
-    few_delta = s_delta.index(BLOCKS).slice(0, TAIL)
-    b_dk, b_dv = _few_key_step(b_k, b_v, b_dk, b_dv, q, do, few_lse, few_delta, scale, TAIL)
-    store_rows(p_dq + width, times(b_dk, scale * LN_2), BLOCKS * 64, 3 * width, tokens, True)
-    store_rows(p_dq + 2 * width, b_dv, BLOCKS * 64, 3 * width, tokens, True)
-    b_q = read(q, few_factor(0))
-    b_do = read(do, few_factor(0))
-    b_lse = few_lse.load(gl.SliceLayout(1, mma_few()))
-    b_delta = few_delta.load(gl.SliceLayout(1, mma_few()))
-    b_dq = accumulators(q, TAIL, True)
-    for j in range(BLOCKS):
-        b_dq = _few_query_step(b_q, b_do, b_dq, box(s_k, j), box(s_v, j), b_lse, b_delta, 0, tokens, scale, 64, False)
-    b_dq = _few_query_step(b_q, b_do, b_dq, k, v, b_lse, b_delta, BLOCKS * 64, tokens, scale, TAIL, True)
-    b_dq = times(b_dq, scale * LN_2)
-    store_rows(p_dq, b_dq, BLOCKS * 64, 3 * width, tokens, True)
-    return b_dq
 
 
 @gluon.jit
@@ -444,11 +370,11 @@ def attention_short_bwd_kernel(
         store_rows(p_dq, b_dq_done, i * 64, 3 * width, tokens)
         b_dq_sums = plus(b_dq_sums, b_dq_done)
     b_q_sums = column_sums(b_dq_sums)
-    if TAIL > 0:
-        b_few = _differentiate_few(
-            s_q, s_k, s_v, s_do, f_q, f_k, f_v, f_do, s_lse, s_delta, p_dq, width, tokens, scale, BLOCKS, TAIL
+    for f in gl.static_range(TAIL // 16):
+        b_few_sums = differentiate_few(
+            s_q, s_k, s_v, s_do, f_q, f_k, f_v, f_do, s_lse, s_delta, p_dq, width, tokens, scale, BLOCKS, TAIL, 16 * f
         )  # fmt: skip
-        b_q_sums = plus(b_q_sums, column_sums(b_few))
+        b_q_sums = plus(b_q_sums, b_few_sums)
     store_sums(p_sum, b_q_sums)
 
 
@@ -481,7 +407,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile) ->
 def _blocks(tokens: int, has_tail: bool = True) -> dict[str, int]:
     """BLOCKS, RAGGED and TAIL. A backward of wide heads goes without the last: its code would spill."""
     whole, rest = divmod(tokens, 64)
-    if has_tail and whole and 0 < rest <= 32:
+    if has_tail and whole and 0 < rest <= (16 if whole == 3 else 32):
         return {"BLOCKS": whole, "RAGGED": 0, "TAIL": 16 if rest <= 16 else 32}
     return {"BLOCKS": whole + (rest > 0), "RAGGED": int(rest > 0), "TAIL": 0}
 
@@ -492,13 +418,14 @@ def _descriptors(x: Tensor, tail: int) -> list[TensorDescriptor | None]:
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernel of a row, for some of its lengths: with and without a ragged block, with and without rows after the blocks."""
+    """The kernel of a row, for some of its lengths."""
     direction = tile.op.removeprefix("attention_short_")
     kernel = attention_short_fwd_kernel if direction == "forward" else attention_short_bwd_kernel
     pointers = {"p_out": f"*{dtype}", "p_lse": "*fp32"}
     if direction == "backward":
         pointers |= {"p_dqkv": f"*{dtype}", "p_sums": "*fp32"}
-    for tokens in filter(lambda tokens: tile.fits(tokens, tile.features), _LENGTHS):
+    lengths = [tokens for tokens in _LENGTHS.get(tile.features, _FEW_LENGTHS) if tile.fits(tokens, tile.features)]
+    for tokens in lengths or tile.tokens[1:]:
         blocks = _blocks(tokens, direction == "forward" or tile.features <= 64)
         types = _descriptor_types(dtype, tile.features, blocks["TAIL"], ("d_qkv", "d_few"))
         if direction == "backward":
@@ -511,7 +438,6 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             max_registers=tile.max_registers,
-            programs_per_sm=tile.programs_per_sm,
         )
 
 

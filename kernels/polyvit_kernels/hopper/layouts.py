@@ -4,15 +4,14 @@
 """What the attention kernels of Hopper share: where the elements of a tile lie, and how a head's rows come and go.
 
 A head's columns are one or two *panels* whose widths are powers of two, 64 + 16 for 80: nothing is padded. Whatever holds a head's rows is
-a tuple with an entry a panel. Rows come in blocks of 64, what one warpgroup multiplies; the few that remain are multiplied by mma.sync,
-whose least height is 16.
+a tuple with an entry a panel. Rows come in blocks of 64, what one warpgroup multiplies.
 """
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mma_v2, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LN_2 = gl.constexpr(0.6931471805599453)  # takes the log2(e) out of the scale again
@@ -84,18 +83,6 @@ def rows_of(n=64):
 def columns_of(n=64):
     """Of a number a column of `mma(n)`."""
     return gl.SliceLayout(0, mma(n))
-
-
-@gluon.constexpr_function
-def mma_few():
-    """Of a product by mma.sync of 16 or 32 rows, whose columns the warps share."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 4], instr_shape=[16, 8])
-
-
-@gluon.constexpr_function
-def few_factor(index):
-    """Of the left (0) or right (1) factor of such a product."""
-    return gl.DotOperandLayout(operand_index=index, parent=mma_few(), k_width=2)
 
 
 @gluon.constexpr_function
@@ -177,21 +164,16 @@ def read(s_panels, L: gl.constexpr):
 
 
 @gluon.jit
-def _zero(s, ROWS: gl.constexpr, IS_FEW: gl.constexpr):
-    WIDTH: gl.constexpr = s.shape[1]
-    L: gl.constexpr = mma_few() if IS_FEW else mma(WIDTH)
+def _zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
     return gl.zeros([ROWS, WIDTH], gl.float32, L)
 
 
 @gluon.jit
-def accumulators(s_panels, ROWS: gl.constexpr, IS_FEW: gl.constexpr = False):
-    """Accumulators [ROWS, width], one a panel."""
+def accumulators(like, ROWS: gl.constexpr):
+    """Of products [ROWS, width], one a panel."""
     b_panels = ()
-    for w in gl.static_range(len(s_panels)):
-        if IS_FEW:
-            b_panels = b_panels + (_zero(s_panels[w], ROWS, True),)
-        else:
-            b_panels = b_panels + (warpgroup_mma_init(_zero(s_panels[w], ROWS, False)),)
+    for w in gl.static_range(len(like)):
+        b_panels = b_panels + (warpgroup_mma_init(_zeros(ROWS, like[w].shape[1], mma(like[w].shape[1]))),)
     return b_panels
 
 
@@ -220,25 +202,6 @@ def finish_sums(b_acc, LATER: gl.constexpr = 0):
     b_new = ()
     for w in gl.static_range(len(b_acc)):
         b_new = b_new + (warpgroup_mma_wait(LATER, deps=(b_acc[w],)),)
-    return b_new
-
-
-@gluon.jit
-def few_scores(b_left, s_rows, N: gl.constexpr):
-    """The product [TAIL, N] of a left factor with N rows."""
-    b_s = gl.zeros([b_left[0].shape[0], N], gl.float32, mma_few())
-    for w in gl.static_range(len(s_rows)):
-        b_s = mma_v2(b_left[w], s_rows[w].permute((1, 0)).load(few_factor(1)), b_s)
-    return b_s
-
-
-@gluon.jit
-def few_sums(b_p, s_rows, b_acc):
-    """Add the product of [TAIL, N] with N rows."""
-    b_left = gl.convert_layout(b_p.to(s_rows[0].dtype), few_factor(0))
-    b_new = ()
-    for w in gl.static_range(len(s_rows)):
-        b_new = b_new + (mma_v2(b_left, s_rows[w].load(few_factor(1)), b_acc[w]),)
     return b_new
 
 
@@ -281,13 +244,10 @@ def _store_panel(p, b, i_row, stride, tokens, first, L: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(p, b_panels, i_row, stride, tokens, IS_FEW: gl.constexpr = False):
-    """Store all panels of the rows from `i_row`, but not those beyond the end."""
+def store_rows(p, b_panels, i_row, stride, tokens):
+    """Store all panels of a product's rows, the first one being `i_row`, but not those beyond the end."""
     for w in gl.static_range(len(b_panels)):
-        if IS_FEW:
-            _store_panel(p, b_panels[w], i_row, stride, tokens, w * b_panels[0].shape[1], wide(b_panels[w].shape[1]))
-        else:
-            _store_panel(p, b_panels[w], i_row, stride, tokens, w * b_panels[0].shape[1], store_layout(b_panels[w].shape[1]))
+        _store_panel(p, b_panels[w], i_row, stride, tokens, w * b_panels[0].shape[1], store_layout(b_panels[w].shape[1]))
 
 
 @gluon.jit
@@ -304,13 +264,8 @@ def wide_zeros(like):
     """Zeros where `read_wide` puts the elements."""
     b_panels = ()
     for w in gl.static_range(len(like)):
-        b_panels = b_panels + (_panel_zeros(like[w].shape[0], like[w].shape[1], wide(like[w].shape[1])),)
+        b_panels = b_panels + (_zeros(like[w].shape[0], like[w].shape[1], wide(like[w].shape[1])),)
     return b_panels
-
-
-@gluon.jit
-def _panel_zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
-    return gl.zeros([ROWS, WIDTH], gl.float32, L)
 
 
 @gluon.jit
@@ -318,7 +273,7 @@ def plain_zeros(like):
     """Zeros where a product's elements are, not to be added to by wgmma."""
     b_panels = ()
     for w in gl.static_range(len(like)):
-        b_panels = b_panels + (_panel_zeros(like[w].shape[0], like[w].shape[1], mma(like[w].shape[1])),)
+        b_panels = b_panels + (_zeros(like[w].shape[0], like[w].shape[1], mma(like[w].shape[1])),)
     return b_panels
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polyvit_kernels import tiles
-from polyvit_kernels.ops import dtypes
+from polyvit_kernels import cudnn, tiles
+from polyvit_kernels.ops import dtypes, gradients
 from polyvit_kernels.ops import xformers_attention as xformers
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 from polyvit_kernels.plan import PACKAGES
@@ -82,7 +82,7 @@ def attention_varlen(
         )
     check_floating(qkv=qkv)
     qkv = qkv.to(matmul_dtype(qkv))
-    if qkv.is_cuda and _route("attention_long_forward", max_tokens, qkv.shape[3], qkv.device.index, qkv.dtype) != "triton":
+    if qkv.is_cuda and _route("attention_long_forward", max_tokens, qkv.shape[3], qkv.device.index, qkv.dtype) not in PACKAGES:
         pieces = qkv.split(_lengths(qkv, cu_tokens, max_tokens))
         return torch.cat([attention(piece[None])[0] for piece in pieces]) if pieces else qkv.sum(1)
     return torch.ops.polyvit.attention_varlen(qkv, cu_tokens, max_tokens)[0]
@@ -196,8 +196,11 @@ def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Ten
         return torch.cat(gradients), torch.stack(sums).sum(0)
     qkv = _addressable(qkv, 1)
     kernels, tile = _kernels("backward", qkv)
+    grad = _addressable(grad, 1)
+    if kernels is cudnn:
+        grad, qkv = _aligned(grad), _aligned(qkv)
     with torch.cuda.device_of(qkv):
-        return kernels.backward(_addressable(grad, 1), qkv, out, lse, tile)
+        return kernels.backward(grad, qkv, out, lse, tile)
 
 
 @_attention_backward.register_fake
@@ -206,11 +209,8 @@ def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 
 
 def _gives_sums(qkv: Tensor) -> bool:
-    """Whether the kernel of `_kernels` does."""
-    if not qkv.is_cuda:
-        return False
-    routes = (_route(f"{op}_backward", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) for op in _OPS)
-    return next((route for route in routes if route in PACKAGES), "triton") == "hopper"
+    """Whether the kernel of `_kernels` does: the short one for Hopper alone."""
+    return qkv.is_cuda and _route("attention_short_backward", qkv.shape[1], qkv.shape[4], qkv.device.index, qkv.dtype) == "hopper"
 
 
 @torch.library.custom_op("polyvit::attention_varlen", mutates_args=(), device_types="cpu")
@@ -223,11 +223,9 @@ def _attention_varlen(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[
 
 @_attention_varlen.register_kernel("cuda")
 def _(qkv: Tensor, cu_tokens: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    from polyvit_kernels import attention_long
-
-    tile = tiles.pick_for("attention_long_forward", qkv, tokens=max_tokens, features=qkv.shape[3])
+    kernels, tile = _packed_kernels("forward", qkv, max_tokens)
     with torch.cuda.device_of(qkv):
-        return attention_long.forward(_addressable(qkv, 0), tile, cu_tokens.contiguous(), max_tokens)
+        return kernels.forward(_addressable(qkv, 0), tile, cu_tokens.contiguous(), max_tokens)
 
 
 @_attention_varlen.register_fake
@@ -245,11 +243,9 @@ def _attention_varlen_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tens
 
 @_attention_varlen_backward.register_kernel("cuda")
 def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_tokens: Tensor, max_tokens: int) -> Tensor:
-    from polyvit_kernels import attention_long
-
-    tile = tiles.pick_for("attention_long_backward", qkv, tokens=max_tokens, features=qkv.shape[3])
+    kernels, tile = _packed_kernels("backward", qkv, max_tokens)
     with torch.cuda.device_of(qkv):
-        return attention_long.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens.contiguous(), max_tokens)[0]
+        return kernels.backward(_addressable(grad, 0), _addressable(qkv, 0), out, lse, tile, cu_tokens.contiguous(), max_tokens)[0]
 
 
 @_attention_varlen_backward.register_fake
@@ -268,8 +264,8 @@ def _keep(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad: Tensor | None, _: None) -> Tensor | None:
     if grad is None:
         return None
-    dqkv, _sums = torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
-    return dqkv
+    dqkv, sums = torch.ops.polyvit.attention_backward(grad, *ctx.saved_tensors)
+    return gradients.attach(dqkv, sums=sums)
 
 
 def _differentiate_varlen(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
@@ -320,6 +316,17 @@ def _kernels(direction: str, qkv: Tensor) -> tuple[ModuleType, tiles.Tile]:
         tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=tokens, features=features, portable=features % 16 != 0)
         if tile.backend in PACKAGES:
             return import_module(f"{PACKAGES[tile.backend]}.{op}"), tile
+        if tile.backend == "cudnn":
+            return cudnn, tile
     raise ValueError(
         f"polyvit::attention has no kernel for {qkv.dtype} with head_dim {qkv.shape[4]}; polyvit_kernels.attention calls torch's"
     )
+
+
+def _packed_kernels(direction: str, qkv: Tensor, max_tokens: int) -> tuple[ModuleType, tiles.Tile]:
+    """As `_kernels`; a row of cuDNN's is passed over, as it takes equal sequences alone."""
+    op, sizes = f"attention_long_{direction}", {"tokens": max(max_tokens, 1), "features": qkv.shape[3]}
+    tile = tiles.pick_for(op, qkv, **sizes, portable=qkv.shape[3] % 16 != 0)
+    if tile.backend not in PACKAGES:
+        tile = tiles.pick_for(op, qkv, **sizes, portable=True)
+    return import_module(f"{PACKAGES[tile.backend]}.attention_long"), tile

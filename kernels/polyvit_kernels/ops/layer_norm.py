@@ -212,8 +212,8 @@ def _layer_norm_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tenso
 
 
 def _low_dtype(x: Tensor, out_dtype: torch.dtype) -> torch.dtype:
-    """In which products will read the gradient of a residual stream `x`, whose normalised form is in `out_dtype`."""
-    return matmul_dtype(x) if out_dtype is x.dtype else out_dtype
+    """In which products will read the gradient of a residual stream `x`: autocast's, or that of the normalised form."""
+    return min(matmul_dtype(x), out_dtype, key=lambda dtype: dtype.itemsize)
 
 
 def _residual_gradients(grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], low_dtype: torch.dtype) -> tuple[Tensor, ...]:

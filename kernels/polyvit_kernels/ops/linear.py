@@ -35,12 +35,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
         # An output that is a view may not be changed in place where it is differentiated.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], *y.unflatten(-1, shape).shape[1:]])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return (None,) * 4
         x, weight = ctx.saved_tensors
         rows, (wants_x, wants_weight, wants_bias, _) = grad.reshape(-1, len(weight)), ctx.needs_input_grad
         d_x = (rows @ weight).view(x.shape) if wants_x else None

@@ -77,7 +77,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class _InPlaceOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, view: Tensor) -> Tensor:
-        return view.view_as(view)
+        return view.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
