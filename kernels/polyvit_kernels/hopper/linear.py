@@ -1,6 +1,6 @@
 # Gluon's functions and a launch are not what they say to a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
 """Matrix products with what follows them in the same pass, on Hopper: a program finishes one tile while it multiplies the next.
 
 There is a program an SM, and each has three warpgroups. Two multiply, each its half of a tile's rows, what TMA brings into a ring of
@@ -339,7 +339,7 @@ def _cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def num_sms(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     """How many programs run at once: each takes a whole SM."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -362,11 +362,11 @@ def _launch(
     if not out.numel():
         return
     rows, columns = out.shape
-    sms = num_sms(out.device)
-    width = block_n(rows, columns, sms, tile)
+    processors = num_processors(out.device)
+    width = block_n(rows, columns, processors, tile)
     boxes = _boxes(tile, width, kernel is dgelu_bwd_kernel)
     d_a, d_b = (TensorDescriptor.from_tensor(packed(x), box, _BOX_LAYOUT) for x, box in zip((a, b), boxes, strict=True))
-    grid = (min(sms, _cdiv(rows, tile.blocks["BLOCK_M"]) * _cdiv(columns, width)),)
+    grid = (min(processors, _cdiv(rows, tile.blocks["BLOCK_M"]) * _cdiv(columns, width)),)
     options = {**constants, **_constants(tile, width), "num_warps": tile.num_warps, "maxnreg": tile.max_registers}
     kernel[grid](d_a, d_b, *tensors, rows, columns // 8, a.shape[1], **options)
 
