@@ -12,9 +12,11 @@ Kernels run as they are: their code, with stand-ins for the functions of the lan
   a tensor that is written at all;
 - integers that overflow their type, `//` and `%` of negative ones.
 
-Values are those of their types, or in fp32 throughout without `rounding`. Not modelled: layouts and what the compiler checks, lifetimes of
-allocations, time. NotImplementedError is for what is not known here, such as atomics, clusters and scans. An integer argument of 1 is a
-compile-time constant, as in Triton. Inline assembly is what `assembly` says of its text.
+Values are those of their types, or in fp32 throughout without `rounding`. An integer argument of 1 is a compile-time constant, as in
+Triton. What is known of the language is in `_LANGUAGE`, with the methods of `Value`, `Pointer`, `Descriptor`, `Shared` and `Barriers`;
+inline assembly is what `assembly` says of its text; the rest, such as atomics, clusters and scans, raises NotImplementedError. Not
+modelled: layouts and what else the compiler checks, lifetimes of allocations, the order in which partitions of one program access global
+memory, time.
 """
 
 import functools

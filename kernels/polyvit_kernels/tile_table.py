@@ -11,15 +11,17 @@ _HOPPER = (90,)
 _BLACKWELL = (100,)
 _ALL = (80, 86, 89, 90, 100, 120)
 _EVERY = ("fp32", "fp16", "bf16")
+_H100 = "nvidia-h100-80gb-hbm3"
 
 # What `benchmarks/tune.py` measured, a card after the other: it rewrites this tuple and nothing else.
 _MEASURED = ()
 
 # The choice between our kernels and a backend of torch's scaled_dot_product_attention, for both directions: what training takes decides.
-# Up to 256 tokens attention is bound by memory and the libraries' tiles of 128 and more are wasted; beyond, cuDNN leads on Hopper (1.10 to
-# 1.44 times as fast in both directions together, though our forward alone is 1.02 to 1.04 times as fast at 401, 1212 and 3137 tokens), by
-# the figures of others on Blackwell too (arXiv 2407.08608), and FlashAttention-2 elsewhere (cuDNN reaches 0.8 to 0.9 of it on A100, A10G
-# and RTX PRO 6000: huggingface/transformers issue 48163).
+# Up to 256 tokens attention is bound by memory and the libraries' tiles of 128 and more are wasted. Beyond, cuDNN is 1.10 to 1.44 times as
+# fast as our portable kernels on Hopper, in both directions together, and leads by others' figures on Blackwell (arXiv 2407.08608), as does
+# FlashAttention-2 elsewhere (cuDNN reaches 0.8 to 0.9 of it on A100, A10G and RTX PRO 6000: huggingface/transformers issue 48163).
+# Hopper's own take heads of up to 80: 1.03 to 1.5 times cuDNN's forward and 1.3 to 2.0 times its backward at 257 to 1212 tokens
+# (nvidia-h100-80gb-hbm3/hopper-attention-long.jsonl).
 _ATTENTION_BACKEND = (
     Tile(op="attention", archs=_ALL, tokens=(1, 256), features=128),
     Tile(op="attention", archs=_HOPPER, features=80),
@@ -154,7 +156,8 @@ _ATTENTION_LONG_BACKWARD = tuple(
     )
 )
 
-# Three consumers hide each other's exponentials; the accumulators of wider heads leave room for two. What spills is outside the loops.
+# Three consumers hide each other's exponentials; where accumulators leave no room for the rows that stay, two that hold them in registers
+# are faster (537 us against 551 at 32 × 1212 × 12 heads, 185 against 201 at 64 × 401 × 12), and wide heads leave room for no more.
 _ATTENTION_LONG_ON_HOPPER = tuple(
     Tile(
         op=f"attention_long_{direction}",
@@ -165,17 +168,17 @@ _ATTENTION_LONG_ON_HOPPER = tuple(
         allowed_spills=spills,
     )
     for direction, features, blocks, spills in (
-        *(("forward", features, {"WARPGROUPS": 3, "BLOCK_N": 128, "STAGES": 4, "AHEAD": 0}, 0) for features in (32, 64)),
-        ("forward", 80, {"WARPGROUPS": 2, "BLOCK_N": 128, "STAGES": 3, "AHEAD": 0}, 0),
+        *(("forward", features, {"WARPGROUPS": 3, "BLOCK_N": 128, "STAGES": 4}, 0) for features in (32, 64)),
+        ("forward", 80, {"WARPGROUPS": 2, "BLOCK_N": 128, "STAGES": 3}, 0),
         *(
             (
                 "backward",
                 features,
                 {"WARPGROUPS": consumers, "BLOCK_N": 64, "STAGES": 4}
-                | {"KEYS_WARPGROUPS": consumers, "KEYS_BLOCK_N": 64, "KEYS_STAGES": 4, "KEYS_IN_REGISTERS": 0},
+                | {"KEYS_WARPGROUPS": 2, "KEYS_BLOCK_N": 64, "KEYS_STAGES": 4, "KEYS_IN_REGISTERS": int(features <= 64)},
                 spills,
             )
-            for features, consumers, spills in ((32, 3, 0), (64, 3, 24), (80, 2, 16))
+            for features, consumers, spills in ((32, 3, 0), (64, 3, 4), (80, 2, 13))
         ),
     )
 )
@@ -217,6 +220,8 @@ _MLP = tuple(
     )
 )
 
+# Parts of 8 rows are better for GELU (419 us instead of 444 for 50,432 rows, 768 to 3072 features), and worse for what reads a matrix
+# beside (slope: 548 us instead of 378). An fp32 residual, loaded two parts ahead, spills where its warpgroup has 168 registers and not 184.
 # The narrower rows are there for the portable ones of that width, which would come first.
 _MLP_HOPPER = tuple(
     Tile(
@@ -225,14 +230,15 @@ _MLP_HOPPER = tuple(
         tokens=(1025, ANY),
         features=features,
         backend="hopper",
-        blocks={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "ROWS": rows, "REGISTERS": 160},
+        blocks={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "STAGES": 3, "ROWS": rows, "REGISTERS": registers},
         max_registers=168,
+        source=f"{_H100}/hopper-linear.jsonl",
     )
-    for op, features, rows in (
-        ("linear_gelu_forward", ANY, 8),
-        ("linear_add_forward", 1536, 16),
-        ("linear_add_forward", ANY, 16),
-        ("dgelu_backward", ANY, 16),
+    for op, features, rows, registers in (
+        ("linear_gelu_forward", ANY, 8, 168),
+        ("linear_add_forward", 1536, 16, 160),
+        ("linear_add_forward", ANY, 16, 160),
+        ("dgelu_backward", ANY, 16, 160),
     )
 )
 
@@ -286,7 +292,6 @@ _UPDATE = tuple(Tile(op=op, archs=_ALL, dtypes=("fp32",), blocks={"BLOCK": 1024}
 
 _BY_HAND = (*_ATTENTION, *_MLP_HOPPER, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE)
 
-_H100 = "nvidia-h100-80gb-hbm3"
 # Of these rows, those timed as they stand on an H100, in bf16: op, tokens, features, and the file.
 _TIMED = {
     ("attention", (1, 256), 128): "attention-today.json",

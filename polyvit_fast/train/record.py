@@ -13,7 +13,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from types import NoneType, UnionType
@@ -65,9 +65,18 @@ def _encode(value: Any, path: str) -> Any:
 def from_json(default: Train, values: Mapping[str, Any]) -> Train:
     """`default`, the experiment's own configuration, with every stored value put onto it.
 
-    Raises ValueError that names the dotted field when one is unknown, missing, of another kind, or refused by its record.
+    Fields of `Train` that an earlier version did not know have their default. Raises ValueError that names the dotted field when one is
+    unknown, missing, of another kind, or refused by its record.
     """
-    return _decode_record(default, values, "")
+    return _decode_record(default, _with_later_fields(values), "")
+
+
+def _with_later_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The stored configuration of an earlier version with the fields of `Train` that came since: their default is what was before."""
+    if not isinstance(values, Mapping):
+        return values
+    missing = (field for field in fields(Train) if field.name not in values and field.default is not MISSING)
+    return {**values, **{field.name: _encode(field.default, field.name) for field in missing}}
 
 
 def _decode_record(default: Any, values: Any, path: str) -> Any:
@@ -141,7 +150,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def resume_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences that forbid to resume: all but those of the fields in `MAY_CHANGE`."""
-    return differences(*({name: value for name, value in config.items() if name not in MAY_CHANGE} for config in (old, new)))
+    configs = (_with_later_fields(old), new)
+    return differences(*({name: value for name, value in config.items() if name not in MAY_CHANGE} for config in configs))
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

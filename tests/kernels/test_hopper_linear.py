@@ -182,7 +182,6 @@ def test_tiles_are_narrow_where_that_takes_less_time(rows, columns, expected):
 def test_variants_name_every_argument_of_their_kernels():
     for row in TILES.values():
         variants = list(linear.variants(row, "bf16"))
-        assert {variant.constants["BLOCK_N"] for variant in variants if variant.kernel is not portable.dgelu_bwd_kernel_sums} == {128, 256}
+        assert {variant.constants["STAGES"] for variant in variants if "STAGES" in variant.constants} == {3, 4}
         for variant in variants:
             assert {*variant.signature, *variant.constants} == set(variant.kernel.arg_names)
-            assert [*variant.signature] == variant.kernel.arg_names[: len(variant.signature)]

@@ -61,6 +61,11 @@ def test_hoppers_rows_are_compiled_from_their_own_modules(monkeypatch):
     assert "programs_per_sm=3, allowed_spills=4" in variant
 
 
+def test_hoppers_own_kernels_are_for_hopper_alone():
+    """For another GPU the compiler ends its process: it knows wgmma for sm_90 only."""
+    assert {row.archs for row in TABLE if row.backend == "hopper"} == {(90,)}
+
+
 def test_a_row_that_no_module_compiles_is_refused():
     with pytest.raises(ValueError, match="no module compiles the rows of attention_sideways"):
         plan.plan([tile(op="attention_sideways")], [90], ["bf16"])

@@ -244,6 +244,15 @@ def test_a_resumed_run_may_differ_only_where_no_number_depends_on_it():
         assert found[0].startswith(next(iter(bound)))
 
 
+def test_a_run_of_an_earlier_version_has_the_defaults_of_later_fields():
+    values = stored(config())
+    del values["residual"], values["attention"]
+    assert from_json(replace(config(), precision="bf16", residual="bf16"), values) == config()
+    assert resume_differences(values, to_json(config())) == []
+    (found,) = resume_differences(values, to_json(config()) | {"attention": "cudnn"})
+    assert found == 'attention: "auto" -> "cudnn"'
+
+
 def test_a_run_folder_describes_its_run(tmp_path):
     folder = tmp_path / "runs" / "one"
     changed = config(seed=5)

@@ -15,7 +15,6 @@ to one element: no atomics, runs repeat bit for bit.
 
 - HEAD_DIM: a head's width, in one or two panels (`layouts`): `d_..._rest` describe the second one
 - VARLEN, WARPGROUPS, BLOCK_N, STAGES, TAIL: as in `streams`
-- AHEAD: the next scores are computed while this block's exponentials are taken (forward)
 - IN_REGISTERS: keys and values are read from shared memory once (dK and dV)
 """
 
@@ -110,12 +109,11 @@ def _absorb_last(b_q, s_k, s_v, done, rest, scale):
 @gluon.jit
 def _attend(
     tensors, place, read_all, full, empty, rows, start, end, scale, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
-    AHEAD: gl.constexpr,
+    OPTION: gl.constexpr,
 ):  # fmt: skip
     """The output of 64 queries."""
     p_out, p_lse, s_q, s_k, s_v = tensors
     i_row, count, o_row, o_sum, column, width = rows
-    PANELS: gl.constexpr = len(s_q)
     b_q = read(box(s_q, place), left())
     mbarrier.arrive(read_all, count=1)
     slot = start % STAGES
@@ -123,37 +121,13 @@ def _attend(
     b_out, b_max, b_sum = _absorb_last(
         b_q, _top(box(s_k, slot), TAIL), _top(box(s_v, slot), TAIL), empty.index(slot), count - (end - start - 1) * BLOCK_N, scale
     )  # fmt: skip
-    if AHEAD:
-        if end - start > 1:
-            slot = (start + 1) % STAGES
-            mbarrier.wait(full.index(slot), (start + 1) // STAGES & 1)
-            b_s = warpgroup_mma_wait(0, deps=(begin_scores(b_q, box(s_k, slot), BLOCK_N),))
-            b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
-            b_out = _rescale(b_out, b_alpha)
-            b_left = b_p.to(s_v[0].dtype)
-            for j in range(start + 2, end):
-                before = (j - 1) % STAGES
-                slot = j % STAGES
-                mbarrier.wait(full.index(slot), j // STAGES & 1)
-                b_s = begin_scores(b_q, box(s_k, slot), BLOCK_N)
-                b_out = begin_sums(b_left, box(s_v, before), b_out)
-                b_s = warpgroup_mma_wait(PANELS, deps=(b_s,))
-                b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
-                b_out = finish_sums(b_out)
-                mbarrier.arrive(empty.index(before), count=1)
-                b_out = _rescale(b_out, b_alpha)
-                b_left = b_p.to(s_v[0].dtype)
-            slot = (end - 1) % STAGES
-            b_out = finish_sums(begin_sums(b_left, box(s_v, slot), b_out))
-            mbarrier.arrive(empty.index(slot), count=1)
-    else:
-        for j in range(start + 1, end):
-            slot = j % STAGES
-            mbarrier.wait(full.index(slot), j // STAGES & 1)
-            b_s = warpgroup_mma_wait(0, deps=(begin_scores(b_q, box(s_k, slot), BLOCK_N),))
-            b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
-            b_out = finish_sums(begin_sums(b_p, box(s_v, slot), _rescale(b_out, b_alpha)))
-            mbarrier.arrive(empty.index(slot), count=1)
+    for j in range(start + 1, end):
+        slot = j % STAGES
+        mbarrier.wait(full.index(slot), j // STAGES & 1)
+        b_s = warpgroup_mma_wait(0, deps=(begin_scores(b_q, box(s_k, slot), BLOCK_N),))
+        b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, scale)
+        b_out = finish_sums(begin_sums(b_p, box(s_v, slot), _rescale(b_out, b_alpha)))
+        mbarrier.arrive(empty.index(slot), count=1)
     store_rows(p_out + o_row * width + column, _rescale(b_out, 1.0 / b_sum), i_row, width, count)
     i = i_row + gl.arange(0, 64, layout=rows_of(64))
     gl.store(p_lse + o_sum + i, b_max + gl.log2(b_sum), mask=i < count)
@@ -278,7 +252,7 @@ def _differentiate_keys(
 def attention_long_fwd_kernel(
     d_rows, d_rows_rest, d_stream, d_stream_rest, p_out, p_lse, p_cu_tokens, tokens, heads, groups, tiles, scale,
     VARLEN: gl.constexpr, HEAD_DIM: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TAIL: gl.constexpr, AHEAD: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sums."""
     d_q = panels_of(d_rows, d_rows_rest)
@@ -288,7 +262,7 @@ def attention_long_fwd_kernel(
     s_v = allocate(d_kv, STAGES)
     run(
         _attend, (p_out, p_lse, s_q, s_k, s_v), ((d_q,), (s_q,)), ((d_kv, d_kv), (s_k, s_v)), (p_lse, p_lse, p_lse, p_lse),
-        (p_cu_tokens, tokens, heads, groups, tiles, scale), QUERIES, VARLEN, HEAD_DIM, WARPGROUPS, BLOCK_N, STAGES, TAIL, AHEAD,
+        (p_cu_tokens, tokens, heads, groups, tiles, scale), QUERIES, VARLEN, HEAD_DIM, WARPGROUPS, BLOCK_N, STAGES, TAIL, False,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polyvit_kernels import cudnn, tiles
+from polyvit_kernels import tiles
 from polyvit_kernels.ops import dtypes, gradients
 from polyvit_kernels.ops import xformers_attention as xformers
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
@@ -196,11 +196,8 @@ def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Ten
         return torch.cat(gradients), torch.stack(sums).sum(0)
     qkv = _addressable(qkv, 1)
     kernels, tile = _kernels("backward", qkv)
-    grad = _addressable(grad, 1)
-    if kernels is cudnn:
-        grad, qkv = _aligned(grad), _aligned(qkv)
     with torch.cuda.device_of(qkv):
-        return kernels.backward(grad, qkv, out, lse, tile)
+        return kernels.backward(_addressable(grad, 1), qkv, out, lse, tile)
 
 
 @_attention_backward.register_fake
@@ -316,17 +313,13 @@ def _kernels(direction: str, qkv: Tensor) -> tuple[ModuleType, tiles.Tile]:
         tile = tiles.pick_for(f"{op}_{direction}", qkv, tokens=tokens, features=features, portable=features % 16 != 0)
         if tile.backend in PACKAGES:
             return import_module(f"{PACKAGES[tile.backend]}.{op}"), tile
-        if tile.backend == "cudnn":
-            return cudnn, tile
     raise ValueError(
         f"polyvit::attention has no kernel for {qkv.dtype} with head_dim {qkv.shape[4]}; polyvit_kernels.attention calls torch's"
     )
 
 
 def _packed_kernels(direction: str, qkv: Tensor, max_tokens: int) -> tuple[ModuleType, tiles.Tile]:
-    """As `_kernels`; a row of cuDNN's is passed over, as it takes equal sequences alone."""
-    op, sizes = f"attention_long_{direction}", {"tokens": max(max_tokens, 1), "features": qkv.shape[3]}
-    tile = tiles.pick_for(op, qkv, **sizes, portable=qkv.shape[3] % 16 != 0)
-    if tile.backend not in PACKAGES:
-        tile = tiles.pick_for(op, qkv, **sizes, portable=True)
+    features = qkv.shape[3]
+    op, portable = f"attention_long_{direction}", features % 16 != 0
+    tile = tiles.pick_for(op, qkv, tokens=max(max_tokens, 1), features=features, portable=portable)
     return import_module(f"{PACKAGES[tile.backend]}.attention_long"), tile
