@@ -157,7 +157,7 @@ def layer_norm_bwd_kernel_parameters(
 
 
 _COLUMNS = 8
-_PARAMETER_WARPS = 8
+_PARAMETER_WARPS = 4
 
 
 def forward(

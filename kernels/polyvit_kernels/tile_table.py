@@ -244,7 +244,7 @@ _MLP_HOPPER = tuple(
 
 _PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
-# Backward: as many programs as the registers of a card's processors hold at once (on Hopper 80 of a thread, with 16 bits 86). Beyond 4096 features they would spill.
+# Backward: as many programs as the registers of a card's processors hold at once. Beyond 4096 features they would spill.
 _LAYER_NORM = (
     *(
         Tile(op="layer_norm_forward", archs=_ALL, features=features, dtypes=_EVERY, blocks={"ROWS": rows}, num_warps=warps)
@@ -258,6 +258,7 @@ _LAYER_NORM = (
             dtypes=dtypes,
             blocks={"ROWS": rows, "PROGRAMS": processors * programs, "STAGES": 2},
             num_warps=warps,
+            programs_per_sm=programs,
         )
         for dtypes, archs in ((_EVERY, (80, 86, 89)), (("fp32",), (90,)), (("fp16", "bf16"), (90,)), (_EVERY, (100, 120)))
         for arch in archs
