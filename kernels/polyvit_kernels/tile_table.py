@@ -104,16 +104,16 @@ _ATTENTION_SHORT_ON_HOPPER = tuple(
         allowed_spills=spills,
     )
     for direction, tokens, features, registers, programs, spills in (
-        ("forward", (1, 208), 32, 168, 3, 0),
-        ("forward", (1, 208), 64, 168, 3, 2),  # Triton 3.6 keeps an address from before the blocks until after them
+        ("forward", (1, 208), 32, None, 2, 0),
+        ("forward", (1, 208), 64, 168, 3, 0),
         *(("forward", (209, 256), features, None, 2, 0) for features in (32, 64)),
         ("forward", (1, 256), 48, None, 2, 0),
         *(("forward", tokens, 80, None, 2, 0) for tokens in ((1, 208), (256, 256))),  # 209 to 255 tokens spill
         *(("backward", (1, 256), features, None, 2, 0) for features in (32, 48)),
-        ("backward", (1, 208), 64, None, 2, 10),  # Triton 3.6: with 17 to 32 rows after the blocks
+        ("backward", (1, 208), 64, None, 2, 0),
         ("backward", (209, 256), 64, None, 1, 0),
         ("backward", (1, 128), 80, None, 2, 0),
-        ("backward", (129, 256), 80, None, 1, 0),
+        ("backward", (129, 256), 80, None, 1, 40),
     )
 )
 

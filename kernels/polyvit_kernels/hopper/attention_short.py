@@ -9,7 +9,7 @@ Probabilities go from one product to the next in registers. No atomics: every el
 
 - HEAD_DIM: a head's width, in one or two panels (`layouts`): `d_..._rest` describe the second one
 - BLOCKS: blocks of 64 rows; RAGGED: the last one reaches beyond the tokens
-- TAIL: 16 or 32 where so many rows at most remain after the blocks, else 0; they are multiplied by mma.sync
+- TAIL: 16 where so many rows at most remain after the blocks, else 0 (`few`)
 - scale: log2(e) / √head_dim
 """
 
@@ -118,11 +118,9 @@ def _attend(b_begun, s_v, s_v_few, bar_v, tokens, scale, BLOCKS: gl.constexpr, R
     b_out = accumulators(box(s_v, 0), 64)
     for c in gl.static_range(TILES):
         b_p, b_tile_sum = _exponentials(b_s[c], b_max, scale, b_s[c].shape[1])
+        b_sum = b_tile_sum if c == 0 else b_sum + b_tile_sum
         if c == 0:
-            b_sum = b_tile_sum
             mbarrier.wait(bar_v, 0)
-        else:
-            b_sum = b_sum + b_tile_sum
         b_out = begin_sums(b_p, box(s_v if c < BLOCKS else s_v_few, BLOCKS - 1 - c if c < BLOCKS else 0), b_out, c > 0)
     return finish_sums(b_out), 1.0 / b_sum, b_max + gl.log2(b_sum)
 
@@ -198,6 +196,9 @@ def attention_short_fwd_kernel(
     p_o = p_out + (i_batch.to(gl.int64) * tokens * heads + i_head) * HEAD_DIM
     p_l = p_lse + (i_batch.to(gl.int64) * heads + i_head) * tokens
     mbarrier.wait(bars.index(2), 0)
+    if TAIL > 0:
+        # While the values arrive.
+        attend_few(s_q_few, s_k, s_v, s_k_few, s_v_few, bars.index(3), p_o, p_l, width, tokens, scale, BLOCKS)
     for i in range(BLOCKS):
         mbarrier.wait(bars.index(i % RING), (i // RING) % 2)
         b_q = read(box(s_q, i % RING), left())
@@ -209,8 +210,6 @@ def attention_short_fwd_kernel(
             copy(d_block, i_batch, (i + 2) * 64, c_q, bars.index(i % RING), s_q, i % RING)
         b_out, b_factor, b_lse = _attend(b_begun, s_v, s_v_few, bars.index(3), tokens, scale, BLOCKS, RAGGED, TAIL)
         _store_out(p_o, p_l, b_out, b_factor, b_lse, i * 64, width, tokens)
-    for f in gl.static_range(TAIL // 16):
-        attend_few(s_q_few, s_k, s_v, s_k_few, s_v_few, bars.index(3), p_o, p_l, width, tokens, scale, BLOCKS, 16 * f)
 
 
 @gluon.jit
@@ -331,6 +330,10 @@ def attention_short_bwd_kernel(
     store_sums(p_sum + 2 * width, b_sums)
     store_sums(p_sum + width, times(b_sums, 0.0))
     barrier()
+    if TAIL > 0:
+        b_few_sums = differentiate_few(
+            s_q, s_k, s_v, s_do, f_q, f_k, f_v, f_do, s_lse, s_delta, p_dq, width, tokens, scale, BLOCKS
+        )  # fmt: skip
     for j in range(BLOCKS):
         if HEAD_DIM <= 64:
             b_k = read(box(s_k, j), left())
@@ -370,10 +373,7 @@ def attention_short_bwd_kernel(
         store_rows(p_dq, b_dq_done, i * 64, 3 * width, tokens)
         b_dq_sums = plus(b_dq_sums, b_dq_done)
     b_q_sums = column_sums(b_dq_sums)
-    for f in gl.static_range(TAIL // 16):
-        b_few_sums = differentiate_few(
-            s_q, s_k, s_v, s_do, f_q, f_k, f_v, f_do, s_lse, s_delta, p_dq, width, tokens, scale, BLOCKS, TAIL, 16 * f
-        )  # fmt: skip
+    if TAIL > 0:
         b_q_sums = plus(b_q_sums, b_few_sums)
     store_sums(p_sum, b_q_sums)
 
@@ -397,18 +397,18 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile) ->
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     sums = qkv.new_empty(batch, 3, heads, head_dim, dtype=torch.float32)
     if out.numel():
-        blocks = _blocks(tokens, head_dim <= 64)
+        blocks = _blocks(tokens)
         inputs = (*_descriptors(packed(qkv), blocks["TAIL"]), *_descriptors(packed(grad), blocks["TAIL"]), out, lse)
         sizes = (tokens, heads, scale_of(head_dim))
         attention_short_bwd_kernel[(heads, batch)](*inputs, dqkv, sums, *sizes, HEAD_DIM=head_dim, **blocks, **tile.launch())
     return dqkv, sums.sum(0)
 
 
-def _blocks(tokens: int, has_tail: bool = True) -> dict[str, int]:
-    """BLOCKS, RAGGED and TAIL. A backward of wide heads goes without the last: its code would spill."""
+def _blocks(tokens: int) -> dict[str, int]:
+    """The constants of a length."""
     whole, rest = divmod(tokens, 64)
-    if has_tail and whole and 0 < rest <= (16 if whole == 3 else 32):
-        return {"BLOCKS": whole, "RAGGED": 0, "TAIL": 16 if rest <= 16 else 32}
+    if whole and 0 < rest <= 16:
+        return {"BLOCKS": whole, "RAGGED": 0, "TAIL": 16}
     return {"BLOCKS": whole + (rest > 0), "RAGGED": int(rest > 0), "TAIL": 0}
 
 
@@ -426,7 +426,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
         pointers |= {"p_dqkv": f"*{dtype}", "p_sums": "*fp32"}
     lengths = [tokens for tokens in _LENGTHS.get(tile.features, _FEW_LENGTHS) if tile.fits(tokens, tile.features)]
     for tokens in lengths or tile.tokens[1:]:
-        blocks = _blocks(tokens, direction == "forward" or tile.features <= 64)
+        blocks = _blocks(tokens)
         types = _descriptor_types(dtype, tile.features, blocks["TAIL"], ("d_qkv", "d_few"))
         if direction == "backward":
             types |= _descriptor_types(dtype, tile.features, blocks["TAIL"], ("d_grad", "d_grad_few"))
