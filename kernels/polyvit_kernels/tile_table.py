@@ -166,6 +166,7 @@ _ATTENTION_LONG_ON_HOPPER = tuple(
         backend="hopper",
         blocks=blocks,
         allowed_spills=spills,
+        source="compiled" if features == 32 else f"{_H100}/hopper-attention-long.jsonl",
     )
     for direction, features, blocks, spills in (
         *(("forward", features, {"WARPGROUPS": 3, "BLOCK_N": 128, "STAGES": 4}, 0) for features in (32, 64)),
@@ -292,8 +293,9 @@ _UPDATE = tuple(Tile(op=op, archs=_ALL, dtypes=("fp32",), blocks={"BLOCK": 1024}
 
 _BY_HAND = (*_ATTENTION, *_MLP_HOPPER, *_MLP, *_LAYER_NORM, *_PATCH_EMBED, *_UPDATE)
 
-# Of these rows, those timed as they stand on an H100, in bf16: op, tokens, features, and the file.
+# Of the rows of portable kernels and of choices, those timed as they stand on an H100, in bf16: op, tokens, features, and the file.
 _TIMED = {
+    ("attention", (1, ANY), 80): "hopper-attention-long.jsonl",
     ("attention", (1, 256), 128): "attention-today.json",
     ("attention", (257, ANY), 128): "attention-today.json",
     ("attention_short_forward", (193, 208), 64): "attention-today.json",

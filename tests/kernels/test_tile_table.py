@@ -64,8 +64,11 @@ def test_every_choice_says_where_it_comes_from():
 
 
 def test_every_timed_row_is_one_of_the_card_that_timed_it():
+    """Rows of kernels for Hopper alone name their file themselves."""
     timed = [
-        (tile.op, tile.tokens, tile.features) for tile in TABLE if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,)
+        (tile.op, tile.tokens, tile.features)
+        for tile in TABLE
+        if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,) and tile.backend != "hopper"
     ]
     assert sorted(timed) == sorted(tile_table._TIMED)
     assert {tile.archs for tile in TABLE if tile.source.startswith(tile_table._H100)} == {(90,)}
