@@ -3,10 +3,9 @@
 import pytest
 import torch
 from attention_cases import library, negative_scores, upstream
-from hopper_cases import assert_short_attention_obeys, both_ways, hopper_row, on_a_card
+from hopper_cases import assert_short_attention_obeys, both_ways, on_a_card
 from samples import activations, normal
 
-from polyvit_kernels import tiles
 from polyvit_kernels.hopper import attention_short
 from polyvit_kernels.tile_table import TABLE
 
@@ -24,7 +23,7 @@ def test_every_length_of_blocks(tokens):
     assert_short_attention_obeys(*packed_normal(tokens, 64, torch.bfloat16))
 
 
-@pytest.mark.parametrize(("head_dim", "tokens"), [(16, 50), (32, 197), (48, 100), (80, 110), (80, 256)])
+@pytest.mark.parametrize(("head_dim", "tokens"), [(16, 50), (32, 197), (48, 100), (80, 110), (80, 256), (96, 70), (128, 50)])
 def test_every_width(head_dim, tokens):
     assert_short_attention_obeys(*packed_normal(tokens, head_dim, torch.float16, batch=1))
 
@@ -128,10 +127,3 @@ def test_variants_name_every_argument(tile):
         assert not variant.signature.keys() & variant.constants.keys()
         assert set(variant.divisible) <= variant.signature.keys()
         assert (variant.constants["HEAD_DIM"], variant.max_registers) == (tile.features, tile.max_registers)
-
-
-def test_other_widths_are_left_to_the_portable_kernels():
-    for head_dim in (96, 112, 128):
-        for direction in ("forward", "backward"):
-            assert tiles.pick(f"attention_short_{direction}", 90, torch.bfloat16, tokens=197, features=head_dim).backend != "hopper"
-    assert hopper_row("attention_short_forward", normal(1, 197, 3, 1, 48).to(torch.float16)).max_registers is None
