@@ -68,11 +68,7 @@ def test_every_timed_row_is_one_of_the_card_that_timed_it():
     timed = [
         (tile.op, tile.tokens, tile.features)
         for tile in TABLE
-<<<<<<< HEAD
         if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,) and tile.backend != "hopper"
-=======
-        if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,) and tile.backend != "hopper"  # those say it themselves
->>>>>>> h-short
     ]
     assert sorted(timed) == sorted(tile_table._TIMED)
     assert {tile.archs for tile in TABLE if tile.source.startswith(tile_table._H100)} == {(90,)}
