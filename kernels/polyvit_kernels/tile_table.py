@@ -90,10 +90,10 @@ _ATTENTION_SHORT_BACKWARD = tuple(
     )
 )
 
-# A program of 168 registers shares an SM with two others: 71 us at 128 × 197 × 12 heads instead of 76 with two (cuDNN: 90). The backward, two
-# on an SM, took 392 at 256 × 197 × 12 (cuDNN: 830), and with the few rows first instead of last 376 instead of 401 or more: the order that
-# they have now, in a form that was not timed. Beyond 208 tokens, and in wide heads beyond 128, shared memory holds fewer programs. What is
-# not here spills, or (the backward of heads of 64 from 209 tokens on) is slower.
+# A program of 168 registers shares an SM with two others: 71 us at 128 × 197 × 12 heads instead of 76 with two (cuDNN: 90). The backward,
+# two on an SM, took 392 at 256 × 197 × 12 (cuDNN: 830). Both had the few rows after the blocks last then; now they come first, which was
+# better in an earlier form and has not been timed in this one. Beyond 208 tokens, and in wide heads beyond 128, shared memory holds fewer
+# programs. What is not here spills, or (the backward of heads of 64 from 209 tokens on) is slower.
 _ATTENTION_SHORT_ON_HOPPER = tuple(
     Tile(
         op=f"attention_short_{direction}",

@@ -192,8 +192,8 @@ def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> 
 def _attention_backward_on_cuda(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     if len(qkv) > MOST_SEQUENCES:
         pieces = zip(*(tensor.split(MOST_SEQUENCES) for tensor in (grad, qkv, out, lse)), strict=True)
-        gradients, sums = zip(*(_attention_backward_on_cuda(*piece) for piece in pieces), strict=True)
-        return torch.cat(gradients), torch.stack(sums).sum(0)
+        packed, sums = zip(*(_attention_backward_on_cuda(*piece) for piece in pieces), strict=True)
+        return torch.cat(packed), torch.stack(sums).sum(0)
     qkv = _addressable(qkv, 1)
     kernels, tile = _kernels("backward", qkv)
     with torch.cuda.device_of(qkv):
