@@ -120,13 +120,18 @@ def _warp_specialize(functions_and_args: list, worker_num_warps: list[int], work
     return Now.machine.run_partitions(partitions)
 
 
+def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Without a library's threads, which wait for each other on a busy machine."""
+    return np.einsum("...ik,...kj->...ij", a, b)
+
+
 def _product(
     a: Any, b: Shared, acc: Any, *, use_acc: Any = True, precision: Any = None, max_num_imprecise_acc: Any = None, is_async: bool = False
 ) -> Any:
     """warpgroup_mma: what it reads from shared memory is read until it is waited for."""
     number = Now.machine.begin_product([(x.allocation, x.values) for x in (a, b) if isinstance(x, Shared)])
     left = a.read("a wgmma") if isinstance(a, Shared) else values_of(a)
-    product = left @ b.read("a wgmma")
+    product = _multiply(left, b.read("a wgmma"))
     if a.dtype != b.dtype or list(product.shape) != acc.shape:
         raise FaultError(f"wgmma of {a.dtype}{a.shape} and {b.dtype}{b.shape} to {acc.shape}")
     Now.report.products += 1
@@ -142,7 +147,7 @@ def _wait_products(num_outstanding: int = 0, deps: Any = None) -> Any:
 
 def _product_by_warps(a: Value, b: Value, acc: Value, input_precision: Any = None) -> Value:
     """mma_v2: registers only."""
-    return Value(values_of(a) @ values_of(b) + values_of(acc), acc.dtype)
+    return Value(_multiply(values_of(a), values_of(b)) + values_of(acc), acc.dtype)
 
 
 def _check_box(descriptor: Descriptor, shared: Shared) -> None:

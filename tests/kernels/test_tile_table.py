@@ -66,12 +66,12 @@ def test_every_choice_says_where_it_comes_from():
 
 def test_every_timed_row_is_one_of_the_card_that_timed_it():
     """Rows of kernels for Hopper alone name their file themselves."""
-    timed = [
-        (tile.op, tile.tokens, tile.features)
+    timed = {
+        (tile.op, tile.tokens, tile.features)  # the norm's backward has a row for each precision
         for tile in TABLE
         if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,) and tile.backend != "hopper"
-    ]
-    assert sorted(timed) == sorted(tile_table._TIMED)
+    }
+    assert timed == tile_table._TIMED.keys()
     assert {tile.archs for tile in TABLE if tile.source.startswith(tile_table._H100)} == {(90,)}
 
 
