@@ -17,7 +17,8 @@ from triton import knobs
 from polyvit_kernels import attention_long, images
 from polyvit_kernels.tile_table import TABLE
 knobs.cache.dir = sys.argv[1]
-row = next(row for row in TABLE if row.op == "attention_long_forward" and row.features == 64 and 90 in row.archs)
+rows = (row for row in TABLE if row.op == "attention_long_forward" and row.backend == "triton")
+row = next(row for row in rows if row.features == 64 and 90 in row.archs)
 image = images.build(next(attention_long.variants(row, "bf16")), 90)
 Path(sys.argv[1], "image").write_bytes(image.cubin)
 print(json.dumps({name: value for name, value in asdict(image).items() if name != "cubin"}))
