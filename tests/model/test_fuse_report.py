@@ -246,7 +246,7 @@ def test_parts_that_a_block_computes_for_them_ran(build):
 
 def test_torch_s_attention_is_compared_by_itself(monkeypatch):
     wrong = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda qkv: wrong(qkv) * 1.001)
+    monkeypatch.setattr(ops, "attention", lambda qkv, backend: wrong(qkv, backend) * 1.001)
     with pytest.raises(RuntimeError, match="It differs in attn: output"):
         fuse(WithAttention(False), verify=normal(2, 5, 64))
 

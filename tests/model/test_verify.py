@@ -90,7 +90,7 @@ class WrongGradient(torch.autograd.Function):
 
 def wrong_gradient(function):
     """The output is right and the queries' gradient is not."""
-    return lambda qkv: function(WrongGradient.apply(qkv))
+    return lambda qkv, backend: function(WrongGradient.apply(qkv), backend)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_gradients_that_layer_scale_makes_tiny_are_seen(monkeypatch):
 
 def test_an_operation_that_gives_nan_is_refused(monkeypatch):
     model, batch = timm_vit()
-    monkeypatch.setattr(ops, "attention", lambda qkv: qkv[:, :, 0] * torch.nan)
+    monkeypatch.setattr(ops, "attention", lambda qkv, backend: qkv[:, :, 0] * torch.nan)
     with pytest.raises(RuntimeError, match=r"blocks\.0: output"):
         fuse(model, verify=batch)
 

@@ -19,6 +19,14 @@ from polyvit_fast.train.log import Log, PeerLog, Result, print_results
 TOTALS = {"shapes": 60, "motion": 40}
 
 
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+    """TensorBoard reads files in the order of their names: those that one process makes in one second are numbered, and 10 is read before 9."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 def plain() -> Console:
     return Console(file=io.StringIO(), width=80)
 
