@@ -21,7 +21,7 @@ TOTALS = {"shapes": 60, "motion": 40}
 
 @pytest.fixture(autouse=True)
 def event_files_in_order(monkeypatch):
-    """TensorBoard reads files in the order of their names: those that one process makes in one second are numbered, and 10 is read before 9."""
+    """TensorBoard reads files in the order of their names: those of one process and second are numbered, and 10 is read before 9."""
     from tensorboard.summary.writer import event_file_writer
 
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
