@@ -6,6 +6,7 @@ other, a number that Python reads, a shape that depends on data.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,7 @@ def on_meta(monkeypatch):
     """
     monkeypatch.setattr(dtypes, "runs_registered", lambda x: True)
     choose_an_h100s_rows(monkeypatch, portable=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     for kind in (JITFunction, InterpretedFunction):  # Gluon's functions are JITFunctions
         monkeypatch.setattr(kind, "run", _launch)

@@ -282,11 +282,12 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
                 yield _variant(layer_norm_fwd_kernel, types, {"p_residual": None, "p_sum": None}, width, tile)
         else:
             for out in outs:
-                yield _parameters_variant(width, {"SUMS": 3}, out, tile)
                 types = {"p_x": f"*{dtype}", "p_grad": f"*{out}", "p_grad_sum": f"*{dtype}", "p_dx": f"*{dtype}", "p_low": f"*{out}"}
                 low = {"p_low": None} if out == dtype else {}
                 yield _variant(layer_norm_bwd_kernel, types, {"SUMS": 3} | low, width, tile)
                 yield _variant(layer_norm_bwd_kernel, types, {"SUMS": 2, "p_grad_sum": None, "p_low": None}, width, tile)
+            for out in outs:
+                yield _parameters_variant(width, {"SUMS": 3}, out, tile)
             yield _parameters_variant(width, {"SUMS": 2, "p_dx_sum": None}, dtype, tile)
 
 

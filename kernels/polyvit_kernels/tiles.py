@@ -113,6 +113,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def num_processors(device: torch.device) -> int:
+    """How many streaming multiprocessors a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def pick_for(op: str, like: torch.Tensor, *, tokens: int = 1, features: int = 1, portable: bool = False) -> Tile:
     """`pick` for the device and dtype of a tensor."""
     return pick(op, architecture(like.device), like.dtype, tokens=tokens, features=features, portable=portable)

@@ -50,9 +50,8 @@ from polyvit_kernels.hopper.layouts import (
     store_rows,
     times,
 )
-from polyvit_kernels.hopper.linear import num_processors
 from polyvit_kernels.hopper.streams import KEYS, QUERIES, run
-from polyvit_kernels.tiles import Tile, Variant
+from polyvit_kernels.tiles import Tile, Variant, num_processors
 
 _INTEGERS = ["tokens", "heads", "groups", "tiles"]
 

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from polyvit_kernels import linear
 from polyvit_kernels.hopper.layouts import ALIGNMENT, line_shared, mma, packed
 from polyvit_kernels.linear import gelu, gelu_and_slope
-from polyvit_kernels.tiles import Tile, Variant, pick_for
+from polyvit_kernels.tiles import Tile, Variant, num_processors, pick_for
 
 _BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _BIAS_SLOTS = gl.constexpr(3)  # of this tile, of the next one, and the one that is written
@@ -337,11 +337,6 @@ def _portable(op: str, x: Tensor) -> Tile:
 
 def _cdiv(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def num_processors(device: torch.device) -> int:
-    """How many programs run at once: each takes a whole SM."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_n(rows: int, columns: int, programs: int, tile: Tile) -> int:
