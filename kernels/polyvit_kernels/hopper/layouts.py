@@ -21,8 +21,6 @@ ALIGNMENT = 16
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Triton 3.7 gave it the shorter name."""
 
-_GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
 
 def panels(head_dim: int) -> tuple[int, int]:
     """The widths of a head's panels, the second one 0 where one will do. Raises ValueError for a width that needs three."""
