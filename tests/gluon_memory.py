@@ -50,7 +50,7 @@ class Memory:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         num_elements = tensor.untyped_storage().nbytes() // tensor.itemsize
-        self.storage = tensor.as_strided((num_elements,), (1,), 0)
+        self.storage = tensor.data.as_strided((num_elements,), (1,), 0)  # autograd does not see what a kernel writes
         self.dtype = _DTYPES[tensor.dtype]
         self.ever_written = np.zeros(num_elements, bool)
 

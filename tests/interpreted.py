@@ -1,12 +1,19 @@
 """The public operations as on a GPU where there is none."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compare import DEVICE
+from gluon_executor import executing
 from torch._library.custom_ops import OPDEFS
 
-from polyvit_kernels import tiles
+from polyvit_kernels import linear, tiles
+from polyvit_kernels.hopper import linear as hopper_linear
 from polyvit_kernels.ops import dtypes
+
+ENOUGH_ROWS = 2048
+"""For the table to choose a linear layer for Hopper; they must be right of fewer too."""
 
 
 @pytest.fixture
@@ -24,8 +31,37 @@ def on_kernels(monkeypatch, registered):
     if DEVICE.type == "cuda":
         return
     choose_an_h100s_rows(monkeypatch, portable=True)
+    _run_as_on_cuda(monkeypatch, lambda name: True)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch, registered):
+    """Attention and linear layers as on an H100, by the kernels for Hopper alone, which are executed on a CPU. Norms are torch's there."""
+    if DEVICE.type == "cuda":
+        if tiles.architecture(DEVICE) != 90:
+            pytest.skip("these kernels run on compute capability 9.0 alone")
+        yield
+        return
+    choose_an_h100s_rows(monkeypatch, portable=False)
+    pick = tiles.pick
+
+    def pick_hoppers(op, arch, dtype, **sizes):
+        row = pick(op, arch, dtype, **sizes)
+        return row if row.backend == "hopper" else pick(op, arch, dtype, **sizes | {"tokens": ENOUGH_ROWS})
+
+    monkeypatch.setattr(tiles, "pick", pick_hoppers)
+    _run_as_on_cuda(monkeypatch, lambda name: "norm" not in name)
+    monkeypatch.setattr(hopper_linear, "num_processors", lambda device: 3)
+    # The last sums are Triton's, whose interpreter does not round to bf16 but cuts off.
+    monkeypatch.setattr(linear, "sum_partials", lambda partials, dtype: partials.sum(0).to(dtype))
+    with executing() as report:
+        yield
+    assert report.products
+
+
+def _run_as_on_cuda(monkeypatch, chooses: Callable[[str], bool]) -> None:
     for name, operation in OPDEFS.items():
-        if name.startswith("polyvit::"):
+        if name.startswith("polyvit::") and chooses(name):
             monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
 
 
