@@ -59,8 +59,8 @@ def _mlp(x: _Shape, fc1_weight: _Shape, fc1_bias: _Shape, fc2_weight: _Shape, *_
 
 
 @register_flop_formula(_OPS.mlp_backward, get_raw=True)
-def _mlp_backward(grad: Any, x: Any, fc1_weight: Any, activation: Any, slope: Any, fc2_weight: Any, wants: list[bool], **__: Any) -> int:
-    d_x, d_fc1_weight, _, d_fc2_weight, _ = wants
+def _mlp_backward(grad: Any, x: Any, fc1_weight: Any, activation: Any, slope: Any, fc2_weight: Any, *arguments: Any, **__: Any) -> int:
+    d_x, d_fc1_weight, _, d_fc2_weight, _ = arguments[-1]
     shape = tuple(x.shape)
     first, second = _products(shape, tuple(fc1_weight.shape)), _products(shape, tuple(fc2_weight.shape))
     return (d_x + d_fc1_weight) * first + (1 + d_fc2_weight) * second

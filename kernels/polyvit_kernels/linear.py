@@ -12,7 +12,7 @@ No atomics: every element has one writer, and runs repeat bit for bit. All tenso
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -192,17 +192,34 @@ def _finish_gelu(
 
 
 @triton.jit
-def _finish_add(b_y, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, PARTS: tl.constexpr):
+def _finish_add(
+    b_y,
+    p_bias,
+    p_residual,
+    p_factors,
+    p_y,
+    i_row,
+    i_column,
+    num_rows,
+    num_columns,
+    tokens,
+    EVEN_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     if PARTS > 1:
         b_left, b_right = _halves(b_y)
         i_right = i_column + b_left.shape[1]
-        _finish_add(b_left, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS // 2)
-        _finish_add(b_right, p_bias, p_residual, p_y, i_row, i_right, num_rows, num_columns, EVEN_N, PARTS // 2)
+        _finish_add(b_left, p_bias, p_residual, p_factors, p_y, i_row, i_column, num_rows, num_columns, tokens, EVEN_N, PARTS // 2)
+        _finish_add(b_right, p_bias, p_residual, p_factors, p_y, i_row, i_right, num_rows, num_columns, tokens, EVEN_N, PARTS // 2)
     else:
         o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_y.shape[0], b_y.shape[1])
         b_bias = tl.load(p_bias + i_column + tl.arange(0, b_y.shape[1]), mask=m_n, other=0.0)
         b_residual = tl.load(p_residual + o_part, mask=m_part, other=0.0)
-        b_y += b_bias.to(tl.float32)[None, :] + b_residual.to(tl.float32)
+        b_y += b_bias.to(tl.float32)[None, :]
+        if p_factors is not None:
+            o_row = i_row + tl.arange(0, b_y.shape[0])
+            b_y *= tl.load(p_factors + o_row // tokens, mask=o_row < num_rows, other=0.0)[:, None]
+        b_y += b_residual.to(tl.float32)
         tl.store(p_y + o_part, b_y.to(p_y.dtype.element_ty), mask=m_part)
 
 
@@ -248,16 +265,18 @@ def linear_gelu_fwd_kernel(
     _finish_gelu(b_h, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "tokens"])
 def linear_add_fwd_kernel(
     p_x,
     p_weight,
     p_bias,
     p_residual,
+    p_factors,
     p_y,
     num_rows,
     num_columns,
     depth,
+    tokens,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -266,10 +285,13 @@ def linear_add_fwd_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of Y = R + X Wᵀ + b; R and Y have dtypes of their own."""
+    """A tile of Y = R + f (X Wᵀ + b); R and Y have dtypes of their own.
+
+    The fp32 factor f is that of an example, which has so many `tokens`, that is rows; without factors `p_factors` is None.
+    """
     i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
     b_y = _product(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    _finish_add(b_y, p_bias, p_residual, p_y, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS)
+    _finish_add(b_y, p_bias, p_residual, p_factors, p_y, i_row, i_column, num_rows, num_columns, tokens, EVEN_N, PARTS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -319,10 +341,11 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep
     return y, slope
 
 
-def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
-    """residual + x weightᵀ + bias, in the dtype that torch's sum has."""
+def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, tile: Tile) -> Tensor:
+    """residual + x weightᵀ + bias, in the dtype that torch's sum has; with `factors` the layer's rows are multiplied by their example's."""
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
-    _launch(linear_add_fwd_kernel, (x, weight, bias, residual), (y,), {}, tile)
+    more = {"tokens": 1 if factors is None else len(x) // max(len(factors), 1)}
+    _launch(linear_add_fwd_kernel, (x, weight, bias, residual, factors), (y,), more, tile)
     return y
 
 
@@ -346,26 +369,31 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     return sums
 
 
-def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], constants: dict[str, Any], tile: Tile) -> None:
-    """A program for each tile of the first output."""
+def _launch(
+    kernel: Any, inputs: tuple[Tensor, *tuple[Tensor | None, ...]], outputs: tuple[Tensor, ...], more: dict[str, Any], tile: Tile
+) -> None:
+    """A program for each tile of the first output; the first input is A."""
     rows, columns = outputs[0].shape
     depth, blocks = inputs[0].shape[1], tile.blocks
     if not outputs[0].numel():
         return
     grid = (triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(columns, blocks["BLOCK_N"]),)
     even = {"EVEN_N": columns % blocks["BLOCK_N"] == 0, "EVEN_K": depth % blocks["BLOCK_K"] == 0}
-    tensors = (*(tensor.contiguous() for tensor in inputs), *outputs)
-    kernel[grid](*tensors, rows, columns, depth, **constants, **even, **tile.launch())
+    tensors = (*(None if tensor is None else tensor.contiguous() for tensor in inputs), *outputs)
+    kernel[grid](*tensors, rows, columns, depth, **more, **even, **tile.launch())
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernels of a row: both GELUs, both dtypes of a residual. Blocks divide all sizes but one: 128 does not divide ViT-Ti's 192."""
+    """The kernels of a row: both GELUs, both dtypes of a residual, with factors and without.
+
+    Blocks divide all sizes but one: 128 does not divide ViT-Ti's 192.
+    """
     tensor = f"*{dtype}"
     if tile.op == "linear_add_forward":
         evens = (True, False) if tile.blocks["BLOCK_N"] == 128 else (True,)
-        for residual, even in itertools.product(dict.fromkeys((tensor, "*fp32")), evens):
-            pointers = {"p_x": tensor, "p_weight": tensor, "p_bias": tensor, "p_residual": residual, "p_y": residual}
-            yield _variant(linear_add_fwd_kernel, pointers, {"EVEN_N": even}, tile)
+        for residual, even, factors in itertools.product(dict.fromkeys((tensor, "*fp32")), evens, ("*fp32", None)):
+            inputs = {"p_x": tensor, "p_weight": tensor, "p_bias": tensor, "p_residual": residual, "p_factors": factors}
+            yield _variant(linear_add_fwd_kernel, inputs | {"p_y": residual}, {"EVEN_N": even}, tile)
         return
     if tile.op == "dgelu_backward":
         pointers = dict.fromkeys(("p_grad", "p_weight", "p_slope", "p_dpre"), tensor) | {"p_sums": "*fp32"}
@@ -378,11 +406,14 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
         yield _variant(linear_gelu_fwd_kernel, pointers, constants, tile)
 
 
-def _variant(kernel: Callable[..., Any], pointers: dict[str, str], constants: dict[str, Any], tile: Tile) -> Variant:
+def _variant(kernel: Any, types: dict[str, str | None], constants: dict[str, Any], tile: Tile) -> Variant:
+    """A pointer of the type None is not there."""
+    pointers = {name: kind for name, kind in types.items() if kind}
+    numbers = [name for name in ("num_rows", "num_columns", "depth", "tokens") if name in kernel.arg_names]
     return Variant(
         kernel=kernel,
-        signature=pointers | dict.fromkeys(("num_rows", "num_columns", "depth"), "i32"),
-        constants=constants | {"EVEN_K": True} | dict(tile.blocks),
+        signature=pointers | dict.fromkeys(numbers, "i32"),
+        constants=constants | dict.fromkeys(types.keys() - pointers.keys()) | {"EVEN_K": True} | dict(tile.blocks),
         divisible=(*pointers, "num_columns", "depth"),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -81,10 +81,15 @@ def linear_backward(
 
 
 def linear_add(
-    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"], residual: Float[Tensor, "*batch out"]
+    x: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, "out dim"],
+    bias: Float[Tensor, " out"],
+    residual: Float[Tensor, "*batch out"],
+    factors: Float[Tensor, " examples"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """Y = R + X Wᵀ + b; backward as for the linear layer, and dR = dY."""
-    return residual + linear(x, weight, bias)
+    """Y = R + f (X Wᵀ + b), f each example's factor or 1; backward as for the linear layer at f dY, and dR = dY."""
+    y = linear(x, weight, bias)
+    return residual + (y if factors is None else y * factors.view(len(y), *[1] * (y.ndim - 1)))
 
 
 def linear_gelu(
@@ -113,10 +118,11 @@ def mlp(
     fc2_bias: Float[Tensor, " dim"],
     kind: Gelu,
     residual: Float[Tensor, "*batch dim"] | None = None,
+    factors: Float[Tensor, " examples"] | None = None,
 ) -> Float[Tensor, "*batch dim"]:
-    """Y = A W₂ᵀ + b₂, plus R if there is one, with A = gelu(X W₁ᵀ + b₁)."""
-    y = linear(linear_gelu(x, fc1_weight, fc1_bias, kind), fc2_weight, fc2_bias)
-    return y if residual is None else residual + y
+    """Y = A W₂ᵀ + b₂, or R + f Y if there is an R, with A = gelu(X W₁ᵀ + b₁)."""
+    hidden = linear_gelu(x, fc1_weight, fc1_bias, kind)
+    return linear(hidden, fc2_weight, fc2_bias) if residual is None else linear_add(hidden, fc2_weight, fc2_bias, residual, factors)
 
 
 def mlp_backward(

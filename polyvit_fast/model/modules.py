@@ -17,9 +17,12 @@ from polyvit_fast.config import Model
 from polyvit_fast.model.class_token import attend_first
 from polyvit_kernels import ops
 from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
+from polyvit_kernels.ops.gradients import find_factors, keep_factors
 
 Tokens = Float[Tensor, "batch tokens dim"]
 OneToken = Float[Tensor, "batch 1 dim"]
+Factors = Float[Tensor, " batch"]
+"""What each example of a branch is multiplied by."""
 
 GELU = {"tanh": partial(functional.gelu, approximate="tanh"), "erf": functional.gelu}
 
@@ -49,16 +52,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tokens, residual: Tokens | None = None) -> Tokens:
-        """Every token's weighted mean over all tokens' values, projected, in training with dropout, and added to `residual`."""
+    def forward(self, x: Tokens, residual: Tokens | None = None, factors: Factors | None = None) -> Tokens:
+        """Every token's weighted mean over all tokens' values, projected, in training with dropout.
+
+        Added to `residual` if there is one, each example multiplied by its one of `factors` if there are any.
+        """
         mixed = ops.attention(project(self.qkv, x, (3, self.num_heads, -1)), self.backend).flatten(2)
-        return _linear_add(mixed, self.proj, self.dropout * self.training, residual)
+        return _linear_add(mixed, self.proj, self.dropout * self.training, residual, factors)
 
     def class_token(self, x: Tokens, out_dtype: torch.dtype) -> OneToken:
         """What `forward` gives for the first token, computed in the dtype of x, fp32 at least."""
         with without_autocast(x):
             mixed = attend_first(x, self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype), self.num_heads)
-        return _linear_add(mixed[:, None].to(out_dtype), self.proj, self.dropout * self.training, None)
+        return _linear_add(mixed[:, None].to(out_dtype), self.proj, self.dropout * self.training)
 
 
 class Mlp(nn.Module):
@@ -73,13 +79,18 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, mlp_dim)
         self.fc2 = nn.Linear(mlp_dim, dim)
 
-    def forward(self, x: Float[Tensor, "*batch dim"], residual: Float[Tensor, "*batch dim"] | None = None) -> Float[Tensor, "*batch dim"]:
-        """Each token by itself through both layers, in training with dropout after each, and added to `residual`."""
+    def forward(
+        self, x: Float[Tensor, "*batch dim"], residual: Float[Tensor, "*batch dim"] | None = None, factors: Factors | None = None
+    ) -> Float[Tensor, "*batch dim"]:
+        """Each token by itself through both layers, in training with dropout after each.
+
+        Added to `residual` if there is one, each example multiplied by its one of `factors` if there are any.
+        """
         dropout, plain = self.dropout * self.training, is_plain(self.fc1)
         if plain and is_plain(self.fc2) and not dropout:
-            return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.gelu, residual)
+            return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.gelu, residual, factors)
         hidden = ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.gelu) if plain else GELU[self.gelu](self.fc1(x))
-        return _linear_add(functional.dropout(hidden, dropout), self.fc2, dropout, residual)
+        return _linear_add(functional.dropout(hidden, dropout), self.fc2, dropout, residual, factors)
 
 
 class Block(nn.Module):
@@ -117,41 +128,40 @@ class Block(nn.Module):
         `recompute`: keep `x` alone for the backward pass, which computes the rest again. With dropout that reads the state of the random
         numbers, and cannot be captured in a CUDA graph.
         """
-        factors = branch_factors(x, drop_path_rate, self.rescale) if self.training and drop_path_rate else None
+        dropped = self.training and drop_path_rate > 0
+        attn_factors, mlp_factors = branch_factors(x, drop_path_rate, self.rescale) if dropped else (None, None)
         run = self._class_token if class_token and self._is_plain() else self._all_tokens
+        inputs = (x, find_factors(x), attn_factors, mlp_factors)
         if recompute and torch.is_grad_enabled():
             random = self.training and bool(self.attn.dropout or self.mlp.dropout)
-            out = checkpoint(run, x, factors, use_reentrant=False, preserve_rng_state=random)
+            out = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=random)
         else:
-            out = run(x, factors)
-        return out[:, :1] if class_token else out
+            out = run(*inputs)
+        return out[:, :1] if class_token else keep_factors(out, mlp_factors)
 
-    def _all_tokens(self, x: Tokens, factors: Tensor | None) -> Tokens:
+    def _all_tokens(self, x: Tokens, before: Factors | None, attn_factors: Factors | None, mlp_factors: Factors | None) -> Tokens:
+        """`before`: the factors of the branch that `x` ends with."""
         dtype = matmul_dtype(x)
-        x, normal = _beside(self.norm1, x, dtype)
-        x = self.attn(normal, x) if factors is None else torch.addcmul(x, self.attn(normal), factors[0])
-        x, normal = _beside(self.norm2, x, dtype)
-        return self.mlp(normal, x) if factors is None else torch.addcmul(x, self.mlp(normal), factors[1])
+        x, normal = _beside(self.norm1, x, dtype, before)
+        x = self.attn(normal, x, attn_factors)
+        x, normal = _beside(self.norm2, x, dtype, attn_factors)
+        return self.mlp(normal, x, mlp_factors)
 
-    def _class_token(self, x: Tokens, factors: Tensor | None) -> OneToken:
-        x, normal = _beside(self.norm1, x, torch.promote_types(x.dtype, torch.float32))
+    def _class_token(self, x: Tokens, before: Factors | None, attn_factors: Factors | None, mlp_factors: Factors | None) -> OneToken:
+        x, normal = _beside(self.norm1, x, torch.promote_types(x.dtype, torch.float32), before)
         dtype = matmul_dtype(x)
-        attention = self.attn.class_token(normal, dtype)
-        if factors is None:
-            first = x[:, :1] + attention
-            return self.mlp(self.norm2(first, dtype), first)
-        first = torch.addcmul(x[:, :1], attention, factors[0])
-        return torch.addcmul(first, self.mlp(self.norm2(first, dtype)), factors[1])
+        first = add_branch(x[:, :1], self.attn.class_token(normal, dtype), attn_factors)
+        return self.mlp(self.norm2(first, dtype), first, mlp_factors)
 
     def _is_plain(self) -> bool:
         """Whether nobody listens to a part of the block, and its queries, keys and values are those of a linear layer."""
         return is_plain(self.attn.qkv) and all(is_untouched(part) for part in self.modules() if part is not self)
 
 
-def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype) -> tuple[Tokens, Tokens]:
+def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype, factors: Factors | None) -> tuple[Tokens, Tokens]:
     """The tokens, and normalised, in one pass of the backward unless somebody listens to the norm."""
     if is_untouched(norm):
-        return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype)
+        return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype, factors)
     return x, norm(x, out_dtype)
 
 
@@ -190,13 +200,21 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def branch_factors(x: Tokens, drop_path_rate: float, rescale: bool) -> Float[Tensor, "2 batch 1 1"]:
+def branch_factors(x: Tokens, drop_path_rate: float, rescale: bool) -> Float[Tensor, "2 batch"]:
     """What a block's two branches are multiplied by in each example: 0 with the chance `drop_path_rate`, else 1 (arXiv 1603.09382, eq. 2).
 
     With `rescale` that 1 is divided by its chance.
     """
-    kept = torch.empty(2, len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - drop_path_rate)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    kept = torch.empty(2, len(x), dtype=dtype, device=x.device).bernoulli_(1 - drop_path_rate)
     return kept.div_(1 - drop_path_rate) if rescale else kept
+
+
+def add_branch(residual: Tokens, branch: Tokens, factors: Factors | None) -> Tokens:
+    """`residual` and the branch, of which each example is multiplied by its one of `factors`; in the wider of both dtypes."""
+    if factors is None:
+        return residual + branch
+    return torch.addcmul(residual, branch, factors[:, None, None]).to(torch.promote_types(residual.dtype, branch.dtype))
 
 
 def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:
@@ -204,8 +222,8 @@ def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:
     return [drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
 
 
-def _linear_add(x: Tensor, linear: Any, dropout: float, residual: Tensor | None) -> Tensor:
+def _linear_add(x: Tensor, linear: Any, dropout: float, residual: Tensor | None = None, factors: Factors | None = None) -> Tensor:
     if residual is not None and is_plain(linear) and not dropout:
-        return ops.linear_add(x, linear.weight, linear.bias, residual)
+        return ops.linear_add(x, linear.weight, linear.bias, residual, factors)
     branch = functional.dropout(project(linear, x, (-1,)), dropout)
-    return branch if residual is None else residual + branch
+    return branch if residual is None else add_branch(residual, branch, factors)

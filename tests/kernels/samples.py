@@ -8,6 +8,13 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
+def factors(examples):
+    """Of drop path at a rate of 0.3: every third example is left out, from the second on."""
+    kept = torch.full((examples,), 1 / 0.7, device=DEVICE)
+    kept[1::3] = 0
+    return kept
+
+
 def activations(*shape):
     """As inside trained ViTs: each channel has its own offset, and a few are a hundred times the others."""
     scale = torch.ones(shape[-1], device=DEVICE)

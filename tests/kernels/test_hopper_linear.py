@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import DEVICE, assert_within_rule, one_thread
 from gluon_executor import executing
-from samples import normal
+from samples import factors, normal
 from torch.nn import functional
 
 from polyvit_kernels import linear as portable
@@ -45,9 +45,18 @@ def check_gelu(tensors, gelu, dtype):
 
 
 def check_add(tensors, residual, dtype):
-    y = linear.linear_add_forward(*tensors, residual, TILES[ADD])
-    true = {"y": reference.linear_add(*doubles(*tensors, residual))}
-    assert_within_rule({"y": y}, {"y": residual + functional.linear(*tensors)}, true, dtype)
+    """Without factors, and with those of as few examples, but one, as there can be, and of as many."""
+    plain = functional.linear(*tensors)
+    y = linear.linear_add_forward(*tensors, residual, None, TILES[ADD])
+    assert_within_rule({"y": y}, {"y": residual + plain}, {"y": reference.linear_add(*doubles(*tensors, residual))}, dtype)
+    num_rows = len(plain)
+    for examples in {next(count for count in range(min(2, num_rows), num_rows + 1) if num_rows % count == 0), num_rows}:
+        some = factors(examples)
+        y = linear.linear_add_forward(*tensors, residual, some, TILES[ADD])
+        rows = some.repeat_interleave(num_rows // examples)[:, None]
+        true = {"y": residual.double() + rows.double() * reference.linear(*doubles(*tensors))}
+        assert_within_rule({"y": y}, {"y": residual + (rows * plain).to(residual.dtype)}, true, dtype)
+        assert torch.equal(y[rows[:, 0] == 0], residual[rows[:, 0] == 0])
 
 
 def check_undo(grad, weight, slope, dtype):
@@ -125,8 +134,8 @@ def test_layouts_that_tma_cannot_address():
     shifted = torch.empty(300 * 64 + 1, device=DEVICE, dtype=dtype)[1:].view(300, 64).copy_(x)
     for other in (x.t().contiguous().t(), torch.cat([x, x], 1)[:, :64], shifted):
         residual = normal(128, 300, seed=3).to(dtype).t()
-        expected = linear.linear_add_forward(x, weight, bias, residual.contiguous(), TILES[ADD])
-        assert torch.equal(linear.linear_add_forward(other, weight, bias, residual, TILES[ADD]), expected)
+        expected = linear.linear_add_forward(x, weight, bias, residual.contiguous(), None, TILES[ADD])
+        assert torch.equal(linear.linear_add_forward(other, weight, bias, residual, None, TILES[ADD]), expected)
     x, weight, bias = layer(2000, 60, 90, dtype)
     check_gelu((x, weight, bias), "erf", dtype)
     check_add((x, weight, bias), normal(2000, 90), dtype)
@@ -141,7 +150,7 @@ def test_runs_repeat_on_any_number_of_programs(programs):
     def results():
         y, kept = linear.linear_gelu_forward(x, weight, bias, "erf", True, TILES[GELU])
         undone = linear.dgelu_backward(y, weight, slope, TILES[UNDO])
-        return y, kept, linear.linear_add_forward(x, weight, bias, residual, TILES[ADD]), *undone
+        return y, kept, linear.linear_add_forward(x, weight, bias, residual, None, TILES[ADD]), *undone
 
     expected = results()
     for count in (132, 132, 7):
@@ -153,7 +162,7 @@ def test_runs_repeat_on_any_number_of_programs(programs):
 def test_no_rows():
     x, weight, bias = torch.empty(0, 64, device=DEVICE, dtype=torch.bfloat16), *layer(1, 64, 256, torch.bfloat16)[1:]
     assert [tensor.shape for tensor in linear.linear_gelu_forward(x, weight, bias, "erf", True, TILES[GELU])] == [(0, 256), (0, 256)]
-    assert linear.linear_add_forward(x, weight, bias, torch.empty(0, 256, device=DEVICE), TILES[ADD]).shape == (0, 256)
+    assert linear.linear_add_forward(x, weight, bias, torch.empty(0, 256, device=DEVICE), None, TILES[ADD]).shape == (0, 256)
     d_pre, sums = linear.dgelu_backward(torch.empty(0, 256, device=DEVICE).bfloat16(), weight, x, TILES[UNDO])
     assert d_pre.shape == (0, 64)
     assert torch.equal(sums, torch.zeros_like(sums))

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from compare import DEVICE, assert_within_rule, largest_difference, one_thread
-from samples import normal
+from samples import factors, normal
 from torch.nn import functional
 
 from polyvit_kernels import linear, reference
@@ -65,9 +65,23 @@ def test_linear_gelu(sizes, gelu, dtype):
 def test_linear_add(sizes, dtype, residual_dtype):
     tensors = layer(*sizes, dtype)
     residual = before_nan(10 * normal(sizes[0], sizes[2], seed=3).to(residual_dtype))
-    y = linear.linear_add_forward(*tensors, residual, tile())
+    y = linear.linear_add_forward(*tensors, residual, None, tile())
     true = {"y": reference.linear_add(*doubles(*tensors, residual))}
     assert_within_rule({"y": y}, {"y": residual + functional.linear(*tensors)}, true, dtype)
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("examples", [1, 2, 9, 90])
+def test_linear_add_with_factors(examples, dtype, residual_dtype):
+    tensors = layer(90, 31, 33, dtype)
+    residual, some = before_nan(10 * normal(90, 33, seed=3).to(residual_dtype)), before_nan(factors(examples))
+    y = linear.linear_add_forward(*tensors, residual, some, tile())
+    rows = some.repeat_interleave(90 // examples)
+    plain = residual + (rows[:, None] * functional.linear(*tensors)).to(y.dtype)
+    true = residual.double() + rows.double()[:, None] * reference.linear(*doubles(*tensors))
+    assert_within_rule({"y": y}, {"y": plain}, {"y": true}, dtype)
+    assert torch.equal(y[rows == 0], residual[rows == 0].to(y.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,7 +109,7 @@ def test_every_tile_gives_the_same(blocks):
     torch.testing.assert_close(linear.dgelu_backward(x, weight.t(), slope, tile(**blocks)), backward)
     for run in (
         lambda tile: linear.linear_gelu_forward(x, weight, bias, "erf", True, tile),
-        lambda tile: linear.linear_add_forward(x, weight, bias, residual, tile),
+        lambda tile: linear.linear_add_forward(x, weight, bias, residual, None, tile),
     ):
         torch.testing.assert_close(run(tile(**blocks)), run(tile()))
 
@@ -110,7 +124,7 @@ def test_partial_sums(sizes):
 def test_layouts_and_gradients_that_repeat():
     x, weight, bias = normal(24, 20), normal(36, 24), normal(72)
     x, weight, bias, residual = x.t(), weight, bias[::2], normal(1, 36).expand(20, -1)
-    torch.testing.assert_close(linear.linear_add_forward(x, weight, bias, residual, tile()), residual + x @ weight.t() + bias)
+    torch.testing.assert_close(linear.linear_add_forward(x, weight, bias, residual, None, tile()), residual + x @ weight.t() + bias)
     grad = normal(1, 24).expand(20, -1)
     slope = normal(36, 20).t()
     expected = (grad @ weight.t()) * slope
@@ -120,7 +134,7 @@ def test_layouts_and_gradients_that_repeat():
 def test_no_rows():
     x, weight, bias = torch.empty(0, 16, device=DEVICE), normal(32, 16), normal(32)
     assert [tensor.shape for tensor in linear.linear_gelu_forward(x, weight, bias, "erf", True, tile())] == [(0, 32), (0, 32)]
-    assert linear.linear_add_forward(x, weight, bias, torch.empty(0, 32, device=DEVICE), tile()).shape == (0, 32)
+    assert linear.linear_add_forward(x, weight, bias, torch.empty(0, 32, device=DEVICE), None, tile()).shape == (0, 32)
     d_pre, sums = linear.dgelu_backward(x, weight.t(), torch.empty(0, 32, device=DEVICE), tile())
     assert d_pre.shape == (0, 32)
     assert torch.equal(sums, torch.zeros_like(sums))

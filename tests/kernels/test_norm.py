@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from compare import DEVICE, assert_within_rule, one_thread
-from samples import activations, normal
+from samples import activations, factors, normal
 
 from polyvit_kernels import norm, reference
 from polyvit_kernels.tile_table import TABLE
@@ -180,6 +180,22 @@ def test_the_gradient_comes_rounded_and_summed_as_well(width, low_dtype):
         assert torch.equal(low, d_x.to(low_dtype))
     assert sums.dtype is low_dtype
     torch.testing.assert_close(sums, d_x.sum((0, 1)).to(low_dtype))
+
+
+@pytest.mark.parametrize("low_dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("examples", [1, 5, 35])
+def test_the_rounded_gradient_and_its_sums_are_multiplied_by_factors(examples, low_dtype):
+    x, _, weight, _, grad, grad_sum = inputs(7, 5, 192, out_dtype=low_dtype, grad_sum_dtype=torch.float32)
+    mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
+    arguments = (grad, grad_sum, x, weight, mean, rstd, tile("backward", 192, PROGRAMS=3))
+    some = factors(examples)
+    d_x, low, sums, *parameters = norm.backward(*arguments, low_dtype, some)
+    alone, _, _, *same_parameters = norm.backward(*arguments)
+    assert torch.equal(d_x, alone)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, same_parameters, strict=True))
+    multiplied = d_x * some.repeat_interleave(35 // examples).view(7, 5, 1)
+    assert torch.equal(low, multiplied.to(low_dtype))
+    torch.testing.assert_close(sums, multiplied.sum((0, 1)).to(low_dtype))
 
 
 def test_the_sums_of_a_rounded_gradient_are_those_of_the_exact_one():

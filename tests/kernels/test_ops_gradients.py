@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from compare import DEVICE
-from samples import normal
+from samples import factors, normal
 from torch.utils.checkpoint import checkpoint
 
 import polyvit_kernels as kernels
@@ -184,14 +184,35 @@ def test_it_goes_when_the_gradient_goes():
     assert alive() is None
 
 
-def block(x, weights, drop=1.0):
+def test_with_factors_it_is_of_the_product_and_for_who_has_the_same():
+    some, others = factors(3), factors(3)
+    grad = gradients.attach(normal(3, 2, 5), low=normal(3, 2, 5, seed=1).bfloat16(), sums=normal(5, seed=2), factors=some)
+    for who in (None, others):
+        expected = grad if who is None else grad * who[:, None, None]
+        assert torch.equal(gradients.low_form(grad, torch.bfloat16, who), expected.bfloat16())
+        assert torch.equal(gradients.column_sums(grad, 5, torch.float32, who), expected.sum((0, 1)))
+    assert torch.equal(gradients.low_form(grad, torch.bfloat16, some), normal(3, 2, 5, seed=1).bfloat16())
+    assert torch.equal(gradients.low_form(grad, torch.float16, some), (grad * some[:, None, None]).half())
+    assert torch.equal(gradients.column_sums(grad, 5, torch.float32, some), normal(5, seed=2))
+    plain = gradients.attach(normal(3, 2, 5), low=normal(3, 2, 5, seed=1).bfloat16(), sums=normal(5, seed=2))
+    assert torch.equal(gradients.low_form(plain, torch.bfloat16, some), (plain * some[:, None, None]).bfloat16())
+
+
+def test_factors_are_found_beside_the_stream_that_they_were_kept_with():
+    some, x = factors(3), normal(3, 2, 5)
+    assert gradients.find_factors(gradients.keep_factors(x, None)) is None
+    assert gradients.find_factors(gradients.keep_factors(x, some)) is some
+    assert gradients.find_factors(x[:, :1]) is gradients.find_factors(x + 0) is None
+
+
+def block(x, weights, mixed_factors=None, mlp_factors=None):
     """A residual stream through both kinds of layers and norms; `weights` in bf16 but the norms'."""
     scale, shift, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
-    x, normed = ops.layer_norm_beside(x, scale, shift, out_dtype=torch.bfloat16)
+    x, normed = ops.layer_norm_beside(x, scale, shift, out_dtype=torch.bfloat16, factors=gradients.find_factors(x))
     mixed = ops.attention(ops.linear(normed, qkv, qkv_bias, (3, 2, -1))).flatten(2)
-    x = ops.linear_add(mixed, proj, proj_bias, x)
-    x, normed = ops.layer_norm_beside(x, scale, shift, out_dtype=torch.bfloat16)
-    return ops.mlp(normed, fc1, fc1_bias, fc2, fc2_bias, "erf", x)
+    x = ops.linear_add(mixed, proj, proj_bias, x, mixed_factors)
+    x, normed = ops.layer_norm_beside(x, scale, shift, out_dtype=torch.bfloat16, factors=mixed_factors)
+    return gradients.keep_factors(ops.mlp(normed, fc1, fc1_bias, fc2, fc2_bias, "erf", x, mlp_factors), mlp_factors)
 
 
 def stream(run=block):
@@ -229,6 +250,24 @@ def test_a_whole_stream_learns_the_same(recompute, told, monkeypatch):
     without_a_word(monkeypatch)
     for ours, plain in zip(found, stream(run), strict=True):
         assert torch.equal(ours, plain)
+
+
+def test_a_whole_stream_with_factors_learns_the_same_without_a_pass_more(told, monkeypatch):
+    some, others, products = factors(2), 2 * factors(2), []
+    multiply = gradients.multiply
+
+    def run(x, weights):
+        return block(x, weights, some, others)
+
+    monkeypatch.setattr(gradients, "multiply", lambda x, factors: products.append(factors) or multiply(x, factors))
+    found = stream(run)
+    assert [known["factors"] for known in told if "low" in known] == [some, others, some, others, some, None]
+    # By the norms, in their own pass; the last layer, which no norm follows, wants its gradient twice.
+    assert [factors for factors in products if factors is not None] == [others, others, some, others, some, others, some]
+    without_a_word(monkeypatch)
+    for ours, plain in zip(found, stream(run), strict=True):
+        assert torch.equal(ours, plain)
+    assert not torch.equal(found[-1], stream()[-1])
 
 
 def test_gradients_that_are_wanted_twice_are_the_same():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
-from samples import normal
+from samples import factors, normal
 from torch.nn import functional
 
 import polyvit_kernels as ops
@@ -116,6 +116,50 @@ def test_mlp_with_a_residual(gelu, dtype, wider):
     torch.testing.assert_close(reference.mlp(**inputs, kind=gelu), inputs["residual"] + truth(**apart))
 
 
+@pytest.mark.parametrize("wider", [False, True], ids=["residual as x", "residual in fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["linear_add", "mlp"])
+def test_examples_are_multiplied_by_their_factors(name, dtype, wider):
+    some = factors(5)
+
+    def ours(x, residual, **layers):
+        residual = residual.float() if wider else residual
+        if name == "mlp":
+            return ops.mlp(x, **layers, gelu="tanh", residual=residual, factors=some)
+        return ops.linear_add(x, layers["weight"], layers["bias"], residual, some)
+
+    def by_hand(x, residual, **layers):
+        residual = residual.to(torch.promote_types(residual.dtype, torch.float32)) if wider else residual
+        branch = plain_mlp(x, **layers) if name == "mlp" else x @ layers["weight"].T + layers["bias"]
+        return residual + (some.to(torch.promote_types(x.dtype, torch.float32))[:, None, None] * branch).to(residual.dtype)
+
+    def plain_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        return functional.gelu(x @ fc1_weight.T + fc1_bias, approximate="tanh") @ fc2_weight.T + fc2_bias
+
+    x = normal(5, 21, 48)
+    inputs = (mlp_inputs(x, 80) if name == "mlp" else linear_inputs(x)) | {"residual": 10 * normal(5, 21, 48, seed=7)}
+    assert_as_exact_as_torch(ours, by_hand, by_hand, inputs, dtype)
+
+
+def test_references_take_factors():
+    inputs, residual, some = mlp_inputs(normal(5, 3, 48), 80), normal(5, 3, 48, seed=7), factors(5)
+    expected = residual + some[:, None, None] * reference.mlp(**inputs, kind="erf")
+    torch.testing.assert_close(reference.mlp(**inputs, kind="erf", residual=residual, factors=some), expected)
+
+
+def test_factors_that_do_not_fit():
+    inputs, residual = mlp_inputs(normal(2, 5, 48), 80), normal(2, 5, 48)
+    layer = (normal(48, 48), normal(48))
+    with pytest.raises(ValueError, match=r"factors are \[3\] torch.float32, but \[2\] torch.float32 is needed: one for each example"):
+        ops.linear_add(inputs["x"], *layer, residual, factors(3))
+    with pytest.raises(ValueError, match=r"factors are \[2\] torch.float16, but \[2\] torch.float32"):
+        ops.mlp(**inputs, gelu="erf", residual=residual, factors=factors(2).half())
+    with pytest.raises(ValueError, match="factors multiply what is added to a residual, but there is none"):
+        ops.mlp(**inputs, gelu="erf", factors=factors(2))
+    with pytest.raises(ValueError, match="one for each example"):
+        ops.linear_add(normal(48), *layer, normal(48), factors(48))
+
+
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_linear_gelu_is_the_first_half_of_mlp(gelu):
     inputs = mlp_inputs(normal(2, 65, 48), 80)
@@ -129,12 +173,24 @@ def test_gradients_are_the_same_in_every_run():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def factors_for(residual):
+    return factors(len(residual)).to(torch.promote_types(residual.dtype, torch.float32))
+
+
 OPERATIONS = {
     "linear_gelu": (lambda **inputs: ops.linear_gelu(**inputs, gelu="erf"), lambda x: linear_inputs(x)),
     "linear_add": (ops.linear_add, lambda x: linear_inputs(x) | {"residual": normal(*x.shape, seed=7).to(x)}),
     "mlp": (lambda **inputs: ops.mlp(**inputs, gelu="tanh"), lambda x: mlp_inputs(x, 80)),
     "mlp with a residual": (
         lambda **inputs: ops.mlp(**inputs, gelu="erf"),
+        lambda x: mlp_inputs(x, 80) | {"residual": normal(*x.shape, seed=7).to(x)},
+    ),
+    "linear_add with factors": (
+        lambda **inputs: ops.linear_add(**inputs, factors=factors_for(inputs["residual"])),
+        lambda x: linear_inputs(x) | {"residual": normal(*x.shape, seed=7).to(x)},
+    ),
+    "mlp with factors": (
+        lambda **inputs: ops.mlp(**inputs, gelu="erf", factors=factors_for(inputs["residual"])),
         lambda x: mlp_inputs(x, 80) | {"residual": normal(*x.shape, seed=7).to(x)},
     ),
 }
@@ -190,7 +246,7 @@ def test_of_hidden_tensors_the_activation_and_the_slope_are_kept():
     torch.testing.assert_close(slope, torch.ops.aten.gelu_backward(torch.ones_like(pre), pre))
     with torch.no_grad():
         assert torch.equal(ops.mlp(**inputs, gelu="erf", residual=normal(2, 5, 48)), output)
-        assert [tensor.numel() for tensor in torch.ops.polyvit.mlp(*inputs.values(), None, "erf", False)[1:]] == [0, 0]
+        assert [tensor.numel() for tensor in torch.ops.polyvit.mlp(*inputs.values(), None, None, "erf", False)[1:]] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -206,20 +262,20 @@ def test_opcheck(layout, dtype):
     layers = [leaf(tensor.to(dtype)) for name, tensor in mlp_inputs(normal(1, 48), 80).items() if name != "x"]
     calls = {
         "linear_gelu": (x, *layers[:2], "erf", True),
-        "linear_add": (x, leaf(normal(48, 48).to(dtype)), layers[3], residual),
-        "mlp": (x, *layers, leaf(view(normal(*shape))), "tanh", True),
+        "linear_add": (x, leaf(normal(48, 48).to(dtype)), layers[3], residual, factors(len(x))),
+        "mlp": (x, *layers, leaf(view(normal(*shape))), factors(len(x)), "tanh", True),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.polyvit, name).default, arguments)
     x, residual, *layers = (tensor.detach() for tensor in (x, residual, *layers))
-    torch.library.opcheck(torch.ops.polyvit.mlp.default, (x, *layers, None, "erf", False))
+    torch.library.opcheck(torch.ops.polyvit.mlp.default, (x, *layers, None, None, "erf", False))
     rows = x.shape[:-1].numel()
     activation, slope = (normal(rows, 80, seed=seed).to(dtype) for seed in (8, 9))
     d_hidden = view(normal(*shape)).flatten(0, 1)[:, :1].expand(rows, 80).to(dtype).view(*x.shape[:-1], 80)
     backward = {
         "linear_gelu_backward": (d_hidden, x, layers[0], slope, [True, True, True]),
-        "linear_add_backward": (residual.float(), x, normal(48, 48).to(dtype), [False, True, True]),
-        "mlp_backward": (residual, x, layers[0], activation, slope, layers[2], [True, True, False, True, True]),
+        "linear_add_backward": (residual.float(), x, normal(48, 48).to(dtype), factors(len(x)), [False, True, True]),
+        "mlp_backward": (residual, x, layers[0], activation, slope, layers[2], None, [True, True, False, True, True]),
     }
     for name, arguments in backward.items():
         torch.library.opcheck(getattr(torch.ops.polyvit, name).default, arguments)
@@ -230,6 +286,7 @@ def test_opcheck(layout, dtype):
 @pytest.mark.usefixtures("unchecked_types")
 def test_compiled_whole_it_is_the_same(name, autocast):
     inputs = leaves(name, normal(2, 5, 48))
+    torch.compiler.reset()  # or the cases before count as compiled too often
 
     def run(**inputs):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):

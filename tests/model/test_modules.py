@@ -6,6 +6,7 @@ from torch import nn
 from polyvit_fast.config import Model
 from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, branch_factors, drop_path_ramp, has_hooks, is_plain, is_untouched
 from polyvit_kernels import ops
+from polyvit_kernels.ops import gradients
 
 
 def normal(*shape, seed=0):
@@ -77,7 +78,7 @@ def test_drop_path_rate_rises_linearly_from_nothing():
 def test_branches_are_left_out_per_example_with_the_given_chance(rescale, kept_value):
     torch.manual_seed(0)
     factors = branch_factors(torch.zeros(20_000, 2, 3), 0.3, rescale)
-    assert factors.shape == (2, 20_000, 1, 1)
+    assert factors.shape == (2, 20_000)
     for branch in factors:
         share = (branch == torch.tensor(kept_value)).double().mean()
         assert (branch == 0).double().mean() == 1 - share
@@ -334,6 +335,28 @@ def test_recomputed_block_is_the_same_to_the_bit(dropout, drop_path_rate, class_
         drawn_next = torch.rand(3)
         out.square().sum().backward()
         runs.append([out, x.grad, drawn_next, *(parameter.grad for parameter in trained.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("registered")
+def test_recomputed_blocks_hand_the_factors_of_drop_path_on(residual, monkeypatch):
+    """As without recomputing: by identity, through what a checkpoint keeps."""
+    runs, products = [], []
+    multiply = gradients.multiply
+    monkeypatch.setattr(gradients, "multiply", lambda x, factors: products.append(factors is not None) or multiply(x, factors))
+    for recompute in (False, True):
+        blocks, x = nn.Sequential(*(block().train() for _ in range(3))), normal(8, 5, 32).to(residual).requires_grad_()
+        torch.manual_seed(3)
+        stream = x
+        products.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            for number, one in enumerate(blocks):
+                stream = one(stream, 0.5, class_token=number == 2, recompute=recompute)
+        stream.square().sum().backward()
+        # One by each norm that a branch ends before; the class token's MLP, after which none comes, does it twice.
+        assert products.count(True) == 4 + 2
+        runs.append([stream, x.grad, *(parameter.grad for parameter in blocks.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

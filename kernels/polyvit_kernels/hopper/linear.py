@@ -12,6 +12,7 @@ with it. No atomics: every element has one writer, and runs repeat bit for bit, 
 - ring: slots of both, and whether they are full or empty; hand: what is handed on, whether that is there or was taken, and the bias
 - sizes: all tiles, those along a row, rows and columns of the output; tiles are numbered along rows, whose tiles read the same of A
 - groups: eights of columns, so that the compiler knows that rows begin at multiples of 16 bytes
+- tokens: rows of an example, which have one factor
 - HALF: which half of a tile; STAGES: the ring's slots; ROWS: a part, which is finished at once, a multiple of 8, after which the swizzle of
   what is handed on repeats; REGISTERS: a thread's in the warpgroups that multiply, which need 160; the third one has what they leave
 """
@@ -152,10 +153,18 @@ def _load_part(p_in, i_part, sizes, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, B
 
 
 @gluon.jit
-def _finish(hand, p_bias, p_in, p_out, p_slope, p_sums, sizes, GELU: gl.constexpr, ROWS: gl.constexpr):
+def _load_factors(p_factors, i_row, num_rows, tokens, ROWS: gl.constexpr, L: gl.constexpr):
+    """The factors of a part's rows, [ROWS]."""
+    o_m = i_row + gl.arange(0, ROWS, gl.SliceLayout(1, L))
+    return gl.load(p_factors + o_m // tokens, mask=o_m < num_rows, other=0.0)
+
+
+@gluon.jit
+def _finish(hand, p_bias, p_in, p_factors, p_out, p_slope, p_sums, sizes, tokens, GELU: gl.constexpr, ROWS: gl.constexpr):
     """The end of all tiles, a part after the other; what a part reads is loaded two parts ahead.
 
-    Without `p_in` it is GELU, and its slope where there is a `p_slope`; else what is read is added, or with `p_sums` multiplied.
+    Without `p_in` it is GELU, and its slope where there is a `p_slope`; else what is read is added, where there are `p_factors` after they
+    multiplied, or with `p_sums` is what multiplies.
     """
     s_h, bar_there, bar_taken, s_bias = hand
     num_tiles, tiles_n, num_rows, num_columns = sizes
@@ -195,6 +204,8 @@ def _finish(hand, p_bias, p_in, p_out, p_slope, p_sums, sizes, GELU: gl.constexp
                     b_next = b_after
                     b_after = _load_part(p_in, i_part, sizes, ROWS, BLOCK_M, BLOCK_N, L)
                     i_part += 1
+                    if p_factors is not None:
+                        b_out *= _load_factors(p_factors, i_row + i * ROWS, num_rows, tokens, ROWS, L)[:, None]
                     if p_sums is None:
                         b_out += b_in
                     else:
@@ -230,6 +241,7 @@ def _run(
     d_b,
     p_bias,
     p_in,
+    p_factors,
     p_out,
     p_slope,
     p_sums,
@@ -239,7 +251,7 @@ def _run(
     ROWS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    num_rows, groups, depth = shape
+    num_rows, groups, depth, tokens = shape
     BIAS: gl.constexpr = p_bias is not None
     HALF_M: gl.constexpr = d_a.block_type.shape[0]
     BLOCK_N: gl.constexpr = d_b.block_type.shape[0 if BIAS else 1]
@@ -253,7 +265,7 @@ def _run(
     hand = (s_h, _barriers(2), _barriers(2), s_bias)
     gl.warp_specialize(
         [
-            (_finish, (hand, p_bias, p_in, p_out, p_slope, p_sums, sizes, GELU, ROWS)),
+            (_finish, (hand, p_bias, p_in, p_factors, p_out, p_slope, p_sums, sizes, tokens, GELU, ROWS)),
             (_multiply, (d_a, d_b, ring, hand, sizes[0], tiles_n, depth, BIAS, 0)),
             (_multiply, (d_a, d_b, ring, hand, sizes[0], tiles_n, depth, BIAS, 1)),
         ],
@@ -278,15 +290,27 @@ def linear_gelu_fwd_kernel(
     REGISTERS: gl.constexpr,
 ):
     """Y = gelu(H) and, if wanted, gelu'(H); H = X Wᵀ + b, rounded as autocast's product is."""
-    _run(d_x, d_weight, p_bias, None, p_y, p_slope, None, (num_rows, groups, depth), GELU, STAGES, ROWS, REGISTERS)
+    _run(d_x, d_weight, p_bias, None, None, p_y, p_slope, None, (num_rows, groups, depth, 1), GELU, STAGES, ROWS, REGISTERS)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "groups", "depth"])
+@gluon.jit(do_not_specialize=["num_rows", "groups", "depth", "tokens"])
 def linear_add_fwd_kernel(
-    d_x, d_weight, p_bias, p_residual, p_y, num_rows, groups, depth, STAGES: gl.constexpr, ROWS: gl.constexpr, REGISTERS: gl.constexpr
+    d_x,
+    d_weight,
+    p_bias,
+    p_residual,
+    p_factors,
+    p_y,
+    num_rows,
+    groups,
+    depth,
+    tokens,
+    STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
-    """Y = R + (X Wᵀ + b), of which the second term is rounded as autocast's product is; R and Y have a dtype of their own."""
-    _run(d_x, d_weight, p_bias, p_residual, p_y, None, None, (num_rows, groups, depth), "", STAGES, ROWS, REGISTERS)
+    """Y = R + f (X Wᵀ + b), without f where `p_factors` is None; the product is rounded as autocast's is before f multiplies it."""
+    _run(d_x, d_weight, p_bias, p_residual, p_factors, p_y, None, None, (num_rows, groups, depth, tokens), "", STAGES, ROWS, REGISTERS)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "groups", "depth"])
@@ -294,7 +318,7 @@ def dgelu_bwd_kernel(
     d_grad, d_weight, p_slope, p_dpre, p_sums, num_rows, groups, depth, STAGES: gl.constexpr, ROWS: gl.constexpr, REGISTERS: gl.constexpr
 ):
     """dH = (dY W) · slope, of which the first factor is rounded as autocast's product is, and the sums of a tile's columns."""
-    _run(d_grad, d_weight, None, p_slope, p_dpre, None, p_sums, (num_rows, groups, depth), "", STAGES, ROWS, REGISTERS)
+    _run(d_grad, d_weight, None, p_slope, None, p_dpre, None, p_sums, (num_rows, groups, depth, 1), "", STAGES, ROWS, REGISTERS)
 
 
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -307,12 +331,13 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep
     return y, x.new_empty(0) if slope is None else slope
 
 
-def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
-    """residual + x weightᵀ + bias, in the dtype that torch's sum has."""
+def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, tile: Tile) -> Tensor:
+    """residual + x weightᵀ + bias, in the dtype that torch's sum has; with `factors` the layer's rows are multiplied by their example's."""
     if not _can_describe(weight):
-        return linear.linear_add_forward(x, weight, bias, residual, _portable("linear_add_forward", x))
+        return linear.linear_add_forward(x, weight, bias, residual, factors, _portable("linear_add_forward", x))
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
-    _launch(linear_add_fwd_kernel, x, weight, (bias.contiguous(), residual.contiguous(), y), y, {}, tile)
+    factors, tokens = (None, 1) if factors is None else (factors.contiguous(), len(x) // max(len(factors), 1))
+    _launch(linear_add_fwd_kernel, x, weight, (bias.contiguous(), residual.contiguous(), factors, y), y, {"tokens": tokens}, tile)
     return y
 
 
@@ -351,9 +376,7 @@ def block_n(rows: int, columns: int, programs: int, tile: Tile) -> int:
     return wide if waves <= 0.56 * narrow_waves else wide // 2
 
 
-def _launch(
-    kernel: Any, a: Tensor, b: Tensor, tensors: tuple[Tensor | None, ...], out: Tensor, constants: dict[str, Any], tile: Tile
-) -> None:
+def _launch(kernel: Any, a: Tensor, b: Tensor, tensors: tuple[Tensor | None, ...], out: Tensor, more: dict[str, Any], tile: Tile) -> None:
     if not out.numel():
         return
     rows, columns = out.shape
@@ -362,7 +385,7 @@ def _launch(
     boxes = _boxes(tile, width, kernel is dgelu_bwd_kernel)
     d_a, d_b = (TensorDescriptor.from_tensor(packed(x), box, _BOX_LAYOUT) for x, box in zip((a, b), boxes, strict=True))
     grid = (min(processors, _cdiv(rows, tile.blocks["BLOCK_M"]) * _cdiv(columns, width)),)
-    options = {**constants, **_constants(tile, width), "num_warps": tile.num_warps, "maxnreg": tile.max_registers}
+    options = {**more, **_constants(tile, width), "num_warps": tile.num_warps, "maxnreg": tile.max_registers}
     kernel[grid](d_a, d_b, *tensors, rows, columns // 8, a.shape[1], **options)
 
 
@@ -382,12 +405,14 @@ def _constants(tile: Tile, width: int) -> dict[str, int]:
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernels of a row: both widths of a tile, both GELUs with their slope and without, both dtypes of a residual."""
+    """The kernels of a row: both widths of a tile, GELUs with their slope and without, dtypes of a residual with factors and without."""
     tensor = f"*{dtype}"
     for width in (tile.blocks["BLOCK_N"], tile.blocks["BLOCK_N"] // 2):
         if tile.op == "linear_add_forward":
             for residual in dict.fromkeys((tensor, "*fp32")):
-                yield _variant(linear_add_fwd_kernel, dtype, {"p_bias": tensor, "p_residual": residual, "p_y": residual}, {}, tile, width)
+                for factors, more in (({"p_factors": "*fp32"}, {}), ({}, {"p_factors": None})):
+                    pointers = {"p_bias": tensor, "p_residual": residual, "p_y": residual} | factors
+                    yield _variant(linear_add_fwd_kernel, dtype, pointers, more, tile, width)
         elif tile.op == "dgelu_backward":
             yield _variant(dgelu_bwd_kernel, dtype, {"p_slope": tensor, "p_dpre": tensor, "p_sums": "*fp32"}, {}, tile, width)
         else:
@@ -405,7 +430,7 @@ def _variant(kernel: Any, dtype: str, pointers: dict[str, str], constants: dict[
     signature = dict(zip(kernel.arg_names[:2], descriptors, strict=True)) | pointers
     return Variant(
         kernel=kernel,
-        signature=signature | dict.fromkeys(("num_rows", "groups", "depth"), "i32"),
+        signature=signature | {name: "i32" for name in ("num_rows", "groups", "depth", "tokens") if name in kernel.arg_names},
         constants=constants | _constants(tile, width),
         divisible=tuple(pointers),
         num_warps=tile.num_warps,

@@ -36,17 +36,19 @@ def layer_norm_beside(
     bias: Float[Tensor, " dim"],
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    factors: Float[Tensor, " examples"] | None = None,
 ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
     """(x, its `layer_norm`), for a residual that goes past the norm: the backward adds both gradients in the norm's own pass.
 
-    Raises ValueError as `layer_norm` does.
+    Name the `factors` of the `linear_add` or `mlp` that made x, if it had any: the backward then multiplies by them in the same pass. They
+    change no result. Raises ValueError as `layer_norm` does.
     """
     if not (torch.is_grad_enabled() and x.requires_grad and dtypes.runs_registered(x)):
         return x, layer_norm(x, weight, bias, eps, out_dtype)
     _check_layer_norm(x, weight, bias)
     out_dtype = out_dtype or norm_dtype(x)
     check_floating(out_dtype=out_dtype)
-    return _Beside.apply(x, weight, bias, eps, out_dtype)
+    return _Beside.apply(x, weight, bias, eps, out_dtype, factors)
 
 
 def add_layer_norm(
@@ -148,12 +150,19 @@ def _(
 
 
 def _layer_norm_backward_by_torch(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_sum: Tensor | None,
+    low_dtype: torch.dtype | None,
+    factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
 
-    With a `low_dtype` the gradient of `x` comes in that too, unless it is its own, and its columns' sums, rounded last, do as well; what
-    is not wanted is empty. The bias has the weight's dtype.
+    With a `low_dtype` the gradient of `x` comes in that too, multiplied by the `factors` of the examples if there are any, unless it is
+    the same; its columns' sums, rounded last, do as well; what is not wanted is empty. The bias has the weight's dtype.
     """
     precise, kept = mean.dtype, mean[..., None]
     inputs = (grad.to(precise), x.to(precise), x.shape[-1:], kept, rstd.view_as(kept), weight.to(precise), weight.to(precise))
@@ -162,8 +171,9 @@ def _layer_norm_backward_by_torch(
         d_x += grad_sum
     low, sums = x.new_empty(0), x.new_empty(0)
     if low_dtype is not None:
-        low = low if low_dtype is x.dtype else d_x.to(low_dtype, copy=True)
-        sums = d_x.reshape(-1, len(weight)).sum(0).to(low_dtype)
+        wanted = gradients.multiply(d_x, factors)
+        low = low if low_dtype is x.dtype and factors is None else wanted.to(low_dtype, copy=True)
+        sums = wanted.reshape(-1, len(weight)).sum(0).to(low_dtype)
     return d_x.to(x.dtype), low, sums, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
@@ -174,24 +184,39 @@ _layer_norm_backward = torch.library.custom_op(
 
 @_layer_norm_backward.register_kernel("cuda")
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_sum: Tensor | None,
+    low_dtype: torch.dtype | None,
+    factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tile = tiles.pick_for("layer_norm_backward", x, features=x.shape[-1])
     if tile.backend == "torch":
-        return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum, low_dtype)
+        return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum, low_dtype, factors)
     from polyvit_kernels import norm
 
     with torch.cuda.device_of(x):
-        d_x, low, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, low_dtype)
+        d_x, low, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, low_dtype, factors)
     low, sums = (x.new_empty(0) if tensor is None else tensor for tensor in (low, sums))
     return d_x, low, sums, d_weight, d_bias
 
 
 @_layer_norm_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_sum: Tensor | None, low_dtype: torch.dtype | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_sum: Tensor | None,
+    low_dtype: torch.dtype | None,
+    factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    low = x.new_empty(0) if low_dtype in (None, x.dtype) else x.new_empty(x.shape, dtype=low_dtype)
+    is_same = low_dtype is x.dtype and factors is None
+    low = x.new_empty(0) if low_dtype is None or is_same else x.new_empty(x.shape, dtype=low_dtype)
     sums = x.new_empty(0) if low_dtype is None else x.new_empty(weight.shape, dtype=low_dtype)
     return x.new_empty(x.shape), low, sums, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
@@ -207,7 +232,7 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _layer_norm_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    d_x, _, _, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, None, None)
+    d_x, _, _, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, None, None, None)
     return d_x, d_weight, d_bias, None, None
 
 
@@ -216,27 +241,31 @@ def _low_dtype(x: Tensor, out_dtype: torch.dtype) -> torch.dtype:
     return min(matmul_dtype(x), out_dtype, key=lambda dtype: dtype.itemsize)
 
 
-def _residual_gradients(grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], low_dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _residual_gradients(
+    grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], low_dtype: torch.dtype, factors: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The gradients of a residual stream, which is handed on with what the layers before will ask of it, of the weight and of the bias."""
     wanted = low_dtype if gradients.can_attach(grad) else None
-    d_x, low, sums, d_weight, d_bias = _layer_norm_backward(grad, *saved, grad_x, wanted)
-    return gradients.attach(d_x, low=low, sums=sums), d_weight, d_bias
+    d_x, low, sums, d_weight, d_bias = _layer_norm_backward(grad, *saved, grad_x, wanted, factors)
+    return gradients.attach(d_x, low=low, sums=sums, factors=factors), d_weight, d_bias
 
 
 class _Beside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         out, mean, rstd = _layer_norm(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.low_dtype = _low_dtype(x, out_dtype)
+        ctx.low_dtype, ctx.factors = _low_dtype(x, out_dtype), factors
         return x, out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
-            return grad_x, None, None, None, None
-        return *_residual_gradients(grad, grad_x, ctx.saved_tensors, ctx.low_dtype), None, None
+            return grad_x, None, None, None, None, None
+        return *_residual_gradients(grad, grad_x, ctx.saved_tensors, ctx.low_dtype, ctx.factors), None, None, None
 
 
 def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -43,19 +43,24 @@ def linear_gelu(
 
 
 def linear_add(
-    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"], residual: Float[Tensor, "*batch out"]
+    x: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, "out dim"],
+    bias: Float[Tensor, " out"],
+    residual: Float[Tensor, "*batch out"],
+    factors: Float[Tensor, " examples"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """`residual` plus a linear layer. Autocast leaves the residual as it is; the sum has the wider of the two dtypes.
+    """`residual` plus a linear layer, each example of which is multiplied by its one of the `factors`: drop path's, say.
 
-    Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
+    Autocast leaves the residual as it is; the sum has the wider of the two dtypes. Factors are fp32 (with an fp64 residual fp64), and get
+    no gradient. Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
     """
     check_floating(x=x, weight=weight, bias=bias, residual=residual)
     x, weight, bias = weights.cast(x, weight, bias)
     check_layer(x, x.shape[-1:], weight, bias)
-    _check_residual(residual, x, weight)
+    _check_residual(residual, x, weight, factors)
     if not dtypes.runs_registered(x):
-        return _linear_add(x, weight, bias, residual, _by_torch)
-    return _linear_add_op(x, weight, bias, residual)
+        return _linear_add(x, weight, bias, residual, factors, _by_torch)
+    return _linear_add_op(x, weight, bias, residual, factors)
 
 
 def mlp(
@@ -66,10 +71,11 @@ def mlp(
     fc2_bias: Float[Tensor, " out"],
     gelu: Gelu,
     residual: Float[Tensor, "*batch out"] | None = None,
+    factors: Float[Tensor, " examples"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """Two linear layers with a GELU between them, plus `residual` if there is one, which autocast leaves as it is.
+    """Two linear layers with a GELU between them, added to `residual` if there is one, with `factors` as `linear_add` takes them.
 
-    For the backward the input, the activation and GELU's slope are kept. Raises ValueError as `linear_gelu` does.
+    For the backward the input, the activation and GELU's slope are kept. Raises ValueError as `linear_add` does.
     """
     check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     x, *layers = weights.cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -79,10 +85,12 @@ def mlp(
     check_layer(x, fc1_weight.shape[:1], fc2_weight, fc2_bias, "fc2_")
     if residual is not None:
         check_floating(residual=residual)
-        _check_residual(residual, x, fc2_weight)
+        _check_residual(residual, x, fc2_weight, factors)
+    elif factors is not None:
+        raise ValueError("factors multiply what is added to a residual, but there is none")
     if not dtypes.runs_registered(x):
-        return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, gelu, False, _by_torch)[0]
-    return _mlp_op(x, *layers, residual, gelu, _is_recorded(x, *layers))[0]
+        return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, factors, gelu, False, _by_torch)[0]
+    return _mlp_op(x, *layers, residual, factors, gelu, _is_recorded(x, *layers))[0]
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
@@ -106,11 +114,17 @@ def check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, n
     check_one_device(**{"x": x, f"{name}weight": weight, f"{name}bias": bias})
 
 
-def _check_residual(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None) -> None:
     shape = [*x.shape[:-1], len(weight)]
     if list(residual.shape) != shape:
         raise ValueError(f"the residual has the shape {list(residual.shape)}, but {shape} is needed")
     check_one_device(x=x, residual=residual)
+    if factors is None:
+        return
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    if x.ndim < 2 or factors.shape != x.shape[:1] or factors.dtype != dtype:
+        raise ValueError(f"factors are {list(factors.shape)} {factors.dtype}, but {shape[:1]} {dtype} is needed: one for each example")
+    check_one_device(x=x, factors=factors)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -132,11 +146,15 @@ def _activated(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool
     return functional.gelu(pre, approximate=approximate), slope
 
 
-def _added(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick: _Pick) -> Tensor:
+def _added(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: _Pick) -> Tensor:
     tile = pick("linear_add_forward", rows, tokens=len(rows), features=rows.shape[1])
     if tile.backend != "torch":
-        return _kernels(tile).linear_add_forward(rows, weight, bias, residual, tile)
+        return _kernels(tile).linear_add_forward(rows, weight, bias, residual, factors, tile)
     y = torch.addmm(bias, rows, weight.t())
+    if factors is not None:
+        examples = (len(factors), len(y) // max(len(factors), 1))
+        stream, branch = (tensor.unflatten(0, examples) for tensor in (residual, y))
+        return torch.addcmul(stream, branch, factors[:, None, None]).flatten(0, 1).to(torch.promote_types(y.dtype, residual.dtype))
     return y.add_(residual) if residual.dtype == y.dtype else y + residual
 
 
@@ -177,12 +195,15 @@ def _linear_gelu_backward(
     return _layer_gradients(wants, x, weight, d_pre, d_pre.sum(0))
 
 
-def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, pick: _Pick) -> Tensor:
-    return _unsafe_view(_added(_rows(x), weight, bias, _rows(residual), pick), residual.shape)
+def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: _Pick) -> Tensor:
+    return _unsafe_view(_added(_rows(x), weight, bias, _rows(residual), factors, pick), residual.shape)
 
 
-def _linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool], pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-    return _layer_gradients(wants, x, weight, _rows(low_form(grad, x.dtype)), column_sums(grad, len(weight), x.dtype))
+def _linear_add_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, wants: list[bool], pick: _Pick
+) -> tuple[Tensor, Tensor, Tensor]:
+    low = _rows(low_form(grad, x.dtype, factors))
+    return _layer_gradients(wants, x, weight, low, column_sums(grad, len(weight), x.dtype, factors))
 
 
 def _mlp(
@@ -192,6 +213,7 @@ def _mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     residual: Tensor | None,
+    factors: Tensor | None,
     gelu: str,
     keep: bool,
     pick: _Pick,
@@ -200,17 +222,25 @@ def _mlp(
     if residual is None:
         y = torch.addmm(fc2_bias, activation, fc2_weight.t())
     else:
-        y = _added(activation, fc2_weight, fc2_bias, _rows(residual), pick)
+        y = _added(activation, fc2_weight, fc2_bias, _rows(residual), factors, pick)
     return _unsafe_view(y, [*x.shape[:-1], len(fc2_weight)]), activation if keep else x.new_empty(0), slope
 
 
 def _mlp_backward(
-    grad: Tensor, x: Tensor, fc1_weight: Tensor, activation: Tensor, slope: Tensor, fc2_weight: Tensor, wants: list[bool], pick: _Pick
+    grad: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    activation: Tensor,
+    slope: Tensor,
+    fc2_weight: Tensor,
+    factors: Tensor | None,
+    wants: list[bool],
+    pick: _Pick,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    low = _rows(low_form(grad, x.dtype))
+    low = _rows(low_form(grad, x.dtype, factors))
     d_pre, d_fc1_bias = _undone(low, fc2_weight, slope, pick)
     first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    sums = column_sums(grad, len(fc2_weight), x.dtype)
+    sums = column_sums(grad, len(fc2_weight), x.dtype, factors)
     _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
@@ -219,12 +249,20 @@ def _fake_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: 
     return x.new_empty(*x.shape[:-1], len(weight)), _fake_hidden(x, weight, keep)
 
 
-def _fake_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def _fake_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None) -> Tensor:
     return x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 def _fake_mlp(
-    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None, gelu: str, keep: bool
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None,
+    factors: Tensor | None,
+    gelu: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.new_empty(*x.shape[:-1], len(fc2_weight), dtype=dtype)
@@ -246,12 +284,21 @@ def _fake_linear_gelu_backward(grad: Tensor, x: Tensor, weight: Tensor, slope: T
     return _fake_layer_gradients(wants, x, weight)
 
 
-def _fake_linear_add_backward(grad: Tensor, x: Tensor, weight: Tensor, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear_add_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, wants: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_layer_gradients(wants, x, weight)
 
 
 def _fake_mlp_backward(
-    grad: Tensor, x: Tensor, fc1_weight: Tensor, activation: Tensor, slope: Tensor, fc2_weight: Tensor, wants: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    activation: Tensor,
+    slope: Tensor,
+    fc2_weight: Tensor,
+    factors: Tensor | None,
+    wants: list[bool],
 ) -> tuple[Tensor, ...]:
     return *_fake_layer_gradients(wants[:3], x, fc1_weight), *_fake_layer_gradients([False, *wants[3:]], x, fc2_weight)[1:]
 
@@ -282,24 +329,24 @@ _linear_gelu_backward_op = _operation(
     _fake_linear_gelu_backward,
 )
 _linear_add_op = _operation(
-    "linear_add", "(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor", _linear_add, _fake_linear_add
+    "linear_add", "(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? factors) -> Tensor", _linear_add, _fake_linear_add
 )
 _linear_add_backward_op = _operation(
     "linear_add_backward",
-    "(Tensor grad, Tensor x, Tensor weight, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? factors, bool[] wants) -> (Tensor, Tensor, Tensor)",
     _linear_add_backward,
     _fake_linear_add_backward,
 )
 _mlp_op = _operation(
     "mlp",
-    "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? residual, str gelu, bool keep)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? residual, Tensor? factors,"
+    " str gelu, bool keep) -> (Tensor, Tensor, Tensor)",
     _mlp,
     _fake_mlp,
 )
 _mlp_backward_op = _operation(
     "mlp_backward",
-    "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor activation, Tensor slope, Tensor fc2_weight, bool[] wants)"
+    "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor activation, Tensor slope, Tensor fc2_weight, Tensor? factors, bool[] wants)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_backward,
     _fake_mlp_backward,
@@ -324,21 +371,21 @@ def _differentiate_linear_gelu(ctx: Any, grad: Tensor | None, _: None) -> tuple[
     return *_only(wants, _linear_gelu_backward_op(grad, *ctx.saved_tensors, wants)), None, None
 
 
-def _save_linear_add(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x, weight, _, residual = inputs
-    ctx.save_for_backward(x, weight)
+def _save_linear_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, residual, factors = inputs
+    ctx.save_for_backward(x, weight, factors)
     ctx.residual_dtype = residual.dtype
 
 
 def _differentiate_linear_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants = list(ctx.needs_input_grad[:3])
     gradients = _only(wants, _linear_add_backward_op(grad, *ctx.saved_tensors, wants))
-    return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+    return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None, None
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, fc1_weight, _, fc2_weight, _, residual, *_ = inputs
-    ctx.save_for_backward(x, fc1_weight, *output[1:], fc2_weight)
+    x, fc1_weight, _, fc2_weight, _, residual, factors, *_ = inputs
+    ctx.save_for_backward(x, fc1_weight, *output[1:], fc2_weight, factors)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.residual_dtype = None if residual is None else residual.dtype
@@ -346,11 +393,11 @@ def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 def _differentiate_mlp(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     wants = list(ctx.needs_input_grad[:5])
     # With a residual alone to differentiate by, neither activation nor slope was kept.
     gradients = _only(wants, _mlp_backward_op(grad, *ctx.saved_tensors, wants)) if any(wants) else [None] * 5
-    return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None, None, None
+    return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None, None, None, None
 
 
 _linear_gelu_op.register_autograd(_differentiate_linear_gelu, setup_context=_save_linear_gelu)
