@@ -6,7 +6,8 @@ import jaxtyping
 import pytest
 import torch
 from ahead_of_time import build_library, run_aot
-from interpreted import on_kernels as on_kernels  # a fixture
+from bounds import bounds as bounds  # a fixture
+from interpreted import on_kernels as on_kernels  # another
 from interpreted import registered as registered  # another
 from lost_context import pytest_configure as pytest_configure  # a hook
 
@@ -24,6 +25,11 @@ def memory_that_nobody_wrote_holds_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def kernels_keep_to_their_tensors(bounds):
+    """In the interpreter; on a GPU an address beyond a tensor may well be another one's."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,99 @@
+"""Bounds for Triton's interpreter: a kernel fails that reads or writes beside the tensor that the address was computed from.
+
+A GPU seldom tells: beside a tensor there mostly lies another. Here every argument has a range of addresses of its own, far from those of
+the others, also where two arguments are neighbours in one buffer.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+from triton.runtime import interpreter
+
+SPACING = 1 << 44
+"""Bytes from one range to the next: no 32-bit offset leads there."""
+
+
+class OutOfBoundsError(Exception):
+    """An address at which its argument has no element."""
+
+
+class Bounds:
+    """What the interpreter's loads and stores are held to."""
+
+    def __init__(self) -> None:
+        self.num_checked: Counter[str] = Counter()
+        """Elements read and written, by kernel."""
+        self._kernel = ""
+        self._arguments: list[Tensor] = []
+
+    def begin(self, kernel: str) -> None:
+        """A launch, which knows nothing of the arguments of the one before."""
+        self._kernel, self._arguments = kernel, []
+
+    def address(self, tensor: Tensor) -> int:
+        """Where the kernel is told that an argument lies; aligned as where it does."""
+        self._arguments.append(tensor)
+        return self._begin(len(self._arguments) - 1)
+
+    def translate(self, addresses: np.ndarray, mask: np.ndarray, num_bytes: int) -> np.ndarray:
+        """Where elements of `num_bytes` each lie. Raises OutOfBoundsError when there is none for one that the mask lets through."""
+        addresses = addresses.astype(np.int64)
+        found, inside = np.zeros_like(addresses), ~mask
+        for number, tensor in enumerate(self._arguments):
+            offsets = addresses - self._begin(number)
+            own = mask & (offsets >= 0) & (offsets + num_bytes <= _extent(tensor))
+            found[own], inside = offsets[own] + tensor.data_ptr(), inside | own
+        if not inside.all():
+            raise OutOfBoundsError(f"{self._kernel}: {(~inside).sum()} elements, the first of them {self._place(addresses[~inside][0])}")
+        self.num_checked[self._kernel] += int(mask.sum())
+        return found.astype(np.uint64)
+
+    def _begin(self, number: int) -> int:
+        return (number + 1) * SPACING + self._arguments[number].data_ptr() % 4096
+
+    def _place(self, address: int) -> str:
+        number = min(max(1, (address + SPACING // 2) // SPACING), len(self._arguments)) - 1
+        tensor = self._arguments[number]
+        kind = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+        return f"at byte {address - self._begin(number)} of the {_extent(tensor)} of tensor {number}, {kind}"
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.itemsize * (last + 1) if tensor.numel() else 0
+
+
+@pytest.fixture
+def bounds(monkeypatch) -> Bounds:
+    """Kernels in the interpreter keep to their tensors, or fail."""
+    found, builder = Bounds(), interpreter.InterpreterBuilder
+    run, convert, load, store = (
+        interpreter.GridExecutor.__call__,
+        interpreter._implicit_cvt,
+        builder.create_masked_load,
+        builder.create_masked_store,
+    )
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        found.begin(self.fn.__name__)
+        run(self, *args, **kwargs)
+
+    def convert_argument(argument: Any) -> Any:
+        converted = convert(argument)
+        if hasattr(argument, "data_ptr"):
+            converted.handle.data[:] = found.address(getattr(argument, "base", argument))
+        return converted
+
+    def translated(pointers: Any, mask: Any) -> Any:
+        num_bytes = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        return interpreter.TensorHandle(found.translate(pointers.data, mask.data, num_bytes), pointers.dtype)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    monkeypatch.setattr(interpreter, "_implicit_cvt", convert_argument)
+    monkeypatch.setattr(builder, "create_masked_load", lambda self, p, mask, *rest: load(self, translated(p, mask), mask, *rest))
+    monkeypatch.setattr(builder, "create_masked_store", lambda self, p, b, mask, *rest: store(self, translated(p, mask), b, mask, *rest))
+    return found
