@@ -152,6 +152,17 @@ def narrow_vit() -> Rivals:
     return Rivals(title=title, case=case, contenders=usual(library), unit="images", furthest=math.inf)  # the peer's weights hardly move
 
 
+def dropping_vit() -> Rivals:
+    def case() -> Case:
+        usual_case = vit("B", 256)
+        model, task = replace(usual_case.model, rescale_drop_path=True), replace(usual_case.task, drop_path_rate=0.1)
+        return replace(usual_case, model=model, task=task)
+
+    contenders = (OURS, f"{TIMM} {peers.COMPILED}")
+    # Each drops other branches, so losses differ.
+    return Rivals(title="ViT-B/16 224, batch 256, drop path 0.1", case=case, contenders=contenders, unit="images", furthest=math.inf)
+
+
 ON_A_GPU: tuple[Rivals | CoTraining, ...] = (  # in the order in which they begin, should time run out
     vits("B", 256, usual(TIMM)),
     narrow_vit(),
@@ -159,6 +170,7 @@ ON_A_GPU: tuple[Rivals | CoTraining, ...] = (  # in the order in which they begi
     vits("L", 128, usual(TIMM)),
     Rivals(title="ViViT-B 32×224, batch 16", case=vivit_b, contenders=usual(VIVIT), unit="clips"),
     Rivals(title="AST-B 1212, batch 64", case=ast_b, contenders=usual(AST), unit="sounds"),
+    dropping_vit(),
     CoTraining(title="PolyViT-B, nine tasks", model=MODELS["B"], tasks=nine_tasks),
     vits("Ti", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),
 )

@@ -52,6 +52,7 @@ def timm_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor
         num_heads=model.num_heads,
         mlp_ratio=model.mlp_dim / model.dim,
         num_classes=task.num_classes,
+        drop_path_rate=task.drop_path_rate,
     )
     own = {name: tensor for name, tensor in state.items() if name.startswith(("blocks.", "norm."))}
     for kind in ("weight", "bias"):

@@ -317,6 +317,7 @@ def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], wi
         divisible=tuple(name for name in names if name.startswith(("p_", "stride"))),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=tile.max_registers,
     )
 
 

@@ -282,15 +282,16 @@ _LAYER_NORM = (
             blocks={"ROWS": rows, "PROGRAMS": processors * programs, "STAGES": 2},
             num_warps=warps,
             programs_per_sm=programs,
+            max_registers=registers,
         )
         for arch, processors in _PROCESSORS.items()
         for dtypes in ((("fp32",), ("fp16", "bf16")) if arch == 90 else (_EVERY,))
-        for features, rows, warps, programs in (
-            (256, 4, 4, 4),
-            (512, 2, 4, 4),
-            (1024, 2, 8, 3) if arch == 90 and "bf16" in dtypes else (1024, 1, 4, 4),
-            (2048, 1, 8, 3 if arch < 90 or dtypes == ("fp32",) else 2),
-            (4096, 1, 16, 1),
+        for features, rows, warps, programs, registers in (
+            (256, 4, 4, 4, None),
+            (512, 2, 4, 4, None),
+            (1024, 2, 8, 3, 80) if arch == 90 and "bf16" in dtypes else (1024, 1, 4, 4, None),
+            (2048, 1, 8, 3 if arch < 90 or dtypes == ("fp32",) else 2, None),
+            (4096, 1, 16, 1, None),
         )
     ),
 )

@@ -28,6 +28,7 @@ from steps import (
 
 from polyvit_fast.data.audio import Audio
 from polyvit_fast.model.cost import forward_flops
+from polyvit_fast.model.modules import drop_path_ramp
 from polyvit_fast.model.polyvit import PolyViT
 
 
@@ -70,6 +71,15 @@ def test_ours_has_the_residual_stream_of_its_case_on_a_gpu(monkeypatch):
     narrow = next(rivals for rivals in bench_step.ON_A_GPU if "bf16 residual" in rivals.title)
     assert narrow.case().residual == "bf16"
     assert f"timm all in bf16 {peers.COMPILED}" in narrow.contenders
+
+
+def test_a_peer_drops_branches_at_our_rates():
+    case = next(rivals for rivals in bench_step.ON_A_GPU if "drop path" in rivals.title).case()
+    assert case.model.rescale_drop_path  # as timm does
+    small = replace(case, model=replace(case.model, dim=32, depth=3, num_heads=2, mlp_dim=64), task=replace(case.task, batch=1))
+    twin = twins.twin_of(twins.timm_vit, model_of(small), small.model, small.task, steps.batch_of(small.task)[0])
+    rates = [[getattr(drop, "drop_prob", 0.0) for drop in (block.drop_path1, block.drop_path2)] for block in twin.module.blocks]
+    assert rates == [[pytest.approx(rate)] * 2 for rate in drop_path_ramp(3, 0.1)]
 
 
 def test_a_multi_label_task_is_trained_alike():

@@ -1,10 +1,12 @@
 """Decoding on a GPU against decoding on the CPU: what runs on a CPU is tested beside each file; here is what only a GPU can show."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from compare import DEVICE
 from sounds import noise, write
 from test_device_rand_augment import pictures
 from test_device_video import NUMBERED, numbered_file, write_moving
@@ -14,12 +16,16 @@ from test_image import photo
 from polyvit_fast.data import device_video
 from polyvit_fast.data.audio import Audio
 from polyvit_fast.data.colour import draw_colours
+from polyvit_fast.data.demo_files import DemoFiles
 from polyvit_fast.data.device_colour import colour_map, recolour
 from polyvit_fast.data.device_rand_augment import rand_augment
 from polyvit_fast.data.device_video import missing_nvdec
 from polyvit_fast.data.image import Image
 from polyvit_fast.data.rand_augment import draw_operations
+from polyvit_fast.data.stream import Loader
 from polyvit_fast.data.video import Video
+from polyvit_fast.experiments.demo import PICTURE, demo_task
+from polyvit_fast.experiments.demo import config as demo
 from polyvit_fast.media import Media, MediaError
 from polyvit_fast.randomness import generator
 
@@ -81,6 +87,36 @@ def test_an_image_does_not_depend_on_its_neighbours(photos):
     batch = decoder(photos, rngs(8))
     assert torch.equal(decoder(photos, rngs(8)), batch)
     assert torch.equal(torch.cat([decoder([one], [rng]) for one, rng in zip(photos, rngs(8), strict=True)]), batch)
+
+
+def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
+    """nvImageCodec may share decoders among tasks, and regrows their buffers: batches that come again must be the same to the bit."""
+    tasks = {
+        kind: replace(demo_task(kind, PICTURE, num_train=64, steps=40), train=DemoFiles(kind=kind, num_samples=64, root=str(tmp_path)))
+        for kind in ("shapes", "textures")
+    }
+    config = replace(demo, tasks=tasks, device=DEVICE.type, num_threads=4)
+    loaders = [Loader(name, config, train=True) for name in tasks]
+    stop = threading.Event()
+
+    def multiply():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+            while not stop.is_set():
+                for _ in range(50):
+                    matrix = (matrix @ matrix).clamp_(-1, 1)
+                torch.cuda.current_stream().synchronize()
+
+    other = threading.Thread(target=multiply)
+    other.start()
+    try:
+        for loader in loaders:
+            loader.grid_dtype()  # of one picture alone
+        first, *again = ([loader.load(step).grid for step in range(8) for loader in loaders] for _ in range(10))
+        assert all(torch.equal(a, b) for grids in again for a, b in zip(first, grids, strict=True))
+    finally:
+        stop.set()
+        other.join()
 
 
 def test_broken_images_are_told_and_the_next_batch_works(photos, tmp_path):
