@@ -344,9 +344,13 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep
 def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, tile: Tile) -> Tensor:
     """residual + x weightᵀ + bias, in the dtype that torch's sum has; with `factors` the layer's rows are multiplied by their example's."""
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
-    more = {"tokens": 1 if factors is None else len(x) // max(len(factors), 1)}
-    _launch(linear_add_fwd_kernel, (x, weight, bias, residual, factors), (y,), more, tile)
+    _launch(linear_add_fwd_kernel, (x, weight, bias, residual, factors), (y,), {"tokens": num_tokens(x, factors)}, tile)
     return y
+
+
+def num_tokens(rows: Tensor, factors: Tensor | None) -> int:
+    """How many rows have one factor."""
+    return 1 if factors is None else len(rows) // max(len(factors), 1)
 
 
 def dgelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:

@@ -240,7 +240,7 @@ def backward(
         low,
         partials,
         len(x),
-        1 if factors is None else len(x) // max(len(factors), 1),
+        1 if factors is None else len(x) // len(factors),
         grad.stride(0),
         0 if grad_sum is None else grad_sum.stride(0),
         x.stride(0),
@@ -249,8 +249,14 @@ def backward(
         SUMS=_num_sums(sums),
         **tile.launch(),
     )
-    d_weight, d_bias = (torch.empty(width, dtype=weight.dtype, device=x.device) for _ in range(2))
-    launch = layer_norm_bwd_kernel_parameters[(triton.cdiv(width, _COLUMNS),)]
+    return d_x, low, sums, *_sum_partials(partials, weight.dtype, sums, tile)
+
+
+def _sum_partials(partials: Tensor, dtype: torch.dtype, sums: Tensor | None, tile: Tile) -> tuple[Tensor, Tensor]:
+    """The gradients of the weight and of the bias; `sums`, if there are any, are written."""
+    programs, _, width = partials.shape
+    d_weight, d_bias = (torch.empty(width, dtype=dtype, device=partials.device) for _ in range(2))
+    launch: Any = layer_norm_bwd_kernel_parameters[(triton.cdiv(width, _COLUMNS),)]
     launch(
         partials,
         d_weight,
@@ -264,7 +270,7 @@ def backward(
         num_warps=_PARAMETER_WARPS,
         num_stages=1,
     )
-    return d_x, low, sums, d_weight, d_bias
+    return d_weight, d_bias
 
 
 def _num_sums(sums: object) -> int:

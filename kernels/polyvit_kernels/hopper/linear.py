@@ -336,8 +336,8 @@ def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
     if not _can_describe(weight):
         return linear.linear_add_forward(x, weight, bias, residual, factors, _portable("linear_add_forward", x))
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
-    factors, tokens = (None, 1) if factors is None else (factors.contiguous(), len(x) // max(len(factors), 1))
-    _launch(linear_add_fwd_kernel, x, weight, (bias.contiguous(), residual.contiguous(), factors, y), y, {"tokens": tokens}, tile)
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (bias, residual, factors)]
+    _launch(linear_add_fwd_kernel, x, weight, (*inputs, y), y, {"tokens": linear.num_tokens(x, factors)}, tile)
     return y
 
 
