@@ -67,6 +67,8 @@ class Command:
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
     is_shown: bool = False
+    variables: tuple[tuple[str, str], ...] = ()
+    """Of its environment, beside those of all."""
 
     @property
     def missing(self) -> list[str]:
@@ -192,7 +194,14 @@ def _files(room: str) -> list[Path]:
 def _demo(out: Path, is_small: bool) -> Command:
     options = ("smoke",) if is_small else ("demo", "--device", "cuda", "--precision", "bf16")
     arguments = ("-m", "polyvit_fast", "train", *options, "--out", str(out / "demo"))
-    return Command(name="demo", arguments=arguments, needs=(*LOOP, *(() if is_small else (*DATA, "matplotlib"))), is_shown=True)
+    # Where a kernel reads or writes at a wrong address, `cuda-gdb -ex "target cudacore FILE"` names it.
+    dumps = {
+        "CUDA_ENABLE_COREDUMP_ON_EXCEPTION": "1",
+        "CUDA_ENABLE_LIGHTWEIGHT_COREDUMP": "1",
+        "CUDA_COREDUMP_FILE": str(out / "logs" / "demo.%p.cudacore"),
+    }
+    needs = (*LOOP, *(() if is_small else (*DATA, "matplotlib")))
+    return Command(name="demo", arguments=arguments, needs=needs, is_shown=True, variables=tuple(dumps.items()))
 
 
 def _bench(name: str, benches: Sequence[str], out: Path, phase: str, is_small: bool, *, warm: bool = False, only: str = "") -> Command:
@@ -258,7 +267,12 @@ def run(part: Part, seconds: float, logs: Path, variables: dict[str, str]) -> li
                 with log_of(logs, command).open("w") as log:
                     arguments = [sys.executable, *command.arguments]
                     process = subprocess.Popen(
-                        arguments, stdout=log, stderr=subprocess.STDOUT, cwd=card.ROOT, env=variables, process_group=0
+                        arguments,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=card.ROOT,
+                        env=variables | dict(command.variables),
+                        process_group=0,
                     )
                 running[command] = process
             time.sleep(0.1)

@@ -164,7 +164,7 @@ def _true_linear_gelu(inputs: Inputs) -> Results:
 
 def _linear_add(inputs: Inputs, tile: Tile) -> Results:
     names = ("x", "weight", "bias", "residual")
-    return {"y": _added(*(inputs[name] for name in names), lambda *_, **__: tile)}
+    return {"y": _added(*(inputs[name] for name in names), None, lambda *_, **__: tile)}
 
 
 def _true_linear_add(inputs: Inputs) -> Results:
@@ -235,7 +235,7 @@ def _norm_backward(inputs: Inputs, tile: Tile) -> Results:
 
 def _torch_norm_backward(inputs: Inputs) -> Results:
     tensors = (inputs[name] for name in ("grad", "x", "weight", "mean", "rstd", "grad_sum"))
-    return _named_gradients(*_layer_norm_backward_by_torch(*tensors, inputs["x"].dtype))
+    return _named_gradients(*_layer_norm_backward_by_torch(*tensors, inputs["x"].dtype, None))
 
 
 def _named_gradients(d_x: Tensor, _: Tensor | None, sums: Tensor | None, d_weight: Tensor, d_bias: Tensor) -> Results:

@@ -18,8 +18,8 @@ from gpu import Command, Part
 SCRIPT = Path(gpu.__file__)
 
 
-def python(*codes, needs=()):
-    found = tuple(Command(name=f"command {number}", arguments=("-c", code), needs=needs) for number, code in enumerate(codes))
+def python(*codes, **options):
+    found = tuple(Command(name=f"command {number}", arguments=("-c", code), **options) for number, code in enumerate(codes))
     return Part(name="part", seconds=60, commands=found)
 
 
@@ -103,7 +103,15 @@ def test_nothing_is_compiled_that_there_is_no_time_to_race(tmp_path, seconds, co
 def test_steps_on_hopper_are_those_of_the_models_that_are_named():
     chosen = [rivals.title for rivals in bench_step.ON_A_GPU if "nine" not in rivals.title and "ViT-Ti" not in rivals.title]
     assert gpu.HOPPER_STEPS == "not nine and not ViT-Ti"
-    assert [title.partition("/")[0].partition(" ")[0] for title in chosen] == ["ViT-B", "ViT-B", "ViT-S", "ViT-L", "ViViT-B", "AST-B"]
+    assert [title.partition("/")[0].partition(" ")[0] for title in chosen] == [
+        "ViT-B",
+        "ViT-B",
+        "ViT-S",
+        "ViT-L",
+        "ViViT-B",
+        "AST-B",
+        "ViT-B",
+    ]
 
 
 def test_the_plan_says_what_is_cut_and_what_lacks_a_package(tmp_path):
@@ -133,6 +141,14 @@ def test_commands_run_side_by_side_and_each_tells_its_last_words(tmp_path):
     assert strange.words == "no \N{REPLACEMENT CHARACTER} memory"
     assert run(python("raise SystemExit(1)", needs=("no_such_package",)), tmp_path) == []
     assert not card.is_installed("no_such_package.inside")
+
+
+def test_a_command_has_variables_of_its_own_and_the_demo_dumps_what_a_kernel_did_wrong(tmp_path):
+    [ended] = run(python("import os; print(os.environ['WHERE'])", variables=(("WHERE", "here"),)), tmp_path)
+    assert ended.words == "here"
+    dumps = dict(gpu._demo(tmp_path, False).variables)
+    assert dumps["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] == "1"
+    assert Path(dumps["CUDA_COREDUMP_FILE"]).parent == tmp_path / "logs"
 
 
 def test_what_takes_too_long_is_interrupted_and_then_killed(tmp_path, monkeypatch):
