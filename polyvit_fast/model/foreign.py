@@ -69,10 +69,12 @@ def _not_identity(module: Any, meaning: str, *names: str) -> str:
     return ""
 
 
+_DROP_PATH = "timm.layers.drop.DropPath"
+
 _RATES: dict[str, Callable[[Any], float]] = {
     "torch.nn.modules.linear.Identity": lambda _: 0.0,
     "torch.nn.modules.dropout.Dropout": lambda m: m.p,
-    "timm.layers.drop.DropPath": lambda m: m.drop_prob or 0.0,
+    _DROP_PATH: lambda m: m.drop_prob or 0.0,
     "transformers.models.dinov2.modeling_dinov2.Dinov2DropPath": lambda m: m.drop_prob,
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersDropPath": lambda m: m.drop_prob,
 }
@@ -305,7 +307,11 @@ def _unfit_branch(part: nn.Module, name: str, kind: type) -> str:
 
 def _read_block(names: _BlockNames, m: Any) -> Block:
     norm1, attention, norm2, mlp = parts = [_read_branch(m._modules[name]) for name in names.branches]
-    return Block(norm1, attention, norm2, mlp, _drops(m, *names.drops) + tuple(drop for part in parts for drop in part.drops))
+    paths = {name: m._modules[name] for name in names.drops if full_name(m._modules[name]) == _DROP_PATH}
+    drops = _drops(m, *(name for name in names.drops if name not in paths))
+    # Of classes that have drop path, one for each branch.
+    first, second = (path if path and path.training and path.drop_prob else None for path in map(paths.get, _TIMM_DROPS))
+    return Block(norm1, attention, norm2, mlp, drops + tuple(drop for part in parts for drop in part.drops), (first, second))
 
 
 def _read_branch(part: nn.Module) -> Any:

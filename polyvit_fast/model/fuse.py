@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from polyvit_fast.model.foreign import row_of
-from polyvit_fast.model.modules import is_plain
+from polyvit_fast.model.modules import add_branch, is_plain
 from polyvit_fast.model.parts import MARK, Attention, Block, Mlp, Norm, Part, Row, full_name, fused_row
 from polyvit_fast.model.verify import Batch, Check, compare, table
 from polyvit_kernels import ops
 from polyvit_kernels.ops.attention import check_backend
 from polyvit_kernels.ops.dtypes import matmul_dtype
+from polyvit_kernels.ops.gradients import find_factors, keep_factors
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def fuse(model: nn.Module, verify: Batch | Mapping[str, Any] | None = None, *, a
 
     Only the `forward` of single objects changes: no class, no other model, no parameter, hook or name in the state dict. Parameters are
     read at each call; layers that have been replaced, hooked or parametrised are called. Where a call asks for more than a module's plain
-    value (masks, attention weights, dropout or drop path in training, export, tracing), the module's own `forward` runs.
+    value (masks, attention weights, dropout in training, export, tracing), the module's own `forward` runs.
     `attention` says what computes attention on a GPU: see `polyvit_kernels.attention`.
     Call it before `torch.compile` and before the model is sharded or wrapped. `torch.jit.script`, second derivatives and `torch.func`'s
     transforms need `unfuse` first, and so does `torch.nn.DataParallel`, whose replicas would run the first device's modules.
@@ -258,8 +259,8 @@ def _normalise(norm: Norm, x: Tensor, out_dtype: torch.dtype | None = None) -> T
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype)
 
 
-def _normalise_beside(norm: Norm, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype)
+def _normalise_beside(norm: Norm, x: Tensor, out_dtype: torch.dtype, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype, factors)
 
 
 def _mix(attention: Attention, x: Tensor) -> Tensor:
@@ -271,18 +272,27 @@ def _attend(attention: Attention, x: Tensor) -> Tensor | tuple[Tensor, None]:
     return (y, None) if attention.gives_pair else y
 
 
-def _pass_mlp(mlp: Mlp, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    return ops.mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, mlp.gelu, residual)
+def _pass_mlp(mlp: Mlp, x: Tensor, residual: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
+    return ops.mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, mlp.gelu, residual, factors)
 
 
 def _pass_block(block: Block, x: Tensor) -> Tensor:
     dtype = matmul_dtype(x)
     proj: Any = block.attention.proj
-    x, normal = _normalise_beside(block.norm1, x, dtype)
+    first, second = (_draw_factors(path, x, dtype) for path in block.drop_paths)
+    x, normal = _normalise_beside(block.norm1, x, dtype, find_factors(x))
     mixed = _mix(block.attention, normal)
-    x = ops.linear_add(mixed, proj.weight, proj.bias, x) if is_plain(proj) else x + proj(mixed)
-    x, normal = _normalise_beside(block.norm2, x, dtype)
-    return _pass_mlp(block.mlp, normal, x)
+    x = ops.linear_add(mixed, proj.weight, proj.bias, x, first) if is_plain(proj) else add_branch(x, proj(mixed), first)
+    x, normal = _normalise_beside(block.norm2, x, dtype, first)
+    return keep_factors(_pass_mlp(block.mlp, normal, x, second), second)
+
+
+def _draw_factors(drop_path: nn.Module | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What drop path multiplies the examples of a branch in `dtype` by, drawn and rounded by itself."""
+    if drop_path is None:
+        return None
+    ones = torch.ones(len(x), 1, 1, dtype=dtype, device=x.device)
+    return drop_path(ones).flatten().to(torch.promote_types(x.dtype, torch.float32))
 
 
 _FUSED: dict[type[Part], Callable[[Any, Tensor], Any]] = {Norm: _normalise, Attention: _attend, Mlp: _pass_mlp, Block: _pass_block}

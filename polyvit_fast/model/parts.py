@@ -53,13 +53,17 @@ class Mlp(NamedTuple):
 
 
 class Block(NamedTuple):
-    """x + attention(norm1(x)), and to that what mlp(norm2(·)) gives of it."""
+    """x + attention(norm1(x)), and to that what mlp(norm2(·)) gives of it.
+
+    `drop_paths`: modules that multiply each example of the one and the other branch by a factor that they draw; None where that is 1.
+    """
 
     norm1: Norm
     attention: Attention
     norm2: Norm
     mlp: Mlp
     drops: tuple[Drop, ...]
+    drop_paths: tuple[nn.Module | None, nn.Module | None] = (None, None)
 
 
 Part = Norm | Attention | Mlp | Block

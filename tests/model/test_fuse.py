@@ -136,7 +136,7 @@ def test_threads_with_a_fused_and_a_plain_model_do_not_meet():
 
 
 def test_what_the_report_says():
-    model, _ = timm_vit(drop_path_rate=0.1, qk_norm=True)
+    model, _ = timm_vit(proj_drop_rate=0.1, drop_path_rate=0.2, qk_norm=True)
     model.blocks[1].attn.q_norm = model.blocks[1].attn.k_norm = nn.Identity()
     report = fuse(model)
     left = {entry.path: entry.why for entry in report.left}
@@ -149,8 +149,9 @@ def test_what_the_report_says():
         *("blocks.0.norm1", "blocks.0.attn.q_norm", "blocks.0.attn.k_norm", "blocks.0.norm2", "blocks.0.mlp"),
         *("blocks.1", "blocks.1.norm1", "blocks.1.attn", "blocks.1.norm2", "blocks.1.mlp", "norm"),
     }
+    drops = dict.fromkeys(["blocks.0.mlp", "blocks.1.mlp", "blocks.1.attn", "blocks.1"], 0.1)
     assert {path: why for path, why in replaced.items() if why} == {
-        "blocks.1": "its own forward runs in training, where it drops with up to 0.1"
+        path: f"its own forward runs in training, where it drops with up to {rate}" for path, rate in drops.items()
     }
     assert str(report).splitlines()[0] == "replaced: 11 modules"
     assert "  blocks.*.norm*          4 × LayerNorm" in str(report)
@@ -200,12 +201,34 @@ def test_dropout_matters_in_training_alone(calls):
     assert calls["linear_add"] == 2
 
 
-def test_drop_path_in_training_keeps_the_sums_but_not_the_parts(calls):
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.usefixtures("registered")
+def test_drop_path_in_training(scale, autocast, calls):
+    model, batch = timm_vit(depth=3, drop_path_rate=0.5)
+    for block in model.blocks[1:]:  # the first one's chance is nothing
+        block.drop_path1.scale_by_keep = block.drop_path2.scale_by_keep = scale
+    batch, found = batch.repeat(6, 1, 1, 1), {}
+    fused, plain = pair(model)
+    exact = copy.deepcopy(plain).double()
+    for name, one, inputs in (("fused", fused, batch), ("plain", plain, batch), ("exact", exact, batch.double())):
+        torch.manual_seed(3)  # by which they drop the same
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and name != "exact"):
+            found[name] = results(one, inputs)
+    assert calls == {**WHOLE, "attention": 3, "linear_add": 3, "layer_norm_beside": 6, "mlp": 3}
+    assert_within_rule(found["fused"], found["plain"], found["exact"], torch.bfloat16 if autocast else torch.float32)
+    torch.manual_seed(4)
+    assert not torch.allclose(fused(batch), found["fused"]["output"].float(), atol=1e-2)
+
+
+def test_drop_path_that_is_no_longer_plain_is_called(calls):
     model, batch = timm_vit(drop_path_rate=0.5)
     fused, plain = pair(model)
+    for each in (fused, plain):
+        each.blocks[1].drop_path1.register_forward_hook(lambda module, args, output: 0 * output)
     torch.manual_seed(0)
     found = fused(batch)
-    assert calls == {**WHOLE, "linear_add": 1, "layer_norm": 3, "layer_norm_beside": 2}  # the first block's chance is nothing
+    assert calls["linear_add"] == 1
     torch.manual_seed(0)
     torch.testing.assert_close(found, plain(batch), rtol=1e-5, atol=1e-5)
 
