@@ -215,11 +215,13 @@ def _finish_add(
         o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_y.shape[0], b_y.shape[1])
         b_bias = tl.load(p_bias + i_column + tl.arange(0, b_y.shape[1]), mask=m_n, other=0.0)
         b_residual = tl.load(p_residual + o_part, mask=m_part, other=0.0)
-        b_y += b_bias.to(tl.float32)[None, :]
-        if p_factors is not None:
+        if p_factors is None:
+            b_y += b_bias.to(tl.float32)[None, :] + b_residual.to(tl.float32)
+        else:
             o_row = i_row + tl.arange(0, b_y.shape[0])
-            b_y *= tl.load(p_factors + o_row // tokens, mask=o_row < num_rows, other=0.0)[:, None]
-        b_y += b_residual.to(tl.float32)
+            # [rows of the part]
+            b_factors = tl.load(p_factors + o_row // tokens, mask=o_row < num_rows, other=0.0)
+            b_y = (b_y + b_bias.to(tl.float32)[None, :]) * b_factors[:, None] + b_residual.to(tl.float32)
         tl.store(p_y + o_part, b_y.to(p_y.dtype.element_ty), mask=m_part)
 
 

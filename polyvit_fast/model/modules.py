@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from polyvit_fast.config import Model
 from polyvit_fast.model.class_token import attend_first
 from polyvit_kernels import ops
-from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
-from polyvit_kernels.ops.gradients import find_factors, keep_factors
+from polyvit_kernels.ops.dtypes import check_factors, matmul_dtype, without_autocast
+from polyvit_kernels.ops.gradients import as_broad, find_factors, keep_factors
 
 Tokens = Float[Tensor, "batch tokens dim"]
 OneToken = Float[Tensor, "batch 1 dim"]
@@ -210,11 +210,14 @@ def branch_factors(x: Tokens, drop_path_rate: float, rescale: bool) -> Float[Ten
     return kept.div_(1 - drop_path_rate) if rescale else kept
 
 
-def add_branch(residual: Tokens, branch: Tokens, factors: Factors | None) -> Tokens:
+def add_branch(
+    residual: Float[Tensor, "*batch dim"], branch: Float[Tensor, "*batch dim"], factors: Factors | None
+) -> Float[Tensor, "*batch dim"]:
     """`residual` and the branch, of which each example is multiplied by its one of `factors`; in the wider of both dtypes."""
     if factors is None:
         return residual + branch
-    return torch.addcmul(residual, branch, factors[:, None, None]).to(torch.promote_types(residual.dtype, branch.dtype))
+    check_factors(factors, residual)
+    return torch.addcmul(residual, branch, as_broad(factors, branch)).to(torch.promote_types(residual.dtype, branch.dtype))
 
 
 def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:
@@ -226,4 +229,8 @@ def _linear_add(x: Tensor, linear: Any, dropout: float, residual: Tensor | None 
     if residual is not None and is_plain(linear) and not dropout:
         return ops.linear_add(x, linear.weight, linear.bias, residual, factors)
     branch = functional.dropout(project(linear, x, (-1,)), dropout)
-    return branch if residual is None else add_branch(residual, branch, factors)
+    if residual is not None:
+        return add_branch(residual, branch, factors)
+    if factors is not None:
+        raise ValueError("factors multiply what is added to a residual, but there is none")
+    return branch

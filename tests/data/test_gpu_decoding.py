@@ -1,6 +1,7 @@
 """Decoding on a GPU against decoding on the CPU: what runs on a CPU is tested beside each file; here is what only a GPU can show."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -92,10 +93,10 @@ def test_an_image_does_not_depend_on_its_neighbours(photos):
 def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
     """nvImageCodec may share decoders among tasks, and regrows their buffers: batches that come again must be the same to the bit."""
     tasks = {
-        kind: replace(demo_task(kind, PICTURE, num_train=64, steps=40), train=DemoFiles(kind=kind, num_samples=64, root=str(tmp_path)))
+        kind: replace(demo_task(kind, PICTURE, 64, steps=40), train=DemoFiles(kind=kind, num_samples=64, root=str(tmp_path)))
         for kind in ("shapes", "textures")
     }
-    config = replace(demo, tasks=tasks, device=DEVICE.type, num_threads=4)
+    config = replace(demo, tasks=tasks, device=DEVICE.type, decoding="gpu", num_threads=4)
     loaders = [Loader(name, config, train=True) for name in tasks]
     stop = threading.Event()
 
@@ -107,16 +108,18 @@ def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
                     matrix = (matrix @ matrix).clamp_(-1, 1)
                 torch.cuda.current_stream().synchronize()
 
-    other = threading.Thread(target=multiply)
-    other.start()
-    try:
-        for loader in loaders:
-            loader.grid_dtype()  # of one picture alone
-        first, *again = ([loader.load(step).grid for step in range(8) for loader in loaders] for _ in range(10))
-        assert all(torch.equal(a, b) for grids in again for a, b in zip(first, grids, strict=True))
-    finally:
-        stop.set()
-        other.join()
+    with ThreadPoolExecutor() as threads:
+        busy = threads.submit(multiply)
+        try:
+            for loader in loaders:
+                loader.grid_dtype()  # of one picture alone
+            first, *again = ([loader.load(step).grid for step in range(8) for loader in loaders] for _ in range(10))
+            assert all(torch.equal(a, b) for grids in again for a, b in zip(first, grids, strict=True))
+            assert not busy.done()
+        finally:
+            stop.set()
+        busy.result()
+    assert not any(loader.broken or loader.note for loader in loaders)
 
 
 def test_broken_images_are_told_and_the_next_batch_works(photos, tmp_path):

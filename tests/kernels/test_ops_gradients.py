@@ -262,8 +262,8 @@ def test_a_whole_stream_with_factors_learns_the_same_without_a_pass_more(told, m
     monkeypatch.setattr(gradients, "multiply", lambda x, factors: products.append(factors) or multiply(x, factors))
     found = stream(run)
     assert [known["factors"] for known in told if "low" in known] == [some, others, some, others, some, None]
-    # By the norms, in their own pass; the last layer, which no norm follows, wants its gradient twice.
-    assert [factors for factors in products if factors is not None] == [others, others, some, others, some, others, some]
+    # The last layer's, which no norm follows; the others' by norms, in their own pass.
+    assert [factors for factors in products if factors is not None] == [others, some, others, some, others, some]
     without_a_word(monkeypatch)
     for ours, plain in zip(found, stream(run), strict=True):
         assert torch.equal(ours, plain)

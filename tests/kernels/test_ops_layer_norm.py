@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
-from samples import activations, normal
+from samples import activations, factors, normal
 from torch.nn import functional
 
 import polyvit_kernels as ops
@@ -128,7 +128,8 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
     torch.library.opcheck(torch.ops.polyvit.add_layer_norm, (x, residual, weight, bias, 1e-6, dtype))
     saved = (x.detach(), weight.detach(), torch.zeros(x.shape[:-1], device=DEVICE), torch.ones(x.shape[:-1], device=DEVICE))
     for grad_sum, low_dtype in ((None, None), (x.detach(), None), (x.detach(), torch.bfloat16), (None, torch.float32)):
-        torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, grad_sum, low_dtype))
+        for some in (None, factors(len(x))) if low_dtype else (None,):
+            torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, grad_sum, low_dtype, some))
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -233,3 +234,11 @@ def test_a_residual_beside_the_norm_compiles_whole():
     expected = torch.autograd.grad(loss(*inputs), inputs)
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("some", [torch.ones(3), torch.ones(4).half(), torch.ones(2, 2), torch.ones(4, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.usefixtures("unchecked_types")
+def test_factors_that_do_not_fit_are_refused_forward(some, grad):
+    with pytest.raises(ValueError, match=r"factors are .*, but \[4\] torch.float32, one for each example"):
+        ops.layer_norm_beside(normal(4, 5, 8).requires_grad_(grad), normal(8), normal(8), factors=some.to(DEVICE))

@@ -150,7 +150,9 @@ def test_references_take_factors():
 def test_factors_that_do_not_fit():
     inputs, residual = mlp_inputs(normal(2, 5, 48), 80), normal(2, 5, 48)
     layer = (normal(48, 48), normal(48))
-    with pytest.raises(ValueError, match=r"factors are \[3\] torch.float32, but \[2\] torch.float32 is needed: one for each example"):
+    with pytest.raises(
+        ValueError, match=r"factors are \[3\] torch.float32, but \[2\] torch.float32, one for each example of a stream \[2, 5, 48\]"
+    ):
         ops.linear_add(inputs["x"], *layer, residual, factors(3))
     with pytest.raises(ValueError, match=r"factors are \[2\] torch.float16, but \[2\] torch.float32"):
         ops.mlp(**inputs, gelu="erf", residual=residual, factors=factors(2).half())

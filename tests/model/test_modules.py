@@ -354,10 +354,33 @@ def test_recomputed_blocks_hand_the_factors_of_drop_path_on(residual, monkeypatc
             for number, one in enumerate(blocks):
                 stream = one(stream, 0.5, class_token=number == 2, recompute=recompute)
         stream.square().sum().backward()
-        # One by each norm that a branch ends before; the class token's MLP, after which none comes, does it twice.
-        assert products.count(True) == 4 + 2
+        # One by each norm that a branch ends before; the class token's MLP, after which none comes, does it itself.
+        assert products.count(True) == 4 + 1
         runs.append([stream, x.grad, *(parameter.grad for parameter in blocks.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (5, 3, 32), (5, 5, 3, 32)], ids=str)
+@pytest.mark.parametrize("way", ["plain", "hooked", "dropout"])
+def test_an_mlp_multiplies_examples_of_every_shape(shape, way):
+    mlp, x, residual, factors = Mlp(32, 64).train(), normal(*shape), normal(*shape, seed=1), torch.tensor([2.0, 0.0, 1.0, -1.0, 3.0])
+    expected = residual + factors.view(5, *[1] * (len(shape) - 1)) * mlp(x)
+    if way == "hooked":
+        mlp.fc2.register_forward_hook(lambda module, args, out: None)
+    if way == "dropout":
+        mlp.dropout = 1e-9
+    torch.testing.assert_close(mlp(x, residual, factors), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.usefixtures("unchecked_types")
+def test_factors_without_a_residual_or_of_other_examples_are_refused(part, dropout):
+    module, x = PARTS[part](dropout=dropout).train(), normal(5, 3, 32)
+    with pytest.raises(ValueError, match="factors multiply what is added to a residual, but there is none"):
+        module(x, None, torch.ones(5))
+    with pytest.raises(ValueError, match=r"factors are \[3\] torch.float32, but \[5\]"):
+        module(x, x, torch.ones(3))
 
 
 @pytest.mark.parametrize(("dropout", "reads"), [(0.0, False), (0.2, True)])

@@ -53,6 +53,15 @@ def check_floating(**tensors: Tensor | torch.dtype) -> None:
             raise ValueError(f"{name} is {dtype}, but a floating-point dtype is needed: float16, bfloat16, float32 or float64")
 
 
+def check_factors(factors: Tensor, stream: Tensor) -> None:
+    """Raises ValueError unless there is a factor for each example of a residual stream, in fp32, or in fp64 beside a stream in that."""
+    dtype = torch.promote_types(stream.dtype, torch.float32)
+    if stream.ndim < 2 or factors.shape != stream.shape[:1] or factors.dtype != dtype:
+        needed = f"{list(stream.shape[:1])} {dtype}, one for each example of a stream {list(stream.shape)}"
+        raise ValueError(f"factors are {list(factors.shape)} {factors.dtype}, but {needed}, are needed")
+    check_one_device(stream=stream, factors=factors)
+
+
 def check_one_device(**tensors: Tensor) -> None:
     """Raises ValueError when tensors lie on different devices."""
     if len({tensor.device for tensor in tensors.values()}) > 1:

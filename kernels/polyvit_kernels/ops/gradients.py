@@ -65,9 +65,21 @@ def column_sums(grad: Tensor, columns: int, dtype: torch.dtype, factors: Tensor 
     return sums.view(columns).to(dtype)
 
 
+def low_form_and_sums(grad: Tensor, columns: int, dtype: torch.dtype, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both, in which `grad` is multiplied once where they are not known."""
+    if factors is not None and _find(grad, factors) is None:
+        grad, factors = multiply(grad, factors), None
+    return low_form(grad, dtype, factors), column_sums(grad, columns, dtype, factors)
+
+
 def multiply(x: Tensor, factors: Tensor | None) -> Tensor:
     """Each example of x times its factor, in the wider of their dtypes."""
-    return x if factors is None else x * factors.view(len(x), *[1] * (x.ndim - 1))
+    return x if factors is None else x * as_broad(factors, x)
+
+
+def as_broad(factors: Tensor, x: Tensor) -> Tensor:
+    """`[batch, 1, ...]`: in the shape that multiplies the examples of x."""
+    return factors.view(len(x), *[1] * (x.ndim - 1))
 
 
 def keep_factors(x: Tensor, factors: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polyvit_kernels import tiles
 from polyvit_kernels.ops import dtypes, gradients
-from polyvit_kernels.ops.dtypes import check_floating, check_one_device, matmul_dtype, norm_dtype
+from polyvit_kernels.ops.dtypes import check_factors, check_floating, check_one_device, matmul_dtype, norm_dtype
 
 
 def layer_norm(
@@ -41,8 +41,10 @@ def layer_norm_beside(
     """(x, its `layer_norm`), for a residual that goes past the norm: the backward adds both gradients in the norm's own pass.
 
     Name the `factors` of the `linear_add` or `mlp` that made x, if it had any: the backward then multiplies by them in the same pass. They
-    change no result. Raises ValueError as `layer_norm` does.
+    change no result. Raises ValueError as `layer_norm` does, and unless there is a factor for each example.
     """
+    if factors is not None:
+        check_factors(factors, x)
     if not (torch.is_grad_enabled() and x.requires_grad and dtypes.runs_registered(x)):
         return x, layer_norm(x, weight, bias, eps, out_dtype)
     _check_layer_norm(x, weight, bias)
@@ -245,7 +247,7 @@ def _residual_gradients(
     grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], low_dtype: torch.dtype, factors: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """The gradients of a residual stream, which is handed on with what the layers before will ask of it, of the weight and of the bias."""
-    wanted = low_dtype if gradients.can_attach(grad) else None
+    wanted, factors = (low_dtype, factors) if gradients.can_attach(grad) else (None, None)
     d_x, low, sums, d_weight, d_bias = _layer_norm_backward(grad, *saved, grad_x, wanted, factors)
     return gradients.attach(d_x, low=low, sums=sums, factors=factors), d_weight, d_bias
 

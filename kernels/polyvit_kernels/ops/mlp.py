@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_kernels.ops import dtypes, weights
-from polyvit_kernels.ops.dtypes import check_floating, check_one_device
-from polyvit_kernels.ops.gradients import column_sums, low_form
+from polyvit_kernels.ops.dtypes import check_factors, check_floating, check_one_device
+from polyvit_kernels.ops.gradients import low_form_and_sums
 from polyvit_kernels.tiles import Tile, pick_for
 
 Gelu = Literal["tanh", "erf"]
@@ -119,12 +119,8 @@ def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, factors: Tensor
     if list(residual.shape) != shape:
         raise ValueError(f"the residual has the shape {list(residual.shape)}, but {shape} is needed")
     check_one_device(x=x, residual=residual)
-    if factors is None:
-        return
-    dtype = torch.promote_types(residual.dtype, torch.float32)
-    if x.ndim < 2 or factors.shape != x.shape[:1] or factors.dtype != dtype:
-        raise ValueError(f"factors are {list(factors.shape)} {factors.dtype}, but {shape[:1]} {dtype} is needed: one for each example")
-    check_one_device(x=x, factors=factors)
+    if factors is not None:
+        check_factors(factors, residual)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -202,8 +198,8 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, facto
 def _linear_add_backward(
     grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, wants: list[bool], pick: _Pick
 ) -> tuple[Tensor, Tensor, Tensor]:
-    low = _rows(low_form(grad, x.dtype, factors))
-    return _layer_gradients(wants, x, weight, low, column_sums(grad, len(weight), x.dtype, factors))
+    low, sums = low_form_and_sums(grad, len(weight), x.dtype, factors)
+    return _layer_gradients(wants, x, weight, _rows(low), sums)
 
 
 def _mlp(
@@ -237,10 +233,10 @@ def _mlp_backward(
     wants: list[bool],
     pick: _Pick,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    low = _rows(low_form(grad, x.dtype, factors))
+    low, sums = low_form_and_sums(grad, len(fc2_weight), x.dtype, factors)
+    low = _rows(low)
     d_pre, d_fc1_bias = _undone(low, fc2_weight, slope, pick)
     first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    sums = column_sums(grad, len(fc2_weight), x.dtype, factors)
     _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
