@@ -18,14 +18,15 @@ from polyvit_fast.model.polyvit import PolyViT
 
 MODEL = Model(dim=768, depth=2, num_heads=12, mlp_dim=3072)
 STEPS = 8
-EXAMPLES = 4 if DEVICE.type == "cuda" else 1
+BATCH, EXAMPLES = (8, 8) if DEVICE.type == "cuda" else (4, 1)
+"""On a GPU as many rows as the table wants for Hopper's linear layers."""
 
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory):
     """(a block of a model that has learned for `STEPS` steps, its input `[examples, 197, 768]`, the gradient by its output)."""
     files = DemoFiles(kind="shapes", num_samples=64, root=str(tmp_path_factory.mktemp("files")))
-    task = Task(modality=Image(size=224, patch=16), train=files, val=files, num_classes=6, batch=4, steps=STEPS)
+    task = Task(modality=Image(size=224, patch=16), train=files, val=files, num_classes=6, batch=BATCH, steps=STEPS)
     config = Train(tasks={"shapes": task}, model=MODEL)
     torch.manual_seed(0)
     model, loader = PolyViT.from_config(config).to(DEVICE), Loader("shapes", config, train=True)
