@@ -53,6 +53,11 @@ class Modality(ABC):
         """(mean, std), one number each per channel, in the units of the grid that the decoder returns."""
 
     @property
+    def shared_settings(self) -> dict[str, object]:
+        """Beside grid and tubelet, the fields that say what a token's place means: tasks that share a tokenizer must have them equal."""
+        return {}
+
+    @property
     @abstractmethod
     def eval_views(self) -> int:
         """Evenly spaced views of one sample whose logits are averaged in evaluation."""
@@ -306,17 +311,21 @@ class Train:
         first: dict[str, str] = {}
         for name, task in self.tasks.items():
             other = first.setdefault(task.modality.name, name)
-            ours, theirs = task.modality, self.tasks[other].modality
-            if (ours.grid, ours.tubelet) != (theirs.grid, theirs.tubelet):
-                raise ValueError(
-                    f"tasks {other} and {name} share the modality {ours.name}, hence one tokenizer, but {other} has the grid "
-                    f"{theirs.grid} in tubelets {theirs.tubelet} and {name} has {ours.grid} in {ours.tubelet}; make them equal"
-                )
+            ours, theirs = _tokenizer_settings(task.modality), _tokenizer_settings(self.tasks[other].modality)
+            for setting in theirs | ours:
+                if ours.get(setting) != theirs.get(setting):
+                    raise ValueError(
+                        f"tasks {other} and {name} share the modality {task.modality.name}, hence one tokenizer, but {other} has "
+                        f"{setting} = {theirs.get(setting)} and {name} has {ours.get(setting)}; make them equal"
+                    )
 
     @property
     def modalities(self) -> dict[str, Modality]:
-        """The modalities in use, each once, by name."""
-        return {task.modality.name: task.modality for task in self.tasks.values()}
+        """The modalities in use, each once, by name: the record of the first task that has it."""
+        found: dict[str, Modality] = {}
+        for task in self.tasks.values():
+            found.setdefault(task.modality.name, task.modality)
+        return found
 
     @property
     def keeps_rounded(self) -> bool:
@@ -327,3 +336,8 @@ class Train:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out)
+
+
+def _tokenizer_settings(modality: Modality) -> dict[str, object]:
+    """What tasks of one tokenizer must have equal: their mean and std may differ."""
+    return {"grid": modality.grid, "tubelet": modality.tubelet} | modality.shared_settings

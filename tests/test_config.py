@@ -7,6 +7,8 @@ from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import config as vocabulary
 from polyvit_fast.config import MODELS, Model, Optim, Task, Train
+from polyvit_fast.data.audio import Audio
+from polyvit_fast.data.synthetic import Synthetic
 
 
 @pytest.mark.parametrize(
@@ -96,3 +98,16 @@ def test_records_cannot_be_changed(config):
 
 def test_token_count_includes_the_class_token():
     assert Tile(size=24).num_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("field", "first", "second"), [("spectrogram", "kaldi", "mbt"), ("sample_rate_hz", 16_000, 8_000), ("num_mel_bins", 128, 64)]
+)
+def test_sounds_whose_spectrograms_mean_other_things_share_no_tokenizer(field, first, second):
+    tasks = {
+        name: Task(modality=Audio(**{field: value}), train=Synthetic(), val=Synthetic(), num_classes=2, steps=1)
+        for name, value in (("a", first), ("b", second))
+    }
+    named = "grid" if field == "num_mel_bins" else f"{field} = {first} and b has {second}"
+    with pytest.raises(ValueError, match=f"tasks a and b share the modality audio, hence one tokenizer, but a has {named}"):
+        Train(tasks=tasks)

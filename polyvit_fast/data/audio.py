@@ -93,6 +93,11 @@ class Audio(Modality):
         return (self.mean,) * self.channels, (self.std,) * self.channels
 
     @property
+    def shared_settings(self) -> dict[str, object]:
+        """What says which frequency a column is, and how its energy is measured."""
+        return {"spectrogram": self.spectrogram, "sample_rate_hz": self.sample_rate_hz}
+
+    @property
     def eval_views(self) -> int:
         """The clips of a file."""
         return self.eval_clips

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -21,9 +22,10 @@ from polyvit_kernels.ops import AttentionBackend
 class PolyViT(nn.Module):
     """One Vision Transformer for the tasks of several modalities; a call serves one task.
 
-    `heads` says for each task the name of its modality and its number of classes. The weights follow from `seed` alone. With `residual` =
-    "bf16" the tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'. `attention`:
-    see `polyvit_kernels.attention`.
+    `heads` says for each task the name of its modality and its number of classes. Tasks in `own_normalisation` have their grids
+    normalised as the record there says, not as that of their modality. The weights follow from `seed` alone. With `residual` = "bf16" the
+    tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'. `attention`: see
+    `polyvit_kernels.attention`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class PolyViT(nn.Module):
         modalities: dict[str, Modality],
         heads: dict[str, tuple[str, int]],
         *,
+        own_normalisation: Mapping[str, Modality] = MappingProxyType({}),
         seed: int = 0,
         residual: Literal["fp32", "bf16"] = "fp32",
         attention: AttentionBackend = "auto",
@@ -43,7 +46,9 @@ class PolyViT(nn.Module):
             raise ValueError(f"heads of the modalities {sorted(unknown)}, but there are only {sorted(modalities)}")
         self.depth = model.depth
         self.modality_of = {task: modality for task, (modality, _) in heads.items()}
-        self.tokenizers = nn.ModuleDict({name: Tokenizer(modality, model, residual) for name, modality in modalities.items()})
+        self.tokenizers = nn.ModuleDict(
+            {name: Tokenizer(modality, model, residual, own_normalisation) for name, modality in modalities.items()}
+        )
         self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.depth - model.num_adaptor_layers))
         self.norm = LayerNorm(model.dim)
         self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
@@ -56,10 +61,13 @@ class PolyViT(nn.Module):
     def from_config(cls, train: Train) -> PolyViT:
         """The model of a run, with its first weights."""
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
-        return cls(train.model, train.modalities, heads, seed=train.seed, residual=train.residual, attention=train.attention)
+        shared = train.modalities
+        own = {name: task.modality for name, task in train.tasks.items()}
+        options = {"seed": train.seed, "residual": train.residual, "attention": train.attention}
+        return cls(train.model, shared, heads, own_normalisation=own, **options)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
-        """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises.
+        """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises, by the task's numbers.
 
         In training a residual branch of the last block is left out with the chance `drop_path_rate`; the chance falls linearly to 0 in
         the first. The last block computes the class token alone, unless its parts have hooks. `recompute`: the backward pass computes
@@ -67,7 +75,7 @@ class PolyViT(nn.Module):
         """
         if task not in self.modality_of:
             raise ValueError(f"the model has no task {task!r}; it has {', '.join(self.modality_of)}")
-        x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate, recompute)
+        x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate, recompute, task)
         rates = drop_path_ramp(self.depth, drop_path_rate)[self.depth - len(self.blocks) :]
         for left, (block, rate) in enumerate(zip(self.blocks, rates, strict=True), 1 - len(self.blocks)):
             x = block(x, rate, class_token=not left, recompute=recompute)

@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -201,6 +201,30 @@ def test_model_of_a_configuration():
     assert model.state_dict().keys() == again.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert [name for name, _ in model.named_children()] == ["tokenizers", "blocks", "norm", "heads"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toned(Picture):
+    """Pictures with a mean and a deviation of their own."""
+
+    mean: float = 127.5
+    std: float = 127.5
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (self.mean,) * 3, (self.std,) * 3
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "b", "a"), ("b", "c", "a")])
+def test_each_task_normalises_by_its_own_numbers_whatever_the_order(order):
+    toned = {"a": Toned(size=16, patch=8), "b": Toned(size=16, patch=8, mean=100.0, std=60.0), "c": Toned(size=16, patch=8, std=30.0)}
+    model = PolyViT.from_config(Train(tasks={name: task(toned[name], 3) for name in order}, model=MODEL)).eval()
+    grid = torch.randint(0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name, modality in toned.items():
+        alone = PolyViT.from_config(Train(tasks={name: task(modality, 3)}, model=MODEL)).eval()
+        assert torch.equal(model(grid, name), alone(grid, name))
+        assert not torch.equal(model(grid, name), model(grid + 1, name))
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
 def test_unknown_task_and_modality_and_impossible_names():
