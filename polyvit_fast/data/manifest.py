@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyvit_fast.config import Source, Task
-from polyvit_fast.data.shards import check_labels, read_index
+from polyvit_fast.data.classes import check_labels
+from polyvit_fast.data.shards import read_index
 from polyvit_fast.media import Media, Sample
 
 LABEL_COLUMNS = ("label", "labels")

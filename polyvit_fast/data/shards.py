@@ -19,6 +19,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from polyvit_fast.config import Source, Task
+from polyvit_fast.data.classes import check_labels
 from polyvit_fast.media import Media, Sample
 
 MEDIA_SUFFIXES = (
@@ -71,17 +72,6 @@ class Example:
     key: str
     labels: tuple[int, ...] | None = None
     media: list[Media] = field(default_factory=list)
-
-
-def check_labels(labels: Sequence[int], task: Task, where: str) -> None:
-    """Raise ValueError, beginning with `where`, when labels lie outside the task's classes or are not one in a single-label task."""
-    for label in labels:
-        if not 0 <= label < task.num_classes:
-            raise ValueError(f"{where}: label {label} is out of range; num_classes = {task.num_classes} allows 0 to {task.num_classes - 1}")
-    if not task.multi_label and not labels:
-        raise ValueError(f"{where}: it has no label")
-    if not task.multi_label and len(labels) > 1:
-        raise ValueError(f"{where}: {len(labels)} labels where the task has one per sample; set multi_label = True to allow several")
 
 
 def read_index(shard: str) -> list[Example]:
