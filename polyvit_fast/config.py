@@ -98,6 +98,18 @@ class Source(ABC):
         """What turns these samples into grids: the modality's own decoder, unless the source brings one."""
         return task.modality.decoder(batch=batch, train=train, num_threads=num_threads, device=device)
 
+    def class_names(self, task: Task) -> tuple[str, ...] | None:
+        """The names of classes that this source knows by itself, in the order of their numbers; None: it knows numbers alone."""
+        return None
+
+    def describe_classes(self, names: Sequence[str]) -> str:
+        """What a message says of `class_names`: where they stand, and how many there are."""
+        return f"{self}: it names {len(names)} classes"
+
+    def remarks(self, task: Task) -> list[str]:
+        """A sentence for each oddity that is no error but may be a mistake, such as files that were left out; for `check` and `plan`."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:

@@ -2,9 +2,103 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from polyvit_fast.config import Task
+from polyvit_fast.config import Source, Task
+from polyvit_fast.media import Sample
+
+
+def class_list(task: Task, source: Source | None = None) -> tuple[str, ...] | None:
+    """The names of the task's classes in the order of their numbers, one list for all its splits; None where no source knows names.
+
+    That of the training source rules, else that of the validation source, else that of `source`, where it is neither. The others may lack
+    classes. Raises ValueError when one has a name more, when two names differ in their Unicode form alone, or when there are not
+    `num_classes`. Names are in Unicode's composed form (NFC), without blanks at their ends.
+    """
+    ruling, names, known = None, (), frozenset[str]()
+    for one in _distinct(task.train, task.val, source):
+        own = _own_names(one, task)
+        if own is None:
+            continue
+        if ruling is None:
+            ruling, names, known = one, own, frozenset(own)
+            if len(names) != task.num_classes:
+                raise ValueError(f"{one.describe_classes(names)} where num_classes = {task.num_classes}")
+        other = next((name for name in own if name not in known), None)
+        if other is not None:
+            alike = next((f", which has {name!r}" for name in names if name.casefold() == other.casefold()), "")
+            raise ValueError(
+                f"{one.describe_classes(own)}, but {other!r} is not in the task's list{alike}: {ruling.describe_classes(names)}. "
+                "Classes are known by their names: the training split must have all of them, spelt alike in every split"
+            )
+    return names if ruling else None
+
+
+def _distinct(*sources: Source | None) -> list[Source]:
+    found: list[Source] = []
+    for source in sources:
+        if source is not None and source not in found:
+            found.append(source)
+    return found
+
+
+def _own_names(source: Source, task: Task) -> tuple[str, ...] | None:
+    names = source.class_names(task)
+    if names is None:
+        return None
+    normalised = tuple(map(normalise, names))
+    alike = next((name for name, count in Counter(normalised).items() if count > 1), None)
+    if alike is not None:
+        forms = " and ".join(ascii(name) for name in names if normalise(name) == alike)
+        raise ValueError(f"{source.describe_classes(names)}, but {forms} are one name to Unicode (NFC): give each class a name of its own")
+    return normalised
+
+
+def normalise(name: str) -> str:
+    """A class name in the form in which names are compared."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first three names, for messages."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def first_difference(before: Sequence[str] | None, now: Sequence[str] | None) -> str:
+    """Where the class list of a checkpoint and today's differ; empty when they agree, or when the checkpoint's had no names."""
+    if before is None or tuple(before) == now:
+        return ""
+    if now is None:
+        return f"its classes had names ({shorten(before)}) and have none now"
+    if len(before) != len(now):
+        return f"it had {len(before)} classes and has {len(now)} now"
+    number = next(number for number, names in enumerate(zip(before, now, strict=True)) if names[0] != names[1])
+    return f"class {number} was {before[number]!r} and is {now[number]!r} now"
+
+
+def recall_classes(task: Task, names: Sequence[str] | None, where: str) -> Task:
+    """The task with the class list that is stored at `where`. Its training source is not asked, so it need not be there any more."""
+    return replace(task, train=_Recalled(names=None if names is None else tuple(names), where=where))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recalled(Source):
+    """Class names without samples."""
+
+    names: tuple[str, ...] | None
+    where: str
+
+    def samples(self, task: Task) -> Sequence[Sample]:
+        return []
+
+    def class_names(self, task: Task) -> tuple[str, ...] | None:
+        return self.names
+
+    def describe_classes(self, names: Sequence[str]) -> str:
+        return f"{self.where}: it was trained on {len(names)} classes ({shorten(names)})"
 
 
 def check_labels(labels: Sequence[int], task: Task, where: str) -> None:

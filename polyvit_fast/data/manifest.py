@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from polyvit_fast.config import Source, Task
-from polyvit_fast.data.classes import check_labels
+from polyvit_fast.data.classes import check_labels, class_list, normalise, shorten
+from polyvit_fast.data.label_cells import LabelCells
+from polyvit_fast.data.listing import Listing, count_names, leads_back, list_media, scan
 from polyvit_fast.data.shards import read_index
+from polyvit_fast.data.table import open_text, read_rows
 from polyvit_fast.media import Media, Sample
-
-LABEL_COLUMNS = ("label", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Source):
-    """A folder per class, whose names in sorted order are classes 0, 1, …
+    """A folder per class. The names of the training split's, in sorted order, are classes 0, 1, …; other splits may lack some.
 
-    Every file in a class folder and below is a sample, but for names that begin with a dot; files beside the class folders are not.
+    Every file in a class folder and below is a sample, but for names that begin with a dot or say that they are no media of the task's
+    modality (Thumbs.db, .txt, .json …); files beside the class folders are not. Links to folders are followed, each folder once.
     """
 
     path: str
     """Holds the class folders."""
 
     def samples(self, task: Task) -> Sequence[Sample]:
-        """Class by class, files in sorted order. Raises ValueError when there are not `num_classes` folders or one is empty."""
-        folders = self._class_folders()
-        if len(folders) != task.num_classes:
-            raise ValueError(f"{self.path}: {len(folders)} class folders ({_shorten(folders)}) where num_classes = {task.num_classes}")
-        samples = []
-        for label, name in enumerate(folders):
-            files = list(_files(os.path.join(self.path, name)))
-            if not files:
-                raise ValueError(f"class folder {os.path.join(self.path, name)} is empty")
-            samples += [Sample(Media(file), (label,)) for file in files]
-        return samples
+        """Class by class, files in sorted order. Raises ValueError when class names and `num_classes` do not fit, or a class is empty."""
+        return [Sample(Media(file), (label,)) for label, listing in self._listings(task) for file in listing.files]
 
-    def _class_folders(self) -> list[str]:
-        try:
-            with os.scandir(self.path) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        except OSError as error:
-            raise ValueError(f"folder {self.path}: {error.strerror}") from None
+    def class_names(self, task: Task) -> tuple[str, ...]:
+        """The class folders' names, sorted by their composed Unicode form, which is the same on every machine."""
+        return tuple(sorted(self._class_folders()[0], key=normalise))
 
+    def describe_classes(self, names: Sequence[str]) -> str:
+        """The folder, and its class folders."""
+        return f"{self.path}: {len(names)} class folders ({shorten(names)})"
 
-def _files(folder: str) -> Iterator[str]:
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
+    def remarks(self, task: Task) -> list[str]:
+        """Classes without a folder, files that were left out, and links that lead back."""
+        names = class_list(task, self) or ()
+        folders, beside, again = self._class_folders()
+        lacking = [name for name in names if name not in set(map(normalise, folders))]
+        left_out = Counter[str]()
+        for _, listing in self._listings(task):
+            left_out += listing.left_out
+            again += listing.again
+        told = []
+        if lacking:
+            told.append(f"{self.path} has no folder for {len(lacking)} of the task's {len(names)} classes: {shorten(lacking)}")
+        if left_out:
+            told.append(f"{self.path}: left out, by their names no {task.modality.name} files: {count_names(left_out)}")
+        if beside:
+            told.append(f"{self.path}: left out, for they lie beside the class folders: {count_names(beside)}")
+        if again:
+            told.append(f"{self.path}: {len(again)} links or folders lead to what is listed already ({shorten(again)}): counted once")
+        return told
 
+    def _listings(self, task: Task) -> Iterator[tuple[int, Listing]]:
+        names = class_list(task, self) or ()
+        folders = {normalise(name): os.path.join(self.path, name) for name in self._class_folders()[0]}
+        owners: dict[str, str] = {}
+        for label, name in enumerate(names):
+            if name not in folders:
+                continue
+            listing = list_media(folders[name], task.modality.name, owners)
+            if not listing.files:
+                rest = f" of media; left out for their names: {count_names(listing.left_out)}" if listing.left_out else ""
+                raise ValueError(f"class folder {folders[name]} is empty{rest}")
+            yield label, listing
 
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    def _class_folders(self) -> tuple[list[str], Counter[str], list[str]]:
+        """Their names; what lies beside them, counted by ending; links to this folder or one that holds it, which are no classes."""
+        names, beside, again = [], Counter[str](), []
+        real = os.path.realpath(self.path)
+        for entry in scan(self.path, "", Counter()):
+            if not entry.is_dir():
+                beside[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
+            elif leads_back(entry, real):
+                again.append(entry.path)
+            else:
+                names.append(entry.name)
+        return names, beside, again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,96 +99,102 @@ class Manifest(Source):
     root: str = ""
     """Folder that relative paths start from; empty: the table's own."""
     classes: str = ""
-    """Text file with the class names, one a line, in the order of their numbers. Labels are then names; without it, numbers from 0."""
+    """Text file with the class names, one a line, in the order of their numbers. Labels are then names; without it, numbers from 0, or the
+    names that the task's other split has."""
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Line by line. Raises ValueError that names file and line. Whether the files exist shows when they are read."""
-        read_label = _ClassNames(self.classes, task).numbers if self.classes else _class_numbers
-        root = self.root or os.path.dirname(self.path)
-        members: dict[str, dict[str, Media]] = {}
-        samples = []
-        for line, path, cell in self._rows():
-            where = f"{self.path}, line {line}"
-            try:
-                media = _media(os.path.join(root, path), members)
-                labels = read_label(cell, task)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            check_labels(labels, task, where)
-            samples.append(Sample(media, labels))
+        samples = [line.sample for line in self._lines(task)]
         if not samples:
             raise ValueError(f"manifest {self.path}: it lists no samples")
         return samples
 
-    def _rows(self) -> Iterator[tuple[int, str, str]]:
-        """(line, path, label cell) of every line but the first and empty ones."""
-        try:
-            file = open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise ValueError(f"manifest {self.path}: {error.strerror}") from None
-        with file:
-            rows = csv.reader(file, delimiter="\t" if self.path.endswith(".tsv") else ",", strict=True)
+    def class_names(self, task: Task) -> tuple[str, ...] | None:
+        """The lines of `classes`. Raises ValueError when it cannot be read or names a class twice."""
+        if not self.classes:
+            return None
+        with open_text(self.classes, "classes") as file:
             try:
-                header = next(rows, [])
-                columns = _find_columns([name.strip().lower() for name in header], self.path)
-                for row in rows:
-                    if row:
-                        yield rows.line_num, *_pick(row, columns, len(header), f"{self.path}, line {rows.line_num}")
-            except csv.Error as error:
-                raise ValueError(f"{self.path}, line {rows.line_num}: {error}") from None
+                names = [line.strip() for line in file if line.strip()]
+            except (OSError, UnicodeError) as error:
+                raise ValueError(f"classes {self.classes}: {getattr(error, 'strerror', None) or error}") from None
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"classes {self.classes}: {twice!r} appears twice")
+        return tuple(names)
+
+    def describe_classes(self, names: Sequence[str]) -> str:
+        """The file with their names, and how many it has."""
+        return f"classes {self.classes}: it lists {len(names)} names"
+
+    def remarks(self, task: Task) -> list[str]:
+        """Paths that look mistaken, lines that repeat an earlier one, and classes that no line names."""
+        odd: dict[str, list[_Line]] = {}
+        seen, everywhere, count = set[int](), True, 0
+        for line in self._lines(task):
+            for reason in _oddities(line):
+                odd.setdefault(reason, []).append(line)
+            seen.update(line.sample.labels)
+            everywhere, count = everywhere and len(line.sample.labels) == task.num_classes > 1, count + 1
+        told = [f"{self.path}, {_name_lines(lines)}: {reason} ({lines[0].path!r})" for reason, lines in odd.items()]
+        lacking = [str(label) for label in range(task.num_classes) if label not in seen]
+        if lacking:
+            told.append(f"{self.path} names {len(seen)} of the task's {task.num_classes} classes; none has {shorten(lacking)}")
+        if everywhere and count:
+            told.append(f"{self.path} gives every class to every sample: labels are a list of classes, not a flag for each")
+        return told
+
+    def _lines(self, task: Task) -> Iterator[_Line]:
+        """The table's lines. Raises ValueError when one is faulty, or gives a file other labels than an earlier one."""
+        cells = LabelCells(class_list(task, self), task.num_classes, self.classes)
+        root = self.root or os.path.dirname(self.path)
+        members: dict[str, dict[str, Media]] = {}
+        first: dict[str, _Line] = {}
+        for number, path, cell in read_rows(self.path):
+            where = f"{self.path}, line {number}"
+            try:
+                media = _media(os.path.join(root, path), members)
+                labels = cells.read(cell)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            check_labels(labels, task, where)
+            line = _Line(number, path, Sample(media, labels))
+            # What leads through a link to ".." is not what it looks like, and is left as it is.
+            earlier = first.setdefault(media.name if ".." in media.name else os.path.normpath(media.name), line)
+            if set(earlier.sample.labels) != set(labels):
+                raise ValueError(f"{where}: {path} has other labels than on line {earlier.number}; a file's labels stand on one line")
+            line.repeats = earlier is not line
+            yield line
 
 
-def _find_columns(header: list[str], path: str) -> tuple[int, int]:
-    labels = [name for name in LABEL_COLUMNS if name in header]
-    if "path" not in header or len(labels) != 1:
-        named = ", ".join(header) or "none"
-        raise ValueError(f"{path}, line 1: the columns must be named, among them path and either label or labels; it names {named}")
-    return header.index("path"), header.index(labels[0])
+@dataclass(slots=True)
+class _Line:
+    """A line of a table."""
+
+    number: int
+    path: str
+    """As the table has it."""
+    sample: Sample
+    repeats: bool = False
+    """Whether an earlier line names the same file."""
 
 
-def _pick(row: list[str], columns: tuple[int, int], width: int, where: str) -> tuple[str, str]:
-    if len(row) != width:
-        fault = "too few" if len(row) < width else "too many; put a path that holds the separator in double quotes"
-        raise ValueError(f"{where}: {len(row)} columns where the first line names {width}: {fault}")
-    path, cell = row[columns[0]], row[columns[1]].strip()
-    if not path or "\0" in path:
-        raise ValueError(f"{where}: the path {path!r} is empty or holds a NUL character")
-    return path, cell
+def _oddities(line: _Line) -> Iterator[str]:
+    """What may be a mistake in a line."""
+    if line.repeats:
+        yield "it repeats an earlier line, so that its sample counts once more"
+    if line.path != line.path.strip():
+        yield "its path begins or ends with blanks, which belong to the file's name"
+    if "\n" in line.path or "\r" in line.path:
+        yield "its path holds a line break: a double quote may be missing"
+    if "\\" in line.path:
+        yield "its path holds a backslash, which separates no folders here; use /"
+    if line.path.startswith("~"):
+        yield "its path begins with ~, which is not replaced by the home folder"
 
 
-def _split(cell: str) -> list[str]:
-    return [part.strip() for part in cell.split(";") if part.strip()] if ";" in cell else cell.split()
-
-
-def _class_numbers(cell: str, task: Task) -> tuple[int, ...]:
-    parts = _split(cell)
-    if not all(re.fullmatch("-?[0-9]+", part) for part in parts):
-        raise ValueError(f"label {cell!r} is not a class number; to use names, set classes to a file that lists them")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-class _ClassNames:
-    """The names in a `classes` file."""
-
-    def __init__(self, path: str, task: Task) -> None:
-        try:
-            names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"classes {path}: {getattr(error, 'strerror', None) or error}") from None
-        self.path = path
-        self.index = {name: number for number, name in enumerate(names)}
-        if len(self.index) < len(names):
-            raise ValueError(f"classes {path}: {next(n for n in names if names.count(n) > 1)!r} appears twice")
-        if len(names) != task.num_classes:
-            raise ValueError(f"classes {path}: it lists {len(names)} names where num_classes = {task.num_classes}")
-
-    def numbers(self, cell: str, task: Task) -> tuple[int, ...]:
-        """The classes that a cell names. A whole cell that is a name counts as one, so that names may hold spaces."""
-        names = [cell] if cell in self.index else _split(cell)
-        unknown = [name for name in names if name not in self.index]
-        if unknown:
-            raise ValueError(f"label {unknown[0]!r} is not among the {len(self.index)} names in {self.path}")
-        return tuple(dict.fromkeys(self.index[name] for name in names))
+def _name_lines(lines: Sequence[_Line]) -> str:
+    return f"line {lines[0].number}" + (f" and {len(lines) - 1} more" if len(lines) > 1 else "")
 
 
 def _media(path: str, members: dict[str, dict[str, Media]]) -> Media:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Plan, Task, Train
+from polyvit_fast.data.classes import class_list
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.device import DeviceDecoder, own_stream
 from polyvit_fast.media import Sample
@@ -95,7 +96,11 @@ class Loader:
     ) -> None:
         self.name, self.config, self.task, self.report = name, config, config.tasks[name], report
         self.source = self.task.train if train else self.task.val
-        self.samples = self.source.samples(self.task)
+        try:
+            self.classes = class_list(self.task)
+            self.samples = self.source.samples(self.task)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"task {name}: {error}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         share = _share(name, self.task, world_size) if train else 0
@@ -106,6 +111,9 @@ class Loader:
         self.broken: dict[int, str] = {}
         self.note = ""
         self._report_note()
+        if rank == 0 and (train or self.source != self.task.train):
+            for remark in self.source.remarks(self.task):
+                report(f"task {name}: {remark}")
 
     def grid_dtype(self) -> torch.dtype:
         """That of the grids, from one decoded sample."""

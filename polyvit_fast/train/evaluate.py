@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, validation_jobs
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
@@ -117,11 +118,12 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
     found = find_checkpoint(folder, which)
+    config = _with_stored_classes(config, found)
     model = PolyViT.from_config(config)
     model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
     with joined(config.device) as world, on_device(config, world):
         with world.first_first():
-            loaders = {name: Loader(name, config, train=False, report=print) for name in tasks or config.tasks}
+            loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks or config.tasks}
         shown = progress if world.rank == 0 else _unseen
         rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, shown, world)
         if world.rank:
@@ -129,6 +131,13 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     with open(folder / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
     return rows
+
+
+def _with_stored_classes(config: Train, found: checkpoint.Checkpoint) -> Train:
+    """The configuration with the class lists that the checkpoint was trained on; 0.4.1 and earlier stored none."""
+    stored = found.state.get("classes", {})
+    tasks = {name: recall_classes(task, stored[name], str(found.path)) if name in stored else task for name, task in config.tasks.items()}
+    return replace(config, tasks=tasks)
 
 
 def _unseen(task: str, done: int, total: int) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from polyvit_fast.config import Plan, Train
+from polyvit_fast.data.classes import first_difference
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
@@ -188,6 +189,7 @@ def _write(run: Run) -> None:
         "seconds": run.seconds,
         "interval_times": {name: (taken.seconds, taken.waited) for name, taken in run.interval_times.items()},
         "samples": {name: loader.fingerprint() for name, loader in run.loaders.items()},
+        "classes": {name: loader.classes for name, loader in run.validation.items()},
     }
     keep, config = run.config.keep, to_json(run.config)
     checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
@@ -228,6 +230,12 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
 
 def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     step = run.step
+    for name, names in found.state.get("classes", {}).items():
+        difference = first_difference(names, run.validation[name].classes)
+        if difference:
+            raise ValueError(
+                f"task {name}: its classes are not those of {found.path}: {difference}. Put them back to resume, or choose another --out"
+            )
     for name, loader in run.loaders.items():
         before, now = found.state["samples"].get(name), loader.fingerprint()
         if before != now:

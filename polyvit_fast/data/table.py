@@ -1,0 +1,83 @@
+"""The lines of a table, CSV or TSV, with a path and a label in each."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import os
+import stat
+from collections.abc import Iterator
+from typing import TextIO
+
+LABEL_COLUMNS = ("label", "labels")
+ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""By the mark that a file begins with; UTF-32's begins like one of UTF-16."""
+
+
+def read_rows(path: str) -> Iterator[tuple[int, str, str]]:
+    """(line, path, label cell) of every line of a table but the first, which names the columns, and empty ones.
+
+    A line that goes on in the next ones, inside quotes, counts by its first. Raises ValueError that names file and line.
+    """
+    with open_text(path, "manifest") as file:
+        rows = csv.reader(file, delimiter="\t" if path.endswith(".tsv") else ",", strict=True)
+        line = 1
+        try:
+            header = next(rows, [])
+            columns = _find_columns([name.strip().lower() for name in header], path)
+            line = rows.line_num + 1
+            for row in rows:
+                if row:
+                    yield line, *_pick(row, columns, len(header), f"{path}, line {line}")
+                line = rows.line_num + 1
+        except csv.Error as error:
+            fault = f"line {rows.line_num}: {error}"
+            if rows.line_num > line or "unexpected end" in str(error):
+                fault = f"line {line}: a double quote is opened there and not closed where its cell ends ({fault})"
+            raise ValueError(f"{path}, {fault}") from None
+        except UnicodeError as error:
+            raise ValueError(f"{path}, line {rows.line_num + 1}: it is not the text that its first bytes promise ({error})") from None
+        except OSError as error:
+            raise ValueError(f"manifest {path}: {error.strerror}") from None
+
+
+def open_text(path: str, what: str) -> TextIO:
+    """A text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ValueError, beginning with `what` it is."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{what} {path}: {'Is a directory' if os.path.isdir(path) else 'not a regular file'}")
+        with open(path, "rb") as file:
+            start = file.read(4)
+        encoding = next((name for mark, name in ENCODINGS if start.startswith(mark)), "utf-8-sig")
+        # File names need not be UTF-8, so neither need what lists them.
+        return open(path, newline="", encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
+    except OSError as error:
+        raise ValueError(f"{what} {path}: {error.strerror}") from None
+
+
+def _find_columns(header: list[str], path: str) -> tuple[int, int]:
+    if any("\0" in name for name in header):
+        raise ValueError(f"{path}, line 1: it holds NUL characters, as UTF-16 without a byte-order mark does; save the table as UTF-8")
+    labels = [name for name in LABEL_COLUMNS if name in header]
+    if "path" not in header or len(labels) != 1:
+        named = ", ".join(header) or "none"
+        raise ValueError(f"{path}, line 1: the columns must be named, among them path and either label or labels; it names {named}")
+    twice = next((name for name in ("path", *labels) if header.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{path}, line 1: {header.count(twice)} columns are named {twice}; rename those that are not meant")
+    return header.index("path"), header.index(labels[0])
+
+
+def _pick(row: list[str], columns: tuple[int, int], width: int, where: str) -> tuple[str, str]:
+    if len(row) != width:
+        fault = "too few" if len(row) < width else "too many; put a path that holds the separator in double quotes"
+        raise ValueError(f"{where}: {len(row)} columns where the first line names {width}: {fault}")
+    path, cell = row[columns[0]], row[columns[1]].strip()
+    if not path or "\0" in path:
+        raise ValueError(f"{where}: the path {path!r} is empty or holds a NUL character")
+    return path, cell
