@@ -21,7 +21,7 @@ NO_MEDIA = (
     | _endings("json jsonl ndjson xml yaml yml toml ini cfg conf csv tsv xls xlsx parquet arrow feather db sqlite sqlite3")
     | _endings("srt vtt sub ass ssa lrc cue m3u m3u8 pls textgrid eaf lab phn wrd trn ctm rttm stm xmp aae thm")
     | _endings("md5 sha1 sha224 sha256 sha384 sha512 sfv crc par2 asc sig")
-    | _endings("npy npz mat pkl pickle pt pth h5 hdf5 safetensors tfrecord py pyc ipynb sh bat exe dll")
+    | _endings("npy npz mat pkl pt pth h5 hdf5 safetensors tfrecord py pyc ipynb sh bat exe dll")
     | _endings("zip tar gz tgz bz2 xz zst 7z rar part partial crdownload aria2 ytdl download tmp temp bak swp lock")
 )
 """Endings of notes and annotations, tables, subtitles and other sidecars, checksums, arrays and programs, archives, unfinished copies."""

@@ -1,4 +1,5 @@
 import io
+import shutil
 import threading
 import time
 from collections import Counter
@@ -68,6 +69,27 @@ def test_ranks_together_see_the_batch_of_one_process(num_samples, quarter, step,
 def test_batch_must_divide_by_the_ranks():
     with pytest.raises(ValueError, match=r"tasks.t.batch = 8 does not divide by the 3 processes"):
         Loader("t", tiny_config(tasks={"t": tile_task()}), train=True, world_size=3)
+
+
+def test_a_source_that_cannot_be_listed_is_told_with_its_task(tmp_path):
+    config = colour_config(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"^task colours: folder .*none: No such file or directory"):
+        Loader("colours", config, train=True)
+
+
+def test_what_is_odd_about_a_source_is_told_once(tmp_path):
+    folder = colour_folders(tmp_path / "train")
+    (folder / "class1" / "Thumbs.db").write_bytes(b"no picture")
+    val = Folder(path=str(colour_folders(tmp_path / "val")))
+    shutil.rmtree(tmp_path / "val" / "class1")
+    told = []
+    same = colour_config(folder)
+    for config in (same, replace(same, tasks={"colours": replace(same.tasks["colours"], val=val)})):
+        for train, rank in ((True, 0), (True, 1), (False, 0), (False, 1)):
+            loader = Loader("colours", config, train=train, rank=rank, world_size=2, report=told.append)
+            assert loader.classes == ("class0", "class1", "class2")
+    left_out = f"task colours: {folder}: left out, by their names no image files: 1 Thumbs.db"
+    assert told == [left_out, left_out, f"task colours: {val.path} has no folder for 1 of the task's 3 classes: class1"]
 
 
 def test_a_batch_is_a_pure_function_of_the_step(tmp_path):

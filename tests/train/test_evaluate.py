@@ -1,14 +1,18 @@
 import json
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pillow
 from processes import started, together
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.image import Image
+from polyvit_fast.data.manifest import Folder
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.model.polyvit import PolyViT
@@ -75,6 +79,30 @@ def test_a_runs_checkpoints_are_found_by_newest_best_and_step(tmp_path, config):
         find_checkpoint(tmp_path, "11")
     with pytest.raises(ValueError, match="has no task c; it has a, b"):
         evaluate_run(tmp_path, config, "newest", ("c",), quiet)
+
+
+def test_a_checkpoints_classes_rule_its_evaluation(tmp_path):
+    for split in ("train", "val"):
+        for label, colour in enumerate(("red", "green", "blue")):
+            (tmp_path / split / colour).mkdir(parents=True)
+            for i in range(4):
+                Pillow.new("RGB", (32 + i, 32), (200 * (label == 0), 200 * (label == 1), 200 * (label == 2))).save(
+                    tmp_path / split / colour / f"{i}.png"
+                )
+    sources = {split: Folder(path=str(tmp_path / split)) for split in ("train", "val")}
+    task = tile_task(modality=Image(size=16, patch=8), **sources, steps=30)
+    config = tiny_config(tasks={"colours": task}, out=str(tmp_path / "run"))
+    before = train(config, "test", ["test"]).metrics["colours"]["top1"]
+    assert before > 0.9
+    shutil.rmtree(tmp_path / "train")  # the machine that evaluates need not have it
+    shutil.rmtree(tmp_path / "val" / "blue")  # green and red alone would be numbers 0 and 1
+    assert evaluate_run(tmp_path / "run", config, "newest", (), quiet)["colours"]["top1"] > 0.9
+    (tmp_path / "val" / "red").rename(tmp_path / "val" / "crimson")
+    message = (
+        r"task colours: .*val: 2 class folders \(crimson, green\), but 'crimson' is not in .*step_0*30: it was trained on 3 classes \(blue"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(tmp_path / "run", config, "newest", (), quiet)
 
 
 def test_a_folder_without_a_checkpoint_is_told(tmp_path):

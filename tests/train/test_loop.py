@@ -251,6 +251,33 @@ def test_other_training_files_are_refused_on_resume(tmp_path, config):
         run(config, tmp_path)
 
 
+def test_other_class_names_are_refused_on_resume(tmp_path):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("dog\ncat\nemu\n")
+    config = tiny_config(tasks={"a": tile_task(val=NamedTiles(num_samples=9, classes=str(classes)))})
+    run_until(config, tmp_path / "run", 5)
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest
+    assert newest.state["classes"] == {"a": ["dog", "cat", "emu"]}
+    classes.write_text("dog\nemu\ncat\n")
+    with pytest.raises(
+        ValueError, match=r"task a: its classes are not those of .*step_0*5: class 1 was 'cat' and is 'emu' now. Put them back"
+    ):
+        run(config, tmp_path / "run")
+    classes.write_text("dog\ncat\nemu\n")
+    assert run(config, tmp_path / "run").signal == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTiles(Synthetic):
+    """Synthetic samples whose classes a file names."""
+
+    classes: str
+
+    def class_names(self, task: Task) -> tuple[str, ...]:
+        return tuple(Path(self.classes).read_text().split())
+
+
 @contextmanager
 def fewer_samples(config: Train, num_samples: int) -> Iterator[None]:
     """Inside, task a's source has lost files, as a folder does from which some were deleted."""
