@@ -18,9 +18,15 @@ class LabelCells:
     def __init__(self, names: Sequence[str] | None, num_classes: int, classes: str = "") -> None:
         self.names, self.num_classes, self.classes = names, num_classes, classes
         self.index = {name: number for number, name in enumerate(names or ())}
+        self.seen: dict[str, tuple[int, ...]] = {}
 
     def read(self, cell: str) -> tuple[int, ...]:
         """The class numbers in a cell, as many as it has. Raises ValueError for what is neither number nor name, or may be both."""
+        if cell not in self.seen:
+            self.seen[cell] = self._read(cell)
+        return self.seen[cell]
+
+    def _read(self, cell: str) -> tuple[int, ...]:
         if normalise(cell) in self.index:
             return (self._number(cell, cell),)
         parts = _json_list(cell)

@@ -19,8 +19,8 @@ FOREIGN = {"image": VIDEOS | SOUNDS, "video": (PICTURES - {"gif"}) | (SOUNDS - {
 NO_MEDIA = (
     _endings("txt md rst rtf pdf doc docx html htm url webloc lnk nfo log description")
     | _endings("json jsonl ndjson xml yaml yml toml ini cfg conf csv tsv xls xlsx parquet arrow feather db sqlite sqlite3")
-    | _endings("srt vtt sub ass ssa lrc cue m3u m3u8 pls textgrid eaf lab phn wrd trn ctm rttm stm xmp aae thm")
-    | _endings("md5 sha1 sha224 sha256 sha384 sha512 sfv crc par2 asc sig")
+    | _endings("srt vtt sub ass ssa lrc cue m3u m3u8 pls textgrid eaf lab phn wrd trn ctm rttm stm xmp aae thm meta gpx kml geojson")
+    | _endings("md5 sha1 sha224 sha256 sha384 sha512 sfv crc par2 asc sig dvc identifier")
     | _endings("npy npz mat pkl pt pth h5 hdf5 safetensors tfrecord py pyc ipynb sh bat exe dll")
     | _endings("zip tar gz tgz bz2 xz zst 7z rar part partial crdownload aria2 ytdl download tmp temp bak swp lock")
 )

@@ -25,25 +25,45 @@ def read_rows(path: str) -> Iterator[tuple[int, str, str]]:
     A line that goes on in the next ones, inside quotes, counts by its first. Raises ValueError that names file and line.
     """
     with open_text(path, "manifest") as file:
-        rows = csv.reader(file, delimiter="\t" if path.endswith(".tsv") else ",", strict=True)
+        texts: list[str] = []
+        rows = csv.reader(_remember(file, texts), delimiter="\t" if path.endswith(".tsv") else ",", strict=True)
         line = 1
         try:
             header = next(rows, [])
             columns = _find_columns([name.strip().lower() for name in header], path)
             line = rows.line_num + 1
+            texts.clear()
             for row in rows:
                 if row:
                     yield line, *_pick(row, columns, len(header), f"{path}, line {line}")
                 line = rows.line_num + 1
+                texts.clear()
         except csv.Error as error:
             fault = f"line {rows.line_num}: {error}"
             if rows.line_num > line or "unexpected end" in str(error):
-                fault = f"line {line}: a double quote is opened there and not closed where its cell ends ({fault})"
+                fault = f"line {line + _open_quote(texts)}: a double quote is opened there and not closed where its cell ends ({fault})"
             raise ValueError(f"{path}, {fault}") from None
         except UnicodeError as error:
             raise ValueError(f"{path}, line {rows.line_num + 1}: it is not the text that its first bytes promise ({error})") from None
         except OSError as error:
             raise ValueError(f"manifest {path}: {error.strerror}") from None
+
+
+def _remember(file: TextIO, texts: list[str]) -> Iterator[str]:
+    for text in file:
+        texts.append(text)
+        yield text
+
+
+def _open_quote(texts: list[str]) -> int:
+    """The line, counted from 0, on which the quote opens that the last line does not close as it should."""
+    count = opened = 0
+    for number, text in enumerate(texts[:-1]):
+        quotes = text.count('"')
+        if quotes > count % 2:  # each odd one opens, and each even one closes or is the second of a doubled one
+            opened = number
+        count += quotes
+    return opened if count % 2 else len(texts) - 1
 
 
 def open_text(path: str, what: str) -> TextIO:

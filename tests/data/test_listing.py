@@ -46,6 +46,7 @@ def test_files_come_before_the_folders_beside_them_both_in_sorted_order(tmp_path
         ("photo.xmp", ".xmp"),
         ("clip.mp4.md5", ".md5"),
         ("clip.mp4.part", ".part"),
+        ("1.jpg:Zone.Identifier", ".identifier"),
         ("SA1.PHN", ".phn"),
         ("all.tar.gz", ".gz"),
         ("1.jpg~", "*~"),

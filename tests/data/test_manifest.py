@@ -1,11 +1,15 @@
+import csv
 import io
 import os
 import tarfile
+from dataclasses import replace
 
 import pytest
 from tiny_runs import tile_task
 
+from polyvit_fast.data.classes import class_list
 from polyvit_fast.data.image import Image
+from polyvit_fast.data.label_cells import format_classes, format_labels
 from polyvit_fast.data.manifest import Folder, Manifest
 from polyvit_fast.media import Media, Sample
 
@@ -253,3 +257,25 @@ def test_a_table_of_utf_16(tmp_path):
     (tmp_path / "classes.txt").write_bytes("a\nb\né\n".encode("utf-16"))
     assert listed(Manifest(path=str(tmp_path / "list.tsv")).samples(tile_task())) == [(f"{tmp_path}/é.jpg", (2,))]
     assert Manifest(path="", classes=str(tmp_path / "classes.txt")).class_names(tile_task()) == ("a", "b", "é")
+
+
+def test_samples_written_as_a_table_of_names_come_back_whatever_the_names(tmp_path):
+    names = ["1", "2", "10", "a;b", "c, d", "x y", "x", "y", 'q"t', "[1]", '["1"]', "été", os.fsdecode(b"\xe9t\xe9"), "-1", " blank ", "~"]
+    fill(tmp_path, *(f"data/{name}/1.jpg" for name in names))
+    folder = Folder(path=str(tmp_path / "data"))
+    task = tile_task(train=folder, num_classes=len(names), loss="sigmoid", multi_label=True)
+    listed_names = class_list(task)
+    assert listed_names
+    samples = [Sample(sample.media, tuple({*sample.labels, number % 7})) for number, sample in enumerate(folder.samples(task))]
+    with open(tmp_path / "list.csv", "w", newline="", errors="surrogateescape") as file:
+        rows = [(sample.media.path, format_labels(sample.labels, listed_names, len(names))) for sample in samples]
+        csv.writer(file).writerows([("path", "labels"), *rows])
+    (tmp_path / "classes.txt").write_text(format_classes(listed_names), errors="surrogateescape")
+    plain, named = (
+        Manifest(path=str(tmp_path / "list.csv")),
+        Manifest(path=str(tmp_path / "list.csv"), classes=str(tmp_path / "classes.txt")),
+    )
+    assert plain.samples(task) == samples
+    assert named.samples(task) == samples
+    assert named.samples(replace(task, train=named, val=named)) == samples
+    assert plain.samples(replace(task, train=plain, val=named)) == samples

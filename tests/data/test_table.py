@@ -57,6 +57,8 @@ def test_bytes_that_are_no_utf_8_are_kept(tmp_path):
         ('path,label\n"b,1', r"line 2: a double quote is opened there"),
         ('path,label\n"b,1\nc,1\n"d",0\n', r"line 2: a double quote is opened there .*\(line 4: ',' expected"),
         ('path,label\n"b,1\n' + "c,1\n" * 50_000, r"line 2: a double quote is opened there .*field larger than field limit"),
+        ('path,label\n"a\nb",0\n"c\nd","0\ne,1\n', r"line 5: a double quote is opened there .*\(line 6: unexpected"),
+        ('path,label\n"a""b\nc","0\ne,1\n', r"line 3: a double quote is opened there .*\(line 4: unexpected"),
         ('"path,label\na,0\n', r"line 1: a double quote is opened there"),
         ('path,label\na,0\n"b"c,1\n', r"t.csv, line 3: ',' expected after '\"'"),
         ("path,label,Label\na,0,1\n", r"line 1: 2 columns are named label; rename those that are not meant"),
