@@ -6,7 +6,6 @@ import pytest
 from tiny_runs import tile_task
 
 from polyvit_fast.data.classes import check_labels, class_list, first_difference, recall_classes
-from polyvit_fast.data.demo_files import DemoFiles
 from polyvit_fast.data.manifest import Folder, Manifest
 
 NFD = unicodedata.normalize("NFD", "café")
@@ -115,7 +114,6 @@ def test_a_source_beside_the_tasks_own_has_its_list(tmp_path):
 def test_without_names_there_is_no_list(tmp_path):
     assert class_list(tile_task()) is None
     assert class_list(tile_task(train=table(tmp_path / "t.csv", "path,label\nx,1\n"))) is None
-    assert class_list(tile_task(train=DemoFiles(kind="shapes"))) is None
 
 
 def test_blanks_at_a_names_ends_do_not_count(tmp_path):
