@@ -151,8 +151,9 @@ def _plot_schedule(arguments: list[str]) -> int:
     plan = make_plan(config)
     path = config.folder / "schedule.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_schedule(path, plan, config, [learning_rate(config, plan, step) for step in range(len(plan))])
-    print_schedule(plan)
+    lrs = [learning_rate(config, plan, step) for step in range(len(plan))]
+    plot_schedule(path, plan, config, lrs)
+    print_schedule(plan, lrs)
     print(f"drawn: {path}")
     return 0
 

@@ -214,7 +214,8 @@ class Optim:
     lr: float = 1.0
     """Peak learning rate, before a task's lr_scale."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly from 0; a cosine brings it back to 0 at the end."""
+    """Steps, of the sum of all tasks' steps, over which the rate rises linearly; then a cosine lowers it to the end of the run. A schedule
+    with fewer updates, such as accumulating, has the same share of them."""
     momentum: float = 0.9
     """Of sgd."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -60,9 +60,19 @@ def schedule_table(plan: Plan) -> Table:
     return table
 
 
-def print_schedule(plan: Plan) -> None:
-    """Print the table of the schedule."""
-    Console().print(schedule_table(plan))
+def rate_table(lrs: Sequence[float]) -> Table:
+    """The first, the largest and the last learning rate, and their steps."""
+    table = Table(box=box.SIMPLE, show_edge=False)
+    for header in ("learning rate", "value", "step"):
+        table.add_column(header, justify="left" if header == "learning rate" else "right", no_wrap=True)
+    for name, step in (("first", 0), ("largest", int(np.argmax(lrs))), ("last", len(lrs) - 1)):
+        table.add_row(name, f"{lrs[step]:.4g}", f"{step:,}")
+    return table
+
+
+def print_schedule(plan: Plan, lrs: Sequence[float]) -> None:
+    """Print the table of the schedule and that of its learning rates."""
+    Console().print(schedule_table(plan), "", rate_table(lrs), sep="\n")
 
 
 def plot_schedule(path: Path, plan: Plan, config: Train, lrs: Sequence[float]) -> None:

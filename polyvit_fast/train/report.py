@@ -14,7 +14,7 @@ from rich.text import Text
 from polyvit_fast.config import Source, Task, Train
 from polyvit_fast.model.cost import BF16_BYTES, FP32_BYTES, activation_bytes, forward_flops, num_parameters, state_bytes
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.schedule import count_steps, make_plan
+from polyvit_fast.train.schedule import count_steps, make_plan, warmup_note
 
 GIB = 1 << 30
 GPU_GIB = (16, 24, 40, 80)
@@ -218,9 +218,9 @@ def _largest_note(report: Report) -> str:
 
 
 def _step_notes(report: Report) -> Iterator[str]:
-    warmup = report.config.optim.warmup_steps
-    if warmup >= report.num_steps:
-        yield f"The warm-up of {warmup:,} steps does not end within the run: lower --optim.warmup-steps."
+    endless = warmup_note(report.config, report.num_steps)
+    if endless:
+        yield endless
     idle = [row.name for row in report.tasks if not row.num_steps]
     if idle:
         yield f"No step in this schedule: {', '.join(idle)}. They are evaluated with the heads that they began with."

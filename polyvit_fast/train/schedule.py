@@ -71,13 +71,28 @@ def _kinds(plan: list[Any]) -> Iterable[Any]:
         return [names for names in plan if isinstance(names, list)]
 
 
-def learning_rate(config: Train, plan: Plan, step: int) -> float:
-    """Rate of `step`: linear warm-up from 0, cosine to 0 without the restart of the original code, times the tasks' mean `lr_scale`.
+def warmup_length(config: Train, num_steps: int) -> float:
+    """Steps over which the rate rises in a plan of `num_steps`: its share of them is that of `warmup_steps` in ΣU_j."""
+    return config.optim.warmup_steps * num_steps / sum(_steps(config))
 
-    An update from several tasks has one rate for all of them, hence the mean.
+
+def warmup_note(config: Train, num_steps: int) -> str | None:
+    """What is wrong with a warm-up that leaves a plan of `num_steps` nothing of the cosine; None when it does."""
+    warmup = warmup_length(config, num_steps)
+    if warmup < num_steps:
+        return None
+    return f"The warm-up of {warmup:,.0f} steps does not end within the run of {num_steps:,}: lower --optim.warmup-steps."
+
+
+def learning_rate(config: Train, plan: Plan, step: int) -> float:
+    """Rate of `step`: warm-up of W steps from 1 / W to 1, cosine down, times the tasks' mean `lr_scale` and `optim.lr`.
+
+    No step is lost to a rate of 0: neither the first nor the last has it. The original code's cosine restarts on the last step, this one
+    does not. An update from several tasks has one rate for all of them, hence the mean.
     """
-    warmup, total = config.optim.warmup_steps, len(plan)
-    rise = min(1.0, step / warmup) if warmup else 1.0
+    total = len(plan)
+    warmup = warmup_length(config, total)
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     progress = min(1.0, max(0, step - warmup) / max(1, total - warmup))
     scale = sum(config.tasks[name].lr_scale for name in plan[step]) / len(plan[step])
     return config.optim.lr * scale * rise * 0.5 * (1 + math.cos(math.pi * progress))

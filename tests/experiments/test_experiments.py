@@ -48,7 +48,7 @@ def shrunk(config: Train, folder) -> Train:
         for name, task in config.tasks.items()
     }
     adaptors = min(1, config.model.num_adaptor_layers)
-    optim = replace(config.optim, warmup_steps=0)  # whose first step would have a rate of 0
+    optim = replace(config.optim, warmup_steps=0)  # in which these few steps would end
     return replace(config, tasks=tasks, model=replace(TINY, num_adaptor_layers=adaptors), optim=optim, device="cpu", out=str(folder))
 
 

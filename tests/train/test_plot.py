@@ -111,11 +111,18 @@ def test_the_table_of_a_plan_is_exact(capsys):
         ["b", "4", "50.00%", "1", "6", "2"],
         ["c", "1", "12.50%", "5", "5", "0"],
     ]
-    print_schedule([("a_task_with_a_name_of_some_length",)] * 123_456 + [("b",)])
+    lrs = [0.25, *[0.5] * 123_455, 1e-9]
+    print_schedule([("a_task_with_a_name_of_some_length",)] * 123_456 + [("b",)], lrs)
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "123,456" in shown
     assert "100.00%" in shown
+    words = [line.split() for line in shown.splitlines()]
+    assert [row for row in words if row and row[0] in ("first", "largest", "last")] == [
+        ["first", "0.25", "0"],
+        ["largest", "0.5", "1"],
+        ["last", "1e-09", "123,456"],
+    ]
 
 
 def write_metrics(folder: Path, tasks: list[str], num_points: int) -> None:

@@ -1,14 +1,16 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import tile_task, tiny_config
 
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan
+from polyvit_fast import experiments
+from polyvit_fast.config import Optim
+from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan, warmup_length, warmup_note
 
 STEPS = {"a": 7, "b": 20, "c": 4}
 
@@ -90,12 +92,45 @@ def test_learning_rate_follows_the_specification():
     config = tiny_config(tasks={"a": tile_task(steps=1000)})
     config = replace(config, optim=replace(config.optim, lr=2.0, warmup_steps=100))
     rate = rates(config)
-    assert rate[0] == 0
-    assert rate[100] == 2.0
-    assert rate[50] == pytest.approx(1.0)
+    assert rate[0] == 2.0 / 100
+    assert rate[49] == pytest.approx(1.0)
+    assert rate[99] == rate[100] == 2.0
     assert rate[550] == pytest.approx(1.0)
-    assert rate[999] < 1e-4  # scenic's cosine restarts here, at the full rate
+    assert 0 < rate[999] < 1e-4  # scenic's cosine restarts here, at the full rate
     assert rate[300] == pytest.approx(2 * 0.5 * (1 + math.cos(math.pi * 200 / 900)))
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, lambda config: [("a",), ("a", "c")] * 50], ids=[*SCHEDULES, "own"])
+def test_every_schedule_has_the_same_share_of_warmup_and_no_step_without_a_rate(schedule):
+    tasks = {name: tile_task(steps=steps) for name, steps in (("a", 300), ("b", 500), ("c", 200))}
+    config = tiny_config(tasks=tasks, schedule=schedule, optim=Optim(lr=2.0, warmup_steps=100))
+    rate = rates(config)
+    total, rising = len(rate), sum(later > earlier for earlier, later in pairwise(rate))
+    assert rising == pytest.approx(0.1 * total, abs=1.5)
+    assert max(rate) == pytest.approx(2.0, rel=1e-3)
+    assert rate[0] == pytest.approx(2.0 / (0.1 * total))
+    assert rate[-1] == pytest.approx(2.0 * math.sin(math.pi / 2 / (0.9 * total)) ** 2)
+    assert warmup_length(config, total) == pytest.approx(0.1 * total)
+    assert warmup_note(config, total) is None
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_the_rate_of_the_papers_nine_tasks_decays_in_every_schedule(schedule):
+    """The accumulating schedule has 46,435 updates, fewer than the 47,330 steps of warm-up that the 417,920 of the others have."""
+    config = replace(experiments.load("polyvit_b16"), schedule=schedule)
+    plan = make_plan(config)
+    marks = {share: learning_rate(config, plan, int(share * len(plan))) for share in (0.05, 0.9)}
+    scales = {share: sum(config.tasks[n].lr_scale for n in plan[int(share * len(plan))]) / len(plan[0]) for share in marks}
+    share = 47_330 / 417_920
+    assert marks[0.05] == pytest.approx(scales[0.05] * 0.05 / share, rel=1e-3)
+    assert marks[0.9] == pytest.approx(scales[0.9] * 0.5 * (1 + math.cos(math.pi * (0.9 - share) / (1 - share))), rel=1e-3)
+    assert warmup_note(config, len(plan)) is None
+
+
+def test_a_warmup_of_the_whole_run_is_told():
+    config = three_tasks("accumulating", optim=Optim(warmup_steps=31))
+    assert warmup_note(config, 10) == "The warm-up of 10 steps does not end within the run of 10: lower --optim.warmup-steps."
+    assert warmup_note(replace(config, optim=Optim(warmup_steps=30)), 10) is None
 
 
 def test_learning_rate_is_scaled_by_the_task():
