@@ -27,6 +27,7 @@ from candidates import CASES, Case, label
 from contest import Crew, Lengths, Outcome, hold
 from lab import Job
 
+from polyvit_fast import strict_json
 from polyvit_kernels import commands, tile_table, tiles
 from polyvit_kernels.tiles import ANY, Tile
 
@@ -148,9 +149,9 @@ def write(outcome: Outcome, arch: int, place: Place) -> None:
     earlier = json.loads(place.results.read_text())["cases"] if place.results.exists() else []
     new = record(outcome)
     same = ("op", "tokens", "features")
-    kept = [old for old in earlier if [old[key] for key in same] != json.loads(json.dumps([new[key] for key in same]))]
+    kept = [old for old in earlier if [old[key] for key in same] != json.loads(strict_json.dumps([new[key] for key in same]))]
     found = {"card": card.name(), "arch": arch, "versions": card.versions(), "cases": [*kept, new]}
-    place.results.write_text(json.dumps(found, indent=1) + "\n")
+    place.results.write_text(strict_json.dumps(found, indent=1) + "\n")
 
 
 def class_of(row: Tile) -> tuple[str, tuple[int, int], int]:

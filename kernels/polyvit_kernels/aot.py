@@ -179,7 +179,7 @@ def main() -> None:
     total = sum(len(image.cubin) for image in images)
     print(f"{len(entries)} rows, {len(jobs)} kernels, {total} bytes of images, {len(failures)} failures")
     if args.json:
-        args.json.write_text(json.dumps(found))
+        args.json.write_text(json.dumps(found, allow_nan=False))
     if args.out and images:
         c_table.write(args.out, entries, images)
     if failures:

@@ -116,7 +116,7 @@ def _save(path: str, examples: list[Example], state: dict[str, int]) -> None:
     with suppress(OSError):
         try:
             with open(temporary, "x", encoding="utf-8", errors="surrogateescape") as file:
-                json.dump(state | {"examples": rows}, file, ensure_ascii=False)
+                json.dump(state | {"examples": rows}, file, ensure_ascii=False, allow_nan=False)
             os.replace(temporary, path)
         except OSError:
             os.unlink(temporary)

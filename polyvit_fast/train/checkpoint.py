@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from polyvit_fast import strict_json
+
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 DTYPES = {
@@ -142,7 +144,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
+    return strict_json.dumps(value, indent=1).encode()
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -155,7 +157,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
             raise ValueError(f"{name}: a tensor of {tensor.dtype} cannot be stored")
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polyvit_fast import strict_json
 from polyvit_fast.config import Train
 from polyvit_fast.data.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, validation_jobs
@@ -129,7 +129,7 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
         if world.rank:
             return {}
     with open(folder / "evaluations.jsonl", "a") as file:
-        file.write(json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
+        file.write(strict_json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
     return rows
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from polyvit_fast import strict_json
 from polyvit_fast.config import Train
 
 Rows = Mapping[str, Mapping[str, int | float]]
@@ -134,9 +135,8 @@ class Log:
         if step <= self.last.get(kind, -1):
             return
         self.last[kind] = step
-        tasks = {name: {key: _finite(value) for key, value in row.items()} for name, row in rows.items()}
-        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **more, "tasks": tasks}
-        self._attempt("metrics.jsonl", lambda: self.metrics.write(json.dumps(line) + "\n"))
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **more, "tasks": rows}
+        self._attempt("metrics.jsonl", lambda: self.metrics.write(strict_json.dumps(line) + "\n"))
         self._attempt("TensorBoard", lambda: self._add_scalars(kind, step, rows, more))
 
     def _add_scalars(self, kind: str, step: int, rows: Rows, more: Mapping[str, float]) -> None:
@@ -237,11 +237,6 @@ def _numbers(row: Mapping[str, int | float]) -> str:
 
 def _short(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def _finite(value: int | float) -> int | float | None:
-    """JSON knows no NaN and no infinity."""
-    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import polyvit_fast
+from polyvit_fast import strict_json
 from polyvit_fast.config import Train
 
 MAY_CHANGE = frozenset(
@@ -173,7 +174,7 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 def _brief(value: Any) -> str:
     if value is _ABSENT:
         return "absent"
-    return str(value.get("type", "a dict")) if isinstance(value, Mapping) else json.dumps(value)
+    return str(value.get("type", "a dict")) if isinstance(value, Mapping) else strict_json.dumps(value)
 
 
 _ABSENT = object()
@@ -206,8 +207,8 @@ def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Tra
         if experiment.endswith(".py"):
             _write(folder / "experiment.py", Path(experiment).read_text())
         _write(commands, f"{earlier}{shlex.join(argv)}\n")
-        _write(folder / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-        _write(folder / "config.json", json.dumps(content, indent=2) + "\n")
+        _write(folder / "versions.json", strict_json.dumps(_versions(), indent=2) + "\n")
+        _write(folder / "config.json", strict_json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out") from error
 

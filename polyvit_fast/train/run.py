@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -248,12 +249,18 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     if run.config.optim.ema_decay:
         step.optimizer.load_average(found.load_tensors("ema"))
     step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
-    run.done, run.metrics, run.metrics_step = found.step, found.state["metrics"], found.state["metrics_step"]
+    run.done, run.metrics_step = found.step, found.state["metrics_step"]
+    run.metrics = {name: _without_null(row) for name, row in found.state["metrics"].items()}
     run.saved = run.done
     run.seconds.update(found.state["seconds"])
     run.interval_times.update({name: TaskTime(*times) for name, times in found.state.get("interval_times", {}).items()})
     if found.state["best_step"] is not None:
         run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
+
+
+def _without_null(row: dict[str, float | None]) -> dict[str, float]:
+    """A task's metrics as they were before JSON, which has no NaN."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _size(model: PolyViT) -> str:

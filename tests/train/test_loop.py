@@ -1,5 +1,8 @@
+import hashlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +22,10 @@ from polyvit_fast.config import Decoder, Task, Train
 from polyvit_fast.data.stream import DataError
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.train import checkpoint
-from polyvit_fast.train.log import Log
+from polyvit_fast.train.evaluate import evaluate_run
+from polyvit_fast.train.log import Log, print_evaluation, print_results
 from polyvit_fast.train.loop import train
+from polyvit_fast.train.plot import plot_run
 from polyvit_fast.train.run import NonFiniteError
 from polyvit_fast.train.schedule import make_plan
 
@@ -193,6 +198,73 @@ def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeyp
     for task, row in straight.metrics.items():
         assert resumed.metrics[task]["loss"] == row["loss"]
     assert_equal_weights(tmp_path / "straight", tmp_path / "stopped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlabelled(Synthetic):
+    """Synthetic samples that have no class, so that there is no average precision."""
+
+    def samples(self, task: Task):
+        return [replace(sample, labels=()) for sample in super().samples(task)]
+
+
+def json_values(folder: Path) -> Iterator[tuple[Path, object]]:
+    """What every JSON file below a folder holds, by the letter of RFC 8259."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for path in sorted(folder.rglob("*.json*")):
+        texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        yield from ((path, json.loads(text, parse_constant=refuse)) for text in texts)
+
+
+def write_as_before(folder: Path) -> Path:
+    """Put NaN back into the newest checkpoint's state.json, as versions up to 0.4 wrote it; gives that checkpoint's folder."""
+    newest = checkpoint.newest(folder)
+    assert newest
+    path = newest.path / "state.json"
+    content = path.read_text()
+    assert '"mAP": null' in content
+    path.write_text(content.replace('"mAP": null', '"mAP": NaN'))
+    manifest = json.loads((newest.path / checkpoint.MANIFEST).read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": path.stat().st_size, "sha256": digest}
+    (newest.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    return newest.path
+
+
+@pytest.mark.parametrize("earlier_version", [False, True], ids=["now", "0.4"])
+def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(tmp_path, config, earlier_version):
+    tasks = config.tasks | {"b": replace(config.tasks["b"], val=Unlabelled(num_samples=30, seed=1))}
+    config = replace(config, tasks=tasks, eval_every_steps=10, save_every_steps=10, out=str(tmp_path))
+    first = run_until(config, tmp_path, 12)
+    assert math.isnan(first.metrics["b"]["mAP"])
+    files = {path.name for path, _ in json_values(tmp_path)}
+    assert {"state.json", "MANIFEST.json", "config.json", "metrics.jsonl"} <= files
+    old = write_as_before(tmp_path) if earlier_version else None
+    outcome = run(config, tmp_path)
+    again = run(config, tmp_path)  # a finished one, whose numbers come from its checkpoint
+    for found in (outcome, again):
+        assert math.isnan(found.metrics["b"]["mAP"])
+        [value] = [result.value for result in found.results if result.task == "b"]
+        assert math.isnan(value)
+    print_results(again.results)
+    newest = checkpoint.newest(tmp_path)
+    assert newest
+    assert newest.state["metrics"]["b"]["mAP"] is None
+    assert newest.state["best_score"] == pytest.approx(max(best_scores(tmp_path)))
+    print_evaluation(config, evaluate_run(tmp_path, config, "best", (), lambda *place: None))
+    plot_run(tmp_path, tmp_path / "curves.png")
+    if old:
+        shutil.rmtree(old)
+    assert "evaluations.jsonl" in {path.name for path, _ in json_values(tmp_path)}
+
+
+def best_scores(folder: Path) -> list[float]:
+    """The mean over the tasks of what there is, at every evaluation."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["tasks"]["a"]["top1"] / 2 for line in lines if line["kind"] == "eval"]
 
 
 def test_best_checkpoint_stays(tmp_path, config):
