@@ -61,10 +61,15 @@ class Checkpoint:
     """The groups of tensors that it holds: model, optimizer, …"""
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one group, on the CPU. Raises CheckpointError when there is none of that name."""
+        """The tensors of one group, on the CPU. Raises CheckpointError when there is none of that name, or the run has deleted it since."""
         if name not in self.names:
             raise CheckpointError(f"{self.path} holds no tensors named {name!r}; it has {', '.join(self.names)}")
-        return load_file(self.path / f"{name}.safetensors")
+        try:
+            return load_file(self.path / f"{name}.safetensors")
+        except (OSError, RuntimeError):  # which of them depends on the library's step that finds no file
+            if self.path.exists():
+                raise
+            raise CheckpointError(f"{self.path} is gone: the run that goes on there has deleted it after newer ones; try again") from None
 
 
 def save(
@@ -116,11 +121,18 @@ def newest(folder: Path, report: Callable[[str], None] = _logger.warning) -> Che
 
 def every(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iterator[Checkpoint]:
     """The whole checkpoints of a run folder, that of the largest step first; broken ones are reported and passed over."""
-    for path in reversed(_checkpoints(folder / "checkpoints")):
+    left = _checkpoints(folder / "checkpoints")
+    seen = set()
+    while left:
+        path = left.pop()
+        seen.add(path)
         try:
             checkpoint = read(path)
         except CheckpointError as error:
-            report(f"broken checkpoint skipped: {error}")
+            if path.exists():
+                report(f"broken checkpoint skipped: {error}")
+            else:  # the run goes on, and has deleted it after newer ones
+                left = [path for path in _checkpoints(folder / "checkpoints") if path not in seen]
         else:
             yield checkpoint
 
@@ -275,8 +287,10 @@ def _check_content(path: Path, digest: str) -> None:
                 pass
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
-    except OSError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _check_space(home: Path, needed: int) -> None:

@@ -117,11 +117,11 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     unknown = sorted(set(tasks) - config.tasks.keys())
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
-    found = find_checkpoint(folder, which)
-    config = _with_stored_classes(config, found)
-    model = PolyViT.from_config(config)
-    model.load_state_dict(found.load_tensors("ema" if config.optim.ema_decay else "model"))
     with joined(config.device) as world, on_device(config, world):
+        found, weights = _load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
+        config = _with_stored_classes(config, found)
+        model = PolyViT.from_config(config)
+        model.load_state_dict(weights)
         with world.first_first():
             loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks or config.tasks}
         shown = progress if world.rank == 0 else _unseen
@@ -142,6 +142,20 @@ def _with_stored_classes(config: Train, found: checkpoint.Checkpoint) -> Train:
 
 def _unseen(task: str, done: int, total: int) -> None:
     """The first process shows the progress."""
+
+
+def _load_weights(folder: Path, which: str, group: str, world: World) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
+    """A checkpoint and its weights, of the same step on all processes, though a run that goes on may save and delete some meanwhile."""
+    while True:
+        found, weights = find_checkpoint(folder, which), None
+        try:
+            weights = found.load_tensors(group)
+        except checkpoint.CheckpointError:
+            if found.path.exists():
+                raise
+        other = world.from_first(found.step) != found.step
+        if not world.agree(other or weights is None) and weights is not None:
+            return found, weights
 
 
 def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed import PeerLost, World
+from polyvit_fast.train.lock import hold
 from polyvit_fast.train.log import Log, PeerLog
 from polyvit_fast.train.record import describe_run, resume_differences, to_json
 from polyvit_fast.train.schedule import count_steps
@@ -85,11 +86,26 @@ def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[
     """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used."""
     if not config.out:
         raise ValueError("out is empty: it must name the run folder")
-    with world.first_first():
-        try:
-            config.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
+    with _own_folder(config, world), _opened(config, plan, world, experiment, argv) as run:
+        yield run
+
+
+@contextmanager
+def _own_folder(config: Train, world: World) -> Iterator[None]:
+    """Inside, the run folder is there and no other run writes to it: its first process, which alone writes, holds it."""
+    with ExitStack() as stack:
+        with world.first_first():
+            try:
+                config.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
+            if world.rank == 0:
+                stack.enter_context(hold(config.folder))
+        yield
+
+
+@contextmanager
+def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
     found = _newest_checkpoint(config, world)
     _check_resume(config, found)
     model = PolyViT.from_config(config).train()

@@ -230,7 +230,7 @@ def test_what_is_saved_comes_back(tmp_path):
     found = newest(tmp_path)
     assert found
     assert (found.step, found.config, found.path) == (1234, {"seed": 3, "tasks": {}}, path)
-    assert found.state == {**state, "step": 1234}
+    assert found.state == {**state, "step": 1234, "worst": None}  # JSON has no infinity
     assert found.names == ("model", "optimizer", "ema")
     for name, group in tensors.items():
         loaded = found.load_tensors(name)
@@ -440,6 +440,44 @@ def test_later_steps_of_a_run_that_was_set_back_do_not_push_out_the_new_one(tmp_
     assert steps(tmp_path) == ["step_00000009"]
     assert newest(tmp_path, told.append)
     assert len(told) == 1
+
+
+SAVER = """
+import sys
+from itertools import count
+from pathlib import Path
+import torch
+from polyvit_fast.train import checkpoint
+
+for step in count(1):
+    checkpoint.save(Path(sys.argv[1]), step, {"model": {"w": torch.full((1000,), float(step))}}, {}, {}, keep=1)
+    if step == 1:
+        print("saved", flush=True)
+"""
+
+
+def test_a_reader_finds_a_whole_checkpoint_beside_a_run_that_saves_and_deletes(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            seen = [1]
+            while seen[-1] < 20:
+                found = newest(tmp_path, pytest.fail)
+                assert found
+                seen.append(found.step)
+        finally:
+            process.kill()
+    assert seen == sorted(seen)
+
+
+def test_tensors_of_a_checkpoint_that_was_deleted_since_are_told(tmp_path):
+    toy_save(tmp_path, 1, keep=1)
+    old = newest(tmp_path)
+    toy_save(tmp_path, 2, keep=1)
+    assert old
+    with pytest.raises(CheckpointError, match="step_00000001 is gone: the run that goes on there has deleted it"):
+        old.load_tensors("model")
 
 
 def test_steps_are_numbers_not_words(tmp_path):

@@ -1,0 +1,175 @@
+"""One run at a time in a run folder: a second one is refused before it touches anything, and a killed one leaves nothing that refuses.
+
+The lock is POSIX's (`fcntl`), which ends with its process however that ends, and which NFS, Lustre and their like carry between machines.
+Some file systems keep it within a machine, or have none. So the run also renews the time of a small file, running.json, every few seconds:
+whoever gets the lock, but finds that file of another machine, waits whether its time moves. Clocks are not compared, for they may differ.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from polyvit_fast import strict_json
+
+LOCK = "run.lock"
+"""Is never deleted: two processes might then hold locks on two files of this name."""
+RECORD = "running.json"
+RENEW_SECONDS = 5.0
+STALE_SECONDS = 30.0
+"""Without a renewal, after which the process behind a record is gone."""
+HELD = (errno.EACCES, errno.EAGAIN)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that a run folder's record names."""
+
+    host: str
+    pid: int
+    started: str
+    """Its date and time there, with the time zone."""
+    machine: str
+    """Told apart even where host names are the same; another one after each boot."""
+
+
+@contextmanager
+def hold(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iterator[None]:
+    """Inside, no other process trains in the run folder.
+
+    Raises ValueError, which says who does and what to do, when another process is there or the folder cannot be written.
+    """
+    # One descriptor, and nothing else here opens the file: to close any other would end a POSIX lock.
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        locks = _try_lock(descriptor, folder, report)
+        _claim(folder, locks, report)
+        with _renewed(folder):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, folder: Path, report: Callable[[str], None]) -> bool:
+    """Whether the file system has locks. Raises ValueError when another process holds this one."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            raise _refusal(folder) from None
+        if error.errno not in UNSUPPORTED:
+            raise _unwritable(folder, error) from error
+        report(f"the file system of {folder} has no locks ({error.strerror}): another run there is noticed by its {RECORD} alone")
+        return False
+    return True
+
+
+def _claim(folder: Path, locks: bool, report: Callable[[str], None]) -> None:
+    """Write this process into the record. Raises ValueError when the one behind an earlier record is alive."""
+    holder = Holder(platform.node(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"), _machine())
+    while True:
+        try:
+            with open(folder / RECORD, "x") as file:  # of two that come at once, one alone makes it
+                file.write(strict_json.dumps(asdict(holder), 2) + "\n")
+            return
+        except FileExistsError:
+            earlier = _read(folder)
+            if not (locks and earlier and earlier.machine == holder.machine):  # else its lock would still be there
+                _wait_for_sign_of_life(folder, earlier, report)
+            _remove(folder)
+        except OSError as error:
+            _remove(folder)
+            raise _unwritable(folder, error) from error
+
+
+def _wait_for_sign_of_life(folder: Path, earlier: Holder | None, report: Callable[[str], None]) -> None:
+    """Raises ValueError when the record is renewed."""
+    who = f"process {earlier.pid} on {earlier.host}" if earlier else "another process"
+    report(f"{folder}: {who} did not say that it ended; it is gone if {folder / RECORD} does not change within {STALE_SECONDS:g} s")
+    first, deadline = _stamp(folder), time.monotonic() + STALE_SECONDS
+    while (now := _stamp(folder)) and time.monotonic() < deadline:
+        if now != first:
+            raise _refusal(folder)
+        time.sleep(0.2)
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Which file the record is and when the file system saw it renewed; None when there is none."""
+    try:
+        with open(folder / RECORD, "rb") as file:  # opened, because NFS asks the server then
+            status = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def _renewed(folder: Path) -> Iterator[None]:
+    """Inside, the record's time moves; then it is gone."""
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(folder / RECORD, ended), daemon=True, name="running")
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join(RENEW_SECONDS)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        os.unlink(folder / RECORD)
+
+
+def _renew(record: Path, ended: threading.Event) -> None:
+    while not ended.wait(RENEW_SECONDS):
+        with suppress(OSError):  # a server that does not answer for a while is no reason to stop
+            os.utime(record)
+
+
+def _read(folder: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads((folder / RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _refusal(folder: Path) -> ValueError:
+    holder = _read(folder)
+    if holder is None:
+        return ValueError(f"the run folder {folder} is in use: another process trains in it; wait for its end, or choose another --out")
+    advice = f"wait for its end, stop it there (kill {holder.pid}: it saves first), or choose another --out"
+    if holder.machine != _machine():
+        advice += f". Should {holder.host} be gone for good and the file server not know, delete {folder / LOCK}"
+    return ValueError(
+        f"the run folder {folder} is in use: process {holder.pid} on {holder.host} trains in it since {holder.started}; {advice}"
+    )
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out")
