@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -13,6 +15,7 @@ import tyro
 
 from polyvit_fast import __version__, experiments
 from polyvit_fast.config import Train
+from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.train.record import RecordedRun
@@ -35,15 +38,20 @@ Several GPUs:         torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIME
 Add --traceback to any command to see where in the code an error came from.
 
 Exit codes: 0 done · 2 wrong input · 65 too many broken files or a hung decoder · 69 another process of the run was lost ·
-            70 loss not finite · 74 checkpoint could not be written · 75 stopped by SIGTERM · 130 stopped by Ctrl-C (both saved,
-            resumable)"""
+            70 loss not finite · 74 checkpoint could not be written · 75 stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU ·
+            130 stopped by Ctrl-C (both saved, resumable)"""
 
 Options = TypeVar("Options")
 
 
 def main() -> None:
     """Entry point of `polyvit-fast`."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more; Python would try again at its end, and give 120 for that
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -60,8 +68,11 @@ def run(argv: list[str]) -> int:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"command {arguments[0]!r} is unknown; there are: {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]](arguments[1:])
+    except Stopped as stopped:
+        _tell(f"polyvit-fast {arguments[0]}: stopped by {stopped} before its first step")
+        return exit_code(stopped.number)
     except KeyboardInterrupt:
-        print(f"polyvit-fast {arguments[0]}: stopped", file=sys.stderr)
+        _tell(f"polyvit-fast {arguments[0]}: stopped")
         return 130
     except Exception as error:
         if show_traceback:
@@ -70,8 +81,13 @@ def run(argv: list[str]) -> int:
         if code is None:
             traceback.print_exc()
             return 1
-        print(f"polyvit-fast {arguments[0]}: {error}", file=sys.stderr)
+        _tell(f"polyvit-fast {arguments[0]}: {error}")
         return code
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone; the exit code says it too
+        print(text, file=sys.stderr)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -89,19 +105,20 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _train(arguments: list[str]) -> int:
-    name, flags = _subject(arguments, "train EXPERIMENT")
-    config = _configured(name, flags, "train")
-    from polyvit_fast.train.log import print_results
-    from polyvit_fast.train.loop import train
+    with stop_on_signals():
+        name, flags = _subject(arguments, "train EXPERIMENT")
+        config = _configured(name, flags, "train")
+        from polyvit_fast.train.log import print_results
+        from polyvit_fast.train.loop import train
 
-    outcome = train(config, name, ["polyvit-fast", "train", *arguments])
-    if outcome.signal:
-        return {2: 130, 15: 75}[outcome.signal]
-    if outcome.rank:
-        return 0  # the first process tells
-    print_results(outcome.results)
-    _plot_curves(config.folder)
-    return 0
+        outcome = train(config, name, ["polyvit-fast", "train", *arguments])
+        if outcome.signal:
+            return exit_code(outcome.signal)
+        if outcome.rank:
+            return 0  # the first process tells
+        print_results(outcome.results)
+        _plot_curves(config.folder)
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,7 +293,7 @@ class Train:
     eval_every_steps: int = 0
     """Interval of evaluation; 0: only at the end."""
     save_every_steps: int = 500
-    """Interval of checkpoints; there is always one at the end and on Ctrl-C or SIGTERM."""
+    """Interval of checkpoints; there is always one at the end and on a signal to stop."""
     keep: int = 2
     """Newest checkpoints that stay, beside the best one."""
     resume: bool = True

@@ -1,6 +1,6 @@
 """What a run tells while it runs: progress on the terminal, metrics.jsonl, TensorBoard, log.txt.
 
-Nothing here stops a training: when a disk is full or a folder is gone, that output ends with one warning and the run goes on.
+Nothing here stops a training: when a disk is full, a folder or the terminal is gone, that output ends with one warning and the run goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from polyvit_fast.config import Train
 Rows = Mapping[str, Mapping[str, int | float]]
 """Numbers by task and name."""
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
+TERMINAL = "the terminal"
 SHOWN_APART = ("loss", "accuracy", "examples_per_second", "steps", "data_wait_ratio")
 SHOWN_WAIT = 0.05  # of a task's time; a smaller share of waiting for data is not worth a place on the line
 
@@ -51,7 +53,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # here, because it takes long to import
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.console = console or Console()
+        self.console = console or _Terminal()
         self.total_steps, self.said = total_steps, time.monotonic()
         self.first_tick: tuple[int, float] | None = None
         self.given_up: set[str] = set()
@@ -70,11 +72,12 @@ class Log:
         }
 
     def __enter__(self) -> Log:
-        self.progress.start()
+        self._attempt(TERMINAL, self.progress.start)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):
+            self.progress.stop()
         for name, close in (("TensorBoard", self.tensorboard.close), ("metrics.jsonl", self.metrics.close), ("log.txt", self.text.close)):
             self._attempt(name, close)
             with suppress(OSError, ValueError):  # a second time, should the output have failed before
@@ -102,11 +105,14 @@ class Log:
 
     def evaluating(self, task: str, done: int, total: int) -> None:
         """Show how many of a task's held-out samples are evaluated: a bar, or a line every ten seconds."""
+        self._attempt(TERMINAL, lambda: self._move_eval_bar(task, done, total))
+        if not self.console.is_terminal and time.monotonic() - self.said > 10:
+            self._say(f"evaluating {task}: {done:,} of {total:,}")
+
+    def _move_eval_bar(self, task: str, done: int, total: int) -> None:
         if self.eval_bar is None:
             self.eval_bar = self.progress.add_task("", numbers="")
         self.progress.update(self.eval_bar, description=f"evaluating {task}", completed=done, total=total)
-        if not self.console.is_terminal and time.monotonic() - self.said > 10:
-            self._say(f"evaluating {task}: {done:,} of {total:,}")
 
     def evaluation(self, step: int, rows: Rows) -> None:
         """Report each task's metrics on its held-out samples."""
@@ -128,7 +134,8 @@ class Log:
     def _say(self, text: str, *, style: str = "", shown: bool = True) -> None:
         if shown:
             self.said = time.monotonic()
-            self.progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+            show = partial(self.progress.console.print, text, style=style, markup=False, highlight=False, soft_wrap=True)
+            self._attempt(TERMINAL, show)
         self._attempt("log.txt", lambda: self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"))
 
     def _record(self, kind: str, step: int, rows: Rows, **more: float) -> None:
@@ -165,7 +172,7 @@ class PeerLog:
     """Where the other processes of a run report to: what must be told goes to the terminal, the first process writes all else."""
 
     def __init__(self, rank: int, console: Console | None = None) -> None:
-        self.rank, self.console = rank, console or Console(stderr=True)
+        self.rank, self.console = rank, console or _Terminal(stderr=True, highlight=False)
 
     def __enter__(self) -> PeerLog:
         return self
@@ -188,10 +195,19 @@ class PeerLog:
     def message(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """Print a text that is particular to this process: what all of them say as information, the first one says."""
         if level != "info":
-            self.console.print(f"process {self.rank}: {level}: {text}", style=STYLES[level], markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self.console.print(f"process {self.rank}: {level}: {text}", style=STYLES[level], markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """The first process keeps the log file."""
+
+
+class _Terminal(Console):
+    """Falls silent when nobody reads it any more, where the library's own would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def _progress(console: Console) -> Progress:

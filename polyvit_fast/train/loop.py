@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 
@@ -21,18 +18,12 @@ from polyvit_fast.train.feed import Inputs, Slots, feed, pinned
 from polyvit_fast.train.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, opened, save
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
+from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
 GIB = 1 << 30
 FAILED = 1000
 """What a process tells the others instead of a signal's number, all of which are smaller, when its data failed."""
-
-
-@dataclass
-class Stop:
-    """Which signal asked the run to save and end; 0: none."""
-
-    signal: int = 0
 
 
 class _Stopped(Exception):  # noqa: N818 - no error
@@ -56,15 +47,17 @@ class Outcome:
 def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     """Train `config` in its run folder, from the newest checkpoint there when it agrees. Under torchrun, all processes do so together.
 
-    Raises ValueError for a configuration or data list that cannot work, DataError, NonFiniteError, CheckpointError, PeerLost.
+    Raises ValueError for a configuration or data list that cannot work or a run folder in use, DataError, NonFiniteError, CheckpointError,
+    PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
     plan = make_plan(config)
     with (
+        stop_on_signals() as stop,
         joined(config.device) as world,
         on_device(config, world),
         opened(config, plan, world, experiment, argv) as run,
-        _stop_on_signals(run) as stop,
     ):
+        stop.at_once = False  # from here on the step at hand ends and a checkpoint is written
         step, arrivals = _prepared(run, stop)
         run.clock.restart()
         while run.done < len(plan):
@@ -84,6 +77,8 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
             _save(run, must=True)
         if run.step.device.type == "cuda":
             _tell_memory(run)
+        if stop.signal:
+            run.log.message(f"stopped by {stop.name} after step {run.done}; the checkpoint is saved, the same command goes on from there")
         del step, arrivals  # recordings that processes share must be gone before their transport is: NCCL waits for that
         return Outcome(run.done, stop.signal, run.metrics, _results(run), world.rank)
 
@@ -223,22 +218,3 @@ def _evaluate(run: Run, stop: Stop) -> bool:
         run.best_step, run.best_score = run.done, score
     run.clock.restart()
     return True
-
-
-@contextmanager
-def _stop_on_signals(run: Run) -> Iterator[Stop]:
-    """Inside, Ctrl-C and SIGTERM only ask to stop; the step at hand ends, a checkpoint is written."""
-    stop = Stop()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-        if stop.signal:
-            name = signal.Signals(stop.signal).name
-            run.log.message(f"stopped by {name} after step {run.done}; the checkpoint is saved, the same command goes on from there")
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

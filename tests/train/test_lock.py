@@ -17,7 +17,7 @@ from polyvit_fast.train.lock import LOCK, RECORD
 
 RENEW_SECONDS, STALE_SECONDS = 0.5, 4.0
 
-# Says "held", or why not, and stays until it is killed or its input ends. "without" first has the kernel refuse every request for a lock, as
+# Says "held", or why not, and stays until it is killed or its input ends. With the name of an error the kernel first refuses every lock, as
 # file systems do that have none: a filter on fcntl's commands F_SETLK and F_SETLKW.
 HOLDER = f"""
 import ctypes, errno, platform, struct, sys
