@@ -22,7 +22,7 @@ from polyvit_fast.train.distributed import PeerLost, World
 from polyvit_fast.train.lock import hold
 from polyvit_fast.train.log import Log, PeerLog
 from polyvit_fast.train.record import describe_run, resume_differences, to_json
-from polyvit_fast.train.schedule import count_steps
+from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
 from polyvit_fast.train.step import Reading, Step
 
 RNG_LAW = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
@@ -123,6 +123,9 @@ def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list
             f"{experiment}: {_size(model)} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{shares}; "
             f"run folder {config.folder}"
         )
+        endless = warmup_note(config, len(plan))
+        if endless and world.rank == 0:
+            log.message(endless, "warning")
         report = log.message if world.rank == 0 else partial(log.message, level="warning")
         place = {"report": report, "rank": world.rank, "world_size": world.size}
         with world.first_first():  # files that the demo makes, indexes of shards: one process makes them
@@ -199,6 +202,7 @@ def _write(run: Run) -> None:
         "step": done,
         "counters": step.counters.tolist(),
         "rng": {"seed": run.config.seed, "law": RNG_LAW},
+        "warmup_steps": warmup_length(run.config, len(run.plan)),
         "best_step": run.best_step,
         "best_score": None if run.best_step is None else run.best_score,
         "metrics": run.metrics,
@@ -260,6 +264,12 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
                 f"task {name}: its training files are not those of {found.path} (names and labels: {before}; now {now}), so their order "
                 "would change. Put them back to resume, or choose another --out"
             )
+    if run.world.rank == 0 and _had_other_rates(run, found):
+        run.log.message(
+            f"{found.path} is of an earlier version, whose warm-up began at a rate of 0 and took {run.config.optim.warmup_steps:,} steps "
+            "in every schedule. The steps left have the rates that `polyvit-fast plot schedule` draws",
+            "warning",
+        )
     step.parameters.load(found.load_tensors("model"))
     step.optimizer.load(found.load_tensors("optimizer"))
     if run.config.optim.ema_decay:
@@ -272,6 +282,12 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.interval_times.update({name: TaskTime(*times) for name, times in found.state.get("interval_times", {}).items()})
     if found.state["best_step"] is not None:
         run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
+
+
+def _had_other_rates(run: Run, found: checkpoint.Checkpoint) -> bool:
+    """Whether the version that wrote this checkpoint would have given steps that are left another rate."""
+    before = run.config.optim.warmup_steps
+    return "warmup_steps" not in found.state and (found.step < before or warmup_length(run.config, len(run.plan)) != before)
 
 
 def _without_null(row: dict[str, float | None]) -> dict[str, float]:

@@ -1,14 +1,28 @@
-"""What `test_loop.py` does not tell of a run: its ledger of time."""
+"""What `test_loop.py` does not tell of a run: its ledger of time, its folder beside other processes, and what it warns of."""
 
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import tiny_config
 
+from polyvit_fast import cli
+from polyvit_fast.config import Optim
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train import checkpoint
 from polyvit_fast.train.clock import Clock, TaskTime
 from polyvit_fast.train.distributed import World
+from polyvit_fast.train.lock import LOCK, RECORD
 from polyvit_fast.train.log import PeerLog
+from polyvit_fast.train.loop import train
 from polyvit_fast.train.run import Run
 from polyvit_fast.train.schedule import make_plan
 from polyvit_fast.train.step import Step
@@ -38,3 +52,98 @@ def test_time_is_counted_for_the_interval_and_for_the_whole_run(run, monkeypatch
     assert run.seconds["b"] == pytest.approx(0.04)
     assert run.interval_times["a"].seconds == pytest.approx(0.01)
     assert run.interval_times["b"].waited == run.interval_times["b"].seconds
+
+
+SMOKE = ["train", "smoke", "--tasks.pictures.steps", "100000", "--save-every-steps", "10", "--compute-threads", "1", "--out"]
+
+
+@pytest.fixture
+def living(tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
+    """A function that starts a long training in the folder `run` and waits until it has saved."""
+    started = []
+
+    def start() -> subprocess.Popen:
+        saved = len(list((tmp_path / "run").glob("checkpoints/step_*")))
+        process = subprocess.Popen([sys.executable, "-m", "polyvit_fast", *SMOKE, str(tmp_path / "run")], stdout=subprocess.DEVNULL)
+        started.append(process)
+        while process.poll() is None and len(list((tmp_path / "run").glob("checkpoints/step_*"))) <= saved:
+            time.sleep(0.1)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """What a start writes or deletes, but not what a run adds to: which file it is and when it was changed."""
+    kept = {"config.json", "command.txt", "versions.json", LOCK}
+    kept |= {str(path.relative_to(folder)) for path in folder.glob("checkpoints/.tmp-*-of-the-other")}
+    found = {name: (folder / name).stat() for name in kept}
+    grown = {name: (folder / name).stat().st_ino for name in ("log.txt", "metrics.jsonl", RECORD)}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()} | {name: (ino, 0) for name, ino in grown.items()}
+
+
+def test_a_second_run_is_refused_before_it_touches_anything_and_readers_are_not(tmp_path, living, capsys):
+    folder = tmp_path / "run"
+    process = living()
+    before = files(folder)
+    for flags in ([], ["--seed", "3"], ["--no-resume"]):  # whatever else is wrong, this comes first
+        assert cli.run([*SMOKE, str(folder), *flags]) == 2
+        told = capsys.readouterr().err
+        assert f"the run folder {folder} is in use: process {process.pid} on " in told
+    assert files(folder) == before
+    assert cli.run(["eval", str(folder)]) == 0
+    assert cli.run(["plot", str(folder)]) == 0
+    assert process.poll() is None
+    assert "was not saved" not in (folder / "log.txt").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75
+
+
+def test_a_run_goes_on_at_once_after_the_kill_of_the_one_before(tmp_path, living):
+    folder = tmp_path / "run"
+    living().kill()
+    newest = checkpoint.newest(folder)
+    assert newest
+    again = living()
+    assert again.poll() is None
+    log = (folder / "log.txt").read_text()
+    assert "resumed from step" in log
+    assert json.loads((folder / RECORD).read_text())["pid"] == again.pid
+
+
+def test_a_warmup_that_never_ends_is_warned_of(tmp_path):
+    config = tiny_config(optim=Optim(name="adamw", warmup_steps=20), schedule="accumulating", out=str(tmp_path))
+    train(config, "test", ["test"])
+    assert "warning: The warm-up of 10 steps does not end within the run of 10: lower" in (tmp_path / "log.txt").read_text()
+
+
+def forget_warmup(folder: Path) -> None:
+    """Make the newest checkpoint one of a version that did not note its warm-up."""
+    newest = checkpoint.newest(folder)
+    assert newest
+    text = json.dumps({key: value for key, value in newest.state.items() if key != "warmup_steps"}).encode()
+    (newest.path / "state.json").write_bytes(text)
+    manifest = json.loads((newest.path / checkpoint.MANIFEST).read_text())
+    manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (newest.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "is_told"),
+    [("weighted", 0, False), ("weighted", 7, False), ("weighted", 8, True), ("accumulating", 0, False), ("accumulating", 4, True)],
+)
+def test_an_earlier_versions_run_whose_rates_were_others_is_told_so(tmp_path, schedule, warmup_steps, is_told):
+    optim = Optim(warmup_steps=warmup_steps)
+    config = tiny_config(schedule=schedule, optim=optim, save_every_steps=7, keep=9, out=str(tmp_path))
+    train(config, "test", ["test"])
+    for found in checkpoint.every(tmp_path):
+        if found.step > 7:
+            shutil.rmtree(found.path)
+    forget_warmup(tmp_path)
+    train(config, "test", ["test"])
+    log = (tmp_path / "log.txt").read_text()
+    assert "resumed from step 7" in log
+    assert ("is of an earlier version, whose warm-up began at a rate of 0" in log) == is_told
