@@ -57,6 +57,14 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     return total
 
 
+def sorted_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The same for many examples, as scikit-learn does it."""
+    order = np.argsort(-scores, kind="stable")
+    last_of_equal = np.flatnonzero(np.append(scores[order][1:] != scores[order][:-1], True))
+    hits = np.cumsum(positive[order])[last_of_equal]
+    return float(np.sum(np.diff(hits / hits[-1], prepend=0) * hits / (last_of_equal + 1)))
+
+
 def mean_average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:
     columns = [(logits[:, j].double().numpy(), labels[:, j].double().numpy()) for j in range(labels.shape[1])]
     return float(np.mean([average_precision(scores, positive) for scores, positive in columns if positive.any()]))
@@ -117,10 +125,65 @@ def test_batches_whose_logits_look_like_probabilities_are_ranked_with_the_others
     assert computed(multi_label(1), logits, labels, 2)["mAP"] == pytest.approx((1 / 1 + 2 / 4) / 2)
 
 
-def test_large_logits_stay_apart():
-    logits = torch.tensor([[20.0], [25.0], [30.0], [-20.0]])  # float32 would make the first three 1.0
-    labels = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
-    assert computed(multi_label(1), logits, labels, 4)["mAP"] == pytest.approx(1.0)
+INF = float("inf")
+CASES = {  # the sigmoid in fp64 is 1 above 37, and smaller than any number below -745
+    "above 37": lambda n: 37 + torch.rand(n, 5) * 20,
+    "below -745": lambda n: -745 - torch.rand(n, 5) * 20,
+    "huge": lambda n: torch.randn(n, 5) * 1e38,
+    "tiny": lambda n: torch.randn(n, 5) * 1e-42,
+    "neighbours in fp32": lambda n: 1 + torch.randint(9, (n, 5)) * 2.0**-23,
+    "neighbours in fp64": lambda n: 1 + torch.randint(9, (n, 5)).double() * 2.0**-52,
+    "beyond fp32": lambda n: torch.randn(n, 5).double() * 1e300,
+    "infinite": lambda n: torch.tensor([-INF, -1.0, 0.0, 1.0, INF])[torch.randint(5, (n, 5))],
+    "both zeros": lambda n: torch.tensor([-0.0, 0.0, 1e-30])[torch.randint(3, (n, 5))],
+    "in [0, 1]": lambda n: torch.rand(n, 5),
+    "bf16": lambda n: (torch.randn(n, 5) * 50).bfloat16(),
+    "fp16": lambda n: (torch.randn(n, 5) * 50).half(),
+    "all equal": lambda n: torch.full((n, 5), 7.0),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 64, 200])
+@pytest.mark.parametrize("name", CASES)
+def test_map_ranks_the_logits_whatever_they_are(name, batch):
+    torch.manual_seed(5)
+    logits = CASES[name](200)
+    labels = (torch.rand(200, 5) < 0.3).float()
+    found = computed(multi_label(5), logits, labels, batch)["mAP"]
+    assert found == pytest.approx(mean_average_precision(logits, labels), abs=1e-6)
+
+
+@pytest.mark.parametrize("deviation", [1, 1000])
+def test_map_of_as_many_examples_as_audioset_has(deviation):
+    torch.manual_seed(6)
+    labels = (torch.rand(18_589, 3) < torch.tensor([0.003, 0.1, 0.6])).float()
+    logits = (torch.randn(18_589, 3) + labels) * deviation
+    columns = [sorted_average_precision(*(t[:, j].double().numpy() for t in (logits, labels))) for j in range(3)]
+    assert columns[0] == pytest.approx(average_precision(*(t[:, 0].double().numpy() for t in (logits, labels))), abs=1e-12)
+    assert computed(multi_label(3), logits, labels, 1000)["mAP"] == pytest.approx(float(np.mean(columns)), abs=1e-6)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.double])
+def test_of_equal_logits_the_first_class_comes_first(form):
+    equal, labels = form(torch.full((10, 10), 3.0)), torch.arange(10)
+    found = computed(task(10), equal, labels, 3)
+    assert found["top1"] == pytest.approx(0.1)
+    assert found["top5"] == pytest.approx(0.5)
+    torch.manual_seed(7)
+    logits, labels = form(torch.randint(4, (300, 9))), torch.randint(9, (300,))
+    earlier = torch.arange(9) < labels[:, None]
+    right = logits.gather(1, labels[:, None])
+    places = ((logits > right) | ((logits == right) & earlier)).sum(1)
+    found = computed(task(9), logits, labels, 64)
+    assert found["top1"] == pytest.approx((places < 1).double().mean().item(), abs=1e-6)
+    assert found["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-6)
+    assert found["top5"] == pytest.approx((places < 5).double().mean().item(), abs=1e-6)
+
+
+def test_accuracies_of_infinite_and_huge_logits():
+    logits = torch.tensor([[INF, 3e38, 0.0], [-INF, -3e38, -INF], [-INF, -INF, -INF]])
+    assert computed(task(3), logits, torch.tensor([0, 1, 0]), 2)["top1"] == 1
+    assert computed(task(1), torch.tensor([[-INF], [INF]]), torch.zeros(2, dtype=torch.int64), 2)["top1"] == 1
 
 
 @given(st.data())
@@ -151,8 +214,12 @@ def test_bfloat16_logits_and_empty_batches():
     assert computed(multi_label(6), logits, several, 7)["mAP"] == pytest.approx(mean_average_precision(logits, several), abs=1e-6)
 
 
-def test_nan_logits_show_as_a_nan_loss():
-    logits = torch.zeros(4, 3)
-    logits[1] = float("nan")
-    assert math.isnan(computed(task(3), logits, torch.tensor([0, 1, 2, 0]), 2)["loss"])
-    assert math.isnan(computed(multi_label(3), logits, torch.eye(4)[:, :3], 2)["loss"])
+def test_where_a_logit_is_nan_all_metrics_are():
+    logits = torch.zeros(4, 6)
+    logits[1, 2] = float("nan")
+    found = computed(task(6), logits, torch.tensor([0, 1, 2, 0]), 2)
+    assert list(found) == ["top1", "top5", "loss"]
+    assert all(math.isnan(value) for value in found.values())
+    found = computed(multi_label(6), logits, torch.eye(6)[:4], 2)
+    assert list(found) == ["mAP", "loss"]
+    assert all(math.isnan(value) for value in found.values())
