@@ -133,11 +133,16 @@ class Task:
     lr_scale: float = 1.0
     """c_j: multiplies the learning rate on this task's steps."""
     mixup: float = 0.0
-    """Alpha of the Beta distribution that mixes each example with its neighbour in the batch (0 with 1, 2 with 3 …); 0 switches it off."""
+    """Alpha of the Beta distribution that mixes each example with another one of the batch; 0 switches it off."""
+    mixup_pairs: Literal["neighbours", "reversed"] = "neighbours"
+    """Which: neighbours: 0 with 1, 2 with 3 …, the same pairs on any number of processes; reversed: the first with the last …, each process
+    within its own part of the batch, as the paper's code does on each device. Micro-batches change no pair."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over all classes."""
     drop_path_rate: float = 0.0
     """Chance to skip a residual branch in the last block; falls linearly to 0 in the first."""
+    zero_head: bool = False
+    """Start this task's head at zero, as the paper's code does for videos and sounds, not at LeCun's normal law, as for images."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "steps", "batch", "micro_batches"):
@@ -207,7 +212,7 @@ MODELS: dict[str, Model] = {  # arXiv 2010.11929, table 1; Ti and S from arXiv 2
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """One optimizer over all tasks; parameters that a step does not use still move by their momentum."""
+    """One optimizer over all tasks."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd: momentum, as in the paper; adamw: for training from scratch."""
@@ -226,6 +231,15 @@ class Optim:
     """Decoupled for adamw, added to the gradient for sgd; weight matrices only, not biases, norms, positions, class tokens."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient over all parameters; 0 switches clipping off."""
+    clip: Literal["mean", "process"] = "mean"
+    """Which gradient is clipped under torchrun. mean: that of the whole batch; process: each process's own before they are averaged, as the
+    paper's code does for videos and sounds; then the result depends on the number of processes. One process: the same."""
+    accumulate: Literal["mean", "sum"] = "mean"
+    """How an update from several tasks joins their gradients. mean: as if one task had them all, so that rate and clip_norm mean what they
+    mean for one; sum: as many times larger as there are tasks. Where clipping acts, sgd moves alike by both; adamw always nearly does."""
+    absent: Literal["coast", "rest"] = "coast"
+    """What heads and tokenizers do in an update that has no gradient for them. coast: theirs is zero, so that their moments fade and still
+    move them, and weight decay goes on, as in the paper's code; rest: nothing of them changes, as if their tasks were trained alone."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the weights and evaluate that; 0 switches it off."""
 
@@ -311,6 +325,10 @@ class Train:
             raise ValueError(f"attention = {self.attention} needs device = cuda; leave it auto")
         if self.residual == "bf16" and self.precision == "fp32":
             raise ValueError("residual = bf16 needs precision = bf16; leave it fp32")
+        if self.sharded and self.optim.clip == "process":
+            raise ValueError(
+                "optim.clip = process needs each process's whole gradient, which sharded = True never has; leave one of them off"
+            )
         for name in ("num_threads", "prefetch", "log_every_steps", "save_every_steps", "keep", "nonfinite_patience"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")

@@ -33,6 +33,7 @@ from polyvit_fast.data.synthetic import Synthetic
         (lambda: tiny_config(attention="cudnn"), "attention = cudnn needs device = cuda"),
         (lambda: tiny_config(residual="bf16"), "residual = bf16 needs precision = bf16"),
         (lambda: tiny_config(max_bad_ratio=1.5), "max_bad_ratio"),
+        (lambda: tiny_config(sharded=True, optim=Optim(clip="process")), "optim.clip = process needs each process's whole gradient"),
     ],
 )
 def test_wrong_values_are_told(make, message):

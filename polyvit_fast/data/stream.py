@@ -252,10 +252,10 @@ def _share(name: str, task: Task, world_size: int) -> int:
         raise ValueError(
             f"tasks.{name}: the share of each of the {world_size} processes, {share}, does not divide into micro_batches = {pieces}"
         )
-    if task.mixup and share % 2 and world_size > 1:
+    if task.mixup and task.mixup_pairs == "neighbours" and share % 2 and world_size > 1:
         raise ValueError(
             f"tasks.{name}: mixup pairs neighbours, but {world_size} processes cut the batch of {task.batch} into shares of {share}; "
-            "choose a batch that makes them even"
+            "choose a batch that makes them even, or mixup_pairs = reversed"
         )
     return share
 

@@ -28,7 +28,8 @@ vit_b16_imagenet, vivit_b16_kinetics400 and ast_b16_audioset.
 
 Not as there:
 - Weights are random. The paper starts from a ViT-B/16 of ImageNet-21K, which this version cannot read; its rates are for fine-tuning.
-- Gradients are clipped after the mean over the batch in all tasks; there, those of videos and sounds before the mean over devices.
+- Gradients are clipped after the mean over the batch in all tasks, or with --optim.clip process before the mean over processes in all;
+  there, those of pictures after it, those of videos and sounds before it.
 - The rate does not jump back to its peak on the last step, and momentum is kept in fp32 instead of bf16.
 - Pictures are resampled with antialiasing. A clip's brightness is multiplied by 0.6 to 1.4 instead of shifted by up to 32 of 255.
 - Spectrograms are AST's, with AST's mean and deviation of AudioSet. The code that made the paper's was not released; its settings
@@ -85,6 +86,7 @@ config = Train(
             train=Manifest(path="data/kinetics400/train.csv"),
             val=Manifest(path="data/kinetics400/val.csv"),
             num_classes=400,
+            zero_head=True,
             steps=3356 * 30,  # in an epoch, epochs
             batch=64,
             micro_batches=4,
@@ -95,6 +97,7 @@ config = Train(
             train=Manifest(path="data/moments/train.csv"),
             val=Manifest(path="data/moments/val.csv"),
             num_classes=339,
+            zero_head=True,
             steps=12364 * 10,
             batch=64,
             micro_batches=4,
@@ -105,6 +108,7 @@ config = Train(
             train=Manifest(path="data/audioset/train.csv"),
             val=Manifest(path="data/audioset/val.csv"),
             num_classes=527,
+            zero_head=True,
             steps=318 * 50,
             batch=64,
             loss="sigmoid",
@@ -118,6 +122,7 @@ config = Train(
             train=Manifest(path="data/vggsound/train.csv"),
             val=Manifest(path="data/vggsound/val.csv"),
             num_classes=309,
+            zero_head=True,
             steps=2694 * 50,
             batch=64,
             lr_scale=0.5,

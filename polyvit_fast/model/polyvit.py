@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -38,6 +38,7 @@ class PolyViT(nn.Module):
         seed: int = 0,
         residual: Literal["fp32", "bf16"] = "fp32",
         attention: AttentionBackend = "auto",
+        zero_heads: Collection[str] = (),
     ) -> None:
         super().__init__()
         _check_names([*modalities, *heads])
@@ -55,16 +56,16 @@ class PolyViT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = attention
-        initialise(self, seed)
+        initialise(self, seed, zero_heads)
 
     @classmethod
     def from_config(cls, train: Train) -> PolyViT:
         """The model of a run, with its first weights."""
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
-        shared = train.modalities
         own = {name: task.modality for name, task in train.tasks.items()}
-        options = {"seed": train.seed, "residual": train.residual, "attention": train.attention}
-        return cls(train.model, shared, heads, own_normalisation=own, **options)
+        zero_heads = [name for name, task in train.tasks.items() if task.zero_head]
+        settings = {"seed": train.seed, "residual": train.residual, "attention": train.attention}
+        return cls(train.model, train.modalities, heads, own_normalisation=own, **settings, zero_heads=zero_heads)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises, by the task's numbers.
@@ -92,7 +93,7 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 @torch.no_grad()
-def initialise(model: PolyViT, seed: int) -> None:
+def initialise(model: PolyViT, seed: int, zero_heads: Collection[str] = ()) -> None:
     """Set every parameter from `seed` and its own name alone: a model with more tasks has the same trunk.
 
     | parameter | law |
@@ -103,14 +104,16 @@ def initialise(model: PolyViT, seed: int) -> None:
     | *.attn.proj.weight, *.mlp.fc1.weight, *.mlp.fc2.weight | the same, as one matrix |
     | *.mlp.fc1.bias, *.mlp.fc2.bias | normal, deviation 1e-6 |
     | *.norm1.weight, *.norm2.weight, norm.weight | 1 |
-    | all other biases, tokenizers.*.cls_token | 0 |
+    | all other biases, tokenizers.*.cls_token, the weight of the head of a task in `zero_heads` | 0 |
 
-    These are the laws of the paper's code, with two choices: there the heads of videos and sounds start at zero and those of images as
-    here; and a clip's tubelets, which it copies from an image model, are drawn like all others. Parameters on the meta device stay as
-    they are.
+    These are the laws of the paper's code, where the heads of videos and sounds start at zero, with one choice: a clip's tubelets, which
+    it copies from an image model, are drawn like all others. Parameters on the meta device stay as they are.
     """
+    zeros = {f"heads.{task}.weight" for task in zero_heads}
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
+        if name in zeros:
+            parameter.zero_()
+        elif not parameter.is_meta:
             parameter.copy_(_initial_values(name.split("."), parameter.shape, generator(seed, "weights", name)))
 
 

@@ -1,14 +1,17 @@
 """The parameters of a model as flat stretches of memory, and one optimizer over all tasks on top of them.
 
-Parameters that a step does not use have a zero gradient, not none: their momentum decays and still moves them, as in the paper's code.
+Parameters that an update has no gradient for, those of absent tasks and modalities, either have a zero gradient, so that their moments fade
+and still move them, as in the paper's code, or rest (`Optim.absent`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,8 @@ class Piece:
     grads: Tensor
     decays: bool
     """Whether they are subject to weight decay."""
+    part: str = ""
+    """The part of the model that they belong to, where parts are updated each by itself (see `part_of`)."""
     rounded: Tensor | None = None
     """The values once more in the precision of matrix products, written by each update."""
 
@@ -107,12 +112,13 @@ class FlatParameters(Parameters):
     """All parameters of a model in one flat buffer, their gradients in another; the model's own tensors become views of them.
 
     Weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the others are not; `taint` last.
-    With a `rounded` dtype a third buffer holds the parameters in that, for the operations that would round them at every step.
+    With a `rounded` dtype a third buffer holds the parameters in that, for the operations that would round them at every step. `by_part`:
+    no piece belongs to more than one part of the model.
     """
 
     is_averaged = False
 
-    def __init__(self, model: nn.Module, rounded: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, rounded: torch.dtype | None = None, *, by_part: bool = False) -> None:
         self.leaves = dict(sorted(model.named_parameters(), key=lambda item: not is_matrix(*item)))
         self.shapes = {name: parameter.shape for name, parameter in self.leaves.items()}
         self.slots: list[Slot] = []
@@ -132,10 +138,12 @@ class FlatParameters(Parameters):
         if self.rounded:
             for parameter in self.leaves.values():
                 parameter.grad_dtype = None  # of a rounded form: torch adds it to the fp32 one as it is
-        stretches = ((slice(0, self.decayed), True), (slice(self.decayed, None), False))
+        alike = groupby(self.slots, lambda slot: (slot.start < self.decayed, part_of(slot.name) if by_part else ""))
+        kinds = [(next(slots).start, *kind) for kind, slots in alike]
+        self.begins = [begin for begin, _, _ in kinds]
         self.pieces = [
-            Piece(self.values[where], self.grads[where], decays, self.rounded and self.rounded.rounded[where])
-            for where, decays in stretches
+            Piece(self.values[begin:end], self.grads[begin:end], decays, part, self.rounded and self.rounded.rounded[begin:end])
+            for (begin, decays, part), end in zip(kinds, [*self.begins[1:], size + ALIGNMENT], strict=True)
         ]
         self.refresh()
 
@@ -160,8 +168,8 @@ class FlatParameters(Parameters):
 
     def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
         """The parts as a tensor per parameter, without a copy."""
-        matrices, others = parts
-        return {slot.name: slot.view(matrices) if slot.start < self.decayed else slot.view(others, self.decayed) for slot in self.slots}
+        indices = [bisect_right(self.begins, slot.start) - 1 for slot in self.slots]
+        return {slot.name: slot.view(parts[index], self.begins[index]) for slot, index in zip(self.slots, indices, strict=True)}
 
     def fill(self, parts: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
         """Set the parts from a tensor per parameter. Raises ValueError when names or shapes differ."""
@@ -175,10 +183,17 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name.endswith("weight")
 
 
+def part_of(name: str) -> str:
+    """What a parameter of this name belongs to: the tokenizer of a modality, the head of a task, or the trunk, which is ""."""
+    kind, *others = name.split(".")
+    return f"{kind}.{others[0]}" if kind in ("tokenizers", "heads") else ""
+
+
 class Optimizer:
     """Clip by the global norm, then SGD with momentum or AdamW, then the moving average; all without a word to the host.
 
-    Nothing changes on an update whose loss or gradient is not finite.
+    Nothing changes on an update whose loss or gradient is not finite. `parts` are those parts of the model that can rest on their own, in
+    the order of `count`, the number of updates of each.
     """
 
     def __init__(self, parameters: Parameters, config: Optim) -> None:
@@ -186,31 +201,37 @@ class Optimizer:
         values = [piece.values for piece in parameters.pieces]
         names = ("momentum",) if config.name == "sgd" else ("exp_avg", "exp_avg_sq")
         self.moments = {name: [torch.zeros_like(part) for part in values] for name in names}
-        self.count = torch.zeros((), device=values[0].device)
+        self.parts = list(dict.fromkeys(piece.part for piece in parameters.pieces))
+        self.count = torch.zeros(len(self.parts), device=values[0].device)
         self.ema = [part.clone() for part in values] if config.ema_decay else None
 
-    def update(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """One update from the gradients gathered so far, which are zeroed. Gives (gradient norm, whether it was done)."""
+    def update(self, lr: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One update from the gradients gathered so far, which are zeroed. Gives (gradient norm, whether it was done).
+
+        `active` tells on the device for each of `parts` whether it takes part; without it all do.
+        """
         norm, clip_norm = self.parameters.norm(), self.config.clip_norm
         done = norm.isfinite()
         scale = (clip_norm / norm).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
-        self.count += done
+        moves = done.expand(len(self.parts)) if active is None else active & done
+        self.count += moves
         with self.parameters.updated():
             for index in range(len(self.parameters.pieces)):
-                self._update_piece(index, lr, scale, done)
+                self._update_piece(index, lr, scale, moves)
         return norm, done
 
-    def _update_piece(self, index: int, lr: Tensor, scale: Tensor, done: Tensor) -> None:
+    def _update_piece(self, index: int, lr: Tensor, scale: Tensor, moves: Tensor) -> None:
         piece, config = self.parameters.pieces[index], self.config
+        place = self.parts.index(piece.part)
         moments = {name: parts[index] for name, parts in self.moments.items()}
         ema = None if self.ema is None else self.ema[index]
-        common = {"lr": lr, "scale": scale, "ok": done, "ema": ema, "ema_decay": config.ema_decay, "copy": piece.rounded}
+        common = {"lr": lr, "scale": scale, "ok": moves[place], "ema": ema, "ema_decay": config.ema_decay, "copy": piece.rounded}
         common["weight_decay"] = config.weight_decay if piece.decays else 0.0
         if config.name == "sgd":
             ops.sgd_(piece.values, piece.grads, moments["momentum"], **common, momentum=config.momentum)
         else:
             first, second = moments["exp_avg"], moments["exp_avg_sq"]
-            ops.adamw_(piece.values, piece.grads, first, second, self.count, **common, betas=config.betas, eps=config.eps)
+            ops.adamw_(piece.values, piece.grads, first, second, self.count[place], **common, betas=config.betas, eps=config.eps)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -229,14 +250,23 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """All that must be saved beside the weights, by name; as in `Parameters.whole`."""
         moments = {f"{moment}.{name}": t for moment, parts in self.moments.items() for name, t in self.parameters.whole(parts).items()}
-        return moments | {"count": self.count}
+        return moments | self._counts()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave. Raises ValueError when it belongs to another model or optimizer."""
         for moment, parts in self.moments.items():
             prefix = f"{moment}."
             self.parameters.fill(parts, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        self.count.copy_(tensors["count"])
+        counts = self._counts()
+        other = sorted(counts.keys() ^ {name for name in tensors if name.partition(".")[0] == "count"})
+        if other:
+            raise ValueError(f"the checkpoint counts the updates of other parts, by another optim.absent: {', '.join(other[:5])}")
+        for name, count in counts.items():
+            count.copy_(tensors[name])
+
+    def _counts(self) -> dict[str, Tensor]:
+        """Views of `count` by name; that of the trunk, or of all at once, is "count"."""
+        return {f"count.{part}" if part else "count": count for part, count in zip(self.parts, self.count, strict=True)}
 
     def average_tensors(self) -> dict[str, Tensor] | None:
         """The moving average as in `Parameters.whole`, when there is one."""

@@ -19,7 +19,7 @@ BUCKET_BYTES = 25 << 20
 """Large enough for the full bandwidth, small enough for the first to leave early."""
 
 LEAVING = "leaving"
-"""What the last bucket waits for beside its parameters, that the loss may be judged up to the end."""
+"""What a bucket waits for beside its parameters: the last one for the loss to be judged, up to the end; the first to be clipped."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,12 @@ class Bucket:
 class Reducer:
     """Sums the flat gradient over all processes, in fp32 or bf16; the same buckets in the same order on every process.
 
+    With `own_clip_norm`, this process's gradient is clipped to that norm before; then it leaves when all of it is there, not earlier.
     Nothing in it waits on the host for a GPU, so that a CUDA graph can record it.
     """
 
-    def __init__(self, parameters: FlatParameters, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(self, parameters: FlatParameters, precision: Literal["fp32", "bf16"], own_clip_norm: float = 0.0) -> None:
+        self.parameters, self.own_clip_norm = parameters, own_clip_norm
         self.buckets = list(_buckets(parameters, precision))
         self.waiting: list[set[str]] | None = None
         self.works: list[dist.Work] = []
@@ -54,10 +56,11 @@ class Reducer:
         """
         used = frozenset(used)
         self.works, self.waiting = [], [set(bucket.names & used) for bucket in self.buckets]
-        self.waiting[-1].add(LEAVING)
+        self.waiting[0 if self.own_clip_norm else -1].add(LEAVING)
         try:
             self._launch_complete()
             yield
+            self._clip()
             for names in self.waiting:
                 names.clear()
             self._launch_complete()
@@ -65,6 +68,12 @@ class Reducer:
                 _finish(bucket, work)
         finally:
             self.works, self.waiting = [], None
+
+    def _clip(self) -> None:
+        if self.own_clip_norm:
+            norm = self.parameters.norm()
+            scale = (self.own_clip_norm / norm).clamp(max=1.0)
+            self.parameters.grads.mul_(torch.where(norm.isfinite(), scale, torch.nan))  # as clipped to 0, it would be lost without a word
 
     def _arrived(self, number: int, name: str, parameter: Tensor) -> None:
         """A parameter has its whole gradient."""

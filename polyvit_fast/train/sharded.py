@@ -12,7 +12,7 @@ from torch import Tensor
 from polyvit_fast.model.modules import Block
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed import World
-from polyvit_fast.train.optim import Parameters, Piece, is_matrix
+from polyvit_fast.train.optim import Parameters, Piece, is_matrix, part_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -44,12 +44,20 @@ def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precisio
 
 
 class ShardedParameters(Parameters):
-    """This process's shards of a model's parameters and of their gradients: a piece each."""
+    """This process's shards of a model's parameters and of their gradients: a piece each. `by_part` as of `FlatParameters`."""
 
     is_averaged = True
 
     @torch.no_grad()
-    def __init__(self, model: PolyViT, world: World, device: Literal["cpu", "cuda"], precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(
+        self,
+        model: PolyViT,
+        world: World,
+        device: Literal["cpu", "cuda"],
+        precision: Literal["fp32", "bf16"],
+        *,
+        by_part: bool = False,
+    ) -> None:
         shard(model, world, device, precision)
         self.world = world
         self.shards = {name: cast("DTensor", parameter) for name, parameter in model.named_parameters()}
@@ -58,7 +66,8 @@ class ShardedParameters(Parameters):
         for name, parameter in self.shards.items():
             gradient = cast("DTensor", torch.zeros_like(parameter))
             parameter.grad = gradient  # FSDP adds to what is there
-            self.pieces.append(Piece(parameter.to_local().view(-1), gradient.to_local().view(-1), is_matrix(name, parameter)))
+            part = part_of(name) if by_part else ""
+            self.pieces.append(Piece(parameter.to_local().view(-1), gradient.to_local().view(-1), is_matrix(name, parameter), part))
         number = torch.zeros(2, 1, device=self.pieces[0].values.device)
         self.pieces.append(Piece(number[0], number[1], decays=False))
         self.taint = number[1, 0]

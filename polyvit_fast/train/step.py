@@ -19,7 +19,7 @@ from polyvit_fast.randomness import key
 from polyvit_fast.train.distributed import ALONE, World
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
-from polyvit_fast.train.optim import FlatParameters, Optimizer
+from polyvit_fast.train.optim import FlatParameters, Optimizer, part_of
 from polyvit_fast.train.reduce import Reducer
 from polyvit_fast.train.sharded import ShardedParameters
 
@@ -65,24 +65,30 @@ class Step:
     def __init__(self, model: PolyViT, config: Train, world: World = ALONE) -> None:
         self.model, self.config, self.world = model, config, world
         self.used = {name: parameters_of(model, name) for name in config.tasks}
+        rest = config.optim.absent == "rest"
         if config.sharded:
-            self.parameters, self.reducer = ShardedParameters(model, self.world, config.device, config.grad_reduce), None
+            self.parameters, self.reducer = ShardedParameters(model, world, config.device, config.grad_reduce, by_part=rest), None
         else:
-            self.parameters = FlatParameters(model.to(config.device), torch.bfloat16 if config.keeps_rounded else None)
-            self.reducer = Reducer(self.parameters, config.grad_reduce) if self.world.size > 1 else None
+            rounded = torch.bfloat16 if config.keeps_rounded else None
+            self.parameters = FlatParameters(model.to(config.device), rounded, by_part=rest)
+            own_clip_norm = config.optim.clip_norm / world.size if config.optim.clip == "process" else 0.0
+            self.reducer = Reducer(self.parameters, config.grad_reduce, own_clip_norm) if world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
         self.device = self.parameters.taint.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}
         self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        has_part = [[part in parts_of(model, name) for name in config.tasks] for part in self.optimizer.parts]
+        self.has_part = torch.tensor(has_part, device=self.device) if rest else None
         self.lr, self.share, self.number = (torch.zeros((), device=self.device, dtype=dtype) for dtype in (None, None, torch.float64))
 
     def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
-        """Say what comes: the tasks of step number `step`, whose gradients are averaged, and its learning rate."""
+        """Say what comes: the tasks of step number `step`, whose gradients are joined, and its learning rate."""
         self.parameters.refresh()
         self.lr.fill_(lr)
         self.number.fill_(step)
-        self.share.fill_(1 / len(names) if self.parameters.is_averaged else 1 / (len(names) * self.world.size))
+        num_tasks = len(names) if self.config.optim.accumulate == "mean" else 1
+        self.share.fill_(1 / num_tasks if self.parameters.is_averaged else 1 / (num_tasks * self.world.size))
         rank = (self.world.rank,) if self.world.rank else ()  # dropout differs between processes
         torch.manual_seed(key(self.config.seed, "step", step, *rank) >> 1)
 
@@ -92,10 +98,11 @@ class Step:
         `last`: nothing is added to it after this in this step, so that the processes may sum theirs.
         """
         task, grid, labels = self.config.tasks[name], inputs.grid, inputs.labels
-        partners = neighbours(labels) if task.mixup else labels
+        partners_of = MIXUP_PAIRS[task.mixup_pairs]
+        partners = partners_of(labels) if task.mixup else labels
         if task.mixup:
             # lerp in the grid's own units: the tokenizer normalises afterwards, and both are linear.
-            grid = grid.float().lerp(neighbours(grid).float(), 1 - inputs.mixup_ratio)
+            grid = grid.float().lerp(partners_of(grid).float(), 1 - inputs.mixup_ratio)
         row = self.counters[self.rows[name]]
         pieces = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
         for number, piece in enumerate(pieces, 1):
@@ -128,7 +135,8 @@ class Step:
     @torch.no_grad()
     def update(self) -> None:
         """One update from the gathered gradient; left out, and counted for the step's tasks, when anything is not finite."""
-        _, done = self.optimizer.update(self.lr)
+        active = None if self.has_part is None else (self.has_part & self.took_part).any(1)
+        _, done = self.optimizer.update(self.lr, active)
         skipped = self.took_part & ~done
         total, in_a_row, last = self.counters[:, 3:].unbind(1)
         total += skipped
@@ -162,20 +170,33 @@ class Step:
             self.parameters.zero_grads()
 
 
+def parts_of(model: PolyViT, task: str) -> tuple[str, str, str]:
+    """The parts of the model (see `optim.part_of`) that a step of `task` has gradients for."""
+    return "", f"tokenizers.{model.modality_of[task]}", f"heads.{task}"
+
+
 def parameters_of(model: PolyViT, task: str) -> list[str]:
     """Names of the parameters that a step of `task` has gradients for: all but other modalities' tokenizers and other tasks' heads."""
-    own = {"tokenizers": model.modality_of[task], "heads": task}
-    return [name for name, _ in model.named_parameters() if (part := name.split("."))[1] == own.get(part[0], part[1])]
+    return [name for name, _ in model.named_parameters() if part_of(name) in parts_of(model, task)]
 
 
 def neighbours(x: Tensor) -> Tensor:
     """The examples of a batch in other places: 0 and 1 swap, 2 and 3, and so on; an odd last one stays.
 
-    Unlike a reversed batch's, these pairs are the same when several processes or micro-batches share the batch.
+    Unlike a reversed batch's, these pairs are the same when several processes share the batch.
     """
     even = len(x) // 2 * 2
     swapped = x[:even].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return swapped if even == len(x) else torch.cat([swapped, x[even:]])
+
+
+def reverse(x: Tensor) -> Tensor:
+    """The examples of a batch in the opposite order."""
+    return x.flip(0)
+
+
+MIXUP_PAIRS = {"neighbours": neighbours, "reversed": reverse}
+"""The batch of those that its examples are mixed with."""
 
 
 def _task_counters(loss: float, matches: float, steps: float, *counts: float) -> TaskCounters:

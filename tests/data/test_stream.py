@@ -197,7 +197,8 @@ def test_ranks_together_validate_every_sample_once_in_equally_many_batches(world
 def test_mixup_needs_shares_of_whole_pairs(batch, world_size, share):
     with pytest.raises(ValueError, match=rf"tasks.t: mixup pairs neighbours, but {world_size} processes .* into shares of {share}; choose"):
         Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.2, batch=batch)}), train=True, world_size=world_size)
-    Loader("t", tiny_config(tasks={"t": tile_task(batch=batch)}), train=True, world_size=world_size)  # without mixup anything goes
+    for changes in ({}, {"mixup": 0.2, "mixup_pairs": "reversed"}):  # without mixup anything goes, and any share can be reversed
+        Loader("t", tiny_config(tasks={"t": tile_task(batch=batch, **changes)}), train=True, world_size=world_size)
 
 
 @pytest.mark.parametrize(("batch", "micro_batches", "world_size"), [(7, 1, 1), (6, 2, 1), (8, 2, 2), (8, 4, 2), (8, 1, 4), (4, 1, 2)])

@@ -105,6 +105,7 @@ def test_polyvit_has_the_released_settings():
     assert config.model == MODELS["B"]
     assert {name: modality.num_tokens for name, modality in config.modalities.items()} == {"image": 577, "video": 1569, "audio": 401}
     assert {name for name, task in config.tasks.items() if task.metric == "mAP"} == {"audioset"}
+    assert {name for name, task in config.tasks.items() if task.zero_head} == {"kinetics400", "moments", "audioset", "vggsound"}
     assert (config.optim.name, config.optim.momentum, config.optim.clip_norm, config.optim.weight_decay) == ("sgd", 0.9, 1.0, 0.0)
 
 

@@ -189,6 +189,13 @@ def test_initial_laws():
     assert {law for name in tensors for law in [name.split(".")[-1]]} == {"weight", "bias", "cls_token", "pos_embed"}
 
 
+def test_heads_may_start_at_zero_and_nothing_else_changes():
+    usual, zeroed = polyvit().state_dict(), PolyViT(MODEL, SMALL, HEADS, zero_heads=["motion", "words"]).state_dict()
+    zeros = {"heads.motion.weight", "heads.words.weight"}
+    assert all(not zeroed[name].any() for name in zeros)
+    assert all(torch.equal(tensor, zeroed[name]) for name, tensor in usual.items() if name not in zeros)
+
+
 def test_no_two_tensors_share_their_values():
     model = polyvit()
     drawn = [parameter.flatten()[:4] for parameter in model.parameters() if parameter.numel() >= 4 and parameter.std() > 1e-8]
@@ -198,6 +205,8 @@ def test_no_two_tensors_share_their_values():
 def test_model_of_a_configuration():
     tasks = {name: task(SMALL[modality], num_classes) for name, (modality, num_classes) in HEADS.items()}
     model, again = PolyViT.from_config(Train(tasks=tasks, model=MODEL, seed=3)), polyvit(seed=3)
+    zeroed = PolyViT.from_config(Train(tasks=tasks | {"pets": replace(tasks["pets"], zero_head=True)}, model=MODEL))
+    assert [name for name, head in zeroed.heads.items() if not head.weight.any()] == ["pets"]
     assert model.state_dict().keys() == again.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert [name for name, _ in model.named_children()] == ["tokenizers", "blocks", "norm", "heads"]

@@ -52,6 +52,10 @@ STEPS = {
     "sgd": {"optim": Optim(name="sgd", lr=0.1, weight_decay=0.1, clip_norm=0.0)},
     "sgd ema": {"optim": Optim(name="sgd", lr=0.1, ema_decay=0.9)},
     "adamw ema": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9)},
+    "sgd rest": {"optim": Optim(name="sgd", lr=0.1, absent="rest")},
+    "adamw rest": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9, absent="rest")},
+    "summed": {"optim": Optim(accumulate="sum")},
+    "mixed with the reversed batch": {"tasks": {"a": tile_task(mixup=0.4, mixup_pairs="reversed", micro_batches=2)}},
     "recompute": {"recompute": True, "tasks": {"a": tile_task(drop_path_rate=0.2)}},
     "dropout adaptors erf": {"model": replace(MODEL, dropout=0.1, num_adaptor_layers=1, gelu="erf")},
 }
@@ -82,11 +86,12 @@ def test_the_steps_above_have_all_losses_and_optimizers():
 
 
 @pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("own_clip_norm", [0.0, 0.5])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sums_over_processes_can_be_recorded(monkeypatch, precision):
+def test_sums_over_processes_can_be_recorded(monkeypatch, precision, own_clip_norm):
     sent = Sent(monkeypatch)
     step, slots = step_on_meta({})
-    step.reducer = Reducer(step.parameters, precision)
+    step.reducer = Reducer(step.parameters, precision, own_clip_norm)
     with recording():
         for name, last in (("a", False), ("b", True)):
             step.forward_backward(name, slots.inputs(name, 0), last)

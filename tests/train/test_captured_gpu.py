@@ -77,10 +77,21 @@ class Trained:
         {"precision": "fp32"},
         {"schedule": "accumulating"},
         {"optim": Optim(name="sgd", lr=0.05, ema_decay=0.9, weight_decay=1e-3)},
+        {"optim": Optim(name="adamw", lr=1e-3, ema_decay=0.9, weight_decay=1e-3, absent="rest")},
+        {"schedule": "accumulating", "optim": Optim(name="sgd", lr=0.05, accumulate="sum", absent="rest")},
         {"model": replace(MODEL, dropout=0.1, num_adaptor_layers=1)},
         {"recompute": True, "tasks": {"pictures": task(Image(size=64), drop_path_rate=0.3, mixup=0.4, micro_batches=2, steps=50)}},
     ],
-    ids=["weighted", "fp32", "accumulating", "sgd-ema", "dropout-adaptors", "recompute-drop-path-mixup-micro"],
+    ids=[
+        "weighted",
+        "fp32",
+        "accumulating",
+        "sgd-ema",
+        "adamw-ema-rest",
+        "sgd-summed-rest",
+        "dropout-adaptors",
+        "recompute-drop-path-mixup-micro",
+    ],
 )
 def test_captured_and_eager_have_the_same_weights_after_fifty_steps(changes):
     run = config(**changes)

@@ -1,5 +1,6 @@
 import gc
 import itertools
+import math
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,9 +15,11 @@ from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import reduce
 from polyvit_fast.train.distributed import World
+from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.optim import FlatParameters, Optimizer
 from polyvit_fast.train.reduce import Reducer
+from polyvit_fast.train.step import Step
 
 BATCH = 8
 SMALL_BUCKET = 1 << 13  # of the tiny model's 80 KB of gradients
@@ -114,6 +117,96 @@ def of_one_process() -> tuple[torch.Tensor, torch.Tensor]:
         parameters.taint.fill_(torch.nan if step == 2 else 0.0)
         optimizer.update(torch.tensor(0.1))
     return gradient, parameters.values
+
+
+CLIP_NORM = 0.2  # of gradients whose norms are 0.3 to 0.6, halved by the backward pass above
+POISONS = {"nan": torch.nan, "inf": torch.inf, "overflow": 1e30}  # the last one is finite, but its square is not
+
+
+def clipped(world: World) -> dict[str, object]:
+    """By `own_clip_norm`, in both precisions, and with something not finite in the gradient of the last process."""
+    reduce.BUCKET_BYTES = SMALL_BUCKET
+    found: dict[str, object] = {}
+    for precision in ("fp32", "bf16"):
+        parameters = FlatParameters(model := PolyViT.from_config(config()))
+        reducer = Reducer(parameters, precision, CLIP_NORM / world.size)
+        for task, of, part in (("a", 1, 0), ("b", 2, 0), ("b", 2, 1)):
+            backward(model, task, 0, world, of, part)
+        own = parameters.grads.clone()
+        parameters.zero_grads()
+        with Recorder() as recorder:
+            gather_gradient(model, reducer, world, 0)
+        found[precision] = {"own": own, "sum": parameters.grads.clone(), "events": recorder.events}
+        for name, poison in POISONS.items():
+            parameters.zero_grads()
+            parameters.grads[7] = poison if world.rank == world.size - 1 else 1.0
+            with reducer.overlapped([]):
+                pass
+            found[f"{precision} {name}"] = float(parameters.norm())
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_process_clips_its_own_gradient_before_the_mean(size):
+    found = together(size, clipped)
+    for precision, rounding in (("fp32", 2.0**-22), ("bf16", 2.0**-7)):
+        own = torch.stack([one[precision]["own"].double() for one in found]) * size  # each process's mean, not yet shared by all
+        norms = own.norm(dim=1, keepdim=True)
+        assert (norms > CLIP_NORM).all()
+        assert norms.max() > 1.05 * norms.min()  # else it would not matter who clips
+        expected = (own * CLIP_NORM / norms).mean(0)
+        after = own.mean(0) * CLIP_NORM / own.mean(0).norm()
+        for one in found:
+            assert torch.equal(one[precision]["sum"], found[0][precision]["sum"])
+            assert (one[precision]["sum"] - expected).norm() < rounding * expected.norm()
+            assert (one[precision]["sum"] - after).norm() > 0.01 * expected.norm()
+            assert [math.isfinite(one[f"{precision} {name}"]) for name in POISONS] == [False] * len(POISONS)
+            last = max(number for number, event in enumerate(one[precision]["events"]) if event == "end")
+            assert last == one[precision]["events"].count("end") - 1  # no bucket leaves before all are there
+
+
+def one_update(world: World, clip: str) -> dict[str, torch.Tensor]:
+    """Of both tasks, whose second one mixes its batch with the reversed one."""
+    tasks = {"a": tile_task(), "b": tile_task(mixup=1.0, mixup_pairs="reversed", micro_batches=2)}
+    run = tiny_config(tasks=tasks, optim=Optim(name="sgd", clip_norm=CLIP_NORM, clip=clip))
+    step = Step(PolyViT.from_config(run), run, world)
+    step.begin(("a", "b"), 1.0, 0)
+    for task in ("a", "b"):
+        grid, labels = (whole.chunk(world.size)[world.rank] for whole in batch(task, 0))
+        step.forward_backward(task, Inputs(grid, labels, torch.tensor(0.7)), last=task == "b")
+    step.update()
+    return step.parameters.tensors()
+
+
+def mean_gradient(rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Of one process's share of both batches, in plain PyTorch."""
+    model = PolyViT.from_config(tiny_config(tasks={"a": tile_task(), "b": tile_task()}))
+    grid, labels = (whole.chunk(size)[rank] for whole in batch("a", 0))
+    loss = torch.nn.functional.cross_entropy(model(grid, "a"), labels)
+    logits = model(0.7 * grid + 0.3 * grid.flip(0), "b")
+    loss += 0.7 * torch.nn.functional.cross_entropy(logits, labels) + 0.3 * torch.nn.functional.cross_entropy(logits, labels.flip(0))
+    (loss / 2).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def scaled(gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    norm = torch.stack([tensor.norm() for tensor in gradient.values()]).norm()
+    assert norm > CLIP_NORM
+    return {name: tensor * CLIP_NORM / norm for name, tensor in gradient.items()}
+
+
+@pytest.mark.parametrize("clip", ["mean", "process"])
+def test_a_step_clips_before_or_after_the_mean_over_processes(clip):
+    found, own = together(2, one_update, clip), [mean_gradient(rank, 2) for rank in range(2)]
+    if clip == "process":
+        first, second = map(scaled, own)
+        expected = {name: (first[name] + second[name]) / 2 for name in first}
+    else:
+        expected = scaled({name: (own[0][name] + own[1][name]) / 2 for name in own[0]})
+    start = dict(PolyViT.from_config(tiny_config(tasks={"a": tile_task(), "b": tile_task()})).named_parameters())
+    for one in found:
+        for name, gradient in expected.items():
+            torch.testing.assert_close(start[name].detach() - one[name], gradient, rtol=1e-3, atol=2e-6)
 
 
 @cache

@@ -9,7 +9,8 @@ from polyvit_fast.data.stream import Batch, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
-from polyvit_fast.train.step import Step, neighbours, parameters_of
+from polyvit_fast.train.optim import FlatParameters
+from polyvit_fast.train.step import Step, neighbours, parameters_of, reverse
 
 
 def fresh(config):
@@ -24,27 +25,39 @@ def one_step(step, names, batches, lr=1e-3, number=0):
 
 
 def gradient_by_autograd(config, batches):
-    """Gradient of the mean over tasks of each task's loss, written in one expression."""
+    """Gradient of the mean over tasks of each task's loss, or of their sum, written in one expression."""
     model = PolyViT.from_config(config)
     losses = []
     for name, batch in batches:
         task = config.tasks[name]
         grid, labels = batch.grid.float(), batch.labels
         if task.mixup:
-            partners = [i + 1 - 2 * (i % 2) for i in range(len(labels))]
+            reverse = task.mixup_pairs == "reversed"
+            partners = [len(labels) - 1 - i if reverse else i + 1 - 2 * (i % 2) for i in range(len(labels))]
             grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid[partners]
             one_hot = torch.nn.functional.one_hot(labels, task.num_classes).float()
             labels = batch.mixup_ratio * one_hot + (1 - batch.mixup_ratio) * one_hot[partners]
         losses.append(LOSSES[task.loss](model(grid, name), labels, task.label_smoothing))
-    (sum(losses) / len(losses)).backward()
+    (sum(losses) / (len(losses) if config.optim.accumulate == "mean" else 1)).backward()
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("accumulate", ["mean", "sum"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"micro_batches": 4}, {"mixup": 0.4}, {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1}], ids=str
+    "changes",
+    [
+        {},
+        {"micro_batches": 4},
+        {"mixup": 0.4},
+        {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1},
+        {"mixup": 0.4, "mixup_pairs": "reversed"},
+        {"mixup": 0.4, "mixup_pairs": "reversed", "micro_batches": 4},
+    ],
+    ids=str,
 )
-def test_gradient_is_that_of_the_mean_over_tasks_and_micro_batches(changes):
-    config = tiny_config(tasks={"a": tile_task(**changes), "b": tile_task(loss="sigmoid", multi_label=True)})
+def test_gradient_is_that_of_the_mean_or_sum_over_tasks_and_micro_batches(changes, accumulate):
+    tasks = {"a": tile_task(**changes), "b": tile_task(loss="sigmoid", multi_label=True)}
+    config = tiny_config(tasks=tasks, optim=Optim(accumulate=accumulate))
     batches = [(name, Loader(name, config, train=True).load(3)) for name in config.tasks]
     step = fresh(config)
     step.begin(tuple(config.tasks), 0.0, 0)
@@ -52,6 +65,69 @@ def test_gradient_is_that_of_the_mean_over_tasks_and_micro_batches(changes):
         step.forward_backward(name, Inputs.of(batch))
     for name, gradient in step.parameters.whole([piece.grads for piece in step.parameters.pieces]).items():
         torch.testing.assert_close(gradient, gradient_by_autograd(config, batches)[name], rtol=1e-4, atol=1e-6)
+
+
+def accumulated(config, steps=4):
+    """Weights after some updates from all tasks."""
+    step = fresh(config)
+    loaders = {name: Loader(name, config, train=True) for name in config.tasks}
+    for number in range(steps):
+        one_step(step, tuple(config.tasks), [loader.load(number) for loader in loaders.values()], lr=0.1 / (1 + number), number=number)
+    return step.parameters.values
+
+
+def accumulated_by_torch(config, steps=4):
+    """The same in plain PyTorch."""
+    model = PolyViT.from_config(config)
+    loaders = {name: Loader(name, config, train=True) for name in config.tasks}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    for number in range(steps):
+        losses = []
+        for name, loader in loaders.items():
+            batch = loader.load(number)
+            losses.append(LOSSES[config.tasks[name].loss](model(batch.grid, name), batch.labels, 0.0))
+        joined = torch.stack(losses)
+        (joined.mean() if config.optim.accumulate == "mean" else joined.sum()).backward()
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return model
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+@pytest.mark.parametrize("accumulate", ["mean", "sum"])
+def test_several_updates_from_all_tasks_are_those_of_plain_torch(accumulate, clip_norm):
+    config = tiny_config(optim=Optim(name="sgd", accumulate=accumulate, clip_norm=clip_norm))
+    model = PolyViT.from_config(config)
+    step_values = accumulated(config)
+    FlatParameters(model).values.copy_(step_values)
+    for ours, theirs in zip(model.parameters(), accumulated_by_torch(config).parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_where_clipping_acts_sum_and_mean_move_alike():
+    def apart(clip_norm: float) -> float:
+        mean, summed = (accumulated(tiny_config(optim=Optim(name="sgd", accumulate=how, clip_norm=clip_norm))) for how in ("mean", "sum"))
+        return float((mean - summed).norm() / mean.norm())
+
+    assert apart(0.1) < 1e-5
+    assert apart(0.0) > 0.01
+
+
+def test_a_step_of_one_task_is_the_same_by_sum_and_mean(config):
+    batch = Loader("a", config, train=True).load(0)
+    steps = [fresh(replace(config, optim=Optim(name="sgd", accumulate=how))) for how in ("mean", "sum")]
+    for step in steps:
+        one_step(step, ("a",), [batch], lr=0.1)
+    assert torch.equal(steps[0].parameters.values, steps[1].parameters.values)
+
+
+def test_one_process_clips_alike_before_and_after_the_mean(config):
+    found = [accumulated(replace(config, optim=Optim(name="sgd", clip_norm=0.1, clip=clip))) for clip in ("mean", "process")]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], accumulated(replace(config, optim=Optim(name="sgd", clip_norm=0.0))))
 
 
 def test_counters_are_means_since_the_last_reading(config):
@@ -130,6 +206,12 @@ def test_neighbours_swap_in_pairs():
     assert neighbours(torch.arange(5)).tolist() == [1, 0, 3, 2, 4]
     assert neighbours(torch.arange(1)).tolist() == [0]
     assert neighbours(torch.arange(8).view(4, 2)).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
+
+
+def test_a_reversed_batch_pairs_the_first_with_the_last():
+    assert reverse(torch.arange(4)).tolist() == [3, 2, 1, 0]
+    assert reverse(torch.arange(5)).tolist() == [4, 3, 2, 1, 0]
+    assert reverse(torch.arange(4).view(2, 2)).tolist() == [[2, 3], [0, 1]]
 
 
 def test_the_parameters_of_a_task_are_those_that_get_a_gradient(config):
