@@ -237,9 +237,11 @@ class Optim:
     accumulate: Literal["mean", "sum"] = "mean"
     """How an update from several tasks joins their gradients. mean: as if one task had them all, so that rate and clip_norm mean what they
     mean for one; sum: as many times larger as there are tasks. Where clipping acts, sgd moves alike by both; adamw always nearly does."""
-    absent: Literal["coast", "rest"] = "coast"
+    absent: Literal["auto", "coast", "rest"] = "auto"
     """What heads and tokenizers do in an update that has no gradient for them. coast: theirs is zero, so that their moments fade and still
-    move them, and weight decay goes on, as in the paper's code; rest: nothing of them changes, as if their tasks were trained alone."""
+    move them, and weight decay goes on, as in the paper's code; rest: nothing of them changes, as if their tasks were trained alone. auto:
+    coast with sgd; rest with adamw, by which a task that has one of N updates else moves sqrt(N) times as far for each and decays N times
+    as much, and which learns the demo better so."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the weights and evaluate that; 0 switches it off."""
 
@@ -251,6 +253,11 @@ class Optim:
         for name, value in (("momentum", self.momentum), ("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} = {value} must be in [0, 1)")
+
+    @property
+    def rests(self) -> bool:
+        """Whether absent parameters rest."""
+        return self.absent == "rest" or (self.absent == "auto" and self.name == "adamw")
 
 
 Plan = list[tuple[str, ...]]

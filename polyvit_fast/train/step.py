@@ -65,7 +65,7 @@ class Step:
     def __init__(self, model: PolyViT, config: Train, world: World = ALONE) -> None:
         self.model, self.config, self.world = model, config, world
         self.used = {name: parameters_of(model, name) for name in config.tasks}
-        rest = config.optim.absent == "rest"
+        rest = config.optim.rests
         if config.sharded:
             self.parameters, self.reducer = ShardedParameters(model, world, config.device, config.grad_reduce, by_part=rest), None
         else:

@@ -27,6 +27,7 @@ class Other(Tile):
 
 
 def config(**optim):
+    """Three tasks, two of one modality, with adaptors."""
     tasks = {"a": tile_task(batch=4), "b": tile_task(batch=4, modality=Other()), "c": tile_task(batch=4, num_classes=5)}
     model = Model(dim=32, depth=2, num_heads=2, mlp_dim=64, num_adaptor_layers=1)
     return tiny_config(tasks=tasks, model=model, optim=replace(OPTIMIZERS["adamw"], **optim))
@@ -121,12 +122,24 @@ def test_each_part_counts_its_own_updates_and_restores_them():
     with pytest.raises(
         ValueError, match=r"the checkpoint counts the updates of other parts, by another optim\.absent: count\.heads\.a, count"
     ):
-        Step(PolyViT.from_config(config()), config()).optimizer.load(saved)
+        Step(PolyViT.from_config(config()), config(absent="coast")).optimizer.load(saved)
 
 
-def test_to_coast_is_the_default_and_one_count_is_all():
-    step = train(config())
-    assert step.config.optim.absent == "coast"
+def test_sgd_coasts_and_adamw_rests_unless_told_otherwise():
+    assert {(name, absent): Optim(name=name, absent=absent).rests for name in OPTIMIZERS for absent in ("auto", "coast", "rest")} == {
+        ("sgd", "auto"): False,
+        ("sgd", "coast"): False,
+        ("sgd", "rest"): True,
+        ("adamw", "auto"): True,
+        ("adamw", "coast"): False,
+        ("adamw", "rest"): True,
+    }
+    usual, resting = (train(config(absent=absent)).parameters.values for absent in ("auto", "rest"))
+    assert torch.equal(usual, resting)
+
+
+def test_one_count_is_all_where_nothing_rests():
+    step = train(config(absent="coast"))
     assert [name for name in step.optimizer.tensors() if name.startswith("count")] == ["count"]
     assert len(step.parameters.pieces) == 2
 

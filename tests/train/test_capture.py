@@ -53,7 +53,7 @@ STEPS = {
     "sgd ema": {"optim": Optim(name="sgd", lr=0.1, ema_decay=0.9)},
     "adamw ema": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9)},
     "sgd rest": {"optim": Optim(name="sgd", lr=0.1, absent="rest")},
-    "adamw rest": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9, absent="rest")},
+    "adamw coast": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9, absent="coast")},
     "summed": {"optim": Optim(accumulate="sum")},
     "mixed with the reversed batch": {"tasks": {"a": tile_task(mixup=0.4, mixup_pairs="reversed", micro_batches=2)}},
     "recompute": {"recompute": True, "tasks": {"a": tile_task(drop_path_rate=0.2)}},
