@@ -49,7 +49,7 @@ class Batch:
     labels: Tensor
     """int64 [batch], or float32 multi-hot [batch, num_classes] of a multi-label task."""
     mixup_ratio: float = 1.0
-    """Weight of each example against its neighbour (0 with 1, 2 with 3 …); 1 mixes nothing."""
+    """Weight of each example against the one that it is mixed with; 1 mixes nothing."""
 
 
 @lru_cache(maxsize=64)

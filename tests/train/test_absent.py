@@ -11,6 +11,8 @@ from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed import ALONE, World
 from polyvit_fast.train.feed import Inputs
+from polyvit_fast.train.loss import LOSSES
+from polyvit_fast.train.schedule import learning_rate, make_plan
 from polyvit_fast.train.step import Step
 
 PLAN = [("a",), ("b",), ("a", "c"), ("a",), ("c",), ("b",), ("a",), ("a", "b")] * 3
@@ -86,6 +88,29 @@ def test_torch_coasts_by_zero_gradients_and_rests_without(name, absent):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
     other = train(config(**vars(OPTIMIZERS[name]) | {"absent": {"coast": "rest", "rest": "coast"}[absent]})).model
     assert (other.heads["c"].weight - theirs.heads["c"].weight).abs().max() > 1e-3
+
+
+def test_fifty_steps_of_two_tasks_follow_the_recurrence_of_the_papers_code():
+    """m ← g min(1, c / |g|) + 0.9 m; θ ← θ − lr · lr_scale of the step's task · m, for all parameters in every step."""
+    tasks = {"a": tile_task(steps=35, lr_scale=0.5), "b": tile_task(steps=15, lr_scale=2.0, modality=Other(), loss="sigmoid")}
+    of = tiny_config(tasks=tasks, optim=Optim(name="sgd", lr=0.05, warmup_steps=5, clip_norm=0.5))
+    plan = make_plan(of)
+    assert len(plan) == 50
+    ours, theirs = Step(PolyViT.from_config(of), of), PolyViT.from_config(of)
+    momentum = [torch.zeros_like(p) for p in theirs.parameters()]
+    for number, (name,) in enumerate(plan):
+        ours.begin((name,), learning_rate(of, plan, number), number)
+        ours.forward_backward(name, inputs(number))
+        ours.update()
+        batch = inputs(number)
+        loss = LOSSES[of.tasks[name].loss](theirs(batch.grid, name), batch.labels, 0.0)
+        grads = torch.autograd.grad(loss, list(theirs.parameters()), materialize_grads=True)
+        factor = min(1.0, 0.5 / float(torch.stack([grad.norm() for grad in grads]).norm()))
+        for parameter, grad, moment in zip(theirs.parameters(), grads, momentum, strict=True):
+            moment.mul_(0.9).add_(grad * factor)
+            parameter.data -= learning_rate(of, plan, number) * moment
+    for a, b in zip(ours.model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
