@@ -32,8 +32,8 @@ class Piece:
     grads: Tensor
     decays: bool
     """Whether they are subject to weight decay."""
-    part: str = ""
-    """The part of the model that they belong to, where parts are updated each by itself (see `part_of`)."""
+    component: str = ""
+    """What they belong to, where components of the model are updated each by itself (see `component_of`)."""
     rounded: Tensor | None = None
     """The values once more in the precision of matrix products, written by each update."""
 
@@ -112,13 +112,13 @@ class FlatParameters(Parameters):
     """All parameters of a model in one flat buffer, their gradients in another; the model's own tensors become views of them.
 
     Weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the others are not; `taint` last.
-    With a `rounded` dtype a third buffer holds the parameters in that, for the operations that would round them at every step. `by_part`:
-    no piece belongs to more than one part of the model.
+    With a `rounded` dtype a third buffer holds the parameters in that, for the operations that would round them at every step. With
+    `by_component` no piece belongs to more than one component of the model (see `component_of`).
     """
 
     is_averaged = False
 
-    def __init__(self, model: nn.Module, rounded: torch.dtype | None = None, *, by_part: bool = False) -> None:
+    def __init__(self, model: nn.Module, rounded: torch.dtype | None = None, *, by_component: bool = False) -> None:
         self.leaves = dict(sorted(model.named_parameters(), key=lambda item: not is_matrix(*item)))
         self.shapes = {name: parameter.shape for name, parameter in self.leaves.items()}
         self.slots: list[Slot] = []
@@ -138,12 +138,12 @@ class FlatParameters(Parameters):
         if self.rounded:
             for parameter in self.leaves.values():
                 parameter.grad_dtype = None  # of a rounded form: torch adds it to the fp32 one as it is
-        alike = groupby(self.slots, lambda slot: (slot.start < self.decayed, part_of(slot.name) if by_part else ""))
+        alike = groupby(self.slots, lambda slot: (slot.start < self.decayed, component_of(slot.name) if by_component else ""))
         kinds = [(next(slots).start, *kind) for kind, slots in alike]
         self.begins = [begin for begin, _, _ in kinds]
         self.pieces = [
-            Piece(self.values[begin:end], self.grads[begin:end], decays, part, self.rounded and self.rounded.rounded[begin:end])
-            for (begin, decays, part), end in zip(kinds, [*self.begins[1:], size + ALIGNMENT], strict=True)
+            Piece(self.values[begin:end], self.grads[begin:end], decays, component, self.rounded and self.rounded.rounded[begin:end])
+            for (begin, decays, component), end in zip(kinds, [*self.begins[1:], size + ALIGNMENT], strict=True)
         ]
         self.refresh()
 
@@ -183,7 +183,7 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name.endswith("weight")
 
 
-def part_of(name: str) -> str:
+def component_of(name: str) -> str:
     """What a parameter of this name belongs to: the tokenizer of a modality, the head of a task, or the trunk, which is ""."""
     kind, *others = name.split(".")
     return f"{kind}.{others[0]}" if kind in ("tokenizers", "heads") else ""
@@ -192,8 +192,8 @@ def part_of(name: str) -> str:
 class Optimizer:
     """Clip by the global norm, then SGD with momentum or AdamW, then the moving average; all without a word to the host.
 
-    Nothing changes on an update whose loss or gradient is not finite. `parts` are those parts of the model that can rest on their own, in
-    the order of `count`, the number of updates of each.
+    Nothing changes on an update whose loss or gradient is not finite. `components` of the model can rest, each on its own; `count` has the
+    number of updates of each.
     """
 
     def __init__(self, parameters: Parameters, config: Optim) -> None:
@@ -201,19 +201,19 @@ class Optimizer:
         values = [piece.values for piece in parameters.pieces]
         names = ("momentum",) if config.name == "sgd" else ("exp_avg", "exp_avg_sq")
         self.moments = {name: [torch.zeros_like(part) for part in values] for name in names}
-        self.parts = list(dict.fromkeys(piece.part for piece in parameters.pieces))
-        self.count = torch.zeros(len(self.parts), device=values[0].device)
+        self.components = list(dict.fromkeys(piece.component for piece in parameters.pieces))
+        self.count = torch.zeros(len(self.components), device=values[0].device)
         self.ema = [part.clone() for part in values] if config.ema_decay else None
 
     def update(self, lr: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One update from the gradients gathered so far, which are zeroed. Gives (gradient norm, whether it was done).
 
-        `active` tells on the device for each of `parts` whether it takes part; without it all do.
+        `active` tells on the device for each of `components` whether it takes part; without it all do.
         """
         norm, clip_norm = self.parameters.norm(), self.config.clip_norm
         done = norm.isfinite()
         scale = (clip_norm / norm).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
-        moves = done.expand(len(self.parts)) if active is None else active & done
+        moves = done.expand(len(self.components)) if active is None else active & done
         self.count += moves
         with self.parameters.updated():
             for index in range(len(self.parameters.pieces)):
@@ -222,7 +222,7 @@ class Optimizer:
 
     def _update_piece(self, index: int, lr: Tensor, scale: Tensor, moves: Tensor) -> None:
         piece, config = self.parameters.pieces[index], self.config
-        place = self.parts.index(piece.part)
+        place = self.components.index(piece.component)
         moments = {name: parts[index] for name, parts in self.moments.items()}
         ema = None if self.ema is None else self.ema[index]
         common = {"lr": lr, "scale": scale, "ok": moves[place], "ema": ema, "ema_decay": config.ema_decay, "copy": piece.rounded}
@@ -260,13 +260,14 @@ class Optimizer:
         counts = self._counts()
         other = sorted(counts.keys() ^ {name for name in tensors if name.partition(".")[0] == "count"})
         if other:
-            raise ValueError(f"the checkpoint counts the updates of other parts, by another optim.absent: {', '.join(other[:5])}")
+            raise ValueError(f"the checkpoint counts the updates of other components, by another optim.absent: {', '.join(other[:5])}")
         for name, count in counts.items():
             count.copy_(tensors[name])
 
     def _counts(self) -> dict[str, Tensor]:
         """Views of `count` by name; that of the trunk, or of all at once, is "count"."""
-        return {f"count.{part}" if part else "count": count for part, count in zip(self.parts, self.count, strict=True)}
+        names = ["count" + (name and f".{name}") for name in self.components]
+        return dict(zip(names, self.count, strict=True))
 
     def average_tensors(self) -> dict[str, Tensor] | None:
         """The moving average as in `Parameters.whole`, when there is one."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from polyvit_fast.model.modules import Block
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed import World
-from polyvit_fast.train.optim import Parameters, Piece, is_matrix, part_of
+from polyvit_fast.train.optim import Parameters, Piece, component_of, is_matrix
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -44,7 +44,7 @@ def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precisio
 
 
 class ShardedParameters(Parameters):
-    """This process's shards of a model's parameters and of their gradients: a piece each. `by_part` as of `FlatParameters`."""
+    """This process's shards of a model's parameters and of their gradients: a piece each. `by_component` as of `FlatParameters`."""
 
     is_averaged = True
 
@@ -56,7 +56,7 @@ class ShardedParameters(Parameters):
         device: Literal["cpu", "cuda"],
         precision: Literal["fp32", "bf16"],
         *,
-        by_part: bool = False,
+        by_component: bool = False,
     ) -> None:
         shard(model, world, device, precision)
         self.world = world
@@ -66,8 +66,9 @@ class ShardedParameters(Parameters):
         for name, parameter in self.shards.items():
             gradient = cast("DTensor", torch.zeros_like(parameter))
             parameter.grad = gradient  # FSDP adds to what is there
-            part = part_of(name) if by_part else ""
-            self.pieces.append(Piece(parameter.to_local().view(-1), gradient.to_local().view(-1), is_matrix(name, parameter), part))
+            component = component_of(name) if by_component else ""
+            values, grads = parameter.to_local().view(-1), gradient.to_local().view(-1)
+            self.pieces.append(Piece(values, grads, is_matrix(name, parameter), component))
         number = torch.zeros(2, 1, device=self.pieces[0].values.device)
         self.pieces.append(Piece(number[0], number[1], decays=False))
         self.taint = number[1, 0]

@@ -19,7 +19,7 @@ from polyvit_fast.randomness import key
 from polyvit_fast.train.distributed import ALONE, World
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
-from polyvit_fast.train.optim import FlatParameters, Optimizer, part_of
+from polyvit_fast.train.optim import FlatParameters, Optimizer, component_of
 from polyvit_fast.train.reduce import Reducer
 from polyvit_fast.train.sharded import ShardedParameters
 
@@ -67,10 +67,10 @@ class Step:
         self.used = {name: parameters_of(model, name) for name in config.tasks}
         rest = config.optim.rests
         if config.sharded:
-            self.parameters, self.reducer = ShardedParameters(model, world, config.device, config.grad_reduce, by_part=rest), None
+            self.parameters, self.reducer = ShardedParameters(model, world, config.device, config.grad_reduce, by_component=rest), None
         else:
             rounded = torch.bfloat16 if config.keeps_rounded else None
-            self.parameters = FlatParameters(model.to(config.device), rounded, by_part=rest)
+            self.parameters = FlatParameters(model.to(config.device), rounded, by_component=rest)
             own_clip_norm = config.optim.clip_norm / world.size if config.optim.clip == "process" else 0.0
             self.reducer = Reducer(self.parameters, config.grad_reduce, own_clip_norm) if world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
@@ -78,8 +78,8 @@ class Step:
         self.rows = {name: row for row, name in enumerate(config.tasks)}
         self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
-        has_part = [[part in parts_of(model, name) for name in config.tasks] for part in self.optimizer.parts]
-        self.has_part = torch.tensor(has_part, device=self.device) if rest else None
+        has_component = [[component in components_of(model, name) for name in config.tasks] for component in self.optimizer.components]
+        self.has_component = torch.tensor(has_component, device=self.device) if rest else None
         self.lr, self.share, self.number = (torch.zeros((), device=self.device, dtype=dtype) for dtype in (None, None, torch.float64))
 
     def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
@@ -135,7 +135,7 @@ class Step:
     @torch.no_grad()
     def update(self) -> None:
         """One update from the gathered gradient; left out, and counted for the step's tasks, when anything is not finite."""
-        active = None if self.has_part is None else (self.has_part & self.took_part).any(1)
+        active = None if self.has_component is None else (self.has_component & self.took_part).any(1)
         _, done = self.optimizer.update(self.lr, active)
         skipped = self.took_part & ~done
         total, in_a_row, last = self.counters[:, 3:].unbind(1)
@@ -170,14 +170,14 @@ class Step:
             self.parameters.zero_grads()
 
 
-def parts_of(model: PolyViT, task: str) -> tuple[str, str, str]:
-    """The parts of the model (see `optim.part_of`) that a step of `task` has gradients for."""
+def components_of(model: PolyViT, task: str) -> tuple[str, str, str]:
+    """The components of the model (see `optim.component_of`) that a step of `task` has gradients for."""
     return "", f"tokenizers.{model.modality_of[task]}", f"heads.{task}"
 
 
 def parameters_of(model: PolyViT, task: str) -> list[str]:
     """Names of the parameters that a step of `task` has gradients for: all but other modalities' tokenizers and other tasks' heads."""
-    return [name for name, _ in model.named_parameters() if part_of(name) in parts_of(model, task)]
+    return [name for name, _ in model.named_parameters() if component_of(name) in components_of(model, task)]
 
 
 def neighbours(x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def test_what_rests_keeps_every_bit_of_its_state(name):
     assert not step.parameters.grads.any()
 
 
-def test_each_part_counts_its_own_updates_and_restores_them():
+def test_each_component_counts_its_own_updates_and_restores_them():
     step = train(config(absent="rest"))
     saved = {name: tensor.clone() for name, tensor in step.optimizer.tensors().items()}
     counts = {name: int(tensor) for name, tensor in saved.items() if name.startswith("count")}
@@ -145,7 +145,7 @@ def test_each_part_counts_its_own_updates_and_restores_them():
     fresh.optimizer.load(saved)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in fresh.optimizer.tensors().items())
     with pytest.raises(
-        ValueError, match=r"the checkpoint counts the updates of other parts, by another optim\.absent: count\.heads\.a, count"
+        ValueError, match=r"the checkpoint counts the updates of other components, by another optim\.absent: count\.heads\.a, count"
     ):
         Step(PolyViT.from_config(config()), config(absent="coast")).optimizer.load(saved)
 
