@@ -1,42 +1,26 @@
 """Sound files to mono waveforms of one sample rate. Which kind a file is, its content tells, not its name.
 
-DALI decodes WAV and FLAC, in batches, which is faster than PyAV. PyAV (FFmpeg) decodes the rest: it is quicker on Ogg, and DALI has no
-MP3, AAC or WMA. Channels are averaged either way. PyAV also resamples, for DALI's resampler turns
-frequencies that the new rate cannot hold into other ones, at full strength.
+DALI decodes what libsndfile does, in batches: faster than PyAV, and with libsndfile's samples, which FFmpeg does not always give (it swaps
+the bytes of RIFX). PyAV (FFmpeg) decodes the rest: Ogg, MP3, AAC, WMA, videos. Channels are averaged either way. PyAV also resamples,
+for DALI's resampler turns frequencies that the new rate cannot hold into other ones, at full strength.
 """
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
 from polyvit_fast.data.dali import Graph, new_pipeline
+from polyvit_fast.data.sound_header import Header, read_header
 from polyvit_fast.data.threads import map_in_threads
-from polyvit_fast.data.waves import Wave, check_end, check_size, decode, resample
+from polyvit_fast.data.waves import Wave, check_size, decode, resample
 from polyvit_fast.media import Media, MediaError
 
 PIECE_BYTES = 1 << 28  # a batch of songs would be gigabytes before they are cut
 LOUDEST = 1e12  # full scale is 1, in some files 2**31; the energy of this is still far from float32's end
-WAV_KINDS = {(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64), (6, 8), (7, 8)}  # (format, bits) that DALI decodes
-EXTENSIBLE = 0xFFFE  # the format stands further on
-PIPED = 0x7FFF0000  # programs that write WAV to a pipe promise at least so many bytes, as they cannot know
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a WAV or FLAC file says of itself."""
-
-    sample_rate_hz: int
-    channels: int
-    samples: int
-    num_bytes: int
-    """Of the file."""
 
 
 class SoundReader:
@@ -55,7 +39,7 @@ class SoundReader:
         others = [i for i, header in enumerate(headers) if header is None]
         map_in_threads(lambda i: use(i, self._finish(*decode(media[i], self.max_seconds))), others, self.num_threads)
         for piece in _pieces({i: header for i, header in enumerate(headers) if header is not None}):
-            self._read_with_dali(piece, media, use)
+            self._read_with_dali({i: headers[i].tag_bytes for i in piece}, media, use)
 
     def _read_header(self, media: Media) -> Header | None:
         header = read_header(media)
@@ -63,8 +47,9 @@ class SoundReader:
             check_size(header.samples, header.channels, header.sample_rate_hz, self.max_seconds)
         return header
 
-    def _read_with_dali(self, piece: list[int], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
-        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8), piece, self.num_threads)
+    def _read_with_dali(self, tag_bytes: dict[int, int], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
+        piece = list(tag_bytes)
+        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8)[tag_bytes[i] :], piece, self.num_threads)
         failure = "truncated or damaged: its header is good, its samples cannot be decoded"
         waves, rates = self.waves.run(failure, content=contents)
 
@@ -79,44 +64,6 @@ class SoundReader:
         if not np.maximum(wave.max(), -wave.min()) <= LOUDEST:  # not a number is neither
             raise MediaError(f"some of its samples are infinite, not a number or beyond {LOUDEST:g}")
         return resample(wave, rate, self.sample_rate_hz)
-
-
-def read_header(media: Media) -> Header | None:
-    """The header of a file that DALI decodes, None of any other. Raises MediaError when there are far fewer samples than it promises."""
-    with media.open() as file:
-        start = file.read(26)
-        num_bytes = file.seek(0, io.SEEK_END)
-        if start.startswith(b"fLaC") and len(start) == 26:
-            return _flac_header(start, num_bytes)
-        if start.startswith(b"RIFF") and start[8:12] == b"WAVE":
-            return _wav_header(file, num_bytes)
-    return None
-
-
-def _flac_header(start: bytes, num_bytes: int) -> Header | None:
-    """From the first block (RFC 9639, section 8.2)."""
-    packed = int.from_bytes(start[18:26], "big")
-    samples = packed & ((1 << 36) - 1)
-    return Header(packed >> 44, (packed >> 41 & 7) + 1, samples, num_bytes) if samples else None  # 0: written to a pipe
-
-
-def _wav_header(file: io.BufferedReader, num_bytes: int) -> Header | None:
-    kind, rate, channels, block, at = (0, 0), 0, 0, 0, 12
-    for _ in range(100):  # a file of zeros would be millions of empty chunks
-        file.seek(at)
-        name, size = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
-        at += 8
-        if name == b"fmt ":
-            body = file.read(26).ljust(26, b"\0")
-            code, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", body)
-            kind = (int.from_bytes(body[24:26], "little") if code == EXTENSIBLE else code, bits)
-        elif name == b"data":
-            samples = min(size, num_bytes - at) // block if kind in WAV_KINDS and rate and channels and block else 0
-            if samples and size < PIPED:
-                check_end(samples / rate, size / block / rate)
-            return Header(rate, channels, samples, num_bytes) if samples else None
-        at += size + size % 2
-    return None
 
 
 def _pieces(headers: dict[int, Header]) -> Iterator[list[int]]:

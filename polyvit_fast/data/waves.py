@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from polyvit_fast.data.sound_container import format_cut, states_duration
 from polyvit_fast.media import Media, MediaError
 
 Wave = Float32[np.ndarray, " samples"]
 # FFmpeg's demuxers; playlists, which name other files, stay shut.
-FORMATS = "mp3,aac,ogg,mov,matroska,asf,wav,flac,aiff,au,w64,caf,amr,ac3,eac3,avi,mpegts,mpeg,flv"
-GUESSED = ("aac", "ac3", "eac3", "amr")  # no header tells their length: FFmpeg divides their size by the first bit rate
+FORMATS = "mp3,aac,ogg,mov,matroska,asf,wav,flac,aiff,au,w64,caf,amr,ac3,eac3,avi,mpegts,mpeg,flv,voc,wv,tta"
+# No header tells the length of some, and FFmpeg guesses it by a bit rate or the time stamps; that of others is checked by the byte.
+GUESSED = ("aac", "ac3", "eac3", "amr", "mpegts", "mpeg", "avi", "asf")
+CHANGES = "its sample rate or channels change midway, which is not supported"
 RATES_HZ = (1_000, 768_000)
 MAX_NUMBERS = 1 << 28  # a GiB of float32, channels counted: 15 minutes of six at 48 kHz
 BLOCK_SAMPLES = 1 << 16
+ENCODER_SAMPLES = 4096  # that a header may count before and after the sound, as packets hold a fixed number and decoders start late
 FILTER_SAMPLES = 64  # more than the resampling filter spans, in samples of the lower rate
 
 
@@ -35,8 +39,7 @@ def decode(media: Media, max_seconds: float) -> tuple[int, Wave]:
     rate, samples, num_bad, blocks = 1, 0, 0, []
     try:
         source, stated_seconds = _open(media, max_seconds)
-        planar, blocked = ("aformat", {"sample_fmts": "fltp"}), ("asetnsamples", {"n": str(BLOCK_SAMPLES), "p": "0"})
-        for frame in _pull(_chain(("amovie", source), planar, blocked)):
+        for frame in _decode(source):
             if frame is not None:
                 rate, samples = frame.sample_rate, samples + frame.samples
                 check_size(samples, 1, rate, max_seconds)
@@ -49,7 +52,9 @@ def decode(media: Media, max_seconds: float) -> tuple[int, Wave]:
         raise MediaError(f"not a sound that can be decoded: {error.strerror}") from None
     if num_bad > 1 + samples / rate:
         raise MediaError(f"damaged: {num_bad} of its packets or more cannot be decoded")
-    check_end(samples / rate, stated_seconds)
+    stated = stated_seconds * rate
+    if samples < 0.95 * stated - (1152 if source["f"] == "mp3" else ENCODER_SAMPLES):
+        raise MediaError(format_cut(samples, stated, rate))
     return rate, np.concatenate([np.zeros(0, np.float32), *blocks])
 
 
@@ -82,12 +87,6 @@ def check_size(samples: int, channels: int, rate: int, max_seconds: float) -> No
         raise MediaError(f"it has {samples} samples of {channels} channels, more than {MAX_NUMBERS} numbers")
 
 
-def check_end(seconds: float, stated_seconds: float) -> None:
-    """Raise MediaError when a sound ends far before it should."""
-    if seconds < 0.95 * stated_seconds - 0.5:
-        raise MediaError(f"truncated: it ends after {seconds:.1f} of the {stated_seconds:.1f} seconds that its header promises")
-
-
 def _chain(*filters: tuple[str, dict[str, str]]) -> Any:
     """One of FFmpeg's filters after the other."""
     from av.filter import Graph
@@ -101,9 +100,44 @@ def _chain(*filters: tuple[str, dict[str, str]]) -> Any:
     return graph
 
 
+def _decode(source: dict[str, str]) -> Iterator[Any]:
+    """Planar frames of float32, and None for every packet that cannot be decoded."""
+    from av.error import PatchWelcomeError
+
+    planar, blocked = ("aformat", {"sample_fmts": "fltp"}), ("asetnsamples", {"n": str(BLOCK_SAMPLES), "p": "0"})
+    begun = False
+    try:
+        for frame in _pull(_chain(("amovie", source), planar, blocked)):
+            yield frame
+            begun = True
+    except PatchWelcomeError:
+        if begun:
+            raise MediaError(CHANGES) from None
+        yield from _decode_by_packets(source)  # `amovie` expects other numbers of MPEG's layers I and II than it gets
+
+
+def _decode_by_packets(source: dict[str, str]) -> Iterator[Any]:
+    import av
+    from av.error import InvalidDataError
+
+    planar, shapes = av.AudioResampler("fltp"), set()
+    with _open_container(source["filename"], source["f"]) as container:
+        for packet in container.demux(container.streams[int(source["streams"])]):
+            try:
+                frames = packet.decode()
+            except InvalidDataError:
+                yield None
+                continue
+            shapes |= {(frame.sample_rate, frame.layout.name) for frame in frames}
+            if len(shapes) > 1:
+                raise MediaError(CHANGES)
+            for frame in frames:
+                yield from planar.resample(frame)
+
+
 def _pull(graph: Any) -> Iterator[Any]:
     """The frames that come out of the filters, and None for every packet that cannot be decoded."""
-    from av.error import InvalidDataError, PatchWelcomeError
+    from av.error import InvalidDataError
 
     while True:
         try:
@@ -112,18 +146,14 @@ def _pull(graph: Any) -> Iterator[Any]:
             return
         except InvalidDataError:
             yield None
-        except PatchWelcomeError:
-            raise MediaError("its sample rate or channels change midway, which is not supported") from None
 
 
 def _open(media: Media, max_seconds: float) -> tuple[dict[str, str], float]:
     """What `amovie` must know to decode the file, and how many seconds its header states, 0 for none."""
-    import av
-
     # FFmpeg reads by itself: through a Python file it would wait for the lock.
     path = f"file:{media.path}"
     url = path if media.size is None else f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{path}"
-    with av.open(url, metadata_errors="replace", container_options={"format_whitelist": FORMATS}) as container:
+    with _open_container(url) as container:
         if not container.streams.audio:
             raise MediaError("there is no sound in it")
         stream = container.streams.audio[0]
@@ -136,9 +166,19 @@ def _open(media: Media, max_seconds: float) -> tuple[dict[str, str], float]:
         return {"filename": url, "f": name, "streams": str(stream.index), "dec_threads": "1"}, seconds
 
 
+def _open_container(url: str, name: str | None = None) -> Any:
+    import av
+    from av.error import ArgumentError
+
+    try:
+        return av.open(url, format=name, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
+    except ArgumentError:
+        raise MediaError("not a sound that can be decoded: its format is not supported") from None
+
+
 def _stated_seconds(media: Media, container: Any, stream: Any) -> float:
     name = container.format.name
-    if name in GUESSED or (name == "mp3" and not _counts_frames(media)):
+    if name in GUESSED or (name == "mp3" and not _counts_frames(media)) or ("matroska" in name and not states_duration(media)):
         return 0.0
     if stream.duration:
         return float(stream.duration * stream.time_base)
