@@ -16,8 +16,10 @@ from torch import Tensor
 
 from polyvit_fast.config import Decoder, Modality
 from polyvit_fast.data.sound_file import SoundReader
-from polyvit_fast.data.spectrogram import FRAMES_PER_SECOND, log_mel, num_samples
+from polyvit_fast.data.spectrogram import FRAMES_PER_SECOND, log_mel, num_frames, num_samples
 from polyvit_fast.media import Media
+
+PADDINGS: dict[str, Literal["spectrogram", "waveform"]] = {"kaldi": "spectrogram", "mbt": "waveform"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Audio(Modality):
 
     name: ClassVar[str] = "audio"
     clip_seconds: float = 8.0
-    """Length of a clip. A shorter sound is followed by silence."""
+    """Length of a clip. A shorter sound is padded after its end."""
     patch: int = 16
     """Rows and columns of one token: hundredths of a second and mel bins."""
     num_mel_bins: int = 128
@@ -35,6 +37,9 @@ class Audio(Modality):
     """Copies of the spectrogram; with 3 the tokenizer's weights may come from an image model's (as in the paper)."""
     spectrogram: Literal["kaldi", "mbt"] = "kaldi"
     """kaldi: as AST, from 20 Hz on, with pre-emphasis and Hann windows; mbt: from 0 Hz on, with Hamming windows."""
+    padding: Literal["spectrogram", "waveform"] | None = None
+    """What follows a short sound. spectrogram: rows of 0, before mean and std are applied, as in AST; waveform: silence, whose rows are the
+    floor of the logarithm; None: spectrogram for kaldi, whose model is AST, waveform for mbt, whose authors publish no padding."""
     sample_rate_hz: int = 16_000
     """Files of another rate are resampled. The highest band ends at half of it."""
     eval_clips: int = 1
@@ -136,6 +141,7 @@ class AudioDecoder:
             clips = np.empty((self.num_views, self.samples), np.float32)
             self.cut(wave, rngs[i], clips)
             pictures[i] = self.spectrograms(torch.from_numpy(clips))
+            pictures[i][:, self.count_rows(len(wave)) :] = 0
             if self.train:
                 masked_rows, masked_columns = self.draw_masks(rngs[i])
                 pictures[i][:, torch.from_numpy(masked_rows)] = self.audio.mean
@@ -145,10 +151,19 @@ class AudioDecoder:
         return self.as_grid(pictures)
 
     def cut(self, wave: Float32[np.ndarray, " all"], rng: np.random.Generator, clips: Float32[np.ndarray, "view samples"]) -> None:
-        """Write the wanted clips of a sound into `clips`, followed by silence where it ends."""
+        """Write the wanted clips of a sound into `clips`; all those of a short one are its beginning, followed by silence."""
         for clip, start in zip(clips, self._choose_starts(max(0, len(wave) - self.samples), rng), strict=True):
             part = wave[start : start + self.samples]
             clip[: len(part)], clip[len(part) :] = part, 0
+
+    def count_rows(self, samples: int) -> int:
+        """How many rows are kept of a clip from a sound of so many samples; zeros follow.
+
+        Where the spectrogram is padded, these are the windows of the sound alone, and at least one: AST has none of less than 25 ms.
+        """
+        audio, rows = self.audio, self.audio.grid[1]
+        padding = audio.padding or PADDINGS[audio.spectrogram]
+        return rows if padding == "waveform" else min(rows, max(1, num_frames(samples, audio.sample_rate_hz)))
 
     def spectrograms(self, clips: Float32[Tensor, "clip samples"]) -> Float32[Tensor, "clip rows columns"]:
         """On the device of `clips`."""

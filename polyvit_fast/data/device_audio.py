@@ -34,9 +34,11 @@ class DeviceAudio(DeviceDecoder):
         _, rows, columns, _ = decoder.audio.grid
         clips = np.empty((len(media), decoder.num_views, decoder.samples), np.float32)
         masked_rows, masked_columns = np.zeros((len(media), rows), bool), np.zeros((len(media), columns), bool)
+        padded_rows = np.zeros((len(media), rows), bool)
 
         def cut(i: int, wave: Float32[np.ndarray, " samples"]) -> None:
             decoder.cut(wave, rngs[i], clips[i])
+            padded_rows[i, decoder.count_rows(len(wave)) :] = True
             if decoder.train:
                 masked_rows[i], masked_columns[i] = decoder.draw_masks(rngs[i])
 
@@ -45,6 +47,8 @@ class DeviceAudio(DeviceDecoder):
         waves = send(torch.from_numpy(clips).flatten(0, 1), self.device)
         pieces = [decoder.spectrograms(piece) for piece in waves.split(max(1, PIECE_ROWS // rows))]
         pictures = torch.cat(pieces).unflatten(0, clips.shape[:2])
+        if padded_rows.any():
+            pictures.masked_fill_(send_array(padded_rows, self.device)[:, None, :, None], 0)
         if decoder.train:
             masked = send_array(masked_rows, self.device)[:, None, :, None] | send_array(masked_columns, self.device)[:, None, None]
             pictures.masked_fill_(masked, decoder.audio.mean)

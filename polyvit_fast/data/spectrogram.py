@@ -29,6 +29,11 @@ def num_samples(frames: int, sample_rate_hz: int) -> int:
     return (frames - 1) * (sample_rate_hz // FRAMES_PER_SECOND) + _window_size(sample_rate_hz)
 
 
+def num_frames(samples: int, sample_rate_hz: int) -> int:
+    """Frames whose windows lie within so many samples."""
+    return max(0, 1 + (samples - _window_size(sample_rate_hz)) // (sample_rate_hz // FRAMES_PER_SECOND))
+
+
 def log_mel(
     waves: Float[Tensor, "batch samples"], *, form: Form, sample_rate_hz: int, num_mel_bins: int
 ) -> Float[Tensor, "batch frames mel"]:

@@ -83,14 +83,56 @@ def test_a_sound_at_another_rate(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 10 / RATE, 1 / RATE])
-def test_short_sounds_are_followed_by_silence(tmp_path, seconds):
+@pytest.mark.parametrize("audio", [Audio(**SMALL, padding="waveform"), Audio(**SMALL, spectrogram="mbt", eval_clips=3)])
+def test_short_sounds_are_followed_by_silence(tmp_path, audio, seconds):
     wave = noise(seconds, RATE)
     write(tmp_path / "a.wav", wave, RATE, "FLOAT")
     padded = np.concatenate([wave[:, 0], np.zeros(CLIP - len(wave))])
-    for audio in (Audio(**SMALL), Audio(**SMALL, eval_clips=3)):
-        for train in (True, False):
-            for view in decode(audio, tmp_path / "a.wav", train=train)[0]:
-                assert torch.equal(view[0, ..., 0], picture(padded, audio))
+    for train in (True, False):
+        for view in decode(audio, tmp_path / "a.wav", train=train)[0]:
+            assert torch.equal(view[0, ..., 0], picture(padded, audio))
+
+
+@pytest.mark.parametrize(("samples", "rows"), [(1, 1), (399, 1), (400, 1), (559, 1), (560, 2), (3000, 17), (CLIP - 1, 31), (CLIP, 32)])
+@pytest.mark.parametrize("audio", [Audio(**SMALL, eval_clips=3), Audio(**SMALL, spectrogram="mbt", padding="spectrogram")])
+def test_the_spectrogram_of_a_short_sound_is_followed_by_zeros(tmp_path, audio, samples, rows):
+    """In every view, at the end, and not in rows that the sound fills; of less than a window there is one row."""
+    wave = noise(samples / RATE, RATE)
+    write(tmp_path / "a.wav", wave, RATE, "FLOAT")
+    padded = picture(np.concatenate([wave[:, 0], np.zeros(CLIP - len(wave))]), audio)
+    for train in (True, False):
+        for view in decode(audio, tmp_path / "a.wav", train=train)[0]:
+            assert torch.equal(view[0, :rows, :, 0], padded[:rows])
+            assert not view[0, rows:].any()
+
+
+def test_of_a_longer_sound_nothing_is_padded(tmp_path):
+    path = write(tmp_path / "a.wav", noise((CLIP + 1) / RATE, RATE), RATE, "FLOAT")
+    for train in (True, False):
+        grids = [decode(Audio(**SMALL, padding=padding), path, train=train) for padding in ("spectrogram", "waveform")]
+        assert torch.equal(*grids)
+        assert grids[0].all()
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
+@pytest.mark.parametrize("seconds", [0.03, 0.4, 0.99, 1.0, 1.0125])
+def test_a_short_sound_is_what_the_feature_extractor_of_ast_gives(tmp_path, seconds):
+    from transformers import ASTFeatureExtractor
+
+    audio = Audio(clip_seconds=1.0, channels=1)
+    wave = noise(seconds, RATE)
+    [theirs] = ASTFeatureExtractor(max_length=100)(wave[:, 0], sampling_rate=RATE, return_tensors="np")["input_values"]
+    [[[ours]]] = decode(audio, write(tmp_path / "a.wav", wave, RATE, "FLOAT"))[..., 0]
+    (mean,), (std,) = audio.normalisation
+    assert np.abs((ours.numpy() - mean) / std - theirs).max() < 1e-3
+    assert seconds > 1 or theirs[-1] == pytest.approx(0.467, abs=1e-3)
+
+
+def test_masks_lie_over_the_padding_too(tmp_path):
+    path = write(tmp_path / "a.wav", noise(0.1, RATE), RATE)
+    audio = Audio(**SMALL, time_masks=1, time_mask_frames=32)
+    rows = decode(audio, *[path] * 100, train=True)[:, 0, 0, :, 0, 0]
+    assert set(rows[:, -1].tolist()) == {0.0, torch.tensor(audio.mean).item()}
 
 
 @pytest.mark.parametrize(("form", "floor"), [("kaldi", 2.0**-23), ("mbt", 1e-6)])

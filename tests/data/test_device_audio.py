@@ -39,7 +39,9 @@ def test_a_batch_equals_the_cpu_form_sample_by_sample(media, audio, train, monke
         assert (grid.shape, grid.dtype, grid.stride()) == (expected.shape, torch.float32, expected.stride())
         assert (grid - expected).abs().max() < 2e-3
         assert torch.equal(grid == audio.mean, expected == audio.mean)
+        assert torch.equal(grid == 0, expected == 0)
     assert train or not (grid == audio.mean).any()
+    assert train or (grid[2, :, :, -1] == 0).all() == (audio.spectrogram == "kaldi")  # the short one's last row
 
 
 def test_masks_are_there(media):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from polyvit_fast.data.dali import new_pipeline
-from polyvit_fast.data.spectrogram import log_mel, num_samples
+from polyvit_fast.data.spectrogram import log_mel, num_frames, num_samples
 
 RATE = 16_000
 FRAMES = 12
@@ -153,6 +153,16 @@ def test_frames_are_as_many_as_asked_for(form, rate):
         assert spectrogram(np.zeros(samples), form, rate).shape == (frames, 128)
         assert spectrogram(np.zeros(samples + rate // 100 - 1), form, rate).shape == (frames, 128)
         assert spectrogram(np.zeros(samples + rate // 100), form, rate).shape == (frames + 1, 128)
+        assert [num_frames(samples + more, rate) for more in (-1, 0, rate // 100 - 1, rate // 100)] == [
+            frames - 1,
+            frames,
+            frames,
+            frames + 1,
+        ]
+
+
+def test_less_than_a_window_is_no_frame():
+    assert [num_frames(samples, RATE) for samples in (0, 1, 79, 240, 399)] == [0] * 5
 
 
 @pytest.mark.parametrize("form", REFERENCES)
