@@ -1,4 +1,4 @@
-"""Whether a file holds all that its container says: MP4, Matroska, Ogg, WMA, AVI and MP3, which FFmpeg decodes as far as they go.
+"""Whether a file holds all that its container says: MP4, Matroska, Ogg, WMA, AVI, FLV and MP3, which FFmpeg decodes as far as they go.
 
 The sizes that a container states are exact, where the length that FFmpeg tells may be a guess. A container that was written to a pipe
 states none, and is taken as it is.
@@ -6,12 +6,12 @@ states none, and is taken as it is.
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Callable
+from typing import Any
 
 from polyvit_fast.media import Media, MediaError
 
-Read = Callable[[int, int], bytes]  # (place, size): so many bytes, zeros after the end
 START_BYTES = 4096  # more than any header of fixed size is long
 LEAST_HELD = 0.99  # of the promised bytes: some programs count their own header or a tag
 MAX_PARTS = 1000  # a file of zeros would be millions of them
@@ -21,19 +21,45 @@ EBML, SEGMENT, INFO, DURATION, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x4
 ASF_HEADER, ASF_DATA = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 
 
-def check_container(read: Read, start: bytes, num_bytes: int) -> None:
-    """Raise MediaError when a file ends before its container does; `start` are its first bytes."""
+class Part:
+    """An open file from a place on: what is before it is another's, as a tag's."""
+
+    def __init__(self, file: io.BufferedReader, offset: int = 0) -> None:
+        self.file, self.offset = file, offset
+        self.num_bytes = max(0, file.seek(0, io.SEEK_END) - offset)
+        self.start = b""
+        self.start = self.read(0, START_BYTES)
+
+    def read(self, at: int, size: int) -> bytes:
+        """So many bytes, zeros after the end."""
+        if at + size <= len(self.start):
+            return self.start[at : at + size]
+        there = max(0, min(size, self.num_bytes - at))
+        if there:
+            self.file.seek(self.offset + at)
+        return self.file.read(there).ljust(size, b"\0")
+
+    def unpack(self, form: str, at: int) -> tuple[Any, ...]:
+        """Numbers and bytes as `struct.unpack` gives them."""
+        return struct.unpack(form, self.read(at, struct.calcsize(form)))
+
+
+def check_container(part: Part) -> None:
+    """Raise MediaError when a file ends before its container does."""
+    start, num_bytes = part.start, part.num_bytes
     if start.startswith(b"OggS"):
-        _check_ogg(read, num_bytes)
+        _check_ogg(part)
         return
     if start[4:8] in MP4_BOXES:
-        promised = _mp4_bytes(read, num_bytes)
+        promised = _mp4_bytes(part)
     elif start.startswith(EBML.to_bytes(4, "big")):
-        promised = _matroska_bytes(read, num_bytes)
+        promised = _matroska_bytes(part)
     elif start.startswith(ASF_HEADER):
-        promised = _asf_bytes(read)
+        promised = _asf_bytes(part)
     elif start.startswith(b"RIFF") and start.startswith(b"AVI ", 8):
-        promised = _avi_bytes(read, num_bytes)
+        promised = _avi_bytes(part)
+    elif start.startswith(b"FLV\1"):
+        promised = _flv_bytes(part)
     else:
         promised = _mp3_bytes(start)
     if num_bytes < LEAST_HELD * promised:
@@ -43,22 +69,15 @@ def check_container(read: Read, start: bytes, num_bytes: int) -> None:
 def states_duration(media: Media) -> bool:
     """Whether a Matroska file says how long it is; where it does not, FFmpeg divides its size by a bit rate."""
     with media.open() as file:
-        content = file.read(1 << 16)
-    read: Read = lambda at, size: content[at : at + size].ljust(size, b"\0")  # noqa: E731
-    segment = _element(read, _element(read, 0)[2])
-    at = segment[1]
-    for _ in range(MAX_PARTS):
-        name, begin, end = _element(read, at)
-        if name == INFO:
-            at = begin
-            while at < min(end, len(content)):
-                name, _, at = _element(read, at)
-                if name == DURATION:
-                    return True
-            return False
-        if name in (0, CLUSTER) or end <= at:
-            return False
-        at = end
+        part = Part(file)
+        _, at, _ = _element(part, _element(part, 0)[2])  # of the segment
+        for _ in range(MAX_PARTS):
+            name, begin, end = _element(part, at)
+            if name == DURATION:
+                return True
+            if name in (0, CLUSTER):
+                return False
+            at = begin if name == INFO else end
     return False
 
 
@@ -66,14 +85,15 @@ def format_cut(held: float, promised: float, per_second: float) -> str:
     """The message for a sound that has too little, in seconds where bytes (or samples) can be turned into them, else in bytes."""
     if not per_second:
         return f"truncated: it has {held:.0f} of the {promised:.0f} bytes that its header promises"
-    seconds, stated, digits = held / per_second, promised / per_second, 1 if promised >= per_second else 3
+    seconds, stated = held / per_second, promised / per_second
+    digits = 1 if stated >= 1 and f"{seconds:.1f}" != f"{stated:.1f}" else 3
     return f"truncated: it ends after {seconds:.{digits}f} of the {stated:.{digits}f} seconds that its header promises"
 
 
-def _check_ogg(read: Read, num_bytes: int) -> None:
+def _check_ogg(part: Part) -> None:
     """The last page must be whole and say that it is the last (RFC 3533, section 6)."""
-    first = max(0, num_bytes - 2 * OGG_PAGE_BYTES)
-    end = read(first, num_bytes - first)
+    first = max(0, part.num_bytes - 2 * OGG_PAGE_BYTES)
+    end = part.read(first, part.num_bytes - first)
     at = end.rfind(b"OggS\0")
     if at < 0:
         return
@@ -85,33 +105,33 @@ def _check_ogg(read: Read, num_bytes: int) -> None:
         raise MediaError("truncated: the page that ends an Ogg stream is missing")
 
 
-def _mp4_bytes(read: Read, num_bytes: int) -> int:
+def _mp4_bytes(part: Part) -> int:
     """Up to the end of the last box that there is (ISO/IEC 14496-12, section 4.2)."""
     at, found = 0, set()
     for _ in range(MAX_PARTS):
-        size, name = struct.unpack(">I4s", read(at, 8))
-        if at + 8 > num_bytes or name not in MP4_BOXES:
+        size, name = part.unpack(">I4s", at)
+        if at + 8 > part.num_bytes or name not in MP4_BOXES:
             break
         found.add(name)
         if size == 1:
-            size = int.from_bytes(read(at + 8, 8), "big")
+            size = int.from_bytes(part.read(at + 8, 8), "big")
         if size < 8:  # 0: up to the end of the file, whatever that is
             break
         at += size
-    if b"mdat" in found and at <= num_bytes and not found & {b"moov", b"moof"}:
+    if b"mdat" in found and not found & {b"moov", b"moof"} and part.num_bytes >= LEAST_HELD * at:
         raise MediaError("truncated: its table of contents (moov) is missing, as when a recording was broken off")
     return at
 
 
-def _matroska_bytes(read: Read, num_bytes: int) -> int:
-    _, _, at = _element(read, 0)
-    name, _, end = _element(read, at)
+def _matroska_bytes(part: Part) -> int:
+    _, _, at = _element(part, 0)
+    name, _, end = _element(part, at)
     return end if name == SEGMENT and end < 1 << 55 else 0
 
 
-def _element(read: Read, at: int) -> tuple[int, int, int]:
+def _element(part: Part, at: int) -> tuple[int, int, int]:
     """(name, begin, end) of what an EBML element holds (RFC 8794, section 4); an unknown size is 2**56 and more."""
-    head = read(at, 16)
+    head = part.read(at, 16)
     name_bytes = 9 - head[0].bit_length()
     size_bytes = 9 - head[min(name_bytes, 8)].bit_length()
     if name_bytes > 4 or size_bytes > 8:
@@ -122,20 +142,27 @@ def _element(read: Read, at: int) -> tuple[int, int, int]:
     return int.from_bytes(head[:name_bytes], "big"), begin, begin + (1 << 56 if unknown else size)
 
 
-def _asf_bytes(read: Read) -> int:
-    at = int.from_bytes(read(16, 8), "little")
-    name, size = struct.unpack("<16sQ", read(min(at, 1 << 40), 24))
+def _asf_bytes(part: Part) -> int:
+    at = int.from_bytes(part.read(16, 8), "little")
+    name, size = part.unpack("<16sQ", at)
     return at + size if name == ASF_DATA and 50 < size < 1 << 55 else 0
 
 
-def _avi_bytes(read: Read, num_bytes: int) -> int:
+def _avi_bytes(part: Part) -> int:
     at = 0
     for _ in range(MAX_PARTS):  # large ones have more than one RIFF
-        name, size = struct.unpack("<4sI", read(at, 8))
+        name, size = part.unpack("<4sI", at)
         if name != b"RIFF" or not 0 < size < 0x7FFF0000:
             break
         at += 8 + size + size % 2
     return at
+
+
+def _flv_bytes(part: Part) -> int:
+    """What the tag in front, onMetaData, says, where it does: a name, a type byte and a double."""
+    at = part.start.find(b"filesize\0")
+    size = part.unpack(">d", at + 9)[0] if at > 0 else 0.0
+    return int(size) if 0 < size < 1 << 55 else 0
 
 
 def _mp3_bytes(start: bytes) -> int:

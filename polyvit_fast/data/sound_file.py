@@ -54,7 +54,9 @@ class SoundReader:
         waves, rates = self.waves.run(failure, content=contents)
 
         def finish(k: int) -> None:
-            use(piece[k], self._finish(int(rates.at(k)), np.from_dlpack(waves[k])))
+            rate, wave = int(rates.at(k)), np.from_dlpack(waves[k])
+            check_size(len(wave), 1, rate, self.max_seconds)  # some headers say less than libsndfile reads
+            use(piece[k], self._finish(rate, wave))
 
         map_in_threads(finish, range(len(piece)), self.num_threads)
 

@@ -18,7 +18,7 @@ from polyvit_fast.media import Media, MediaError
 
 Wave = Float32[np.ndarray, " samples"]
 # FFmpeg's demuxers; playlists, which name other files, stay shut.
-FORMATS = "mp3,aac,ogg,mov,matroska,asf,wav,flac,aiff,au,w64,caf,amr,ac3,eac3,avi,mpegts,mpeg,flv,voc,wv,tta"
+FORMATS = "mp3,aac,ogg,mov,matroska,asf,wav,flac,aiff,au,w64,caf,amr,ac3,eac3,avi,mpegts,mpeg,flv,voc"
 # No header tells the length of some, and FFmpeg guesses it by a bit rate or the time stamps; that of others is checked by the byte.
 GUESSED = ("aac", "ac3", "eac3", "amr", "mpegts", "mpeg", "avi", "asf")
 CHANGES = "its sample rate or channels change midway, which is not supported"

@@ -1,6 +1,7 @@
 """Real sound files for the tests."""
 
 import io
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -50,6 +51,22 @@ def _encode_with_ffmpeg(file, samples, rate, container, codec):
             _mux_picture(output, picture)
         output.mux(stream.encode(frame))
         output.mux(stream.encode())
+
+
+def mux(samples, rate, container, codec, piped=False):
+    """The bytes of a file that FFmpeg writes, to where it can go back to complete the header, or to a pipe. Samples are [time]."""
+    content = io.BytesIO()
+    file = SimpleNamespace(write=content.write) if piped else content
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate, layout="mono")
+        stream.codec_context.open()
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), "fltp", "mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(stream.codec_context.format.name, "mono", rate, stream.codec_context.frame_size or 1024)
+        for piece in (*resampler.resample(frame), *resampler.resample(None)):
+            output.mux(stream.encode(piece))
+        output.mux(stream.encode())
+    return content.getvalue()
 
 
 def silent_video():
