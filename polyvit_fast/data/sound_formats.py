@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from polyvit_fast.data.sound_container import Part
+from polyvit_fast.data.sound_container import Part, format_cut
 from polyvit_fast.media import MediaError
 
 MAX_BLOCKS = 10_000
@@ -43,10 +43,13 @@ class Body(NamedTuple):
     """To libsndfile."""
 
 
-def _walk(part: Part, at: int, form: str) -> dict[bytes, tuple[int, int]]:
-    """(start, size) of the chunks from a place on; of two with one name the first."""
+def _walk(part: Part, at: int, form: str, samples: bytes) -> dict[bytes, tuple[int, int]]:
+    """(start, size) of the chunks from a place on; of two with one name the first.
+
+    Raises MediaError when the file ends in a chunk before the one that is called `samples`.
+    """
     chunks: dict[bytes, tuple[int, int]] = {}
-    head = struct.calcsize(form)
+    head, name = struct.calcsize(form), b""
     for _ in range(MAX_CHUNKS):
         if at + head > part.num_bytes:
             break
@@ -55,6 +58,8 @@ def _walk(part: Part, at: int, form: str) -> dict[bytes, tuple[int, int]]:
         if size < 0:
             break
         at += head + size + (size % 2 if head == 8 else 0)
+    if samples not in chunks and at > part.num_bytes + 1 and re.fullmatch(rb"[ -~]{4}", name):
+        raise MediaError(format_cut(part.num_bytes, at, 0))
     return chunks
 
 
@@ -65,13 +70,13 @@ def _stated(part: Part, at: int, size: int) -> int | None:
 
 def _read_wav(part: Part) -> Body | None:
     order = ">" if part.start.startswith(b"RIFX") else "<"
-    chunks = _walk(part, 12, order + "4sI")
+    chunks = _walk(part, 12, order + "4sI", b"data")
     if b"fmt " not in chunks or b"data" not in chunks:
         return None
     at, size = chunks[b"data"]
     if part.start[:4] in (b"RF64", b"BW64") and b"ds64" in chunks:
         size = part.unpack("<Q", chunks[b"ds64"][0] + 8)[0]
-    if not size and not part.start.startswith(b"RIFX"):
+    if (not size and not part.start.startswith(b"RIFX")) or size >= 1 << 62:
         return None  # never finished: FFmpeg reads on to the end
     return _as_wav(order, part.read(chunks[b"fmt "][0], 40), at, _stated(part, at, size), part.start[:4])
 
@@ -87,12 +92,10 @@ def _as_wav(order: str, fmt: bytes, at: int, size: int | None, kind: bytes) -> B
         3: channels * bits // 8 if bits in (32, 64) else 0,
         6: channels,
         7: channels,
-        0x101: channels,
-        0x102: channels,
         ADPCM_MS: block / extra if extra and channels in (1, 2) else 0,
         ADPCM_IMA: block / extra if extra and channels in (1, 2) else 0,
         GSM: GSM_BYTES if (channels, block, extra) == (1, 65, 320) else 0,
-        ADPCM_NMS: channels * NMS_BYTES.get(bits, 0) if kind in (b"RIFF", b"RIFX") else 0,
+        ADPCM_NMS: NMS_BYTES.get(bits, 0) if channels == 1 and kind in (b"RIFF", b"RIFX") else 0,
         G721: channels * G721_BYTES if kind != b"riff" else 0,
     }.get(code, 0)
     known = sample_bytes > 0 and kind != b"BW64"
@@ -114,7 +117,7 @@ def _read_w64(part: Part) -> Body | None:
 
 
 def _read_aiff(part: Part) -> Body | None:
-    chunks = _walk(part, 12, ">4sI")
+    chunks = _walk(part, 12, ">4sI", b"SSND")
     if b"COMM" not in chunks or b"SSND" not in chunks:
         return None
     channels, samples, bits, exponent, mantissa = part.unpack(">HIHHQ", chunks[b"COMM"][0])
@@ -131,7 +134,7 @@ def _read_aiff(part: Part) -> Body | None:
 
 
 def _read_svx(part: Part) -> Body | None:
-    chunks = _walk(part, 12, ">4sI")
+    chunks = _walk(part, 12, ">4sI", b"BODY")
     if b"VHDR" not in chunks or b"BODY" not in chunks:
         return None
     rate, _, compression = part.unpack(">HBB", chunks[b"VHDR"][0] + 12)
@@ -151,7 +154,7 @@ def _read_au(part: Part) -> Body | None:
 
 
 def _read_caf(part: Part) -> Body | None:
-    chunks = _walk(part, 8, ">4sq")
+    chunks = _walk(part, 8, ">4sq", b"data")
     if b"desc" not in chunks or b"data" not in chunks:
         return None
     rate, kind, flags, packet, _, channels, bits = part.unpack(">d4s5I", chunks[b"desc"][0])

@@ -59,9 +59,10 @@ def mux(samples, rate, container, codec, piped=False):
     file = SimpleNamespace(write=content.write) if piped else content
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = 64_000
         stream.codec_context.open()
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), "fltp", "mono")
-        frame.sample_rate = rate
+        frame.sample_rate, frame.pts = rate, 0
         resampler = av.AudioResampler(stream.codec_context.format.name, "mono", rate, stream.codec_context.frame_size or 1024)
         for piece in (*resampler.resample(frame), *resampler.resample(None)):
             output.mux(stream.encode(piece))

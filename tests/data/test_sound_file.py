@@ -201,6 +201,13 @@ def test_bad_files_say_why_and_the_next_call_works(tmp_path, reader, kind):
     assert np.array_equal(after, before)
 
 
+def test_a_defect_of_ours_is_no_broken_file(tmp_path, reader):
+    for suffix in (".wav", ".mp3"):
+        path = write(tmp_path / f"a{suffix}", noise(0.2, RATE), RATE)
+        with pytest.raises(AttributeError):
+            reader.read([Media(str(path))], lambda i, wave: wave.no_such_thing)
+
+
 def test_a_folder_is_no_file(tmp_path, reader):
     with pytest.raises(MediaError, match="not a regular file"):
         waves(reader, tmp_path)

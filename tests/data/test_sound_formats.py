@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 from sounds import mux, noise
-from test_sound_file import PLAIN, RATE, SAMPLES, WAVE, chunk, read, wav, wav_format, with_dali
+from test_sound_file import PLAIN, RATE, SAMPLES, WAVE, chunk, read, wav, with_dali
 
 from polyvit_fast.data.sound_file import read_header
 from polyvit_fast.media import Media, MediaError
@@ -71,9 +71,8 @@ def test_what_a_header_promises_and_the_file_does_not_hold_is_truncated(tmp_path
             with pytest.raises(MediaError, match=r"truncated or damaged: .* cannot be decoded \(.*Requested \d+ samples but got \d+"):
                 read(path)
             continue
-        with pytest.raises(
-            MediaError, match=r"^truncated: it ends after \d+\.\d+ of the (0\.\d\d\d|\d\.\d+) seconds that its header promises$"
-        ):
+        reason = r"it ends after \d\.\d+ of the (0\.\d\d\d|\d\.\d+) seconds|it has \d+ of the \d+ bytes"  # bytes before the samples begin
+        with pytest.raises(MediaError, match=rf"^truncated: ({reason}) that its header promises$"):
             read_header(Media(str(path)))
 
 
@@ -111,7 +110,7 @@ def test_a_file_that_was_written_to_a_pipe_is_whole(tmp_path, container, codec):
 
 
 OTHERS = [("wav", codec, 4096) for codec in ("pcm_s64le", "adpcm_yamaha", "adpcm_swf", "libmp3lame", "g722", "ac3")]
-OTHERS += [("au", "g722", 4096), ("caf", "alac", 4096), ("voc", "pcm_u8", 0), ("aiff", "pcm_f32be", 0), ("w64", "pcm_f32le", 0)]
+OTHERS += [("au", "g722", 4096), ("caf", "alac", 4096), ("voc", "pcm_u8", 300), ("aiff", "pcm_f32be", 0), ("w64", "pcm_f32le", 0)]
 
 
 @pytest.mark.parametrize(("container", "codec", "more"), OTHERS)
@@ -158,14 +157,6 @@ def test_every_form_of_an_extensible_header(tmp_path):
     assert with_dali(path)
     assert np.array_equal(read(path)[0], soundfile.read(path, dtype="float32")[0])
     assert np.array_equal(read(path)[0], WAVE.astype(np.float32) / 32768)
-
-
-@pytest.mark.parametrize("code", [0x101, 0x102])
-def test_ibms_codes_of_the_laws(tmp_path, code):
-    path = tmp_path / "a.wav"
-    path.write_bytes(wav(wav_format(code=code, bits=8), chunk(b"data", SAMPLES[:9000])))
-    assert with_dali(path)
-    assert np.array_equal(read(path)[0], soundfile.read(path, dtype="float32")[0])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from sounds import amplitude, encode, noise, silent_video, tone, write, write_video
+from sounds import amplitude, encode, mux, noise, silent_video, tone, write, write_video
 
 from polyvit_fast.data.waves import decode, resample
 from polyvit_fast.media import Media, MediaError
@@ -52,6 +52,27 @@ def test_codecs_that_libsndfile_lacks(tmp_path, suffix):
     assert 0 <= len(wave) - 2 * rate < 3000  # the last packet is full
     assert amplitude(wave, 1000, rate) == pytest.approx(0.25, abs=0.005)
     assert amplitude(wave, 3000, rate) == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 3])
+def test_layer_2_of_mpeg(tmp_path, seconds):
+    path = tmp_path / "a.mp2"
+    path.write_bytes(mux(noise(seconds, RATE)[:, 0], RATE, "mp2", "mp2"))
+    theirs, _ = soundfile.read(path)
+    _, wave = decoded(path)
+    assert soundfile.info(path).subtype == "MPEG_LAYER_II"
+    assert len(wave) == len(theirs)
+    assert np.abs(wave - theirs).max() < 1e-4
+
+
+def test_layer_2_that_changes_its_rate_or_is_damaged(tmp_path):
+    path = tmp_path / "a.mp2"
+    contents = [mux(noise(1, rate)[:, 0], rate, "mp2", "mp2") for rate in (RATE, 48_000)]
+    path.write_bytes(contents[0] + contents[1])
+    with pytest.raises(MediaError, match="its sample rate or channels change midway"):
+        decoded(path)
+    path.write_bytes(overwritten(contents[0], 900))
+    assert len(decoded(path)[1]) / RATE == pytest.approx(1, abs=0.15)
 
 
 def test_all_channels_count_the_same(tmp_path):
@@ -153,6 +174,27 @@ def test_bad_files_say_why(tmp_path, kind):
     with pytest.raises(MediaError, match=reason) as caught:
         decoded(tmp_path / "a.mp3")
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 2])
+@pytest.mark.parametrize("suffix", [".mp3", ".m4a", ".webm"])
+def test_half_of_a_short_file_is_truncated(tmp_path, suffix, seconds):
+    """By the length that FFmpeg tells, whatever the container says of bytes."""
+    content = (
+        encode(noise(seconds, 48_000), 48_000, suffix) if suffix != ".m4a" else write_video(tmp_path / "b.mp4", seconds, 0).read_bytes()
+    )
+    (tmp_path / "a").write_bytes(content)
+    assert len(decoded(tmp_path / "a")[1]) / 48_000 == pytest.approx(seconds, abs=0.05)
+    (tmp_path / "a").write_bytes(content[: len(content) * 55 // 100])
+    with pytest.raises(MediaError, match=r"truncated: it ends after \d\.\d+ of the \d\.\d+ seconds that its header promises"):
+        decoded(tmp_path / "a")
+
+
+def test_a_format_that_is_none_of_ours_is_named_as_such(tmp_path):
+    path = tmp_path / "a.nut"
+    path.write_bytes(mux(noise(1, RATE)[:, 0], RATE, "nut", "pcm_s16le"))
+    with pytest.raises(MediaError, match="not a sound that can be decoded: its format is not supported"):
+        decoded(path)
 
 
 def test_a_name_that_ffmpeg_cannot_take_is_refused(tmp_path):
