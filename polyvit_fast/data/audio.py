@@ -24,7 +24,7 @@ PADDINGS: dict[str, Literal["spectrogram", "waveform"]] = {"kaldi": "spectrogram
 
 @dataclass(frozen=True, kw_only=True)
 class Audio(Modality):
-    """Sounds: WAV, FLAC, MP3, AAC, Ogg, Opus, WMA, AIFF and more, also from video files; channels are averaged."""
+    """Sounds: all that libsndfile reads (WAV, FLAC, AIFF ...), MP3, AAC, Ogg, Opus, WMA, the sound of videos; channels are averaged."""
 
     name: ClassVar[str] = "audio"
     clip_seconds: float = 8.0
@@ -38,8 +38,8 @@ class Audio(Modality):
     spectrogram: Literal["kaldi", "mbt"] = "kaldi"
     """kaldi: as AST, from 20 Hz on, with pre-emphasis and Hann windows; mbt: from 0 Hz on, with Hamming windows."""
     padding: Literal["spectrogram", "waveform"] | None = None
-    """What follows a short sound. spectrogram: rows of 0, before mean and std are applied, as in AST; waveform: silence, whose rows are the
-    floor of the logarithm; None: spectrogram for kaldi, whose model is AST, waveform for mbt, whose authors publish no padding."""
+    """After a short sound. spectrogram: rows of 0, before mean and std, as in AST; waveform: silence, down to the logarithm's floor.
+    None: spectrogram for kaldi, which is AST's, and waveform for mbt, whose authors publish none."""
     sample_rate_hz: int = 16_000
     """Files of another rate are resampled. The highest band ends at half of it."""
     eval_clips: int = 1

@@ -14,6 +14,7 @@ from polyvit_fast.media import Media, MediaError
 
 START_BYTES = 4096  # more than any header of fixed size is long
 LEAST_HELD = 0.99  # of the promised bytes: some programs count their own header or a tag
+PIPED = 0x7FFF0000  # programs that write to a pipe promise at least so many bytes, as they cannot know
 MAX_PARTS = 1000  # a file of zeros would be millions of them
 OGG_PAGE_BYTES = 65_307  # the largest
 MP4_BOXES = {b"ftyp", b"styp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"sidx", b"meta", b"pdin", b"udta"}
@@ -63,7 +64,7 @@ def check_container(part: Part) -> None:
     else:
         promised = _mp3_bytes(start)
     if num_bytes < LEAST_HELD * promised:
-        raise MediaError(f"truncated: it has {num_bytes} of the {promised} bytes that its header promises")
+        raise MediaError(format_cut(num_bytes, promised, 0))
 
 
 def states_duration(media: Media) -> bool:
@@ -152,7 +153,7 @@ def _avi_bytes(part: Part) -> int:
     at = 0
     for _ in range(MAX_PARTS):  # large ones have more than one RIFF
         name, size = part.unpack("<4sI", at)
-        if name != b"RIFF" or not 0 < size < 0x7FFF0000:
+        if name != b"RIFF" or not 0 < size < PIPED:
             break
         at += 8 + size + size % 2
     return at

@@ -11,12 +11,11 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from polyvit_fast.data.sound_container import Part, format_cut
+from polyvit_fast.data.sound_container import PIPED, Part, format_cut
 from polyvit_fast.media import MediaError
 
 MAX_BLOCKS = 10_000
 MAX_CHUNKS = 100  # a file of zeros would be millions of empty ones
-PIPED = 0x7FFF0000  # programs that write to a pipe promise at least so many bytes, as they cannot know
 EXTENSIBLE = 0xFFFE  # the code is the first number of a GUID that ends as one of these: Microsoft's, and that of ambisonics
 GUID_ENDS = ((0, 0x10, bytes.fromhex("800000aa00389b71")), (0x0721, 0x11D3, bytes.fromhex("8644c8c1ca000000")))
 ADPCM_MS, ADPCM_IMA, GSM, ADPCM_NMS, G721 = 2, 0x11, 0x31, 0x38, 0x40  # codes of WAV
