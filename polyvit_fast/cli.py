@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -46,6 +47,8 @@ Options = TypeVar("Options")
 
 def main() -> None:
     """Entry point of `polyvit-fast`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop, as on stderr
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -94,6 +94,10 @@ class Source(ABC):
     def samples(self, task: Task) -> Sequence[Sample]:
         """Every sample, in an order that is the same on every machine. Raises ValueError or OSError with the cause."""
 
+    def count(self, task: Task) -> int:
+        """How many samples there are, for a plan: a source that makes its files makes none for it. Raises as `samples`."""
+        return len(self.samples(task))
+
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """What turns these samples into grids: the modality's own decoder, unless the source brings one."""
         return task.modality.decoder(batch=batch, train=train, num_threads=num_threads, device=device)
@@ -319,6 +323,8 @@ class Train:
     """Newest checkpoints that stay, beside the best one."""
     resume: bool = True
     """Go on from the run folder's newest checkpoint when there is one and the configuration agrees."""
+    changed_files: Literal["refuse", "allow"] = "refuse"
+    """Whether to go on when training files have other sizes or contents than in the checkpoint, as after broken ones were mended."""
 
     def __post_init__(self) -> None:
         if not self.tasks:

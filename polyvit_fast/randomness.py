@@ -9,8 +9,9 @@ import numpy as np
 
 def key(*parts: int | str) -> int:
     """A 64-bit number that depends on all of `parts` and their order, the same for ever."""
+    # Names of files may hold bytes that are no UTF-8, which Python keeps as lone surrogates.
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def generator(*parts: int | str) -> np.random.Generator:

@@ -105,6 +105,17 @@ def test_plan_says_what_a_run_costs(here, capsys):
     assert f"{sum(t.steps for t in experiments.load('smoke').tasks.values())} steps" in text
 
 
+def test_what_plans_lists_and_helps_makes_no_data(here, capsys):
+    assert cli.run(["plan", "demo"]) == 0
+    assert "2,000" in told(capsys)  # pictures of shapes, none of which is there
+    assert cli.run(["list"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.run(["train", "demo", "--help"])
+    assert not list(here.iterdir())
+    assert cli.run(["plot", "schedule", "demo"]) == 0
+    assert [path.name for path in here.rglob("*") if path.is_file()] == ["schedule.png"]
+
+
 def test_list_has_a_line_for_each_experiment(capsys):
     assert cli.run(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from polyvit_fast.media import Media, MediaError
+from polyvit_fast.media import MEDIA_SUFFIXES, Media, MediaError, printable
 
 
 def test_a_file_of_its_own(tmp_path):
@@ -51,3 +51,25 @@ def test_what_cannot_be_read_says_why(tmp_path, make, reason):
     make(path)
     with pytest.raises(MediaError, match=reason):
         Media(str(path)).read()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain name.jpg", "plain name.jpg"),
+        (os.fsdecode(b"caf\xe9.jpg"), "caf\\xe9.jpg"),
+        ("a\nb\tc\rd\x1b[31m\x7f", "a\\nb\\tc\\rd\\x1b[31m\\x7f"),
+        ("naïve 猫 🐱", "naïve 猫 🐱"),
+        ("\u202eexe", "\\u202eexe"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_printable_texts_are_one_line_that_any_terminal_can_show(text, shown):
+    assert printable(text) == shown
+    shown.encode()
+
+
+def test_suffixes_of_media_are_in_lower_case_and_none_of_them_is_a_label():
+    assert all(suffix == suffix.lower() and "." not in suffix for suffix in MEDIA_SUFFIXES)
+    assert {"jpg", "jfif", "jpe", "jp2", "avif", "m2ts", "mka", "y4m", "rf64", "aifc", "ac3"} <= MEDIA_SUFFIXES
+    assert not {"cls", "json", "txt", "npy", "pyd", "pth", "xml", "mat"} & MEDIA_SUFFIXES

@@ -32,3 +32,8 @@ def test_generators_repeat_and_differ():
     assert generator(1, "a").random(4).tolist() == generator(1, "a").random(4).tolist()
     assert generator(1, "a").random() != generator(1, "b").random()
     assert generator(3).random(10_000).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_names_that_are_no_utf_8_have_keys_of_their_own():
+    names = ("\udce9", "é", "\\udce9", "\ud800")
+    assert len({key("check", name) for name in names}) == len(names)

@@ -2,71 +2,101 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import signal
+import threading
+import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
 import torch
 
 from polyvit_fast.config import Decoder, Source, Task, Train
 from polyvit_fast.data.dali import UnavailableError
+from polyvit_fast.data.digests import Checked, Split, sha256
+from polyvit_fast.data.findings import SPLITS, Findings, Verdict, write_clean_manifest
 from polyvit_fast.data.synthetic import Synthetic
-from polyvit_fast.media import Media, MediaError, Sample
+from polyvit_fast.media import DEFECTS, Media, MediaError, Sample, printable
 from polyvit_fast.randomness import generator
 
-Split = Literal["train", "val"]
 START_SECONDS = 120.0  # for importing and building a decoder; the deadline of a file counts from the moment it is handed over
 AHEAD = 100  # samples per process that others may go on with while one hangs
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the decoder says of one sample."""
-
-    index: int
-    """Its place among the samples."""
-    name: str
-    """Its media's name."""
-    reason: str = ""
-    """Why it cannot be used; empty: it can."""
+SIGTERM_CODE = 75
 
 
 def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: float) -> int:
-    """Check all files of all tasks with a progress bar; give the number of broken ones.
+    """Check all files of all tasks with a progress bar; give the number of broken ones. Findings are told and kept as they come.
 
-    `out` gets TASK-SPLIT.csv, manifests of the good files, and broken.tsv with task, split, file and reason.
+    `out` gets broken.tsv with task, split, file and reason, and for each split that was checked to its end TASK-SPLIT.csv, a manifest of
+    the good files, and TASK-SPLIT.sha256, by which the next check knows what has changed; duplicates.tsv names files whose bytes are equal
+    though one of them is for validation, or their labels differ. Raises ValueError at the end when some splits could not be checked.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    broken: list[tuple[str, str, str, str]] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        for name, task, split in _splits(config):
-            samples = _source(task, split).samples(task)
-            verdicts = scan(name, task, split, samples, num_workers, deadline_seconds)
-            verdicts = list(progress.track(verdicts, len(samples), description=f"{name} {split}"))
-            found = [(name, split, verdict.name, verdict.reason) for verdict in verdicts if verdict.reason]
-            write_clean_manifest(out / f"{name}-{split}.csv", task, samples, verdicts)
-            lines = [f"{name} {split}: {len(samples) - len(found)} of {len(samples)} files are good"]
-            console.print("\n".join(lines + [f"  {file}: {reason}" for *_, file, reason in found]), markup=False, soft_wrap=True)
-            broken += found
-    if broken:
-        _write_table(out / "broken.tsv", ("task", "split", "path", "reason"), broken)
-    console.print(f"{len(broken)} broken files; the manifests of good ones are in {out}", markup=False, soft_wrap=True)
-    return len(broken)
+    findings = Findings(out, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True))
+    with Progress(*columns, console=console, transient=True) as progress, _sigterm_exits():
+        try:
+            for name, task in config.tasks.items():
+                checked: dict[Split, Checked] = {}
+                for split in SPLITS:
+                    if isinstance(_source(task, split), Synthetic):
+                        continue
+                    try:
+                        checked[split] = _check_split(name, task, split, findings, progress, num_workers, deadline_seconds)
+                    except ValueError as error:
+                        findings.fail(name, split, error)
+                findings.compare(name, task, checked)
+        except (KeyboardInterrupt, SystemExit):
+            findings.tell(
+                f"stopped; so far {findings.describe_broken()}; manifests of the splits that were checked to their end are in {out}"
+            )
+            raise
+    findings.tell(f"{findings.describe_broken()}; the manifests of good ones are in {out}")
+    if findings.failures:
+        raise ValueError(f"{len(findings.failures)} splits could not be checked: {'; '.join(findings.failures)}")
+    return findings.num_broken
+
+
+def _check_split(
+    name: str, task: Task, split: Split, findings: Findings, progress: Any, num_workers: int, deadline_seconds: float
+) -> Checked:
+    """Check a split and write what `check_files` says of it. Raises ValueError when it cannot be listed or its kind not be decoded."""
+    source = _source(task, split)
+    try:
+        samples = source.samples(task)
+        remarks = source.remarks(task)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    if not samples:
+        raise ValueError(f"{source} has no samples")
+    for remark in remarks:
+        findings.tell(f"{name} {split}: {remark}")
+    bar = progress.add_task(f"{name} {split}", total=len(samples))
+    verdicts = []
+    try:
+        with closing(scan(name, task, split, samples, num_workers, deadline_seconds)) as judged:
+            for verdict in judged:
+                verdicts.append(verdict)
+                if verdict.reason:
+                    findings.add(name, split, verdict)
+                progress.advance(bar)
+    finally:
+        progress.remove_task(bar)
+    num_good = sum(not verdict.reason for verdict in verdicts)
+    findings.tell(f"{name} {split}: {num_good} of {len(samples)} files are good")
+    write_clean_manifest(findings.out / f"{name}-{split}.csv", task, samples, verdicts)
+    findings.compare_digests(name, split, [(verdict.name, verdict.digest) for verdict in verdicts])
+    return Checked(samples, ["" if verdict.reason else verdict.digest for verdict in verdicts])
 
 
 def find_broken(
@@ -76,34 +106,30 @@ def find_broken(
     return [verdict for verdict in scan(task_name, task, split, samples, num_workers, deadline_seconds) if verdict.reason]
 
 
-def write_clean_manifest(path: Path, task: Task, samples: Sequence[Sample], verdicts: Iterable[Verdict]) -> None:
-    """Write a table that `Manifest` reads, of the samples that no verdict calls broken. Paths in it are absolute."""
-    broken = {verdict.index for verdict in verdicts if verdict.reason}
-    good = [sample for index, sample in enumerate(samples) if index not in broken]
-    rows = [(os.path.abspath(sample.media.name), " ".join(map(str, sample.labels))) for sample in good]
-    _write_table(path, ("path", "labels" if task.multi_label else "label"), rows)
-
-
-def _splits(config: Train) -> list[tuple[str, Task, Split]]:
-    every: list[tuple[str, Task, Split]] = [(name, task, split) for name, task in config.tasks.items() for split in ("train", "val")]
-    return [(name, task, split) for name, task, split in every if not isinstance(_source(task, split), Synthetic)]
-
-
 def _source(task: Task, split: Split) -> Source:
     return {"train": task.train, "val": task.val}[split]
 
 
-def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    with open(temporary, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    os.replace(temporary, path)
+@contextmanager
+def _sigterm_exits() -> Generator[None, None, None]:
+    """SIGTERM ends the process as `sys.exit` does, with the code that `train` has for it, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(SIGTERM_CODE)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def scan(name: str, task: Task, split: Split, samples: Sequence[Sample], num_workers: int, deadline_seconds: float) -> Iterator[Verdict]:
+def scan(
+    name: str, task: Task, split: Split, samples: Sequence[Sample], num_workers: int, deadline_seconds: float
+) -> Generator[Verdict, None, None]:
     """The verdict on every sample, in order, from `num_workers` processes.
 
     A file that takes longer than `deadline_seconds` or brings the decoder down is named like any other broken one.
@@ -115,9 +141,9 @@ def scan(name: str, task: Task, split: Split, samples: Sequence[Sample], num_wor
         idle.put(worker)
 
     def judge(index: int) -> Verdict:
-        worker = idle.get()
+        worker, media = idle.get(), samples[index].media
         try:
-            return Verdict(index, samples[index].media.name, worker.decode(samples[index].media, deadline_seconds))
+            return Verdict(index, media.name, *worker.judge(media, deadline_seconds))
         finally:
             idle.put(worker)
 
@@ -145,21 +171,31 @@ class _Worker:
         self.process: BaseProcess | None = None
         self.pipe: Any = None
 
-    def decode(self, media: Media, deadline_seconds: float) -> str:
-        """Why a file cannot be used; empty when it can. Raises ValueError when nothing of its kind can be decoded on this machine."""
+    def judge(self, media: Media, deadline_seconds: float) -> tuple[str, str]:
+        """(why a file cannot be used, the SHA-256 of its bytes): the first is empty when it can, the second when it cannot be read.
+
+        Raises ValueError when nothing of its kind can be decoded on this machine, RuntimeError when the decoder has a defect.
+        """
         if self.process is None or not self.process.is_alive():
             self._start()
         self.pipe.send(media)
         if not self.pipe.poll(deadline_seconds):
             self.kill()
-            return f"it was not decoded within {deadline_seconds:g} seconds"
+            return f"it was not decoded within {deadline_seconds:g} seconds", ""
         try:
             answer = self.pipe.recv()
         except EOFError:
-            return f"the decoder crashed on it ({self._cause_of_death()})"
+            return f"the decoder crashed on it ({self._cause_of_death()})", ""
         if isinstance(answer, UnavailableError):
             raise ValueError(f"task {self.name}: {answer}") from answer
-        return answer
+        if isinstance(answer, _Defect):
+            fault = "the decoder has a defect, which is no fault of the file; please report it with what follows"
+            raise RuntimeError(f"task {self.name}, file {printable(media.name)}: {fault}\n{answer.traceback}")
+        with suppress(EOFError):
+            if self.pipe.poll(deadline_seconds):
+                return answer, self.pipe.recv()
+        self.kill()
+        return answer, ""
 
     def kill(self) -> None:
         """End the process, if there is one."""
@@ -209,16 +245,28 @@ def _work(pipe: Any, task: Task, split: Split) -> None:
     with suppress(EOFError):
         while True:
             media = pipe.recv()
-            pipe.send(_reason(decoder, media))
+            reason = _reason(decoder, media)
+            pipe.send(reason)
+            if isinstance(reason, str):
+                pipe.send(sha256(media))
 
 
-def _reason(decoder: Decoder, media: Media) -> str | UnavailableError:
+@dataclass(frozen=True)
+class _Defect:
+    """What a decoder raised by a mistake in its code."""
+
+    traceback: str
+
+
+def _reason(decoder: Decoder, media: Media) -> str | UnavailableError | _Defect:
     try:
         grid = decoder([media], [generator("check", media.name)])
     except MediaError as error:
         return str(error)
     except UnavailableError as error:
         return error
+    except DEFECTS:
+        return _Defect(traceback.format_exc())
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())
     return "" if torch.isfinite(grid).all() else "some of its numbers are not finite"

@@ -72,6 +72,18 @@ class DemoFiles(Source):
             raise ValueError(f"demo files cannot be written to {manifest.parent}: {error.strerror or error}") from error
         return Manifest(path=str(manifest), classes=str(manifest.with_name("classes.txt"))).samples(task)
 
+    def count(self, task: Task) -> int:
+        """Files of this split, be they made already or not."""
+        return self.num_samples
+
+    def class_names(self, task: Task) -> tuple[str, ...]:
+        """What the files show."""
+        return RECIPES[self.kind].classes
+
+    def describe_classes(self, names: Sequence[str]) -> str:
+        """Whose names they are."""
+        return f"demo files of {self.kind}: they have {len(names)} classes"
+
     def _complete(self, manifest: Path) -> None:
         """Make what is missing. The stamp tells the version of the files that are there, be they many or few."""
         recipe, folder = RECIPES[self.kind], manifest.with_suffix("")

@@ -6,7 +6,6 @@ ahead of the training loop in a thread; a broken file is replaced by another of 
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,8 @@ from polyvit_fast.config import Plan, Task, Train
 from polyvit_fast.data.classes import class_list
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.device import DeviceDecoder, own_stream
-from polyvit_fast.media import Sample
+from polyvit_fast.data.fingerprint import Fingerprint, take_fingerprint
+from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
 
@@ -32,7 +32,7 @@ class DataError(RuntimeError):
     """Training data that cannot go on: too many broken files, a decoder that hangs, or none for a kind of files."""
 
 
-NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError)
+NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError, *DEFECTS)
 """Good files would be called broken one after the other, so these pass and end the run."""
 
 
@@ -119,12 +119,9 @@ class Loader:
         """That of the grids, from one decoded sample."""
         return self._decode_or_replace(sample_index(self.config.seed, self.name, 0, len(self.samples)), 0)[1].dtype
 
-    def fingerprint(self) -> str:
-        """A word for all samples, their order and their labels: what a step sees follows from it, the seed and the step."""
-        digest = hashlib.blake2b(digest_size=16)
-        for sample in self.samples:
-            digest.update(f"{sample.media.name}\x1f{sample.labels}\x1e".encode(errors="surrogateescape"))
-        return f"{len(self.samples)} files, {digest.hexdigest()}"
+    def fingerprint(self) -> Fingerprint:
+        """Words for all samples, their order, labels and files as they are now: from them, the seed and the step follows what it sees."""
+        return take_fingerprint(self.samples)
 
     def positions(self, step: int) -> range:
         """The places in the task's endless sequence that its `step`-th batch covers on this rank."""
@@ -189,13 +186,32 @@ class Loader:
         return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)
 
     def _decode(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
-        rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
         try:
-            grid = self.decoder([self.samples[i].media for i in indices], rngs)
+            grid = self._ask_decoder(indices, positions)
         except UnavailableError as error:
             raise DataError(f"task {self.name}: {error}") from error
+        except DEFECTS as error:
+            files = ", ".join(printable(self.samples[i].media.name) for i in self._find_culprits(indices, positions) or indices)
+            error.add_note(f"task {self.name}: while decoding {files}. It is a defect of the decoder, not of a file: please report it")
+            raise
         self._report_note()
         return grid
+
+    def _ask_decoder(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
+        rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
+        return self.decoder([self.samples[i].media for i in indices], rngs)
+
+    def _find_culprits(self, indices: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """Those of a batch's samples with which the decoder's defect shows when each is decoded alone."""
+        culprits = []
+        for index, position in zip(indices, positions, strict=True):
+            try:
+                self._ask_decoder([index], [position])
+            except DEFECTS:
+                culprits.append(index)
+            except Exception:  # the file's own fault
+                continue
+        return culprits
 
     def release(self) -> None:
         """Let the decoder give back the memory that it keeps for the next batch, for there is none, or not soon."""
@@ -227,8 +243,8 @@ class Loader:
     def _mark_broken(self, index: int, error: Exception) -> None:
         if index in self.broken:
             return
-        name = self.samples[index].media.name
-        self.broken[index] = str(error).strip() or type(error).__name__
+        name = printable(self.samples[index].media.name)
+        self.broken[index] = printable(str(error).strip()) or type(error).__name__
         self.report(f"task {self.name}: broken file {name}: {self.broken[index]}")
         ratio = self.config.max_bad_ratio
         if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0) or len(self.broken) == len(self.samples):
@@ -387,11 +403,13 @@ def _name_the_hung(job: Job, timeout_seconds: float) -> str:
 
     try:
         verdicts = find_broken(job.task, job.loader.task, job.samples(), deadline_seconds=timeout_seconds)
-        guilty = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
+        guilty = (
+            "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
+        )
     except ValueError as error:
         guilty = str(error)
     return (
         f"task {job.task}: its batch {job.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({guilty}). "
-        "Put a good file in its place and start again: the run resumes. Or leave it out (`polyvit-fast check` writes a clean manifest) and "
-        "start with another --out"
+        "Put a good file in its place and start again with --changed-files allow: the run resumes. Or leave it out (`polyvit-fast check` "
+        "writes a clean manifest) and start with another --out"
     )

@@ -57,7 +57,7 @@ class Log:
         self.total_steps, self.said = total_steps, time.monotonic()
         self.first_tick: tuple[int, float] | None = None
         self.given_up: set[str] = set()
-        self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 - closed in __exit__
+        self.text = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self.last = _drop_later_lines(folder / "metrics.jsonl", resumed_step)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in __exit__
         # TensorBoard hides the points of earlier writers from the purge step on.
@@ -132,6 +132,7 @@ class Log:
         self._say(text, shown=False)
 
     def _say(self, text: str, *, style: str = "", shown: bool = True) -> None:
+        text = text.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no UTF-8
         if shown:
             self.said = time.monotonic()
             show = partial(self.progress.console.print, text, style=style, markup=False, highlight=False, soft_wrap=True)

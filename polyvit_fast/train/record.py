@@ -25,7 +25,7 @@ from polyvit_fast.config import Train
 
 MAY_CHANGE = frozenset(
     {
-        *("out", "resume", "log_every_steps", "eval_every_steps", "save_every_steps", "keep"),
+        *("out", "resume", "changed_files", "log_every_steps", "eval_every_steps", "save_every_steps", "keep"),
         *("num_threads", "prefetch", "decode_timeout_seconds", "max_bad_ratio", "nonfinite_patience"),
         *("capture", "recompute", "sharded"),
     }

@@ -27,7 +27,7 @@ SUSTAINED_FLOPS = 1e14  # a round number to scale from, about a tenth of the bf1
 class TaskReport:
     """What one task costs (`num_steps` in this schedule, FLOPs of a view, activations of a micro-batch) and how much data it has.
 
-    A number of samples is None when they cannot be listed; `problem` says why.
+    A number of samples is None when they cannot be listed; `problem` says why. `remarks` tell what may be a mistake in the data.
     """
 
     name: str
@@ -39,6 +39,7 @@ class TaskReport:
     num_train: int | None
     num_val: int | None
     problem: str
+    remarks: tuple[str, ...] = ()
 
     @property
     def training_flops(self) -> int:
@@ -104,10 +105,9 @@ def plan_report(config: Train) -> Report:
 def _task_report(config: Train, name: str, num_steps: int) -> TaskReport:
     task = config.tasks[name]
     (num_train, train_problem), (num_val, val_problem) = _count(task.train, task), _count(task.val, task)
-    flops = forward_flops(config.model, task.modality, task.num_classes)
-    return TaskReport(
-        name, task, num_steps, flops, _num_forwards(config), _kept_bytes(config, task), num_train, num_val, train_problem or val_problem
-    )
+    flops, problem = forward_flops(config.model, task.modality, task.num_classes), train_problem or val_problem
+    remarks = () if problem else tuple(dict.fromkeys([*task.train.remarks(task), *task.val.remarks(task)]))
+    return TaskReport(name, task, num_steps, flops, _num_forwards(config), _kept_bytes(config, task), num_train, num_val, problem, remarks)
 
 
 def _kept_bytes(config: Train, task: Task) -> int:
@@ -123,7 +123,7 @@ def _num_forwards(config: Train) -> int:
 def _count(source: Source, task: Task) -> tuple[int | None, str]:
     """(number of samples, "") or (None, why there are none)."""
     try:
-        count = len(source.samples(task))
+        count = source.count(task)
     except (ValueError, OSError) as error:
         return None, str(error)
     return (count, "") if count else (None, f"{source} has no samples")
@@ -230,6 +230,7 @@ def _data_notes(report: Report) -> Iterator[str]:
     for row in report.tasks:
         if row.problem:
             yield f"No samples of {row.name}: {row.problem}."
+        yield from (f"{row.name}: {remark}." for remark in row.remarks)
         if row.num_passes is None or not row.num_steps:
             continue
         if row.num_passes > MANY_PASSES:

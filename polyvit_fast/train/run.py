@@ -14,6 +14,7 @@ import torch
 
 from polyvit_fast.config import Plan, Train
 from polyvit_fast.data.classes import first_difference
+from polyvit_fast.data.fingerprint import Fingerprint, find_changes, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
@@ -57,6 +58,8 @@ class Run:
     validation: dict[str, Loader]
     log: Log | PeerLog
     clock: Clock
+    fingerprints: dict[str, Fingerprint]
+    """Of the training files when the run was opened, as the first process saw them."""
     done: int = 0
     """Steps behind us."""
     metrics_step: int = -1
@@ -132,7 +135,8 @@ def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list
             loaders = {name: Loader(name, config, train=True, **place) for name in totals}
             validation = {name: Loader(name, config, train=False, **place) for name in config.tasks}
         times = {name: TaskTime() for name in config.tasks}
-        run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), interval_times=times)
+        fingerprints = world.from_first({name: loader.fingerprint() for name, loader in loaders.items()} if world.rank == 0 else {})
+        run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, interval_times=times)
         run.seconds = dict.fromkeys(config.tasks, 0.0)
         if found:
             _restore(run, found)
@@ -209,7 +213,7 @@ def _write(run: Run) -> None:
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
         "interval_times": {name: (taken.seconds, taken.waited) for name, taken in run.interval_times.items()},
-        "samples": {name: loader.fingerprint() for name, loader in run.loaders.items()},
+        "samples": run.fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
     }
     keep, config = run.config.keep, to_json(run.config)
@@ -258,12 +262,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
                 f"task {name}: its classes are not those of {found.path}: {difference}. Put them back to resume, or choose another --out"
             )
     for name, loader in run.loaders.items():
-        before, now = found.state["samples"].get(name), loader.fingerprint()
-        if before != now:
-            raise ValueError(
-                f"task {name}: its training files are not those of {found.path} (names and labels: {before}; now {now}), so their order "
-                "would change. Put them back to resume, or choose another --out"
-            )
+        _compare_files(run, found, name, loader)
     if run.world.rank == 0 and _had_other_rates(run, found):
         run.log.message(
             f"{found.path} is of an earlier version, whose warm-up began at a rate of 0 and took {run.config.optim.warmup_steps:,} steps "
@@ -293,6 +292,24 @@ def _had_other_rates(run: Run, found: checkpoint.Checkpoint) -> bool:
 def _without_null(row: dict[str, float | None]) -> dict[str, float]:
     """A task's metrics as they were before JSON, which has no NaN."""
     return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Loader) -> None:
+    """Raise ValueError when a task's training files are not those that the checkpoint's steps saw."""
+    before = found.state["samples"].get(name, "")
+    now = run.fingerprints[name] | {"names": fingerprint_names(loader.samples)}
+    changes, same_list = find_changes(before, now, loader.samples)
+    told = f"task {name}: its training files are not those of {found.path} ({changes})"
+    if not same_list:
+        raise ValueError(f"{told}, so their order would change. Put them back to resume, or choose another --out")
+    if changes and run.config.changed_files == "refuse":
+        raise ValueError(f"{told}. Put them back to resume, allow the change with --changed-files allow, or choose another --out")
+    if changes:
+        run.log.message(f"{told}; the run goes on with them as they are now")
+    elif isinstance(before, str):
+        run.log.message(f"task {name}: {found.path} is of an earlier version, which kept the names of training files but not their sizes")
+    elif before["times"] != now["times"]:
+        run.log.message(f"task {name}: some of its training files were written or copied since {found.path}, but have the sizes of then")
 
 
 def _size(model: PolyViT) -> str:

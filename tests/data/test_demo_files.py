@@ -16,6 +16,7 @@ from tiny_runs import tile_task
 
 from polyvit_fast import experiments
 from polyvit_fast.data import demo_files
+from polyvit_fast.data.classes import class_list
 from polyvit_fast.data.demo_files import MOTIONS, RECIPES, SAMPLE_RATE_HZ, SHAPES, TONES, VOICES_HZ, DemoFiles
 from polyvit_fast.randomness import generator
 
@@ -101,6 +102,15 @@ def test_what_is_there_is_left_and_what_is_missing_is_made(tmp_path):
     assert contents(tmp_path, "chords", num_samples=14)[3]
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert len(os.listdir(files[0].parent)) == 15  # with the stamp
+
+
+def test_counting_and_naming_classes_makes_no_file(tmp_path):
+    for kind in KINDS:
+        source = DemoFiles(kind=kind, num_samples=12, root=str(tmp_path / "files"))
+        task = tile_task(num_classes=6, train=source, val=source)
+        assert (source.count(task), source.class_names(task), source.remarks(task)) == (12, RECIPES[kind].classes, [])
+        assert class_list(task) == RECIPES[kind].classes
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_another_version_are_made_anew(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 import io
+import os
+import re
 import shutil
 import threading
 import time
@@ -411,3 +413,102 @@ def test_a_task_whose_batches_are_all_made_gives_its_memory_back():
         job.run()
         said.append(job.task.upper())
     assert said == ["A", "B", "A", "a", "B", "B", "b"]
+
+
+DEFECTS = [
+    AttributeError("nonzero"),
+    NameError("x"),
+    TypeError("no"),
+    ImportError("av"),
+    AssertionError("a"),
+    KeyError("k"),
+    IndexError("i"),
+]
+
+
+@pytest.mark.parametrize("batches", [True, False])
+@pytest.mark.parametrize("error", [*DEFECTS, UnboundLocalError("x"), ModuleNotFoundError("av"), NotImplementedError("later")], ids=repr)
+def test_a_defect_of_the_decoder_passes_with_the_names_of_its_files(error, batches):
+    source = Failing(num_samples=12, error=error, batches=batches)
+    told: list[str] = []
+    for train in (True, False):
+        loader = Loader("a", tiny_config(tasks={"a": tile_task(train=source, val=source)}), train=train, report=told.append)
+        with pytest.raises(type(error), match=re.escape(str(error))) as raised:
+            loader.load(0) if train else loader.load_validation(0)
+        notes = "".join(raised.value.__notes__)
+        assert "task a: while decoding synthetic:" in notes
+        assert "It is a defect of the decoder, not of a file: please report it" in notes
+        assert (loader.broken, told) == ({}, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneSided(Synthetic):
+    """A decoder with a defect that one file brings out, or only several of them together."""
+
+    fault: str
+
+    def decoder(self, task, **options):
+        inner = super().decoder(task, **options)
+
+        def decode(media, rngs):
+            if (self.fault == "together" and len(media) > 1) or self.fault in [one.path for one in media]:
+                media.nonsense  # noqa: B018
+            return inner(media, rngs)
+
+        return decode
+
+
+def test_the_file_that_brings_a_defect_out_is_found_in_its_batch():
+    def message(fault):
+        task = tile_task(train=OneSided(num_samples=8, fault=fault))
+        with pytest.raises(AttributeError) as raised:
+            Loader("a", tiny_config(tasks={"a": task}), train=True).load(0)
+        return raised.value.__notes__[0]
+
+    assert "while decoding synthetic:5. It is" in message("synthetic:5")
+    assert message("together").count("synthetic:") == 8
+
+
+USERS_FAULTS = [ValueError("bad"), RuntimeError("bad"), OSError(5, "bad"), EOFError("bad"), ZeroDivisionError("bad"), UnicodeError("bad")]
+
+
+@pytest.mark.parametrize("error", USERS_FAULTS, ids=repr)
+def test_what_ones_own_decoder_raises_for_a_file_is_the_files_fault(error):
+    source = Failing(num_samples=12, error=error, batches=False)
+    told: list[str] = []
+    loader = Loader("a", tiny_config(tasks={"a": tile_task(train=source)}, max_bad_ratio=0.3), train=True, report=told.append)
+    with pytest.raises(DataError, match=r"4 of 12 files are broken"):
+        loader.load(0)
+    assert len(told) == 4
+    assert all("bad" in line for line in told)
+
+
+def test_names_that_no_log_can_hold_are_told_in_escapes(tmp_path):
+    path = colour_folders(tmp_path)
+    name = os.fsdecode(b"caf\xe9\n\x1b[31m.jpg")
+    (path / "class1" / "3.jpg").rename(path / "class1" / name)
+    told: list[str] = []
+    config = colour_config(path)
+    loader = Loader("colours", config, train=True, report=told.append)
+    before = [loader.load(step) for step in range(4)]
+    assert (told, loader.broken) == ([], {})
+    assert [Loader("colours", config, train=True).load(step).labels.tolist() for step in range(4)] == [b.labels.tolist() for b in before]
+    (path / "class1" / name).write_bytes(b"broken")
+    [loader.load(step) for step in range(4)]
+    assert len(told) == 1
+    assert told[0].isprintable()
+    assert "class1/caf\\xe9\\n\\x1b[31m.jpg: " in told[0]
+    os.remove(path / "class1" / name)
+    strict = Loader("colours", colour_config(path, max_bad_ratio=0.0), train=True)
+    strict.samples = loader.samples
+    with pytest.raises(DataError, match=r"the last one is .*caf\\xe9\\n.* \(the file is missing\)"):
+        [strict.load(step) for step in range(4)]
+
+
+def test_the_fingerprint_is_of_the_files_as_they_are_now(tmp_path):
+    path = colour_folders(tmp_path)
+    loader = Loader("colours", colour_config(path), train=True)
+    before = loader.fingerprint()
+    assert loader.fingerprint() == before
+    (path / "class0" / "1.jpg").write_bytes((path / "class2" / "1.jpg").read_bytes())
+    assert loader.fingerprint() != before

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pillow
 from safetensors.torch import load_file
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Decoder, Task, Train
-from polyvit_fast.data.stream import DataError
+from polyvit_fast.data.fingerprint import fingerprint_names
+from polyvit_fast.data.image import Image
+from polyvit_fast.data.manifest import Folder
+from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.train import checkpoint
 from polyvit_fast.train.evaluate import evaluate_run
@@ -321,6 +325,62 @@ def test_other_training_files_are_refused_on_resume(tmp_path, config):
     run_until(config, tmp_path, 7)
     with fewer_samples(config, 49), pytest.raises(ValueError, match="task a: its training files are not those of"):
         run(config, tmp_path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A run on twelve pictures in two classes."""
+    for label in ("blue", "red"):
+        (tmp_path / "files" / label).mkdir(parents=True)
+        for number in range(6):
+            Pillow.new("RGB", (30, 30), label).save(tmp_path / "files" / label / f"{number}.bmp")
+    source = Folder(path=str(tmp_path / "files"))
+    task = Task(modality=Image(size=32), train=source, val=source, num_classes=2, steps=9, batch=4)
+    return tiny_config(tasks={"p": task}, save_every_steps=4)
+
+
+def test_replaced_training_files_are_refused_on_resume_by_name(tmp_path, pictures, capsys):
+    run_until(pictures, tmp_path / "run", 7)
+    changed = tmp_path / "files" / "red" / "3.bmp"
+    good, status = changed.read_bytes(), changed.stat()
+    for content, word in ((good[:-3] + b"abc", "contents"), (good + b"x", "sizes")):
+        changed.write_bytes(content)
+        os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+        message = (
+            rf"task p: its training files are not those of .* \({word} of {changed}\). Put them back to resume, allow the change with --"
+        )
+        with pytest.raises(ValueError, match=message):
+            run(pictures, tmp_path / "run")
+    Pillow.new("RGB", (31, 31), "red").save(changed)
+    assert run(pictures, tmp_path / "run", changed_files="allow").results
+    assert f"(sizes of {changed}); the run goes on with them as they are now" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_copy_of_the_training_files_resumes_bitwise_with_a_word(tmp_path, pictures, capsys):
+    run(pictures, tmp_path / "straight")
+    run_until(pictures, tmp_path / "run", 7)
+    for file in (tmp_path / "files").rglob("*.bmp"):
+        os.utime(file, (1, 1))
+    capsys.readouterr()
+    run(pictures, tmp_path / "run")
+    assert "task p: some of its training files were written or copied since" in capsys.readouterr().out
+    assert_equal_weights(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_checkpoint_that_knows_names_alone_resumes_with_a_word(tmp_path, pictures, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "fingerprint", lambda self: fingerprint_names(self.samples))  # as versions up to 0.4 wrote it
+        run_until(pictures, tmp_path / "run", 7)
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest
+    assert newest.state["samples"]["p"].startswith("12 files, ")
+    (tmp_path / "files" / "red" / "9.bmp").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"names and labels: 12 files, \w+; now 13 files, \w+\), so their order would change"):
+        run(pictures, tmp_path / "run")
+    (tmp_path / "files" / "red" / "9.bmp").unlink()
+    capsys.readouterr()
+    assert run(pictures, tmp_path / "run").results
+    assert "is of an earlier version, which kept the names of training files but not their sizes" in capsys.readouterr().out
 
 
 def test_other_class_names_are_refused_on_resume(tmp_path):

@@ -1,13 +1,15 @@
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import cli, experiments
-from polyvit_fast.config import MODELS, Model, Optim
+from polyvit_fast.config import MODELS, Model, Optim, Task
 from polyvit_fast.data.manifest import Folder
 from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.media import Sample
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.report import plan_report, print_plan, report_notes
 from polyvit_fast.train.step import Step
@@ -227,3 +229,25 @@ def test_nothing_is_cut_off(width, capsys, monkeypatch):
 def test_a_wrong_schedule_is_told():
     with pytest.raises(ValueError, match="schedule = 'sometimes' is unknown"):
         plan_report(tiny_config(schedule="sometimes"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remarked(Synthetic):
+    """A source that has something to say, and cannot be listed when it has no sample."""
+
+    def samples(self, task: Task) -> Sequence[Sample]:
+        if self.seed:
+            raise ValueError("it is gone")
+        return super().samples(task)
+
+    def remarks(self, task: Task) -> list[str]:
+        return [f"of {self.num_samples} samples, two are equal"]
+
+
+def test_remarks_on_the_data_are_told_once_with_their_task():
+    same, other = Remarked(num_samples=9), Remarked(num_samples=8)
+    tasks = {"a": tile_task(train=same, val=same), "b": tile_task(train=same, val=other), "c": tile_task(train=Remarked(seed=1))}
+    notes = report_notes(plan_report(tiny_config(tasks=tasks)))
+    told = [note for note in notes if "are equal" in note]
+    assert told == [f"{name}: of {count} samples, two are equal." for name, count in (("a", 9), ("b", 9), ("b", 8))]
+    assert "No samples of c: it is gone." in notes

@@ -1,0 +1,79 @@
+"""What the label members of a shard tell: class numbers or class names, and nothing that could be taken for either."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+MAX_BYTES = 1 << 20
+NUMBER = re.compile(r"[0-9]{1,18}")
+
+Labels = tuple[int | str, ...]
+
+
+def parse_labels(content: bytes, kind: str) -> Labels | None:
+    """The classes that a .cls or .json member tells; None for JSON that tells none. Raises ValueError with the reason alone."""
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes are too many for a label")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    return (_parse_class(text.strip(" \t\r\n")),) if kind == "cls" else _parse_json(text)
+
+
+def _parse_class(text: str) -> int | str:
+    if NUMBER.fullmatch(text):
+        return int(text)
+    if not is_name(text):
+        raise ValueError(f"{text[:40]!r} is not a class number (digits 0 to 9 alone) or a class name")
+    return unicodedata.normalize("NFC", text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is the name of a class: one line that holds a letter or a picture sign and that nobody takes for a number."""
+    if not any(unicodedata.category(character)[0] == "L" or unicodedata.category(character) == "So" for character in text):
+        return False
+    return text == text.strip() and all(unicodedata.category(character) != "Cc" for character in text) and not _is_numeric(text)
+
+
+def _is_numeric(text: str) -> bool:
+    for read in (float, lambda text: int(text, 0)):
+        try:
+            read(text)
+            return True
+        except ValueError:
+            pass
+    return False
+
+
+def _parse_json(text: str) -> Labels | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{text[:40]!r} is not JSON") from None
+    if isinstance(content, dict):
+        told = {name: content[name] for name in ("labels", "label") if content.get(name) is not None}
+        if not told:
+            return None
+        content, *others = told.values()
+        if any(_as_list(other) != _as_list(content) for other in others):
+            raise ValueError(f'"label" is {_brief(told["label"])} but "labels" is {_brief(told["labels"])}')
+    labels = _as_list(content)
+    for label in labels:
+        if isinstance(label, str) and NUMBER.fullmatch(label.strip()):
+            raise ValueError(f"{_brief(label)} is not a class number but a text; write it without quotes")
+        if type(label) is not int and not (isinstance(label, str) and is_name(label)):
+            raise ValueError(f"{_brief(content)} is not a class number or name, or a list of them")
+    return tuple(unicodedata.normalize("NFC", label) if isinstance(label, str) else label for label in labels)
+
+
+def _as_list(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [content]
+
+
+def _brief(content: Any) -> str:
+    text = repr(content)
+    return text if len(text) <= 60 else f"{text[:57]}..."
