@@ -146,7 +146,8 @@ class Task:
     drop_path_rate: float = 0.0
     """Chance to skip a residual branch in the last block; falls linearly to 0 in the first."""
     zero_head: bool = False
-    """Start this task's head at zero, as the paper's code does for videos and sounds, not at LeCun's normal law, as for images."""
+    """Start this task's head at zero, as the paper's code does for videos and sounds, whose trunk is trained before; else by LeCun's normal
+    law, as there for images, and by which the demo, whose trunk is not, learns faster."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "steps", "batch", "micro_batches"):
