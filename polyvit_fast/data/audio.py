@@ -37,9 +37,9 @@ class Audio(Modality):
     """Copies of the spectrogram; with 3 the tokenizer's weights may come from an image model's (as in the paper)."""
     spectrogram: Literal["kaldi", "mbt"] = "kaldi"
     """kaldi: as AST, from 20 Hz on, with pre-emphasis and Hann windows; mbt: from 0 Hz on, with Hamming windows."""
-    padding: Literal["spectrogram", "waveform"] | None = None
+    padding: Literal["auto", "spectrogram", "waveform"] = "auto"
     """After a short sound. spectrogram: rows of 0, before mean and std, as in AST; waveform: silence, down to the logarithm's floor.
-    None: spectrogram for kaldi, which is AST's, and waveform for mbt, whose authors publish none."""
+    auto: spectrogram for kaldi, which is AST's, and waveform for mbt, whose authors publish none."""
     sample_rate_hz: int = 16_000
     """Files of another rate are resampled. The highest band ends at half of it."""
     eval_clips: int = 1
@@ -162,7 +162,7 @@ class AudioDecoder:
         Where the spectrogram is padded, these are the windows of the sound alone, and at least one: AST has none of less than 25 ms.
         """
         audio, rows = self.audio, self.audio.grid[1]
-        padding = audio.padding or PADDINGS[audio.spectrogram]
+        padding = PADDINGS[audio.spectrogram] if audio.padding == "auto" else audio.padding
         return rows if padding == "waveform" else min(rows, max(1, num_frames(samples, audio.sample_rate_hz)))
 
     def spectrograms(self, clips: Float32[Tensor, "clip samples"]) -> Float32[Tensor, "clip rows columns"]:

@@ -66,18 +66,30 @@ def _encode(value: Any, path: str) -> Any:
 def from_json(default: Train, values: Mapping[str, Any]) -> Train:
     """`default`, the experiment's own configuration, with every stored value put onto it.
 
-    Fields of `Train` that an earlier version did not know have their default. Raises ValueError that names the dotted field when one is
-    unknown, missing, of another kind, or refused by its record.
+    Fields that an earlier version did not know say what it did. Raises ValueError that names the dotted field when one is unknown, missing,
+    of another kind, or refused by its record.
     """
     return _decode_record(default, _with_later_fields(values), "")
 
 
-def _with_later_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The stored configuration of an earlier version with the fields of `Train` that came since: their default is what was before."""
+def _with_later_fields(values: Any) -> Any:
+    """A stored configuration of an earlier version with the fields that came since, which say what that version did."""
     if not isinstance(values, Mapping):
         return values
-    missing = (field for field in fields(Train) if field.name not in values and field.default is not MISSING)
-    return {**values, **{field.name: _encode(field.default, field.name) for field in missing}}
+    later = {field.name: _encode(field.default, field.name) for field in fields(Train) if field.default is not MISSING}
+    match values.get("type"):
+        case "Train":
+            values = later | dict(values)
+        case "Task":
+            values = {"mixup_pairs": "neighbours", "zero_head": False} | dict(values)
+        case "Optim":
+            absent = "auto" if values.get("name") == "sgd" else "coast"
+            values = {"clip": "mean", "accumulate": "mean", "absent": absent} | dict(values)
+        case "Audio":
+            values = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform"} | dict(values)
+        case _:
+            pass
+    return {name: _with_later_fields(value) for name, value in values.items()}
 
 
 def _decode_record(default: Any, values: Any, path: str) -> Any:

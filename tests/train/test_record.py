@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polyvit_fast.config import Modality, Model, Optim, Plan, Source, Task, Train
+from polyvit_fast.data.audio import Audio
 from polyvit_fast.train import record
 from polyvit_fast.train.record import describe_run, differences, from_json, load_run, resume_differences, to_json
 
@@ -251,6 +252,26 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_later_fields():
     assert resume_differences(values, to_json(config())) == []
     (found,) = resume_differences(values, to_json(config()) | {"attention": "cudnn"})
     assert found == 'attention: "auto" -> "cudnn"'
+
+
+@pytest.mark.parametrize(("optimizer", "spectrogram"), [("sgd", "mbt"), ("adamw", "kaldi")])
+def test_later_fields_of_inner_records_say_what_an_earlier_version_did(optimizer, spectrogram):
+    audio = Audio(spectrogram=spectrogram)
+    now = replace(config(), tasks={"a": replace(task(), modality=audio)}, optim=Optim(name=optimizer))
+    values = stored(now)
+    for name in ("accumulate", "clip", "absent"):
+        del values["optim"][name]
+    for name in ("mixup_pairs", "zero_head"):
+        del values["tasks"]["a"][name]
+    del values["tasks"]["a"]["modality"]["padding"]
+    found, differing = from_json(now, values), resume_differences(values, to_json(now))
+    if optimizer == "sgd":  # momentum and MBT's spectrogram are as they were
+        assert (found, differing) == (now, [])
+    else:
+        was = replace(now, optim=replace(now.optim, absent="coast"))
+        assert found == replace(was, tasks={"a": replace(now.tasks["a"], modality=replace(audio, padding="waveform"))})
+        assert sorted(differing) == ['optim.absent: "coast" -> "auto"', 'tasks.a.modality.padding: "waveform" -> "auto"']
+    assert not found.optim.rests
 
 
 def test_a_run_folder_describes_its_run(tmp_path):
