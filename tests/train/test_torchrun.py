@@ -152,6 +152,23 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_another_number_of_the
     assert end(one) == [130]
 
 
+def test_what_torchrun_hands_on_stops_all_and_meanwhile_another_run_is_refused(tmp_path):
+    """torchrun hands SIGTERM, SIGINT and SIGHUP on by itself, others when it is asked to."""
+    folder, files = tmp_path / "run", [tmp_path / "0.txt", tmp_path / "1.txt"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    torchrun += ["--signals-to-handle", "SIGTERM,SIGUSR1", "-m", "polyvit_fast", "train", "smoke", "--out", str(folder), *FLAGS, *LONG]
+    two = subprocess.Popen(torchrun, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: has_steps(folder))
+    assert end(start(2, folder, *LONG, files=files)) == [2, 69]
+    assert "is in use: process " in files[0].read_text()
+    assert "the first process of the run failed; it tells why" in files[1].read_text()
+    two.send_signal(signal.SIGUSR1)
+    assert end([two]) == [1]  # torchrun's own code for a signal
+    found = checkpoint.newest(folder)
+    assert found
+    assert f"stopped by SIGUSR1 after step {found.step}; the checkpoint is saved" in (folder / "log.txt").read_text()
+
+
 def test_a_killed_process_ends_the_others_with_a_reason_and_a_checkpoint(tmp_path):
     folder, files = tmp_path / "run", [tmp_path / "0.txt", tmp_path / "1.txt"]
     both = start(2, folder, *LONG, "--save-every-steps", "100000", files=files)
