@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from polyvit_fast.config import Source, Task
@@ -199,12 +199,24 @@ def _name_lines(lines: Sequence[_Line]) -> str:
 
 def _media(path: str, members: dict[str, dict[str, Media]]) -> Media:
     """A file, or a member of a shard whose index `members` keeps."""
-    shard, colon, member = path.partition(".tar:")
-    if not colon:
+    shard = _find_shard(path, members)
+    if not shard:
         return Media(path)
-    shard += ".tar"
+    member = path[len(shard) + 1 :]
     if shard not in members:
         members[shard] = {media.member: media for example in read_index(shard) for media in example.media}
     if member not in members[shard]:
         raise ValueError(f"shard {shard} has no media member {member!r}")
     return members[shard][member]
+
+
+def _find_shard(path: str, known: Container[str]) -> str:
+    """What stands before the colon that parts a shard from its member; empty when the path is that of a file."""
+    prefixes = [path[:place] for place, character in enumerate(path) if character == ":"]
+    if not prefixes:
+        return ""
+    found = next((prefix for prefix in prefixes if prefix in known), None)
+    if found is None and not os.path.exists(path):
+        found = next((prefix for prefix in prefixes if os.path.isfile(prefix)), None)
+        found = found or next((prefix for prefix in prefixes if prefix.endswith(".tar")), None)
+    return found or ""

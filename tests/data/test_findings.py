@@ -1,7 +1,7 @@
 import os
 from dataclasses import replace
 
-from tars import write_shard
+from tars import pair, write_shard
 from tiny_runs import tile_task
 
 from polyvit_fast.data.findings import Verdict, write_clean_manifest
@@ -50,3 +50,17 @@ def test_paths_are_absolute_and_otherwise_as_they_were(tmp_path, monkeypatch):
     (sample,) = Manifest(path=str(tmp_path / "list.csv")).samples(tile_task())
     assert os.path.isabs(sample.media.path)
     assert sample.media.read() == b"the right one"
+
+
+def test_shards_and_files_of_any_name_come_back(tmp_path):
+    (tmp_path / "of.tar:").mkdir()
+    shards = [
+        write_shard(tmp_path / name, pair(f"{number}:x", 1)) for number, name in enumerate(("s.tar.000", "S.TAR", "of.tar:/s", "a:b.tar"))
+    ]
+    task = tile_task()
+    samples = list(Shards(paths=tuple(shards)).samples(task))
+    for name in ("12:30.jpg", "s.tar.000:file.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+        samples.append(Sample(Media(str(tmp_path / name)), (2,)))
+    write_clean_manifest(tmp_path / "list.csv", task, samples[::-1], [])
+    assert Manifest(path=str(tmp_path / "list.csv")).samples(task) == samples[::-1]
