@@ -171,20 +171,21 @@ def _members(shard: str, file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]
                 end = tar.offset
         except tarfile.TarError as error:
             kind = "truncated" if "end of data" in str(error) else "damaged"
-            raise ValueError(f"shard {shard}: {f'{kind} at member {name!r} or behind it' if name else _refusal(file)} ({error})") from None
+            reason = f"{kind} at member {name!r} or behind it ({error})" if name else _refusal(file, error)
+            raise ValueError(f"shard {shard}: {reason}") from None
         if archive and end == start:
             raise ValueError(f"shard {shard}: damaged: behind the tar's end mark, at byte {end}, stands what is no tar header")
         start, archive = _find_next_archive(shard, file, end), archive + 1
 
 
-def _refusal(file: BinaryIO) -> str:
+def _refusal(file: BinaryIO, error: Exception) -> str:
     """Why a file in which not one header was found is no tar."""
     file.seek(0)
     head = file.read(8)
     kind = next((kind for magic, kind in COMPRESSIONS.items() if head.startswith(magic)), "")
     if kind:
         return f"not an uncompressed tar file but one of {kind}: samples are read by their place, so unpack it first"
-    return "not an uncompressed tar file, or a truncated one"
+    return f"not an uncompressed tar file, or a truncated one ({error})"
 
 
 def _find_next_archive(shard: str, file: BinaryIO, end: int) -> int | None:

@@ -42,7 +42,7 @@ class Shards(Source):
 
     def class_names(self, task: Task) -> tuple[str, ...] | None:
         """The names in the label members, sorted; None when those tell numbers. Raises ValueError when some tell names, others numbers."""
-        told = [_find_classes(shard, os.stat(shard).st_mtime_ns) for shard in self._shards()]
+        told = [_find_classes(shard, (status := os.stat(shard)).st_size, status.st_mtime_ns) for shard in self._shards()]
         by_name, by_number = ([where for classes in told if (where := classes[kind])] for kind in (1, 2))
         if by_name and by_number:
             raise ValueError(f"{by_name[0]}, but {by_number[0]}: all label members must tell names, or all numbers")
@@ -113,7 +113,7 @@ def _is_media(media: Media) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _find_classes(shard: str, mtime_ns: int) -> tuple[frozenset[str], str, str]:
+def _find_classes(shard: str, size: int, mtime_ns: int) -> tuple[frozenset[str], str, str]:
     """(the names that a shard's label members tell, where the first of them stands, where the first number does)."""
     first: dict[type, str] = {}
     names = set()
