@@ -16,6 +16,7 @@ from polyvit_fast.data.device import DeviceDecoder
 from polyvit_fast.data.device_colour import colour_map, mirrored, recolour
 from polyvit_fast.data.device_rand_augment import rand_augment
 from polyvit_fast.data.image import PIECE_PIXELS, PIXELS_FAILURE, Changes, ImageDecoder, decoded_boxes, inputs
+from polyvit_fast.data.jpeg_file import check_grey
 from polyvit_fast.media import Media
 
 # nvJPEG is told to leave nothing out of the hardware engine that the engine can decode: by default it shares a batch out by its size,
@@ -56,6 +57,8 @@ class DeviceImages(DeviceDecoder):
             self.count(sum(len(one.content) for one in wanted[piece]), 3 * sum(areas[piece]))
             [output] = self.pictures.run(PIXELS_FAILURE, **inputs(wanted[piece]))
             outputs.append(self.borrow(output.as_tensor()))
+            for one, last_pixel in zip(wanted[piece], outputs[-1][:, -1, -1].tolist(), strict=True):
+                check_grey(one.content, last_pixel)
         pictures, changes = torch.cat(outputs), [one.changes for one in wanted]
         parts = pieces([self.images.image.size**2] * len(wanted), PIECE_PIXELS // 4)  # floats need four times the bytes
         return torch.cat([changed(pictures[part], changes[part]) for part in parts])[:, None, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch.nn import functional
 from polyvit_fast.config import Decoder, Modality
 from polyvit_fast.data.colour import Colours, draw_colours, recolour
 from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, pieces
-from polyvit_fast.data.image_file import check_size, kind_of, read_for_dali, specimen
+from polyvit_fast.data.image_file import PIXELS_FAILURE, check_size, kind_of, read_for_dali, specimen
+from polyvit_fast.data.jpeg_file import check_grey, check_warnings, warnings_of_libjpeg
 from polyvit_fast.data.rand_augment import Operation, augmented, draw_operations
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError
@@ -29,7 +30,6 @@ Box = tuple[int, int, int, int]
 """(top, left, height, width) of a rectangle, in pixels of the upright picture."""
 CROP_ATTEMPTS = 10  # a 4:3 picture needs more than these once in 10^6 crops, a 2:1 picture once in 700
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
 MISSING_DECODER = (
     "{kind} files cannot be decoded on this machine, not even a whole one of 8 × 8 pixels: the package nvidia-nvimgcodec-cu13 probably "
     "lacks the library for them in its folder extensions, which pip install --force-reinstall nvidia-nvimgcodec-cu13 brings back ({error})"
@@ -39,7 +39,11 @@ PIECE_PIXELS = 1 << 26  # 192 MiB; a batch of photographs by a telephone would b
 
 @dataclass(frozen=True, kw_only=True)
 class Image(Modality):
-    """Pictures: JPEG, PNG, WebP, BMP, TIFF and GIF (first frame), turned upright as their EXIF tag says, alpha dropped."""
+    """Pictures: the first of a file, turned upright as its EXIF tag says, alpha dropped, 16 bits rounded to 8.
+
+    JPEG, PNG and WebP through DALI; BMP, TIFF, GIF, PPM and its kin, JPEG 2000, AVIF, QOI, ICO, CUR, ICNS, PSD, DDS, FTEX, BLP, SGI, Sun,
+    PCX, DCX, Pixar, MSP, XBM, XPM, XV thumbnails, GIMP brushes, FLI, Photo CD and TGA through Pillow.
+    """
 
     name: ClassVar[str] = "image"
     size: int = 224
@@ -103,18 +107,29 @@ class Image(Modality):
         return 1
 
     def thorough(self) -> Image:
-        """With the whole picture."""
-        return replace(self, eval_crop="resize")
+        """With the whole picture, and heeding what libjpeg warns of: for a process that does nothing else meanwhile."""
+        fields: dict[str, Any] = vars(self) | {"eval_crop": "resize"}
+        return ThoroughImage(**fields)
 
     def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """Files to uint8 grids [sample, 1, 1, size, size, 3]; a batch with a broken file raises MediaError, the next one works."""
-        on_cpu = ImageDecoder(self, batch, train, num_threads)
+        on_cpu = self._on_cpu(batch, train, num_threads)
         if device == "cpu":
             on_cpu.prepare()
             return on_cpu
         from polyvit_fast.data.device_image import DeviceImages
 
         return DeviceImages(on_cpu, torch.device("cuda", torch.cuda.current_device()))
+
+    def _on_cpu(self, batch: int, train: bool, num_threads: int) -> ImageDecoder:
+        return ImageDecoder(self, batch, train, num_threads)
+
+
+class ThoroughImage(Image):
+    """Decodes file by file, and takes what libjpeg warns of on standard error for a reason."""
+
+    def _on_cpu(self, batch: int, train: bool, num_threads: int) -> ImageDecoder:
+        return ThoroughDecoder(self, batch, train, num_threads)
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,9 @@ class ImageDecoder:
             raise
 
         def fill(i: int) -> None:
-            out[i] = self._finish(torch.from_dlpack(crops[i]), wanted[i].changes)
+            crop = torch.from_dlpack(crops[i])
+            check_grey(wanted[i].content, crop[-1, -1].tolist())
+            out[i] = self._finish(crop, wanted[i].changes)
 
         map_in_threads(fill, range(len(wanted)), self.num_threads)
 
@@ -227,6 +244,18 @@ class ImageDecoder:
             # In Pillow, not DALI: DALI's draws from a seed of its own, and is slower on a CPU (benchmarks/bench_data.py).
             pixels = augmented(np.ascontiguousarray(pixels), changes.operations)
         return pixels
+
+
+class ThoroughDecoder(ImageDecoder):
+    """Decodes file by file, so that what libjpeg warns of is known to be that file's."""
+
+    def _decode(self, wanted: list[Wanted], out: np.ndarray) -> None:
+        for i, one in enumerate(wanted):
+            try:
+                with warnings_of_libjpeg() as warnings:
+                    super()._decode([one], out[i : i + 1])
+            finally:  # libjpeg knows best why
+                check_warnings(one.content.tobytes(), warnings)
 
 
 def draw_changes(image: Image, rng: np.random.Generator) -> Changes:

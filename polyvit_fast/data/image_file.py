@@ -1,27 +1,67 @@
-"""What image files need before DALI sees them: GIF it cannot decode, and some damaged or odd files it would decode wrongly, silently."""
+"""Image files as DALI decodes them rightly: JPEG, PNG and WebP as they are, other kinds decoded by Pillow beforehand."""
 
 from __future__ import annotations
 
 import io
 import re
-import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from polyvit_fast.data.jpeg_file import PILLOW_ERRORS, START, read_frame
 from polyvit_fast.media import Media, MediaError
 
-SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP": rb"RIFF....WEBP", "BMP": rb"BM", "TIFF": rb"II\*\0|MM\0\*", "PPM": rb"P6"}
-"""How files of each kind begin."""
+SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP": rb"RIFF....WEBP", "PPM": rb"P6"}
+"""How files of each kind begin that DALI is given."""
+PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2))
+"""What turns a picture upright, for each EXIF orientation that asks for it."""
+PILLOW_KINDS = (
+    *(
+        "BMP",
+        "DIB",
+        "TIFF",
+        "GIF",
+        "PPM",
+        "JPEG2000",
+        "AVIF",
+        "QOI",
+        "ICO",
+        "CUR",
+        "ICNS",
+        "PSD",
+        "DDS",
+        "FTEX",
+        "BLP",
+        "SGI",
+        "SUN",
+        "PCX",
+    ),
+    *("DCX", "PIXAR", "MSP", "XBM", "XPM", "XVTHUMB", "GBR", "FLI", "PCD", "TGA"),
+)
+"""Pillow's names of the kinds that it decodes, in the order in which they are tried: the last two have no signature of a few bytes.
+
+Left out are kinds that run a program or only name themselves (EPS, WMF, BUFR, GRIB, HDF5, MPEG), hold a file of any other kind (IPTC) or
+measurements whose range nobody tells (FITS, SPIDER, MCIDAS, IMT), and one that Pillow is about to drop (IM).
+"""
 
 
 def read_for_dali(media: Media, max_pixels: int) -> bytes:
     """A file that DALI decodes or refuses, never mistakes. Raises MediaError when it is truncated or of a kind that is not supported."""
     content = media.read()
-    if content.startswith(b"GIF8"):
-        return _gif_as_ppm(content, max_pixels)
-    if content.startswith(b"\xff\xd8") and not _has_jpeg_end(content):
-        raise MediaError("truncated: the JPEG's end is missing")
-    if content.startswith((b"II*\0", b"MM\0*")):
-        _check_tiff(content)
-    return content
+    if content.startswith(START):
+        frame = read_frame(content, max_pixels)
+        # DALI takes four colours for inverted ones even where the file does not say so.
+        return _as_ppm(content, ["JPEG"], max_pixels) if frame and len(frame.sampling) > 3 else content
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(content)
+        return content
+    if re.match(SIGNATURES["WebP"], content, re.DOTALL):
+        _check_webp(content)
+        return content
+    return _as_ppm(content, PILLOW_KINDS, max_pixels)
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -44,60 +84,88 @@ def specimen(kind: str) -> bytes:
     return file.getvalue()
 
 
-def _gif_as_ppm(content: bytes, max_pixels: int) -> bytes:
-    """The first frame of a GIF, which DALI cannot decode, as a file that it can."""
-    from PIL import GifImagePlugin
+def _check_png(content: bytes) -> None:
+    """What is inside, checksums tell the decoder."""
+    at = 8
+    while at + 12 <= len(content):
+        if content[at + 4 : at + 8] == b"IEND":
+            return
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+    raise MediaError("truncated: the PNG's end is missing")
+
+
+def _check_webp(content: bytes) -> None:
+    size = 8 + int.from_bytes(content[4:8], "little")
+    if len(content) < size:
+        raise MediaError(f"truncated: the WebP has {len(content)} of its {size} bytes")
+
+
+def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
+    """The first picture in a file of one of these kinds, upright, as a file that DALI decodes."""
+    from PIL import Image
 
     try:
-        check_size(*_gif_size(content), max_pixels)
-        with GifImagePlugin.GifImageFile(io.BytesIO(content)) as picture:
-            return b"P6 %d %d 255\n" % picture.size + picture.convert("RGB").tobytes()
-    except MediaError:
-        raise
-    except Exception as error:  # on damaged files Pillow raises many kinds
-        raise MediaError(f"not a GIF that can be decoded ({error})") from error
+        picture = _open(content, kinds)
+        check_size(picture.height, picture.width, max_pixels)
+        tags = getattr(picture, "tag_v2", {})
+        _check_meaning(content, picture, tags)
+        upright = _upright(picture)
+        pixels = _rgb_of_16_bits(upright, tags) if upright.mode[0] == "I" else upright.convert("RGB").tobytes()
+    except Image.DecompressionBombError as error:  # by Pillow's own limit, for pictures inside a file
+        raise MediaError(f"it has more pixels than its header tells, or than Pillow decodes ({error})") from error
+    except PILLOW_ERRORS as error:
+        raise MediaError(f"{PIXELS_FAILURE} ({error})") from error
+    return b"P6 %d %d 255\n" % upright.size + pixels
 
 
-def _gif_size(content: bytes) -> tuple[int, int]:
-    """(height, width) that hold both the screen and the first frame, which may be the larger one. Raises IndexError when cut."""
-    width, height, flags = struct.unpack_from("<HHB", content, 6)
-    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    while content[at] == 0x21:  # extensions: chains of blocks that begin with their length
-        at += 2
-        while content[at]:
-            at += content[at] + 1
-        at += 1
-    left, top, frame_width, frame_height = struct.unpack_from("<4H", content, at + 1)
-    return max(height, top + frame_height), max(width, left + frame_width)
+def _open(content: bytes, kinds: Sequence[str]) -> Any:
+    """A picture whose header was read. Raises MediaError when it is of none of these kinds, or its header is damaged."""
+    from PIL import Image
+
+    Image.init()
+    damaged = ""
+    for kind in kinds:
+        if kind not in Image.OPEN:
+            continue
+        open_picture, accepts = Image.OPEN[kind]
+        try:
+            accepted = accepts is None or accepts(content[:16])
+            if accepted is True:
+                return open_picture(io.BytesIO(content), "")
+            damaged = damaged or accepted or ""  # that Pillow was built without a library
+        except PILLOW_ERRORS as error:
+            if accepts:
+                damaged = damaged or f"truncated, damaged or of a sort that is not supported: its {kind} header cannot be read ({error})"
+    raise MediaError(damaged or f"not an image that can be decoded; it begins with {content[:16]!r}")
 
 
-def _has_jpeg_end(content: bytes) -> bool:
-    """Whether an end mark follows the first scan; without this, a crop from the part that is there would hide the truncation."""
-    at = 2
-    while content[at : at + 1] == b"\xff":
-        marker = content[at + 1 : at + 2]
-        if marker == b"\xda":
-            return content.endswith(b"\xff\xd9") or content.find(b"\xff\xd9", at) >= 0
-        at += 1 if marker == b"\xff" else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return at < len(content)  # no marker where one should be: the decoder will tell
+def _check_meaning(content: bytes, picture: Any, tags: Mapping[int, Any]) -> None:
+    """Raise MediaError when nothing tells what colours its numbers mean. `tags` are those of a TIFF."""
+    if picture.format == "PCX" and picture.mode == "L" and content[-769:-768] != b"\x0c":
+        raise MediaError("truncated: the palette at the end of the PCX is missing")
+    kind = tags.get(SAMPLE_FORMAT, (1,))[0]
+    if kind != 1 or picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
+        found = "floating-point" if picture.mode == "F" else "signed" if kind == 2 else "32-bit"
+        raise MediaError(
+            f"a {picture.format} of {found} numbers, whose range it does not tell; unsigned ones of up to 16 bits are supported"
+        )
 
 
-def _check_tiff(content: bytes) -> None:
-    """Refuse grey with alpha, which DALI mixes up, and floating-point numbers, which it takes to end at 1."""
-    order = "<" if content.startswith(b"II") else ">"
+def _upright(picture: Any) -> Any:
+    """The picture, decoded, as its EXIF tag says."""
+    from PIL import ExifTags, Image
+
+    picture.load()
     try:
-        (start,) = struct.unpack_from(f"{order}I", content, 4)
-        (num_tags,) = struct.unpack_from(f"{order}H", content, start)
-        tags = {}
-        for at in range(start + 2, start + 2 + 12 * num_tags, 12):
-            tag, _, count, value = struct.unpack_from(f"{order}HHIH", content, at)
-            if tag in (258, 277, 339) and count > 2:  # four bytes hold two numbers; more stand elsewhere
-                (value,) = struct.unpack_from(f"{order}H", content, *struct.unpack_from(f"{order}I", content, at + 8))
-            tags[tag] = value
-    except struct.error:
-        raise MediaError("truncated or damaged: its table of tags cannot be read") from None
-    bits, samples, kind = tags.get(258, 1), tags.get(277, 1), tags.get(339, 1)
-    if bits > 16 or samples not in (1, 3, 4) or kind != 1:
-        kinds = {1: "unsigned", 2: "signed", 3: "floating-point"}
-        found = f"{samples} {kinds.get(kind, 'unknown')} numbers of {bits} bits a pixel"
-        raise MediaError(f"a TIFF with {found}; 1, 3 or 4 unsigned numbers of up to 16 bits are supported")
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except PILLOW_ERRORS:  # a damaged tag does not make a damaged picture
+        orientation = None
+    return picture.transpose(Image.Transpose[TURNS[orientation]]) if orientation in TURNS else picture
+
+
+def _rgb_of_16_bits(picture: Any, tags: Mapping[int, Any]) -> bytes:
+    """Levels of 16 bits, or as many as a TIFF has, rounded to 8: Pillow's own conversion cuts them off at 255."""
+    top = (1 << tags.get(BITS_PER_SAMPLE, (16,))[0]) - 1
+    levels = (np.asarray(picture).astype(np.uint32) * 255 + top // 2) // top
+    grey = (255 - levels if tags.get(PHOTOMETRIC) == 0 else levels).astype(np.uint8)
+    return grey[..., None].repeat(3, -1).tobytes()

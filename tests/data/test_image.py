@@ -1,4 +1,3 @@
-import io
 import os
 import resource
 import shutil
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import KINDS, saved
 from PIL import Image as Pillow
 from PIL import ImageOps
 
@@ -59,39 +59,22 @@ def assert_close(grid, expected):
     assert difference.max() <= LEVELS
 
 
-FORMATS = {
-    "baseline.jpg": lambda im, path: im.save(path, quality=90),
-    "progressive.jpg": lambda im, path: im.save(path, progressive=True),
-    "full-chroma.jpg": lambda im, path: im.save(path, subsampling=0),
-    "grey.jpg": lambda im, path: im.convert("L").save(path),
-    "cmyk.jpg": lambda im, path: im.convert("CMYK").save(path),
-    "one-bit.png": lambda im, path: im.convert("1").save(path),
-    "rgb.png": lambda im, path: im.save(path),
-    "palette.png": lambda im, path: im.convert("P").save(path),
-    "grey-alpha.png": lambda im, path: im.convert("LA").save(path),
-    "alpha.png": lambda im, path: im.convert("RGBA").save(path),
-    "lossy.webp": lambda im, path: im.save(path, quality=80),
-    "lossless.webp": lambda im, path: im.save(path, lossless=True),
-    "animated.webp": lambda im, path: im.save(path, save_all=True, append_images=[ImageOps.invert(im)], lossless=True),
-    "rgb.bmp": lambda im, path: im.save(path),
-    "raw.tiff": lambda im, path: im.save(path),
-    "lzw.tif": lambda im, path: im.save(path, compression="tiff_lzw"),
-    "still.gif": lambda im, path: im.save(path),
-    "animated.gif": lambda im, path: im.save(path, save_all=True, append_images=[ImageOps.invert(im)]),
-    "a-gif-named.jpg": lambda im, path: im.save(path, "GIF"),
-    "a-png-named.jpg": lambda im, path: im.save(path, "PNG"),
-}
+@pytest.fixture(scope="module")
+def decoders():
+    image = Image(size=32)
+    return [image.decoder(batch=3, train=train, num_threads=2) for train in (True, False)]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_equals_pillow(tmp_path, name):
-    path = tmp_path / name
-    FORMATS[name](photo(), path)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_equals_pillow(tmp_path, decoders, name):
+    path = tmp_path / "misnamed.jpg"
+    path.write_bytes(KINDS[name])
     with Pillow.open(path) as file:
-        picture = file.convert("RGB")
-    grid = decode(Image(size=96, patch=16), path)
-    assert (grid.shape, grid.dtype) == ((1, 1, 1, 96, 96, 3), torch.uint8)
-    assert_close(grid, resampled(picture, 96, (0, 0, HEIGHT, WIDTH)))
+        picture = ImageOps.exif_transpose(file).convert("RGB")
+    grid = decoders[1]([Media(str(path))], rngs(1))
+    assert (grid.shape, grid.dtype) == ((1, 1, 1, 32, 32, 3), torch.uint8)
+    assert_close(grid, resampled(picture, 32, (0, 0, picture.height, picture.width)))
 
 
 @pytest.mark.parametrize(("size", "grid_size"), [((2000, 3000), 32), ((3000, 20), 16), ((20, 30), 224)])
@@ -287,12 +270,6 @@ def test_damaged_exif_and_text_after_the_end_do_not_matter(tmp_path):
     assert torch.equal(*decode(Image(size=32), tmp_path / "whole.jpg", tmp_path / "damaged.jpg"))
 
 
-def saved(picture, kind, **options):
-    content = io.BytesIO()
-    picture.save(content, kind, **options)
-    return content.getvalue()
-
-
 def png_header(width, height):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -326,22 +303,16 @@ BAD = {
     "cut jpeg": (saved(photo(), "JPEG")[:9000], "truncated: the JPEG's end is missing"),
     "jpeg without its last two bytes": (saved(photo(), "JPEG")[:-2], "truncated: the JPEG's end is missing"),
     "cut jpeg with a thumbnail": (thumbnailed_and_cut(), "truncated: the JPEG's end is missing"),
-    "cut png": (saved(photo(), "PNG")[:-9000], "not an image that can be decoded|truncated or damaged"),
-    "cut webp": (saved(photo(), "WEBP")[:-900], "truncated or damaged: its header is good, its pixels cannot be decoded"),
+    "cut png": (saved(photo(), "PNG")[:-9000], "truncated: the PNG's end is missing"),
+    "cut webp": (saved(photo(), "WEBP")[:-900], r"truncated: the WebP has \d+ of its \d+ bytes"),
     "cut bmp": (saved(photo(), "BMP")[:-900], "truncated or damaged"),
-    "cut tiff": (saved(photo(), "TIFF")[: 300 * 450], "not an image that can be decoded|truncated or damaged"),
-    "cut gif": (saved(photo(), "GIF")[:-9000], "not a GIF that can be decoded .*truncated"),
+    "cut tiff": (saved(photo(), "TIFF")[: 300 * 450], "truncated or damaged"),
+    "cut gif": (saved(photo(), "GIF")[:-9000], "truncated or damaged: its header is good, .*truncated"),
     "jpeg that claims 65500 x 65500": (lying_jpeg(65500, 65500), "65500 x 65500 pixels, more than max_pixels = 89478485"),
     "30000 x 30000 png": (png_header(30000, 30000), "it has 30000 x 30000 pixels, more than max_pixels = 89478485"),
     "png that claims 8000 x 8000": (png_header(8000, 8000), "truncated or damaged|not an image"),
-    "gif with a huge frame": (GIF, "it has 60000 x 60000 pixels, more than max_pixels = 89478485"),
+    "gif with a huge frame": (GIF, "it has more pixels than its header tells, or than Pillow decodes"),
 }
-
-
-@pytest.fixture(scope="module")
-def decoders():
-    image = Image(size=32)
-    return [image.decoder(batch=3, train=train, num_threads=2) for train in (True, False)]
 
 
 @pytest.mark.parametrize("kind", BAD)
