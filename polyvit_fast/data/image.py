@@ -151,6 +151,17 @@ class Wanted:
     box: Box
     changes: Changes
 
+    @property
+    def by_pillow(self) -> bool:
+        """Whether the content ends in the pixels themselves."""
+        return self.content[:2].tobytes() == b"P6"
+
+    def cut(self) -> UInt8[np.ndarray, "rows columns 3"]:
+        """The pixels of the box, of a picture `by_pillow`."""
+        top, left, height, width = self.box
+        pixels = self.content[-3 * self.height * self.width :].reshape(self.height, self.width, 3)
+        return pixels[top : top + height, left : left + width].copy()
+
 
 class ImageDecoder:
     """Decodes on the CPU."""
@@ -183,19 +194,24 @@ class ImageDecoder:
         return wanted
 
     def _decode(self, wanted: list[Wanted], out: np.ndarray) -> None:
+        place = {i: n for n, i in enumerate(i for i, one in enumerate(wanted) if not one.by_pillow)}
+        decoded = self._run([wanted[i] for i in place]) if place else []
+
+        def fill(i: int) -> None:
+            crop = torch.from_dlpack(decoded[place[i]]) if i in place else torch.from_numpy(wanted[i].cut())
+            check_grey(wanted[i].content, crop.numpy()[-1, -1].tolist())
+            out[i] = self._finish(crop, wanted[i].changes)
+
+        map_in_threads(fill, range(len(wanted)), self.num_threads)
+
+    def _run(self, wanted: list[Wanted]) -> Any:
         try:
             [crops] = self.pixels.run(PIXELS_FAILURE, **inputs(wanted))
         except MediaError:
             for kind in {kind_of(one.content[:16].tobytes()) for one in wanted}:
                 self._check_decodable(kind)
             raise
-
-        def fill(i: int) -> None:
-            crop = torch.from_dlpack(crops[i])
-            check_grey(wanted[i].content, crop[-1, -1].tolist())
-            out[i] = self._finish(crop, wanted[i].changes)
-
-        map_in_threads(fill, range(len(wanted)), self.num_threads)
+        return crops
 
     def _check_decodable(self, kind: str) -> None:
         """Raises UnavailableError when no file of that kind can be decoded: then the files are not to blame."""
@@ -251,11 +267,15 @@ class ThoroughDecoder(ImageDecoder):
 
     def _decode(self, wanted: list[Wanted], out: np.ndarray) -> None:
         for i, one in enumerate(wanted):
-            try:
-                with warnings_of_libjpeg() as warnings:
+            with warnings_of_libjpeg() as warnings:
+                try:
                     super()._decode([one], out[i : i + 1])
-            finally:  # libjpeg knows best why
-                check_warnings(one.content.tobytes(), warnings)
+                    failure = None
+                except MediaError as error:
+                    failure = error
+            check_warnings(one.content.tobytes(), warnings)  # libjpeg knows best why
+            if failure:
+                raise failure
 
 
 def draw_changes(image: Image, rng: np.random.Generator) -> Changes:

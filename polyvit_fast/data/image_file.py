@@ -110,7 +110,10 @@ def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
         tags = getattr(picture, "tag_v2", {})
         _check_meaning(content, picture, tags)
         upright = _upright(picture)
-        pixels = _rgb_of_16_bits(upright, tags) if upright.mode[0] == "I" else upright.convert("RGB").tobytes()
+        if upright.mode[0] == "I":
+            pixels = _rgb_of_16_bits(upright, tags)
+        else:
+            pixels = (upright if upright.mode == "RGB" else upright.convert("RGB")).tobytes()
     except Image.DecompressionBombError as error:  # by Pillow's own limit, for pictures inside a file
         raise MediaError(f"it has more pixels than its header tells, or than Pillow decodes ({error})") from error
     except PILLOW_ERRORS as error:

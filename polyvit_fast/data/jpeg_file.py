@@ -24,7 +24,19 @@ from polyvit_fast.media import MediaError
 START, END = b"\xff\xd8", b"\xff\xd9"
 GREY = [128, 128, 128]
 PILLOW_ERRORS = (
-    *(OSError, RuntimeError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error, zlib.error),
+    *(
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        KeyError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+    ),
     Warning,  # where the user has made errors of warnings
 )
 """What Pillow raises on damaged files."""
@@ -175,7 +187,7 @@ def _read_markers(content: bytes, *, quick: bool = False) -> tuple[Frame | None,
             (interval,) = struct.unpack_from(">H", segment)
         elif kind == 0xDA and at < len(content):
             components, (first, last, bits) = segment[1 : 1 + 2 * segment[0] : 2], struct.unpack("3B", segment[-3:])
-            if quick and not interval and frame and frame.coding < 2 and len(components) == len(frame.sampling) and content.endswith(END):
+            if quick and frame and frame.coding < 2 and len(components) == len(frame.sampling) and content.endswith(END):
                 return frame, [Scan(at, len(content) - 2, components, first, last, bits & 15, interval)]
             if not (after := _AFTER_CODES.search(content, at)):
                 break

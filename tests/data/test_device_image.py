@@ -95,7 +95,9 @@ def test_idle_decoders_hold_no_graph_and_work_again(media):
     assert torch.equal(decoder(media, rngs(6)), before)
 
 
-@pytest.mark.parametrize("kind", ["text", "cut jpeg", "cut webp", "missing", "jpeg that claims 65500 x 65500"])
+@pytest.mark.parametrize(
+    "kind", ["text", "cut jpeg", "jpeg without data but with its end", "cut webp", "missing", "jpeg that claims 65500 x 65500"]
+)
 def test_bad_files_say_why_and_the_next_batch_works(media, tmp_path, kind):
     content, reason = BAD[kind]
     if content is not None:
