@@ -19,27 +19,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2))
 """What turns a picture upright, for each EXIF orientation that asks for it."""
 PILLOW_KINDS = (
-    *(
-        "BMP",
-        "DIB",
-        "TIFF",
-        "GIF",
-        "PPM",
-        "JPEG2000",
-        "AVIF",
-        "QOI",
-        "ICO",
-        "CUR",
-        "ICNS",
-        "PSD",
-        "DDS",
-        "FTEX",
-        "BLP",
-        "SGI",
-        "SUN",
-        "PCX",
-    ),
-    *("DCX", "PIXAR", "MSP", "XBM", "XPM", "XVTHUMB", "GBR", "FLI", "PCD", "TGA"),
+    *("BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "CUR", "ICNS", "PSD", "DDS", "FTEX"),
+    *("BLP", "SGI", "SUN", "PCX", "DCX", "PIXAR", "MSP", "XBM", "XPM", "XVTHUMB", "GBR", "FLI", "PCD", "TGA"),
 )
 """Pillow's names of the kinds that it decodes, in the order in which they are tried: the last two have no signature of a few bytes.
 
