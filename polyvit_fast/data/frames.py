@@ -6,44 +6,25 @@ PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from polyvit_fast.data.layout import read_layout
+from polyvit_fast.data.orientation import UPRIGHT, orientation_of
+from polyvit_fast.data.timeline import FileOrder, Timeline, counted_timeline, has_regular_index, header_timeline, packets
 from polyvit_fast.media import Media, MediaError
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif"  # FFmpeg's demuxers; playlists, which name other files, stay shut
 SEEK_FRAMES = 250  # a gap this long holds a keyframe in nearly every file, so that seeking beats decoding on
 FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
 MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the wanted size
-
-
-@dataclass(frozen=True)
-class _Timeline:
-    """Frame numbers from time stamps: frame k is the one shown k average frame times after the start.
-
-    In a file with a constant rate that is the k-th frame; in one with a variable rate, motion keeps its speed.
-    """
-
-    start: int
-    frames_per_tick: float
-    num_frames: int
-    first_dts: int
-    """The decoding time stamp of the first packet, from which on seeking is possible."""
-    regular: bool = False
-    """Whether all time stamps were read and frame k is the k-th one."""
-    stamped: bool = True
-    """Whether packets say when they are shown. Some AVI and MPEG files with B-frames do not; their k-th decoded frame is frame k."""
-
-    def number(self, pts: int) -> int:
-        return round((pts - self.start) * self.frames_per_tick)
-
-    def pts(self, number: int) -> int:
-        return self.start + round(number / self.frames_per_tick)
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ class Header:
 def read_header(media: Media, max_pixels: int) -> Header:
     """Decodes the first frame only. Raises MediaError as `read_clips` does."""
     with _opened(media, max_pixels) as (container, stream, timeline):
-        frame = _Reader(container, stream, timeline).frame(0)
+        frame = _reader(container, stream, timeline).frame(0)
         _check_size(frame, max_pixels)
         return Header(
             container=container.format.name,
@@ -74,9 +55,9 @@ def read_header(media: Media, max_pixels: int) -> Header:
             width=frame.width,
             pixels=frame.format.name,
             colorspace=int(frame.colorspace),
-            plain=(timeline.regular or _has_regular_index(stream, timeline))
+            plain=(timeline.regular or has_regular_index(stream, timeline))
             and frame.pts == timeline.start
-            and not _quarter_turns(frame)
+            and orientation_of(frame) == UPRIGHT
             and not frame.interlaced_frame
             and int(frame.color_range) != FULL_RANGE
             and len(container.streams.video) == 1,
@@ -100,7 +81,7 @@ def read_clips(
 
     with _opened(media, max_pixels) as (container, stream, timeline):
         numbers = choose(timeline.num_frames)
-        reader, converter = _Reader(container, stream, timeline), VideoReformatter()
+        reader, converter = _reader(container, stream, timeline), VideoReformatter()
         clips = None
         for number in np.unique(numbers):
             frame = reader.frame(int(number))
@@ -113,16 +94,43 @@ def read_clips(
 
 
 @contextmanager
-def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, _Timeline]]:
+def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]]:
     """The container, its video stream and that one's timeline."""
+    with media.open() as file:
+        layout = read_layout(file)
+        if layout.joints and not layout.read_on:
+            raise MediaError(f"its time stamps start anew at byte {layout.joints[0]}, where another file was joined to it: split it there")
+        with _open(file, max_pixels) as container, _telling("damaged: {}".format):
+            stream = _video_stream(container, max_pixels)
+            timeline = header_timeline(container, stream) or counted_timeline(
+                container, stream, layout.joints, partial(_shows, media, max_pixels, end=layout.size)
+            )
+            if layout.end > layout.size:
+                raise MediaError(f"truncated: it ends after {layout.size} bytes, inside its last part")
+            if timeline.order is None:
+                yield container, stream, timeline
+                return
+    with media.open() as file, _open(file, max_pixels) as container, _telling(timeline.failure):
+        yield container, _video_stream(container, max_pixels), timeline
+
+
+def _shows(media: Media, max_pixels: int, start: int, end: int) -> bool:
+    """Whether these bytes of a file are a video of their own."""
+    part = replace(media, offset=media.offset + start, size=end - start)
+    with suppress(MediaError), part.open() as file, _open(file, max_pixels) as container, _telling(str):
+        return any(packet.is_keyframe for packet in packets(container, *container.streams.video))
+    return False
+
+
+@contextmanager
+def _telling(failure: Callable[[str], str]) -> Iterator[None]:
+    """What FFmpeg and the disk report is the file's failure."""
     from av.error import FFmpegError
 
-    with media.open() as file, _open(file, max_pixels) as container:
-        try:
-            stream = _video_stream(container, max_pixels)
-            yield container, stream, _header_timeline(container, stream) or _counted_timeline(container, stream)
-        except (FFmpegError, OSError) as error:
-            raise MediaError(f"damaged: {error.strerror or error}") from None
+    try:
+        yield
+    except (FFmpegError, OSError) as error:
+        raise MediaError(failure(error.strerror or str(error))) from None
 
 
 def _open(file: Any, max_pixels: int) -> Any:
@@ -172,71 +180,10 @@ def _check_size(picture: Any, max_pixels: int) -> None:
         raise MediaError(f"its frames have {width} x {height} pixels; more than {MAX_ASPECT} to 1 is refused")
 
 
-def _header_timeline(container: Any, stream: Any) -> _Timeline | None:
-    """From the header alone, where it holds the stream's own duration and an index of its frames (MP4, AVI)."""
-    index = stream.index_entries
-    if not (stream.frames and stream.duration and stream.average_rate and len(index) >= stream.frames):
-        return None
-    if container.format.name == "avi" and stream.codec_context.has_b_frames:
-        return None
-    if index[-1].pos + index[-1].size > container.size:
-        raise MediaError(f"truncated: its header places a frame at byte {index[-1].pos}, the file has {container.size}")
-    frames_per_tick = float(stream.average_rate * stream.time_base)
-    num_frames = max(1, round(stream.duration * frames_per_tick))
-    return _Timeline(stream.start_time or 0, frames_per_tick, num_frames, index[0].timestamp)
-
-
-def _has_regular_index(stream: Any, timeline: _Timeline) -> bool:
-    """Whether the index of a header, which `_header_timeline` leaves unread, places one frame after the other at a constant rate."""
-    index = stream.index_entries
-    return len(index) == stream.frames == timeline.num_frames and all(
-        not entry.is_discard and round((entry.timestamp - timeline.first_dts) * timeline.frames_per_tick) == k
-        for k, entry in enumerate(index)
-    )
-
-
-def _counted_timeline(container: Any, stream: Any) -> _Timeline:
-    """From the time stamps of all packets: reads the file through, decodes nothing.
-
-    Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
-    """
-    stamps, dts, end_seconds, whole, stamped, skipped = [], [], 0.0, True, True, False
-    for packet in _packets(container):
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is not None:
-            end_seconds = max(end_seconds, float((stamp + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index == stream.index and packet.size and not packet.is_discard:
-            stamps.append(stamp)
-            dts.append(stamp if packet.dts is None else packet.dts)
-            stamped &= packet.pts is not None
-            whole = not packet.is_corrupt
-        elif packet.stream_index == stream.index and packet.pts is not None:
-            skipped = True
-    known = [stamp for stamp in stamps if stamp is not None]
-    if not known:
-        raise MediaError("there are no frames with time stamps in it")
-    first, last, num_frames = min(known), max(known), len(stamps)
-    promised_seconds = (container.duration or 0) / 1e6
-    if end_seconds < 0.95 * promised_seconds - 0.5:
-        raise MediaError(f"truncated: it ends after {end_seconds:.1f} of the {promised_seconds:.1f} seconds that its header promises")
-    if max(num_frames, last - first) < 0.95 * stream.frames - 2:  # AVI counts in ticks, one a frame: empty ones are not stored
-        raise MediaError(f"truncated: it ends after {num_frames} of the {stream.frames} frames that its header promises")
-    if not whole:
-        raise MediaError("truncated: its last frame is incomplete")
-    frames_per_tick = (num_frames - 1) / (last - first) if last > first else 1.0
-    regular = stamped and not skipped and [round((stamp - first) * frames_per_tick) for stamp in sorted(known)] == list(range(num_frames))
-    return _Timeline(first, frames_per_tick, num_frames, min(stamp for stamp in dts if stamp is not None), regular, stamped)
-
-
-def _packets(container: Any, *streams: Any) -> Iterator[Any]:
-    with suppress(IndexError):  # PyAV's, after the last packet, of a file in which another stream begins late
-        yield from container.demux(*streams)
-
-
 class _Reader:
     """The frames shown at ascending numbers."""
 
-    def __init__(self, container: Any, stream: Any, timeline: _Timeline) -> None:
+    def __init__(self, container: Any, stream: Any, timeline: Timeline) -> None:
         self.container, self.stream, self.timeline = container, stream, timeline
         self.shown: tuple[int, Any] | None = None
         self.next: tuple[int, Any] | None = None
@@ -244,8 +191,8 @@ class _Reader:
 
     def frame(self, number: int) -> Any:
         """The last frame that is not later than `number`. Raises MediaError when the file ends far before it."""
-        if self.shown is None or (self.timeline.stamped and number - self.shown[0] > SEEK_FRAMES):
-            self._seek(number)
+        if self.shown is None or number - self.shown[0] > SEEK_FRAMES:
+            self.jump(number)
         while self.next is not None and (self.shown is None or self.next[0] <= number):
             self.shown, self.next = self.next, next(self.decoded, None)
         if self.shown is None:
@@ -253,18 +200,27 @@ class _Reader:
         if self.next is None:
             self._check_end(number, *self.shown)
         if self.shown[1].is_corrupt:
-            raise MediaError(f"damaged: its frame {self.shown[0]} cannot be decoded completely")
+            raise MediaError(self.timeline.failure(f"its frame {self.shown[0]} cannot be decoded completely"))
         return self.shown[1]
 
-    def _check_end(self, number: int, last: int, frame: Any) -> None:
-        last += max(0, round((frame.duration or 0) * self.timeline.frames_per_tick) - 1)
-        if number > last + max(2, 0.02 * self.timeline.num_frames):
-            raise MediaError(f"damaged: none of its {self.timeline.num_frames} frames after frame {last} can be decoded")
+    def jump(self, number: int) -> None:
+        """Makes `next` a frame that is not later than `number`, where there is one."""
+        raise NotImplementedError
 
-    def _seek(self, number: int) -> None:
+    def _check_end(self, number: int, last: int, frame: Any) -> None:
+        if self.timeline.order is None:
+            last += max(0, round((frame.duration or 0) * self.timeline.frames_per_tick) - 1)
+        if number > last + max(2, 0.02 * self.timeline.num_frames):
+            raise MediaError(self.timeline.failure(f"none of its {self.timeline.num_frames} frames after frame {last} can be decoded"))
+
+
+class _ByTime(_Reader):
+    """Seeks."""
+
+    def jump(self, number: int) -> None:
         # Containers seek by decoding time, which runs ahead of the time shown, so that the keyframe found may be too late.
         for earlier in (number, number - 10, number - 50, number - SEEK_FRAMES):
-            if earlier > 0 and self.timeline.stamped:
+            if earlier > 0:
                 self._start(self.timeline.pts(earlier))
                 if self.next is not None and self.next[0] <= number:
                     return
@@ -272,15 +228,12 @@ class _Reader:
 
     def _start(self, timestamp: int) -> None:
         self.container.seek(timestamp, stream=self.stream, backward=True)
-        self.decoded = self._decode_from_keyframe() if self.timeline.stamped else self._decode_and_count()
+        self.decoded = self._decode()
         self.shown, self.next = None, next(self.decoded, None)
 
-    def _decode_and_count(self) -> Iterator[tuple[int, Any]]:
-        return enumerate(frame for packet in _packets(self.container, self.stream) for frame in packet.decode())
-
-    def _decode_from_keyframe(self) -> Iterator[tuple[int, Any]]:
+    def _decode(self) -> Iterator[tuple[int, Any]]:
         first = None
-        for packet in _packets(self.container, self.stream):
+        for packet in packets(self.container, self.stream):
             if first is None:
                 if not packet.is_keyframe or packet.pts is None:
                     continue
@@ -291,17 +244,61 @@ class _Reader:
                     yield self.timeline.number(frame.pts), frame
 
 
-def _quarter_turns(frame: Any) -> int:
-    """Anticlockwise."""
-    return round(frame.rotation / 90) if abs(frame.rotation) <= 180 else 0  # else FFmpeg's number for a matrix of zeros
+class _ByOrder(_Reader):
+    """Reads a newly opened file from its start, for time stamps do not lead to its frames, and decodes from the wanted ones on."""
+
+    def __init__(self, container: Any, stream: Any, timeline: Timeline, order: FileOrder) -> None:
+        super().__init__(container, stream, timeline)
+        self.order = order
+        self.read = -1
+        self.packets = enumerate(packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
+
+    def jump(self, number: int) -> None:
+        entry = self.order.entry(number)
+        if self.shown is None or entry > self.read:
+            self.stream.codec_context.flush_buffers()
+            self.decoded = self._decode(entry)
+            self.shown, self.next = None, next(self.decoded, None)
+
+    def _decode(self, entry: int) -> Iterator[tuple[int, Any]]:
+        numbers = self.order.numbers
+        for count, frame in enumerate(self._frames(entry)):
+            if not numbers:
+                yield count, frame
+            elif frame.pts is not None and frame.pts >= numbers[entry]:  # others follow the keyframe but need frames before it
+                yield frame.pts, frame
+
+    def _frames(self, entry: int) -> Iterator[Any]:
+        """From a packet on; their time stamps are their numbers."""
+        numbers, recording = self.order.numbers, bisect_right(self.order.starts, entry)
+        for number, packet in self.packets:
+            self.read = number
+            if self.read < entry or (numbers and numbers[self.read] < 0):
+                continue
+            if recording < (recording := bisect_right(self.order.starts, self.read)):
+                yield from self._finish()
+            if numbers:
+                packet.pts = numbers[self.read]
+            yield from packet.decode()
+        yield from self._finish()
+
+    def _finish(self) -> list[Any]:
+        """The frames that the decoder still holds: those of the next recording may look as if they came before."""
+        frames = self.stream.codec_context.decode(None)
+        self.stream.codec_context.flush_buffers()
+        return frames
+
+
+def _reader(container: Any, stream: Any, timeline: Timeline) -> _Reader:
+    return _ByTime(container, stream, timeline) if timeline.order is None else _ByOrder(container, stream, timeline, timeline.order)
 
 
 def _resized(frame: Any, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
-    return resize(frame.width, frame.height) if _quarter_turns(frame) % 2 else resize(frame.height, frame.width)
+    return resize(frame.width, frame.height) if orientation_of(frame).swaps_sides else resize(frame.height, frame.width)
 
 
 def _picture(converter: Any, frame: Any, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    turns = _quarter_turns(frame)
-    if turns % 2:
+    orientation = orientation_of(frame)
+    if orientation.swaps_sides:
         height, width = width, height
-    return np.rot90(converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray(), turns)
+    return orientation.apply(converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())

@@ -1,0 +1,203 @@
+"""The outermost structure of a media file: where it says that it ends, and where a second recording begins that FFmpeg never shows.
+
+FFmpeg reads what is there. It tells neither that a file lacks its end nor, in these formats, that another file was appended to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BufferedReader
+
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pnot PICT udta".split())
+"""That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
+HOLDING = (b"moov", b"mdat", b"moof")
+MOOF_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """In bytes."""
+
+    size: int
+    end: int = 0
+    """Where the file's own sizes say that it ends; 0 where they do not."""
+    joints: tuple[int, ...] = ()
+    """Where other recordings begin, joined to the first: of those that FFmpeg does not read, the next one."""
+    read_on: bool = False
+    """Whether FFmpeg reads them too."""
+
+
+def read_layout(file: BufferedReader) -> Layout:
+    """From the headers of the outermost parts; leaves the file at its start."""
+    size = file.seek(0, 2)
+    head = _at(file, 0, 16)
+    if head[4:8] in BOXES:
+        end, joints = _boxes(file, size)
+    elif head[:4] == b"RIFF":
+        end, joints = _riff(file)
+    elif head[:4] == EBML:
+        end, joints = _matroska(file, size)
+    elif head == ASF_HEADER:
+        end, joints = _asf(file)
+    elif head[:3] == b"FLV":
+        end, joints = _flv(file)
+    elif head[:4] == b"DKIF":
+        end, joints = _ivf(file)
+    elif head[:4] == b"OggS":
+        end, joints = _ogg(file, size), ()
+    elif head[:4] == b"GIF8":
+        end, joints = _gif(file)
+    else:
+        end, joints = 0, ()
+    file.seek(0)
+    return Layout(size, end, joints, read_on=head[:4] == EBML)
+
+
+def _at(file: BufferedReader, offset: int, count: int) -> bytes:
+    file.seek(offset)
+    return file.read(count)
+
+
+def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
+    """MP4 and MOV. Fragments name the time that they start at, which must not run backwards."""
+    at, end, moov_seen, started = 0, 0, False, {}
+    while at + 8 <= size:
+        header = _at(file, at, 16)
+        length, kind, start = int.from_bytes(header[:4], "big"), header[4:8], 8
+        if length == 1:
+            length, start = int.from_bytes(header[8:], "big"), 16
+        if kind not in BOXES or (length < start and length):
+            break
+        if kind == b"moov":
+            if moov_seen:
+                return end, (at,)
+            moov_seen = True
+        elif kind == b"moof" and length <= MOOF_BYTES:
+            for track, time in _fragment_times(_at(file, at + start, length - start)):
+                if time < started.get(track, 0):
+                    return end, (at,)
+                started[track] = time
+        if not length:  # up to the end of the file
+            break
+        at += length
+        if kind in HOLDING:
+            end = at
+    return end, ()
+
+
+def _fragment_times(moof: bytes) -> list[tuple[int, int]]:
+    """(track, time of its first sample) of a movie fragment."""
+    times = []
+    for kind, track_fragment in _children(moof):
+        children = dict(_children(track_fragment)) if kind == b"traf" else {}
+        if b"tfdt" in children and b"tfhd" in children:
+            time = children[b"tfdt"]
+            wide = time[:1] == b"\1"
+            times.append((int.from_bytes(children[b"tfhd"][4:8], "big"), int.from_bytes(time[4 : 12 if wide else 8], "big")))
+    return times
+
+
+def _children(box: bytes) -> list[tuple[bytes, bytes]]:
+    at, children = 0, []
+    while at + 8 <= len(box):
+        length = int.from_bytes(box[at : at + 4], "big")
+        if length < 8:
+            break
+        children.append((box[at + 4 : at + 8], box[at + 8 : at + length]))
+        at += length
+    return children
+
+
+def _riff(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    """AVI. Pieces of OpenDML follow the first one; the number of frames, not of bytes, tells whether frames are missing."""
+    at = 0
+    while len(header := _at(file, at, 12)) == 12 and header[:4] == b"RIFF":
+        if at and header[8:] == b"AVI ":
+            return 0, (at,)
+        length = int.from_bytes(header[4:8], "little")
+        at += 8 + length + length % 2
+    return 0, ()
+
+
+def _matroska(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
+    at, end, joints = 0, 0, []
+    while at < size:
+        head = _at(file, at, 12)
+        if head[:4] not in (EBML, SEGMENT) or len(head) < 5 or not head[4]:
+            break
+        if at and head[:4] == EBML:
+            joints.append(at)
+        count = 9 - head[4].bit_length()
+        length = int.from_bytes(head[4 : 4 + count], "big") - (1 << 7 * count)
+        if length == (1 << 7 * count) - 1:  # unknown: it was written to a pipe
+            break
+        at += 4 + count + length
+        end = at
+    return end, tuple(joints)
+
+
+def _asf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    at = 0
+    while len(header := _at(file, at, 24)) == 24:
+        if at and header[:16] == ASF_HEADER:
+            return at, (at,)
+        length = int.from_bytes(header[16:], "little")
+        if length < 24:  # of a broadcast, whose length was not known
+            return 0, ()
+        at += length
+    return at, ()
+
+
+def _flv(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    at = int.from_bytes(_at(file, 5, 4), "big") + 4
+    while len(header := _at(file, at, 11)) == 11:
+        if header[:3] == b"FLV":
+            return at, (at,)
+        if header[0] & 0x1F not in (8, 9, 18):
+            break
+        at += 11 + int.from_bytes(header[1:4], "big") + 4
+    return at - 4, ()
+
+
+def _ivf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    at = int.from_bytes(_at(file, 6, 2), "little")
+    while len(header := _at(file, at, 12)) == 12:
+        if header[:4] == b"DKIF":
+            return at, (at,)
+        at += 12 + int.from_bytes(header[:4], "little")
+    return at, ()
+
+
+def _ogg(file: BufferedReader, size: int) -> int:
+    """The end of the last page."""
+    start = max(0, size - (1 << 16) - 1)
+    tail = _at(file, start, size - start)
+    at = tail.rfind(b"OggS")
+    page = tail[at : at + 27 + 255]
+    if at < 0 or len(page) < 27 or len(page) < 27 + page[26]:
+        return size if at < 0 else size + 1
+    return start + at + 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def _gif(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    file.seek(0)
+    content = file.read()
+    at = 13 + _table_bytes(content, 10)
+    while at < len(content) and content[at] != 0x3B:
+        if content[at] == 0x2C:  # a picture
+            at += 11 + _table_bytes(content, at + 9)
+        elif content[at] == 0x21:  # an extension
+            at += 2
+        else:
+            return at, ()
+        while at < len(content) and content[at]:
+            at += 1 + content[at]
+        at += 1
+    at += 1
+    return at, (at,) if content[at : at + 4] == b"GIF8" else ()
+
+
+def _table_bytes(content: bytes, flags: int) -> int:
+    return 3 << (content[flags] & 7) + 1 if flags < len(content) and content[flags] & 0x80 else 0

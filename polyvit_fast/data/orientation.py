@@ -1,0 +1,48 @@
+"""Which way up a frame is shown: the display matrix of a file or stream (ISO/IEC 14496-12, 8.3.2), taken to the nearest of eight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """What a player does with a stored picture: mirrors it left to right, then turns it clockwise."""
+
+    mirrored: bool = False
+    quarter_turns: int = 0
+
+    @property
+    def swaps_sides(self) -> bool:
+        """Whether the stored height is the shown width."""
+        return self.quarter_turns % 2 == 1
+
+    def apply(self, picture: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "shown_height shown_width 3"]:
+        """The picture as it is shown, a view."""
+        return np.rot90(picture[:, ::-1] if self.mirrored else picture, -self.quarter_turns)
+
+
+UPRIGHT = Orientation()
+
+
+def orientation_of(frame: Any) -> Orientation:
+    """Of a decoded frame. Other angles than quarter turns go to the nearest one, stretching and shearing are not followed."""
+    from av.sidedata.sidedata import Type
+
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    return UPRIGHT if matrix is None else nearest(*(int(value) for value in np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]]))
+
+
+def nearest(a: float, b: float, c: float, d: float) -> Orientation:
+    """Of a matrix that shows what is stored at column x and row y at column a x + c y and row b x + d y."""
+    determinant = a * d - b * c
+    if determinant == 0:  # a matrix of zeros: nothing could be seen
+        return UPRIGHT
+    if determinant < 0:
+        a, b = -a, -b
+    return Orientation(determinant < 0, round(math.atan2(b - c, a + d) / (math.pi / 2)) % 4)

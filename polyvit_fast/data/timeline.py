@@ -1,0 +1,246 @@
+"""Which frame of a video file is frame k: by time where the file has one clock, by their order where its clock starts anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from heapq import heappush, heappushpop
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyvit_fast.media import MediaError
+
+FORGIVEN = 0.02  # of the length that a header promises; and a frame
+OWN_LENGTH = ("avi", "mpegts", "mpeg")  # whose duration FFmpeg takes from what it finds; AVI promises a number of frames instead
+BROADCAST = ("mpegts", "mpeg")  # whose clock may also jump ahead
+JUMP_SECONDS, JUMP_STEPS = 0.25, 5  # from one frame to the next, at most, where there is no break: the larger of both
+GUESSED_STEPS = 3  # that FFmpeg's own guesses of decoding times are wrong by, at most
+REORDERED_FRAMES = 16  # stored before one that is shown earlier, at most: the largest buffer of H.264, HEVC and VVC
+KEPT_FRAMES = 3  # that FFmpeg keeps, at most, until it knows where the last of them ends
+GOES_ON = "its video goes on in a second stream, with time stamps of its own, as in files joined end to end: split it there"
+
+
+class Stamp(NamedTuple):
+    """Of a packet that holds a frame: the ticks at which it is shown and decoded, and whether decoding can begin with it."""
+
+    pts: int | None
+    dts: int | None
+    key: bool
+
+
+@dataclass(frozen=True)
+class FileOrder:
+    """How to number the frames of a file that is read from its start: recording after recording."""
+
+    starts: Sequence[int]
+    """The first packet of each recording."""
+    numbers: Sequence[int] = ()
+    """Of each packet's frame, -1 for one that needs frames which the file lacks. Empty where only decoding can tell."""
+    entries: Sequence[int] = ()
+    """The packets that decoding can begin with."""
+
+    def entry(self, number: int) -> int:
+        """The packet to begin with for the frame `number`."""
+        return max((packet for packet in self.entries if self.numbers[packet] <= number), default=0)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Frame numbers from time stamps: frame k is the one shown k average frame times after the start.
+
+    In a file with a constant rate that is the k-th frame; in one with a variable rate, motion keeps its speed. Where time stamps start
+    anew, or packets do not say when they are shown (some AVI and MPEG files with B-frames), frame k is the k-th one in the file.
+    """
+
+    start: int
+    frames_per_tick: float
+    num_frames: int
+    first_dts: int
+    """The decoding time stamp of the first packet, from which on seeking is possible."""
+    regular: bool = False
+    """Whether all time stamps were read and frame k is the k-th one."""
+    order: FileOrder | None = None
+    """Where frames are numbered by their order, not by time."""
+
+    def number(self, pts: int) -> int:
+        """Of the frame with this time stamp."""
+        return round((pts - self.start) * self.frames_per_tick)
+
+    def pts(self, number: int) -> int:
+        """The time stamp of a frame."""
+        return self.start + round(number / self.frames_per_tick)
+
+    def failure(self, reason: str) -> str:
+        """What to say when decoding fails for that reason, which may only be that there is a joint."""
+        if self.order is None or len(self.order.starts) < 2:
+            return f"damaged: {reason}"
+        joint = f"its time stamps start anew at frame {self.order.starts[1]}, as in files joined end to end"
+        return f"{joint}, and it cannot be read on ({reason}): split it there"
+
+
+def header_timeline(container: Any, stream: Any) -> Timeline | None:
+    """From the header alone, where it holds the stream's own duration and an index of its frames (MP4, AVI)."""
+    index = stream.index_entries
+    if not (stream.frames and stream.duration and stream.average_rate and len(index) >= stream.frames):
+        return None
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        return None
+    if index[-1].pos + index[-1].size > container.size:
+        raise MediaError(f"truncated: its header places a frame at byte {index[-1].pos}, the file has {container.size}")
+    frames_per_tick = float(stream.average_rate * stream.time_base)
+    num_frames = max(1, round(stream.duration * frames_per_tick))
+    return Timeline(stream.start_time or 0, frames_per_tick, num_frames, index[0].timestamp)
+
+
+def has_regular_index(stream: Any, timeline: Timeline) -> bool:
+    """Whether the index of a header, which `header_timeline` leaves unread, places one frame after the other at a constant rate."""
+    index = stream.index_entries
+    return len(index) == stream.frames == timeline.num_frames and all(
+        not entry.is_discard and round((entry.timestamp - timeline.first_dts) * timeline.frames_per_tick) == k
+        for k, entry in enumerate(index)
+    )
+
+
+def counted_timeline(container: Any, stream: Any, joints: Sequence[int], shows_from: Callable[[int], bool]) -> Timeline:
+    """From the time stamps of all packets: reads the file through, decodes nothing.
+
+    Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
+    `joints` are the bytes at which other recordings begin that FFmpeg reads too; `shows_from` tells whether what follows a byte is one.
+    """
+    found = _read_packets(container, stream, joints)
+    stamps = found.stamps
+    if found.late and shows_from(found.end_byte):
+        raise MediaError(GOES_ON)
+    shown = [stamp.pts for stamp in stamps if stamp.pts is not None]
+    decoded = [stamp.dts for stamp in stamps if stamp.dts is not None]
+    if not shown and not decoded:
+        raise MediaError("there are no frames with time stamps in it")
+    starts = sorted({*_starts(stamps, stream, container.format.name), *found.joints})
+    first, last, num_frames = min(shown or decoded), max(shown or decoded), len(stamps)
+    if len(starts) == 1:
+        _check_promises(container, stream, found, last - first)
+    if not found.whole:
+        raise MediaError("truncated: its last frame is incomplete")
+    if len(shown) < num_frames:
+        return Timeline(0, 1.0, num_frames, 0, order=FileOrder(starts))
+    if len(starts) > 1:
+        order = _order(shown, [stamp.key for stamp in stamps], starts)
+        return Timeline(0, 1.0, 1 + max(order.numbers), 0, order=order)
+    frames_per_tick = (num_frames - 1) / (last - first) if last > first else 1.0
+    regular = not found.hidden and [round((pts - first) * frames_per_tick) for pts in sorted(shown)] == list(range(num_frames))
+    return Timeline(first, frames_per_tick, num_frames, min([first, *decoded]), regular)
+
+
+def packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """Of these streams."""
+    with suppress(IndexError):  # PyAV's, after the last packet, of a file in which another stream begins late
+        yield from container.demux(*streams)
+
+
+@dataclass
+class _Found:
+    """In the packets of a file."""
+
+    stamps: list[Stamp] = field(default_factory=list)
+    """Of the video stream."""
+    hidden: int = 0
+    """Packets of the video stream that show nothing."""
+    whole: bool = True
+    """Whether the last frame is."""
+    end_seconds: float = 0.0
+    """Of the stream that ends last."""
+    end_byte: int = 0
+    """Where the last packet of the video stream begins."""
+    late: bool = False
+    """Whether another stream began that the first bytes of the file do not tell of."""
+    joints: list[int] = field(default_factory=list)
+    """The first packets of recordings whose place in the file is known."""
+
+
+def _read_packets(container: Any, stream: Any, joints: Sequence[int]) -> _Found:
+    found, previous, begun, ahead = _Found(), {}, {}, list(joints)
+    videos = {other.index for other in container.streams.video}
+    try:
+        for packet in container.demux():
+            own, stamp = packet.stream_index == stream.index, packet.dts if packet.pts is None else packet.pts
+            if stamp is not None:
+                length = packet.duration or max(0, stamp - previous.get(packet.stream_index, stamp))
+                found.end_seconds = max(found.end_seconds, float((stamp + length) * packet.time_base))
+                previous[packet.stream_index] = stamp
+            if own and packet.size and not packet.is_discard:
+                found.end_byte = packet.pos or found.end_byte
+                if ahead and found.end_byte > ahead[0]:
+                    found.joints.append(len(found.stamps))
+                    del ahead[0]
+                found.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe))
+                found.whole = not packet.is_corrupt
+            elif own and packet.pts is not None:
+                found.hidden += 1
+            elif packet.size and packet.stream_index in videos:
+                begun.setdefault(packet.stream_index, len(found.stamps))
+    except IndexError:  # PyAV's, as in `packets`
+        found.late = True
+    count = len(found.stamps)
+    if any(before >= count - KEPT_FRAMES and before > count / 2 for before in begun.values()):
+        raise MediaError(GOES_ON)
+    return found
+
+
+def _check_promises(container: Any, stream: Any, found: _Found, ticks: int) -> None:
+    num_frames = len(found.stamps)
+    frame_seconds = float(ticks * stream.time_base) / (num_frames - 1) if num_frames > 1 else found.end_seconds
+    promised = 0.0 if container.format.name in OWN_LENGTH else (container.duration or 0) / 1e6
+    if found.end_seconds < (1 - FORGIVEN) * promised - 1.5 * frame_seconds:
+        raise MediaError(f"truncated: it ends after {found.end_seconds:.1f} of the {promised:.1f} seconds that its header promises")
+    # AVI counts in ticks, one a frame: empty ones are not stored.
+    if max(num_frames + found.hidden, ticks) < (1 - FORGIVEN) * stream.frames - 1:
+        raise MediaError(f"truncated: it ends after {num_frames} of the {stream.frames} frames that its header promises")
+
+
+def _starts(stamps: Sequence[Stamp], stream: Any, container: str) -> list[int]:
+    """The first packet, and those with which time stamps start anew.
+
+    A frame that decoding can begin with is shown after all that are stored before it; any other one, before few of them.
+    """
+    stamped = all(stamp.pts is not None for stamp in stamps)
+    depth = REORDERED_FRAMES if stream.codec_context.codec.reorder else 0
+    back, ahead = _usual_steps(stamps, JUMP_SECONDS / float(stream.time_base), stamped, container in BROADCAST)
+    starts, latest, end, last_dts = [0], [], -math.inf, None
+    for i, (pts, dts, key) in enumerate(stamps):
+        step = 0 if last_dts is None or dts is None else dts - last_dts
+        last_dts = last_dts if dts is None else dts
+        anew = not -back <= step <= ahead
+        if stamped and pts is not None:
+            anew = anew or (key and pts <= end) or (len(latest) > depth and pts < latest[0])
+            latest, end = ([], -math.inf) if anew else (latest, end)
+            end = max(end, pts)
+            heappush(latest, pts) if len(latest) <= depth else heappushpop(latest, pts)
+        if anew:
+            starts.append(i)
+    return starts
+
+
+def _usual_steps(stamps: Sequence[Stamp], jump: float, stamped: bool, broadcast: bool) -> tuple[float, float]:
+    """How many ticks decoding times may go back, as they do where FFmpeg has to guess them, and ahead in a stream without a break."""
+    if not stamped:
+        return jump, math.inf
+    steps = [abs(after.dts - before.dts) for before, after in pairwise(stamps) if before.dts is not None and after.dts is not None]
+    if not steps or not broadcast:
+        return math.inf, math.inf
+    usual = float(np.median(steps))
+    return GUESSED_STEPS * usual, max(JUMP_STEPS * usual, jump)
+
+
+def _order(times: Sequence[int], keys: Sequence[bool], starts: Sequence[int]) -> FileOrder:
+    numbers, entries, count = [-1] * len(times), [], 0
+    for start, end in pairwise([*starts, len(times)]):
+        own = [packet for packet in range(start, end) if keys[packet]] or [start]
+        shown = sorted((packet for packet in range(own[0], end) if times[packet] >= times[own[0]]), key=times.__getitem__)
+        for number, packet in enumerate(shown, count):
+            numbers[packet] = number
+        count, entries = count + len(shown), entries + own
+    return FileOrder(starts, numbers, entries)
