@@ -18,10 +18,19 @@ from jaxtyping import Int, UInt8
 
 from polyvit_fast.data.layout import read_layout
 from polyvit_fast.data.orientation import UPRIGHT, orientation_of
-from polyvit_fast.data.timeline import FileOrder, Timeline, counted_timeline, has_regular_index, header_timeline, packets
+from polyvit_fast.data.timeline import (
+    SEQUENTIAL,
+    FileOrder,
+    Timeline,
+    counted_timeline,
+    has_regular_index,
+    header_timeline,
+    joined_at,
+    packets,
+)
 from polyvit_fast.media import Media, MediaError
 
-FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif"  # FFmpeg's demuxers; playlists, which name other files, stay shut
+FORMATS = f"mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif,{SEQUENTIAL}"  # demuxers; playlists, which name other files, stay shut
 SEEK_FRAMES = 250  # a gap this long holds a keyframe in nearly every file, so that seeking beats decoding on
 FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
 MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the wanted size
@@ -98,15 +107,15 @@ def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]
     """The container, its video stream and that one's timeline."""
     with media.open() as file:
         layout = read_layout(file)
+        if layout.end > layout.size:
+            raise MediaError(f"truncated: it ends after {layout.size} bytes, inside a part that is longer")
         if layout.joints and not layout.read_on:
-            raise MediaError(f"its time stamps start anew at byte {layout.joints[0]}, where another file was joined to it: split it there")
+            raise MediaError(joined_at(layout.joints[0]))
         with _open(file, max_pixels) as container, _telling("damaged: {}".format):
             stream = _video_stream(container, max_pixels)
             timeline = header_timeline(container, stream) or counted_timeline(
                 container, stream, layout.joints, partial(_shows, media, max_pixels, end=layout.size)
             )
-            if layout.end > layout.size:
-                raise MediaError(f"truncated: it ends after {layout.size} bytes, inside its last part")
             if timeline.order is None:
                 yield container, stream, timeline
                 return
@@ -160,7 +169,7 @@ def _video_stream(container: Any, max_pixels: int) -> Any:
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a sound file's cover is one
     if not streams:
         raise MediaError("there is no video stream in it")
-    stream = streams[0]
+    stream = next((s for s in streams if s.frames != 1), streams[0])  # an animated AVIF begins with a still
     context = stream.codec_context
     if context is None:
         raise MediaError("its video codec is not supported")
@@ -273,12 +282,12 @@ class _ByOrder(_Reader):
         numbers, recording = self.order.numbers, bisect_right(self.order.starts, entry)
         for number, packet in self.packets:
             self.read = number
-            if self.read < entry or (numbers and numbers[self.read] < 0):
+            if number < entry or (numbers and numbers[number] < 0):
                 continue
-            if recording < (recording := bisect_right(self.order.starts, self.read)):
+            if self.order.joined and recording < (recording := bisect_right(self.order.starts, number)):
                 yield from self._finish()
             if numbers:
-                packet.pts = numbers[self.read]
+                packet.pts = numbers[number]
             yield from packet.decode()
         yield from self._finish()
 

@@ -12,7 +12,6 @@ EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pnot PICT udta".split())
 """That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
-HOLDING = (b"moov", b"mdat", b"moof")
 MOOF_BYTES = 1 << 20
 
 
@@ -46,7 +45,7 @@ def read_layout(file: BufferedReader) -> Layout:
     elif head[:4] == b"DKIF":
         end, joints = _ivf(file)
     elif head[:4] == b"OggS":
-        end, joints = _ogg(file, size), ()
+        end, joints = _ogg(file)
     elif head[:4] == b"GIF8":
         end, joints = _gif(file)
     else:
@@ -82,8 +81,7 @@ def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
         if not length:  # up to the end of the file
             break
         at += length
-        if kind in HOLDING:
-            end = at
+        end = at
     return end, ()
 
 
@@ -170,15 +168,18 @@ def _ivf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
     return at, ()
 
 
-def _ogg(file: BufferedReader, size: int) -> int:
-    """The end of the last page."""
-    start = max(0, size - (1 << 16) - 1)
-    tail = _at(file, start, size - start)
-    at = tail.rfind(b"OggS")
-    page = tail[at : at + 27 + 255]
-    if at < 0 or len(page) < 27 or len(page) < 27 + page[26]:
-        return size if at < 0 else size + 1
-    return start + at + 27 + page[26] + sum(page[27 : 27 + page[26]])
+def _ogg(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    """Page after page; the first ones of all streams stand at the start."""
+    at, end, begun = 0, 0, False
+    while len(page := _at(file, at, 27)) == 27 and page[:4] == b"OggS":
+        first = bool(page[5] & 2)
+        if first and begun:
+            return end, (at,)
+        begun = not first
+        segments = file.read(page[26])
+        at += 27 + page[26] + sum(segments)
+        end = at
+    return end, ()
 
 
 def _gif(file: BufferedReader) -> tuple[int, tuple[int, ...]]:

@@ -15,11 +15,21 @@ import numpy as np
 from polyvit_fast.media import MediaError
 
 FORGIVEN = 0.02  # of the length that a header promises; and a frame
-OWN_LENGTH = ("avi", "mpegts", "mpeg")  # whose duration FFmpeg takes from what it finds; AVI promises a number of frames instead
+PROMISING = (
+    "mov,",
+    "matroska,",
+    "flv",
+    "asf",
+    "ivf",
+    "mxf",
+    "rm",
+)  # whose header holds the duration, which FFmpeg else takes from what it finds
 BROADCAST = ("mpegts", "mpeg")  # whose clock may also jump ahead
 JUMP_SECONDS, JUMP_STEPS = 0.25, 5  # from one frame to the next, at most, where there is no break: the larger of both
 GUESSED_STEPS = 3  # that FFmpeg's own guesses of decoding times are wrong by, at most
 REORDERED_FRAMES = 16  # stored before one that is shown earlier, at most: the largest buffer of H.264, HEVC and VVC
+SEQUENTIAL = "apng,av1,dv,h264,hevc,m4v,mjpeg,mpegvideo,mxf,nut,obu,rm,wtv,yuv4mpegpipe"
+"""FFmpeg's demuxers in which seeking, or a frame's time, is a guess, or which lack time stamps."""
 KEPT_FRAMES = 3  # that FFmpeg keeps, at most, until it knows where the last of them ends
 GOES_ON = "its video goes on in a second stream, with time stamps of its own, as in files joined end to end: split it there"
 
@@ -37,9 +47,11 @@ class FileOrder:
     """How to number the frames of a file that is read from its start: recording after recording."""
 
     starts: Sequence[int]
-    """The first packet of each recording."""
+    """The packets with which time stamps start anew, the first one included."""
+    joined: bool
+    """Whether recordings of their own begin there, rather than that one has strange time stamps."""
     numbers: Sequence[int] = ()
-    """Of each packet's frame, -1 for one that needs frames which the file lacks. Empty where only decoding can tell."""
+    """Of each packet's frame, -1 for one that needs frames which the file lacks. Empty where the order of decoded frames tells."""
     entries: Sequence[int] = ()
     """The packets that decoding can begin with."""
 
@@ -117,22 +129,32 @@ def counted_timeline(container: Any, stream: Any, joints: Sequence[int], shows_f
         raise MediaError(GOES_ON)
     shown = [stamp.pts for stamp in stamps if stamp.pts is not None]
     decoded = [stamp.dts for stamp in stamps if stamp.dts is not None]
-    if not shown and not decoded:
+    sequential = container.format.name in SEQUENTIAL.split(",")
+    if not (stamps if sequential else shown or decoded):
         raise MediaError("there are no frames with time stamps in it")
-    starts = sorted({*_starts(stamps, stream, container.format.name), *found.joints})
-    first, last, num_frames = min(shown or decoded), max(shown or decoded), len(stamps)
+    if len(found.joints) < len(joints):
+        raise MediaError(joined_at(joints[len(found.joints)]))
+    breaks = _breaks(stamps, stream, container.format.name)
+    starts = sorted({0, *breaks, *found.joints})
+    first, last, num_frames = min(shown or decoded or [0]), max(shown or decoded or [0]), len(stamps)
     if len(starts) == 1:
         _check_promises(container, stream, found, last - first)
     if not found.whole:
         raise MediaError("truncated: its last frame is incomplete")
-    if len(shown) < num_frames:
-        return Timeline(0, 1.0, num_frames, 0, order=FileOrder(starts))
+    joined = container.format.name in BROADCAST or set(breaks) <= set(found.joints)
+    if sequential or len(shown) < num_frames or not joined:
+        return Timeline(0, 1.0, num_frames, 0, order=FileOrder(starts, joined))
     if len(starts) > 1:
         order = _order(shown, [stamp.key for stamp in stamps], starts)
         return Timeline(0, 1.0, 1 + max(order.numbers), 0, order=order)
     frames_per_tick = (num_frames - 1) / (last - first) if last > first else 1.0
     regular = not found.hidden and [round((pts - first) * frames_per_tick) for pts in sorted(shown)] == list(range(num_frames))
     return Timeline(first, frames_per_tick, num_frames, min([first, *decoded]), regular)
+
+
+def joined_at(byte: int) -> str:
+    """What to say of a file that FFmpeg reads up to there only."""
+    return f"its time stamps start anew at byte {byte}, where another file was joined to it: split it there"
 
 
 def packets(container: Any, *streams: Any) -> Iterator[Any]:
@@ -193,7 +215,7 @@ def _read_packets(container: Any, stream: Any, joints: Sequence[int]) -> _Found:
 def _check_promises(container: Any, stream: Any, found: _Found, ticks: int) -> None:
     num_frames = len(found.stamps)
     frame_seconds = float(ticks * stream.time_base) / (num_frames - 1) if num_frames > 1 else found.end_seconds
-    promised = 0.0 if container.format.name in OWN_LENGTH else (container.duration or 0) / 1e6
+    promised = (container.duration or 0) / 1e6 if container.format.name.startswith(PROMISING) else 0.0
     if found.end_seconds < (1 - FORGIVEN) * promised - 1.5 * frame_seconds:
         raise MediaError(f"truncated: it ends after {found.end_seconds:.1f} of the {promised:.1f} seconds that its header promises")
     # AVI counts in ticks, one a frame: empty ones are not stored.
@@ -201,15 +223,16 @@ def _check_promises(container: Any, stream: Any, found: _Found, ticks: int) -> N
         raise MediaError(f"truncated: it ends after {num_frames} of the {stream.frames} frames that its header promises")
 
 
-def _starts(stamps: Sequence[Stamp], stream: Any, container: str) -> list[int]:
-    """The first packet, and those with which time stamps start anew.
+def _breaks(stamps: Sequence[Stamp], stream: Any, container: str) -> list[int]:
+    """The packets with which time stamps start anew.
 
     A frame that decoding can begin with is shown after all that are stored before it; any other one, before few of them.
     """
     stamped = all(stamp.pts is not None for stamp in stamps)
-    depth = REORDERED_FRAMES if stream.codec_context.codec.reorder else 0
+    context = stream.codec_context
+    depth = REORDERED_FRAMES if context.has_b_frames or (context.codec.reorder and container in BROADCAST) else 0
     back, ahead = _usual_steps(stamps, JUMP_SECONDS / float(stream.time_base), stamped, container in BROADCAST)
-    starts, latest, end, last_dts = [0], [], -math.inf, None
+    breaks, latest, end, last_dts = [], [], -math.inf, None
     for i, (pts, dts, key) in enumerate(stamps):
         step = 0 if last_dts is None or dts is None else dts - last_dts
         last_dts = last_dts if dts is None else dts
@@ -220,8 +243,8 @@ def _starts(stamps: Sequence[Stamp], stream: Any, container: str) -> list[int]:
             end = max(end, pts)
             heappush(latest, pts) if len(latest) <= depth else heappushpop(latest, pts)
         if anew:
-            starts.append(i)
-    return starts
+            breaks.append(i)
+    return breaks
 
 
 def _usual_steps(stamps: Sequence[Stamp], jump: float, stamped: bool, broadcast: bool) -> tuple[float, float]:
@@ -243,4 +266,4 @@ def _order(times: Sequence[int], keys: Sequence[bool], starts: Sequence[int]) ->
         for number, packet in enumerate(shown, count):
             numbers[packet] = number
         count, entries = count + len(shown), entries + own
-    return FileOrder(starts, numbers, entries)
+    return FileOrder(starts, True, numbers, entries)
