@@ -108,7 +108,7 @@ def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]
     with media.open() as file:
         layout = read_layout(file)
         if layout.end > layout.size:
-            raise MediaError(f"truncated: it ends after {layout.size} bytes, inside a part that is longer")
+            raise MediaError(f"truncated: it ends after {layout.size} of at least {layout.end} bytes")
         if layout.joints and not layout.read_on:
             raise MediaError(joined_at(layout.joints[0]))
         with _open(file, max_pixels) as container, _telling("damaged: {}".format):

@@ -216,7 +216,7 @@ def _check_promises(container: Any, stream: Any, found: _Found, ticks: int) -> N
     num_frames = len(found.stamps)
     frame_seconds = float(ticks * stream.time_base) / (num_frames - 1) if num_frames > 1 else found.end_seconds
     promised = (container.duration or 0) / 1e6 if container.format.name.startswith(PROMISING) else 0.0
-    if found.end_seconds < (1 - FORGIVEN) * promised - 1.5 * frame_seconds:
+    if 0 < found.end_seconds < (1 - FORGIVEN) * promised - 1.5 * frame_seconds:
         raise MediaError(f"truncated: it ends after {found.end_seconds:.1f} of the {promised:.1f} seconds that its header promises")
     # AVI counts in ticks, one a frame: empty ones are not stored.
     if max(num_frames + found.hidden, ticks) < (1 - FORGIVEN) * stream.frames - 1:
