@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from polyvit_fast.data.layout import read_layout
-from polyvit_fast.data.orientation import UPRIGHT, orientation_of
+from polyvit_fast.data.orientation import UPRIGHT, Orientation, orientation_of
 from polyvit_fast.data.timeline import (
     SEQUENTIAL,
     FileOrder,
@@ -54,7 +54,7 @@ class Header:
 def read_header(media: Media, max_pixels: int) -> Header:
     """Decodes the first frame only. Raises MediaError as `read_clips` does."""
     with _opened(media, max_pixels) as (container, stream, timeline):
-        frame = _reader(container, stream, timeline).frame(0)
+        _, frame, orientation = _reader(container, stream, timeline).frame(0)
         _check_size(frame, max_pixels)
         return Header(
             container=container.format.name,
@@ -66,7 +66,7 @@ def read_header(media: Media, max_pixels: int) -> Header:
             colorspace=int(frame.colorspace),
             plain=(timeline.regular or has_regular_index(stream, timeline))
             and frame.pts == timeline.start
-            and orientation_of(frame) == UPRIGHT
+            and orientation == UPRIGHT
             and not frame.interlaced_frame
             and int(frame.color_range) != FULL_RANGE
             and len(container.streams.video) == 1,
@@ -93,11 +93,11 @@ def read_clips(
         reader, converter = _reader(container, stream, timeline), VideoReformatter()
         clips = None
         for number in np.unique(numbers):
-            frame = reader.frame(int(number))
-            _check_size(frame, max_pixels)
+            shown = reader.frame(int(number))
+            _check_size(shown.frame, max_pixels)
             if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
-                clips = np.empty((*numbers.shape, *_resized(frame, resize), 3), np.uint8)
-            clips[numbers == number] = _picture(converter, frame, clips.shape[-3], clips.shape[-2])
+                clips = np.empty((*numbers.shape, *_resized(shown, resize), 3), np.uint8)
+            clips[numbers == number] = _picture(converter, shown, clips.shape[-3], clips.shape[-2])
         assert clips is not None
         return clips
 
@@ -189,38 +189,57 @@ def _check_size(picture: Any, max_pixels: int) -> None:
         raise MediaError(f"its frames have {width} x {height} pixels; more than {MAX_ASPECT} to 1 is refused")
 
 
+class _Shown(NamedTuple):
+    number: int
+    frame: Any
+    orientation: Orientation
+
+
 class _Reader:
     """The frames shown at ascending numbers."""
 
     def __init__(self, container: Any, stream: Any, timeline: Timeline) -> None:
         self.container, self.stream, self.timeline = container, stream, timeline
-        self.shown: tuple[int, Any] | None = None
-        self.next: tuple[int, Any] | None = None
-        self.decoded: Iterator[tuple[int, Any]] = iter(())
+        self.shown: _Shown | None = None
+        self.next: _Shown | None = None
+        self.decoded: Iterator[_Shown] = iter(())
 
-    def frame(self, number: int) -> Any:
+    def frame(self, number: int) -> _Shown:
         """The last frame that is not later than `number`. Raises MediaError when the file ends far before it."""
-        if self.shown is None or number - self.shown[0] > SEEK_FRAMES:
+        if self.shown is None or number - self.shown.number > SEEK_FRAMES:
             self.jump(number)
-        while self.next is not None and (self.shown is None or self.next[0] <= number):
+        while self.next is not None and (self.shown is None or self.next.number <= number):
             self.shown, self.next = self.next, next(self.decoded, None)
         if self.shown is None:
             raise MediaError("not one of its frames can be decoded")
         if self.next is None:
-            self._check_end(number, *self.shown)
-        if self.shown[1].is_corrupt:
-            raise MediaError(self.timeline.failure(f"its frame {self.shown[0]} cannot be decoded completely"))
-        return self.shown[1]
+            self._check_end(number, self.shown)
+        if self.shown.frame.is_corrupt:
+            raise MediaError(self.timeline.failure(f"its frame {self.shown.number} cannot be decoded completely"))
+        return self.shown
 
     def jump(self, number: int) -> None:
         """Makes `next` a frame that is not later than `number`, where there is one."""
         raise NotImplementedError
 
-    def _check_end(self, number: int, last: int, frame: Any) -> None:
+    def start(self, decoded: Iterator[tuple[int, Any]]) -> None:
+        """Goes on with these frames and their numbers."""
+        self.decoded = _oriented(decoded)
+        self.shown, self.next = None, next(self.decoded, None)
+
+    def _check_end(self, number: int, shown: _Shown) -> None:
+        last = shown.number
         if self.timeline.order is None:
-            last += max(0, round((frame.duration or 0) * self.timeline.frames_per_tick) - 1)
+            last += max(0, round((shown.frame.duration or 0) * self.timeline.frames_per_tick) - 1)
         if number > last + max(2, 0.02 * self.timeline.num_frames):
             raise MediaError(self.timeline.failure(f"none of its {self.timeline.num_frames} frames after frame {last} can be decoded"))
+
+
+def _oriented(decoded: Iterator[tuple[int, Any]]) -> Iterator[_Shown]:
+    orientation = UPRIGHT
+    for number, frame in decoded:
+        orientation = orientation_of(frame, orientation)
+        yield _Shown(number, frame, orientation)
 
 
 class _ByTime(_Reader):
@@ -230,15 +249,14 @@ class _ByTime(_Reader):
         # Containers seek by decoding time, which runs ahead of the time shown, so that the keyframe found may be too late.
         for earlier in (number, number - 10, number - 50, number - SEEK_FRAMES):
             if earlier > 0:
-                self._start(self.timeline.pts(earlier))
-                if self.next is not None and self.next[0] <= number:
+                self._seek(self.timeline.pts(earlier))
+                if self.next is not None and self.next.number <= number:
                     return
-        self._start(self.timeline.first_dts)
+        self._seek(self.timeline.first_dts)
 
-    def _start(self, timestamp: int) -> None:
+    def _seek(self, timestamp: int) -> None:
         self.container.seek(timestamp, stream=self.stream, backward=True)
-        self.decoded = self._decode()
-        self.shown, self.next = None, next(self.decoded, None)
+        self.start(self._decode())
 
     def _decode(self) -> Iterator[tuple[int, Any]]:
         first = None
@@ -266,8 +284,7 @@ class _ByOrder(_Reader):
         entry = self.order.entry(number)
         if self.shown is None or entry > self.read:
             self.stream.codec_context.flush_buffers()
-            self.decoded = self._decode(entry)
-            self.shown, self.next = None, next(self.decoded, None)
+            self.start(self._decode(entry))
 
     def _decode(self, entry: int) -> Iterator[tuple[int, Any]]:
         numbers = self.order.numbers
@@ -302,12 +319,12 @@ def _reader(container: Any, stream: Any, timeline: Timeline) -> _Reader:
     return _ByTime(container, stream, timeline) if timeline.order is None else _ByOrder(container, stream, timeline, timeline.order)
 
 
-def _resized(frame: Any, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
-    return resize(frame.width, frame.height) if orientation_of(frame).swaps_sides else resize(frame.height, frame.width)
+def _resized(shown: _Shown, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
+    height, width = shown.frame.height, shown.frame.width
+    return resize(width, height) if shown.orientation.swaps_sides else resize(height, width)
 
 
-def _picture(converter: Any, frame: Any, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    orientation = orientation_of(frame)
-    if orientation.swaps_sides:
+def _picture(converter: Any, shown: _Shown, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    if shown.orientation.swaps_sides:
         height, width = width, height
-    return orientation.apply(converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
+    return shown.orientation.apply(converter.reformat(shown.frame, width, height, "rgb24", threads=1).to_ndarray())

@@ -30,16 +30,21 @@ class Orientation:
 UPRIGHT = Orientation()
 
 
-def orientation_of(frame: Any) -> Orientation:
-    """Of a decoded frame. Other angles than quarter turns go to the nearest one, stretching and shearing are not followed."""
+def orientation_of(frame: Any, before: Orientation = UPRIGHT) -> Orientation:
+    """Of a decoded frame, given that of the one before it, which lasts up to the next keyframe (ITU-T H.264, D.2.27)."""
     from av.sidedata.sidedata import Type
 
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-    return UPRIGHT if matrix is None else nearest(*(int(value) for value in np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]]))
+    if matrix is None:
+        return UPRIGHT if frame.key_frame else before
+    return nearest(*(int(value) for value in np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]]))
 
 
 def nearest(a: float, b: float, c: float, d: float) -> Orientation:
-    """Of a matrix that shows what is stored at column x and row y at column a x + c y and row b x + d y."""
+    """Of a matrix that shows what is stored at column x and row y at column a x + c y and row b x + d y.
+
+    Other angles go to the nearest quarter turn; stretching and shearing are not followed.
+    """
     determinant = a * d - b * c
     if determinant == 0:  # a matrix of zeros: nothing could be seen
         return UPRIGHT
