@@ -10,6 +10,16 @@ from io import BufferedReader
 
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_OBJECTS = frozenset(  # the data and the four kinds of index
+    bytes.fromhex(name)
+    for name in (
+        "3626b2758e66cf11a6d900aa0062ce6c",
+        "90080033b1e5cf1189f400a0c90349cb",
+        "d329e2d6da35d111903400a0c90349be",
+        "f803b1fead12644c840f2a1d2f7ad48c",
+        "d03fb73c4a0c0348953dedf7b6228f0c",
+    )
+)
 BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pnot PICT udta".split())
 """That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
 MOOF_BYTES = 1 << 20
@@ -61,7 +71,7 @@ def _at(file: BufferedReader, offset: int, count: int) -> bytes:
 
 def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
     """MP4 and MOV. Fragments name the time that they start at, which must not run backwards."""
-    at, end, moov_seen, started = 0, 0, False, {}
+    at, end, seen, started = 0, 0, set(), {}
     while at + 8 <= size:
         header = _at(file, at, 16)
         length, kind, start = int.from_bytes(header[:4], "big"), header[4:8], 8
@@ -69,11 +79,10 @@ def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
             length, start = int.from_bytes(header[8:], "big"), 16
         if kind not in BOXES or (length < start and length):
             break
-        if kind == b"moov":
-            if moov_seen:
-                return end, (at,)
-            moov_seen = True
-        elif kind == b"moof" and length <= MOOF_BYTES:
+        if kind in seen & {b"ftyp", b"moov"}:
+            return end, (at,)
+        seen.add(kind)
+        if kind == b"moof" and length <= MOOF_BYTES:
             for track, time in _fragment_times(_at(file, at + start, length - start)):
                 if time < started.get(track, 0):
                     return end, (at,)
@@ -137,35 +146,32 @@ def _matroska(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
 
 
 def _asf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
-    at = 0
-    while len(header := _at(file, at, 24)) == 24:
-        if at and header[:16] == ASF_HEADER:
-            return at, (at,)
+    at = int.from_bytes(_at(file, 16, 8), "little")
+    while len(header := _at(file, at, 24)) == 24 and header[:16] in ASF_OBJECTS:
         length = int.from_bytes(header[16:], "little")
         if length < 24:  # of a broadcast, whose length was not known
             return 0, ()
         at += length
-    return at, ()
+    return at, (at,) if header[:16] == ASF_HEADER else ()
 
 
 def _flv(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
     at = int.from_bytes(_at(file, 5, 4), "big") + 4
-    while len(header := _at(file, at, 11)) == 11:
-        if header[:3] == b"FLV":
-            return at, (at,)
-        if header[0] & 0x1F not in (8, 9, 18):
-            break
+    while len(header := _at(file, at, 11)) == 11 and header[0] in (8, 9, 18) and header[8:] == bytes(3):
         at += 11 + int.from_bytes(header[1:4], "big") + 4
-    return at - 4, ()
+    return at - 4, (at,) if header[:3] == b"FLV" else ()
 
 
 def _ivf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
-    at = int.from_bytes(_at(file, 6, 2), "little")
-    while len(header := _at(file, at, 12)) == 12:
-        if header[:4] == b"DKIF":
-            return at, (at,)
-        at += 12 + int.from_bytes(header[:4], "little")
-    return at, ()
+    """The header may tell how many frames follow."""
+    header = _at(file, 0, 32)
+    at, count = 32, int.from_bytes(header[24:28], "little")
+    for _ in range(count or 1 << 32):
+        frame = _at(file, at, 12)
+        if len(frame) < 12 or frame[:4] == b"DKIF":
+            break
+        at += 12 + int.from_bytes(frame[:4], "little")
+    return at if count else 0, (at,) if _at(file, at, 4) == b"DKIF" else ()
 
 
 def _ogg(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
