@@ -114,7 +114,7 @@ def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]
         with _open(file, max_pixels) as container, _telling("damaged: {}".format):
             stream = _video_stream(container, max_pixels)
             timeline = header_timeline(container, stream) or counted_timeline(
-                container, stream, layout.joints, partial(_shows, media, max_pixels, end=layout.size)
+                container, stream, layout.joints, partial(_videos, media, max_pixels, end=layout.size)
             )
             if timeline.order is None:
                 yield container, stream, timeline
@@ -123,12 +123,13 @@ def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]
         yield container, _video_stream(container, max_pixels), timeline
 
 
-def _shows(media: Media, max_pixels: int, start: int, end: int) -> bool:
-    """Whether these bytes of a file are a video of their own."""
+def _videos(media: Media, max_pixels: int, start: int, end: int) -> set[tuple[str, int]]:
+    """The container and the id of each video stream in a part of a file; none where it cannot be read alone."""
     part = replace(media, offset=media.offset + start, size=end - start)
     with suppress(MediaError), part.open() as file, _open(file, max_pixels) as container, _telling(str):
-        return any(packet.is_keyframe for packet in packets(container, *container.streams.video))
-    return False
+        keys = [packet for packet in packets(container, *container.streams.video) if packet.is_keyframe]
+        return {(container.format.name, packet.stream.id) for packet in keys}
+    return set()
 
 
 @contextmanager

@@ -20,6 +20,8 @@ ASF_OBJECTS = frozenset(  # the data and the four kinds of index
         "d03fb73c4a0c0348953dedf7b6228f0c",
     )
 )
+PNG = b"\x89PNG\r\n\x1a\n"
+MXF = b"\x06\x0e\x2b\x34"
 BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pnot PICT udta".split())
 """That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
 MOOF_BYTES = 1 << 20
@@ -54,6 +56,10 @@ def read_layout(file: BufferedReader) -> Layout:
         end, joints = _flv(file)
     elif head[:4] == b"DKIF":
         end, joints = _ivf(file)
+    elif head[:4] == MXF:
+        end, joints = _mxf(file), ()
+    elif head[:8] == PNG:
+        end, joints = _png(file)
     elif head[:4] == b"OggS":
         end, joints = _ogg(file)
     elif head[:4] == b"GIF8":
@@ -153,6 +159,21 @@ def _asf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
             return 0, ()
         at += length
     return at, (at,) if header[:16] == ASF_HEADER else ()
+
+
+def _png(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
+    at, kind = 8, b""
+    while kind != b"IEND" and len(header := _at(file, at, 8)) == 8:
+        at, kind = at + 12 + int.from_bytes(header[:4], "big"), header[4:]
+    return at, (at,) if _at(file, at, 8) == PNG else ()
+
+
+def _mxf(file: BufferedReader) -> int:
+    at = 0
+    while (head := _at(file, at, 25))[:4] == MXF and len(head) > 16:
+        count = head[16] & 0x7F if head[16] & 0x80 else 0
+        at += 17 + count + (int.from_bytes(head[17 : 17 + count], "big") if count else head[16])
+    return at
 
 
 def _flv(file: BufferedReader) -> tuple[int, tuple[int, ...]]:

@@ -15,20 +15,13 @@ import numpy as np
 from polyvit_fast.media import MediaError
 
 FORGIVEN = 0.02  # of the length that a header promises; and a frame
-PROMISING = (
-    "mov,",
-    "matroska,",
-    "flv",
-    "asf",
-    "ivf",
-    "mxf",
-    "rm",
-)  # whose header holds the duration, which FFmpeg else takes from what it finds
+PROMISING = ("mov,", "matroska,", "flv")
+"""Whose headers hold a duration. FFmpeg takes that of others from what it finds, or they promise bytes or frames."""
 BROADCAST = ("mpegts", "mpeg")  # whose clock may also jump ahead
 JUMP_SECONDS, JUMP_STEPS = 0.25, 5  # from one frame to the next, at most, where there is no break: the larger of both
 GUESSED_STEPS = 3  # that FFmpeg's own guesses of decoding times are wrong by, at most
 REORDERED_FRAMES = 16  # stored before one that is shown earlier, at most: the largest buffer of H.264, HEVC and VVC
-SEQUENTIAL = "apng,av1,dv,h264,hevc,m4v,mjpeg,mpegvideo,mxf,nut,obu,rm,wtv,yuv4mpegpipe"
+SEQUENTIAL = "apng,dv,h264,hevc,m4v,mjpeg,mpegvideo,mxf,obu"
 """FFmpeg's demuxers in which seeking, or a frame's time, is a guess, or which lack time stamps."""
 KEPT_FRAMES = 3  # that FFmpeg keeps, at most, until it knows where the last of them ends
 GOES_ON = "its video goes on in a second stream, with time stamps of its own, as in files joined end to end: split it there"
@@ -117,16 +110,19 @@ def has_regular_index(stream: Any, timeline: Timeline) -> bool:
     )
 
 
-def counted_timeline(container: Any, stream: Any, joints: Sequence[int], shows_from: Callable[[int], bool]) -> Timeline:
+def counted_timeline(container: Any, stream: Any, joints: Sequence[int], videos_from: Callable[[int], set[tuple[str, int]]]) -> Timeline:
     """From the time stamps of all packets: reads the file through, decodes nothing.
 
     Matroska and WebM need it. Their header gives the length of the longest stream, which may be the sound, and a guessed rate.
-    `joints` are the bytes at which other recordings begin that FFmpeg reads too; `shows_from` tells whether what follows a byte is one.
+    `joints` are the bytes at which other recordings begin that FFmpeg reads too; `videos_from` finds the videos after a byte.
     """
     found = _read_packets(container, stream, joints)
     stamps = found.stamps
-    if found.late and shows_from(found.end_byte):
-        raise MediaError(GOES_ON)
+    broadcast = container.format.name in BROADCAST
+    if broadcast and found.last_byte < 0.95 * container.size:  # PyAV passes over streams that begin late
+        known = {one.id for one in container.streams}
+        if any(name == container.format.name and video not in known for name, video in videos_from(found.last_byte)):
+            raise MediaError(GOES_ON)
     shown = [stamp.pts for stamp in stamps if stamp.pts is not None]
     decoded = [stamp.dts for stamp in stamps if stamp.dts is not None]
     sequential = container.format.name in SEQUENTIAL.split(",")
@@ -141,7 +137,7 @@ def counted_timeline(container: Any, stream: Any, joints: Sequence[int], shows_f
         _check_promises(container, stream, found, last - first)
     if not found.whole:
         raise MediaError("truncated: its last frame is incomplete")
-    joined = container.format.name in BROADCAST or set(breaks) <= set(found.joints)
+    joined = broadcast or set(breaks) <= set(found.joints)
     if sequential or len(shown) < num_frames or not joined:
         return Timeline(0, 1.0, num_frames, 0, order=FileOrder(starts, joined))
     if len(starts) > 1:
@@ -175,10 +171,8 @@ class _Found:
     """Whether the last frame is."""
     end_seconds: float = 0.0
     """Of the stream that ends last."""
-    end_byte: int = 0
+    last_byte: int = 0
     """Where the last packet of the video stream begins."""
-    late: bool = False
-    """Whether another stream began that the first bytes of the file do not tell of."""
     joints: list[int] = field(default_factory=list)
     """The first packets of recordings whose place in the file is known."""
 
@@ -186,26 +180,23 @@ class _Found:
 def _read_packets(container: Any, stream: Any, joints: Sequence[int]) -> _Found:
     found, previous, begun, ahead = _Found(), {}, {}, list(joints)
     videos = {other.index for other in container.streams.video}
-    try:
-        for packet in container.demux():
-            own, stamp = packet.stream_index == stream.index, packet.dts if packet.pts is None else packet.pts
-            if stamp is not None:
-                length = packet.duration or max(0, stamp - previous.get(packet.stream_index, stamp))
-                found.end_seconds = max(found.end_seconds, float((stamp + length) * packet.time_base))
-                previous[packet.stream_index] = stamp
-            if own and packet.size and not packet.is_discard:
-                found.end_byte = packet.pos or found.end_byte
-                if ahead and found.end_byte > ahead[0]:
-                    found.joints.append(len(found.stamps))
-                    del ahead[0]
-                found.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe))
-                found.whole = not packet.is_corrupt
-            elif own and packet.pts is not None:
-                found.hidden += 1
-            elif packet.size and packet.stream_index in videos:
-                begun.setdefault(packet.stream_index, len(found.stamps))
-    except IndexError:  # PyAV's, as in `packets`
-        found.late = True
+    for packet in packets(container):
+        own, stamp = packet.stream_index == stream.index, packet.dts if packet.pts is None else packet.pts
+        if stamp is not None:
+            length = packet.duration or max(0, stamp - previous.get(packet.stream_index, stamp))
+            found.end_seconds = max(found.end_seconds, float((stamp + length) * packet.time_base))
+            previous[packet.stream_index] = stamp
+        if own and packet.size and not packet.is_discard:
+            found.last_byte = packet.pos or found.last_byte
+            if ahead and found.last_byte > ahead[0]:
+                found.joints.append(len(found.stamps))
+                del ahead[0]
+            found.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe))
+            found.whole = not packet.is_corrupt
+        elif own and packet.pts is not None:
+            found.hidden += 1
+        elif packet.size and packet.stream_index in videos:
+            begun.setdefault(packet.stream_index, len(found.stamps))
     count = len(found.stamps)
     if any(before >= count - KEPT_FRAMES and before > count / 2 for before in begun.values()):
         raise MediaError(GOES_ON)

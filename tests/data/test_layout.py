@@ -6,7 +6,7 @@ from test_frames import KINDS, video  # noqa: F401
 from polyvit_fast.data.layout import Layout, read_layout
 
 JOINED = ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "mjpeg.mov", "mpeg4.avi", "h264.flv", "vp8.ivf", "vp8.ogv", "wmv.asf"]
-JOINED += ["animated.gif"]
+JOINED += ["animated.gif", "animated.png"]
 
 
 def layout(path, content):

@@ -52,7 +52,7 @@ def check_all(path, count=80):
     "name",
     ["h264.ts", "h264-open-gop.ts", "hevc.ts", "mpeg2.ts", "h264.m2ts", "h264.mpg", "mpeg1.mpg", "mpeg2.mpg", "mpeg2.vob"]
     + ["h264.mkv", "h264-open-gop.mkv", "hevc.mkv", "mpeg4.mkv", "ffv1.mkv", "vp8.webm", "vp9.webm", "vp9-hidden-frames.webm", "av1.webm"]
-    + ["raw.h264", "raw.hevc", "raw.m2v", "raw.m4v", "raw.mjpeg", "raw.obu"],
+    + ["film.dv", "mpeg2.mxf", "h264.mxf", "raw.h264", "raw.hevc", "raw.m2v", "raw.m4v", "raw.mjpeg", "raw.obu"],
 )
 def test_joined_recordings_are_read_in_the_order_of_the_file(recording, tmp_path, name):
     path = tmp_path / "joined"
@@ -127,7 +127,7 @@ def test_a_second_file_that_ffmpeg_would_not_show_is_told(recording, tmp_path, n
     refused(path, SECOND_FILE, [[0]])
 
 
-@pytest.mark.parametrize("name", ["wmv.asf", "vp8.ivf", "vp8.ogv", "animated.gif"])
+@pytest.mark.parametrize("name", ["wmv.asf", "vp8.ivf", "vp8.ogv", "animated.gif", "animated.png"])
 def test_a_second_file_of_other_containers_is_told_too(recording, tmp_path, name):
     path = tmp_path / "joined"
     path.write_bytes(recording(name, 0) + recording(name, 40))
