@@ -7,21 +7,27 @@ import os
 import stat
 from dataclasses import dataclass
 
-_PICTURES = (
+
+def _suffixes(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PICTURES = _suffixes(
     "jpg jpeg jpe jfif jif pjpeg pjp mpo png apng webp gif bmp dib tif tiff jp2 j2k j2c jpc jpf jpx jph avif avifs heic heif hif jxl "
-    "pbm pgm ppm pnm pam pfm tga icb vda vst ico cur icns pcx dcx sgi rgb rgba bw ras dds psd qoi xbm xpm msp blp pcd"
+    "pbm pgm ppm pnm pam pfm tga icb vda vst ico cur icns pcx dcx sgi rgb rgba bw ras dds psd qoi xbm xpm msp blp pcd ftc ftu gbr pxr "
+    "fli flc"
 )
-_VIDEOS = (
-    "mp4 m4v mp4v mov qt mkv mk3d webm avi divx mpg mpeg mpe m1v m2v mpv ts m2ts mts m2t tod mod vob evo flv f4v wmv asf ogv ogm ogx "
-    "3gp 3gpp 3g2 3gp2 mxf ivf y4m rm rmvb dv nut gxf wtv amv nsv mj2 mjpg mjpeg h261 h263 h264 264 avc h265 265 hevc h266 266 vvc av1 "
-    "obu fli flc"
+VIDEOS = _suffixes(
+    "mp4 m4v mp4v mov qt mkv mk3d webm avi divx mpg mpeg mpe m1v m2v mpv ts m2ts mts m2t tod mod vob evo flv f4v wmv asf ogg ogv ogm "
+    "ogx 3gp 3gpp 3g2 3gp2 mxf ivf y4m rm rmvb dv nut gxf wtv amv nsv mj2 mjpg mjpeg h261 h263 h264 264 avc h265 265 hevc h266 266 "
+    "vvc av1 obu fli flc gif apng"
 )
-_SOUNDS = (
+SOUNDS = _suffixes(
     "wav wave rf64 w64 bwf flac ogg oga opus spx mp3 mp2 mp1 mpa m4a m4b m4r aac adts loas aif aiff aifc au snd caf wma mka weba ac3 "
     "eac3 ec3 dts thd amr awb ape wv tta tak mpc ra voc sph nist ircam avr pvf htk svx 8svx paf sds sd2 gsm vox dsf dff shn qcp"
 )
-MEDIA_SUFFIXES = frozenset(f"{_PICTURES} {_VIDEOS} {_SOUNDS}".split())
-"""What stands behind the last dot of the names of pictures, videos and sounds, in lower case."""
+"""What stands behind the last dot of the names of pictures, videos and sounds, in lower case; some may hold two kinds."""
+MEDIA_SUFFIXES = PICTURES | VIDEOS | SOUNDS
 
 
 class MediaError(Exception):

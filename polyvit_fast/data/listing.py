@@ -6,16 +6,15 @@ import os
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from polyvit_fast.media import MEDIA_SUFFIXES, PICTURES, SOUNDS, VIDEOS
+
 
 def _endings(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-PICTURES = _endings("jpg jpeg jpe jfif png apng webp bmp dib tif tiff gif ppm pgm pbm pnm jp2 j2k avif heic heif")
-VIDEOS = _endings("mp4 m4v mov qt mkv webm avi mpg mpeg mpe m2v vob ts m2ts mts flv f4v wmv asf 3gp 3g2 ogv ivf")
-SOUNDS = _endings("wav wave flac ogg oga opus mp3 mp2 m4a m4b aac ac3 aif aiff aifc au snd caf amr wma w64 rf64 wv ape")
-FOREIGN = {"image": VIDEOS | SOUNDS, "video": (PICTURES - {"gif"}) | (SOUNDS - {"ogg"}), "audio": PICTURES}
-"""Endings of media that a modality, by its name, cannot decode: covers of albums, thumbnails of videos, soundtracks."""
+OWN = {"image": PICTURES, "video": VIDEOS, "audio": SOUNDS | (VIDEOS - PICTURES)}
+"""Endings of the media that a modality, by its name, decodes; others lie beside them as covers, thumbnails or soundtracks."""
 NO_MEDIA = (
     _endings("txt md rst rtf pdf doc docx html htm url webloc lnk nfo log description")
     | _endings("json jsonl ndjson xml yaml yml toml ini cfg conf csv tsv xls xlsx parquet arrow feather db sqlite sqlite3")
@@ -45,7 +44,8 @@ def left_out_as(name: str, modality: str) -> str:
     if low.endswith("~"):
         return "*~"
     ending = low.rpartition(".")[2] if "." in low else ""
-    return f".{ending}" if ending in NO_MEDIA or ending in FOREIGN.get(modality, ()) else ""
+    foreign = ending in MEDIA_SUFFIXES - OWN.get(modality, MEDIA_SUFFIXES)
+    return f".{ending}" if ending in NO_MEDIA or foreign else ""
 
 
 def hidden_as(name: str) -> str:
