@@ -71,7 +71,7 @@ def format_labels(labels: Sequence[int], names: Sequence[str] | None, num_classe
             return plain
     except ValueError:
         pass
-    return json.dumps(words, ensure_ascii=False)
+    return json.dumps(words, ensure_ascii=False, allow_nan=False)
 
 
 def format_classes(names: Sequence[str]) -> str:
