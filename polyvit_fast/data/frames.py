@@ -6,6 +6,7 @@ PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,9 +83,9 @@ def read_clips(
 ) -> UInt8[np.ndarray, "clips frames height width 3"]:
     """The RGB frames whose numbers `choose` picks, given how many there are, in the (height, width) that `resize` gives for their own.
 
-    The file is opened once and decoded from the keyframe before the first wanted frame on. Frames are turned as the file's rotation
-    says; non-square pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, and
-    when the decoder reports damage on the way to a wanted frame.
+    The file is decoded from the keyframe before the first wanted frame on. Frames are turned and mirrored as the file says; non-square
+    pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, when its time stamps
+    start anew where it cannot be read on, and when the decoder reports damage on the way to a wanted frame.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -196,7 +197,7 @@ class _Shown(NamedTuple):
     orientation: Orientation
 
 
-class _Reader:
+class _Reader(ABC):
     """The frames shown at ascending numbers."""
 
     def __init__(self, container: Any, stream: Any, timeline: Timeline) -> None:
@@ -219,9 +220,9 @@ class _Reader:
             raise MediaError(self.timeline.failure(f"its frame {self.shown.number} cannot be decoded completely"))
         return self.shown
 
+    @abstractmethod
     def jump(self, number: int) -> None:
         """Makes `next` a frame that is not later than `number`, where there is one."""
-        raise NotImplementedError
 
     def start(self, decoded: Iterator[tuple[int, Any]]) -> None:
         """Goes on with these frames and their numbers."""

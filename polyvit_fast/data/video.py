@@ -26,7 +26,7 @@ EVAL_PLACES = {1: (0.5,), 3: (0.0, 0.5, 1.0)}  # of the squares along the longer
 
 @dataclass(frozen=True, kw_only=True)
 class Video(Modality):
-    """Clips: MP4, MOV, MKV, WebM, AVI and MPEG with H.264, HEVC, AV1, VP8, VP9, MPEG-4 or MJPEG, turned upright as the file says."""
+    """Clips: MP4, MOV, MKV, WebM, AVI and MPEG with H.264, HEVC, AV1, VP8, VP9, MPEG-4 or MJPEG, turned and mirrored as it says."""
 
     name: ClassVar[str] = "video"
     size: int = 224

@@ -890,6 +890,29 @@ def test_a_broken_disk_is_a_reason(video):
         read(BrokenMedia(str(video("h264.mkv", **LARGE))), [[0]])
 
 
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264.ts"])
+@pytest.mark.parametrize("defect", [AttributeError, NameError, TypeError])
+def test_a_defect_is_no_broken_file(video, name, defect):
+    class Defective(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell() > 20000:
+                raise defect("a defect")
+            return super().readinto(buffer)
+
+    class DefectiveMedia(Media):
+        def open(self):
+            return io.BufferedReader(Defective(self.path), 4096)
+
+    with pytest.raises(defect, match="a defect"):
+        read(DefectiveMedia(str(video(name, **LARGE))), [[299]])
+
+    def resize(height, width):
+        raise defect("another defect")
+
+    with pytest.raises(defect, match="another defect"):
+        read_clips(Media(str(video(name))), lambda count: np.array([[0]]), resize=resize, max_pixels=LIMIT)
+
+
 FUZZED = ["h264.mp4", "h264.mkv", "h264.ts", "h264.avi", "h264.flv", "hevc.mp4", "vp8.ivf", "mpeg2.mpg", "wmv.asf", "animated.gif"]
 
 
