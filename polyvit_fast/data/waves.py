@@ -7,6 +7,7 @@ faster than one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -38,16 +39,15 @@ def decode(media: Media, max_seconds: float) -> tuple[int, Wave]:
 
     rate, samples, num_bad, blocks = 1, 0, 0, []
     try:
-        source, stated_seconds = _open(media, max_seconds)
-        for frame in _decode(source):
-            if frame is not None:
-                rate, samples = frame.sample_rate, samples + frame.samples
-                check_size(samples, 1, rate, max_seconds)
-                blocks.append(frame.to_ndarray().mean(0))
-            elif (num_bad := num_bad + 1) > 1 + max_seconds:
-                break
-    except UnicodeEncodeError:
-        raise MediaError("its name is not UTF-8, which FFmpeg needs") from None
+        with _find_url(media) as url:
+            source, stated_seconds = _open(url, media, max_seconds)
+            for frame in _decode(source):
+                if frame is not None:
+                    rate, samples = frame.sample_rate, samples + frame.samples
+                    check_size(samples, 1, rate, max_seconds)
+                    blocks.append(frame.to_ndarray().mean(0))
+                elif (num_bad := num_bad + 1) > 1 + max_seconds:
+                    break
     except FFmpegError as error:
         raise MediaError(f"not a sound that can be decoded: {error.strerror}") from None
     if num_bad > 1 + samples / rate:
@@ -148,11 +148,21 @@ def _pull(graph: Any) -> Iterator[Any]:
             yield None
 
 
-def _open(media: Media, max_seconds: float) -> tuple[dict[str, str], float]:
+@contextmanager
+def _find_url(media: Media) -> Iterator[str]:
+    """What FFmpeg opens, inside. It reads by itself: through a Python file it would wait for the lock."""
+    with ExitStack() as stack:
+        path = media.path
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # FFmpeg takes UTF-8 alone, so a file with another name goes by its descriptor
+            path = f"/proc/self/fd/{stack.enter_context(open(path, 'rb')).fileno()}"
+        url = f"file:{path}"
+        yield url if media.size is None else f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{url}"
+
+
+def _open(url: str, media: Media, max_seconds: float) -> tuple[dict[str, str], float]:
     """What `amovie` must know to decode the file, and how many seconds its header states, 0 for none."""
-    # FFmpeg reads by itself: through a Python file it would wait for the lock.
-    path = f"file:{media.path}"
-    url = path if media.size is None else f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{path}"
     with _open_container(url) as container:
         if not container.streams.audio:
             raise MediaError("there is no sound in it")
