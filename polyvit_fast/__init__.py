@@ -5,4 +5,4 @@ from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp
 from polyvit_fast.model.polyvit import PolyViT
 
 __all__ = ["Attention", "Block", "LayerNorm", "Mlp", "PolyViT", "Report", "fuse", "unfuse"]
-__version__ = "0.4.1"
+__version__ = "0.5.0"
