@@ -25,6 +25,7 @@ MXF = b"\x06\x0e\x2b\x34"
 BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pnot PICT udta".split())
 """That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
 MOOF_BYTES = 1 << 20
+FARTHEST = 1 << 62  # that a file can be asked for; damaged sizes lead beyond
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_layout(file: BufferedReader) -> Layout:
 
 
 def _at(file: BufferedReader, offset: int, count: int) -> bytes:
-    file.seek(offset)
+    file.seek(min(offset, FARTHEST))
     return file.read(count)
 
 
@@ -143,6 +144,8 @@ def _matroska(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
         if at and head[:4] == EBML:
             joints.append(at)
         count = 9 - head[4].bit_length()
+        if len(head) < 4 + count:
+            break
         length = int.from_bytes(head[4 : 4 + count], "big") - (1 << 7 * count)
         if length == (1 << 7 * count) - 1:  # unknown: it was written to a pipe
             break
@@ -152,7 +155,7 @@ def _matroska(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
 
 
 def _asf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
-    at = int.from_bytes(_at(file, 16, 8), "little")
+    at = max(24, int.from_bytes(_at(file, 16, 8), "little"))
     while len(header := _at(file, at, 24)) == 24 and header[:16] in ASF_OBJECTS:
         length = int.from_bytes(header[16:], "little")
         if length < 24:  # of a broadcast, whose length was not known

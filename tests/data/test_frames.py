@@ -132,6 +132,7 @@ KINDS = {
     "animated.png": Kind("apng", "apng", {}, "rgb24"),
     "raw.h264": Kind("h264", "libx264", X264),
     "raw-open-gop.h264": Kind("h264", "libx264", OPEN_GOP),
+    "hevc-without-b.mp4": Kind("mp4", "libx265", {"preset": "ultrafast", "x265-params": X265.replace("bframes=3", "bframes=0")}),
     "raw.hevc": Kind("hevc", "libx265", {"preset": "ultrafast", "x265-params": X265}),
     "raw.m1v": Kind("mpeg1video", "mpeg1video", MPEG_B),
     "raw.m2v": Kind("mpeg2video", "mpeg2video", MPEG_B),
@@ -352,8 +353,12 @@ def test_sound_that_lasts_longer_does_not_count(video, name):
     check_numbers(video(name, count=60, sound_seconds=6.0), [[59, 30, 0]], count=60)
 
 
+# x265 now and then gives a clip that is shorter than the delay of its B-frames time stamps that no muxer takes.
+SHORT = ["h264.mp4", "h264.mkv", "h264.avi", "hevc-without-b.mp4", "vp8.webm", "vp9.webm", "mjpeg.avi", "animated.gif"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264.avi", "hevc.mp4", "vp8.webm", "vp9.webm", "mjpeg.avi", "animated.gif"])
+@pytest.mark.parametrize("name", SHORT)
 def test_very_short_files(video, name, count):
     numbers = np.arange(count)
     check_numbers(video(name, count=count), [numbers, numbers[::-1]], count=count)
