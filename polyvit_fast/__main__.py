@@ -1,5 +1,21 @@
-"""`python -m polyvit_fast` is `polyvit-fast`."""
+"""`polyvit-fast`, and `python -m polyvit_fast`: the command line, which hears signals from here on, for its imports take seconds."""
 
-from polyvit_fast.cli import main
+import sys
 
-main()
+from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
+
+
+def main() -> None:
+    """Entry point of `polyvit-fast`."""
+    try:
+        with stop_on_signals():
+            from polyvit_fast import cli
+
+            cli.main()
+    except Stopped as stopped:
+        print(f"polyvit-fast: stopped by {stopped} before it began", file=sys.stderr)
+        sys.exit(exit_code(stopped.number))
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,7 @@ Options = TypeVar("Options")
 
 
 def main() -> None:
-    """Entry point of `polyvit-fast`."""
+    """Run the command of the process's arguments and end the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop, as on stderr
     code = run(sys.argv[1:])

@@ -31,7 +31,7 @@ SHOWN = 3
 
 def take_fingerprint(samples: Sequence[Sample]) -> Fingerprint:
     """That of the files as they are now. One that cannot be read counts as empty. 100,000 local files take about two seconds."""
-    listed = samples[:: -(-len(samples) // MAX_FILES) or 1]
+    listed = _list(samples)
     paths = list({sample.media.path: None for sample in listed})
     states = dict(zip(paths, map_in_threads(_stat, paths, NUM_THREADS), strict=True))
     sizes, times = np.array([states[sample.media.path] for sample in listed], np.int64).reshape(-1, 2).T
@@ -58,16 +58,29 @@ def find_changes(before: str | Mapping[str, str], now: Fingerprint, samples: Seq
         before = {"names": before}
     if before["names"] != now["names"]:
         return f"names and labels: {before['names']}; now {now['names']}", False
-    listed = samples[:: -(-len(samples) // MAX_FILES) or 1]
+    listed = _list(samples)
     parts = (("sizes", [listed[chunk] for chunk in _chunks(len(listed))]), ("contents", [[sample] for sample in _choose(samples)]))
     for word, chunks in parts:
-        changed = [
-            chunk for chunk, one, other in zip(chunks, _split(before.get(word, now[word])), _split(now[word]), strict=True) if one != other
-        ]
+        changed = _differing(before.get(word, now[word]), now[word], chunks)
         if changed:
-            shown = ", ".join(_name(chunk) for chunk in changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if changed[SHOWN:] else "")
-            return f"{word} of {shown}", True
+            return f"{word} of {changed}", True
     return "", True
+
+
+def find_newer(before: Mapping[str, str], now: Fingerprint, samples: Sequence[Sample]) -> str:
+    """Files with other times than in an earlier fingerprint of the same list; empty when there are none."""
+    listed = _list(samples)
+    return _differing(before["times"], now["times"], [listed[chunk] for chunk in _chunks(len(listed))])
+
+
+def _list(samples: Sequence[Sample]) -> Sequence[Sample]:
+    return samples[:: -(-len(samples) // MAX_FILES) or 1]
+
+
+def _differing(before: str, now: str, chunks: Sequence[Sequence[Sample]]) -> str:
+    """The files, by name, whose words differ."""
+    changed = [chunk for chunk, one, other in zip(chunks, _split(before), _split(now), strict=True) if one != other]
+    return ", ".join(_name(chunk) for chunk in changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if changed[SHOWN:] else "")
 
 
 def _name(chunk: Sequence[Sample]) -> str:

@@ -134,9 +134,20 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
 
 
 def _with_stored_classes(config: Train, found: checkpoint.Checkpoint) -> Train:
-    """The configuration with the class lists that the checkpoint was trained on; 0.4.1 and earlier stored none."""
-    stored = found.state.get("classes", {})
-    tasks = {name: recall_classes(task, stored[name], str(found.path)) if name in stored else task for name, task in config.tasks.items()}
+    """The configuration with the class lists that the checkpoint was trained on.
+
+    0.4.1 and earlier stored none: then the training source is asked, or where that is gone the validation source alone.
+    """
+    stored, tasks = found.state.get("classes", {}), dict(config.tasks)
+    for name, task in tasks.items():
+        if name in stored:
+            tasks[name] = recall_classes(task, stored[name], str(found.path))
+            continue
+        try:
+            task.train.class_names(task)
+        except (ValueError, OSError) as error:
+            print(f"task {name}: {error}; the order of its classes is that of the validation files")
+            tasks[name] = replace(task, train=task.val)
     return replace(config, tasks=tasks)
 
 

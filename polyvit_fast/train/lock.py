@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from uuid import uuid4
 
 from polyvit_fast import strict_json
 
@@ -29,6 +31,8 @@ RECORD = "running.json"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
 """Without a renewal, after which the process behind a record is gone."""
+FLOCK = "hhlli"
+"""C's struct flock: kind, whence, start, length, process."""
 HELD = (errno.EACCES, errno.EAGAIN)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -60,8 +64,8 @@ def hold(folder: Path, report: Callable[[str], None] = _logger.warning) -> Itera
         raise _unwritable(folder, error) from error
     try:
         locks = _try_lock(descriptor, folder, report)
-        _claim(folder, locks, report)
-        with _renewed(folder):
+        holder = _claim(folder, locks, report)
+        with _renewed(folder, holder):
             yield
     finally:
         os.close(descriptor)
@@ -73,7 +77,7 @@ def _try_lock(descriptor: int, folder: Path, report: Callable[[str], None]) -> b
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
-            raise _refusal(folder) from None
+            raise _refusal(folder, _find_lock_holder(descriptor)) from None
         if error.errno not in UNSUPPORTED:
             raise _unwritable(folder, error) from error
         report(f"the file system of {folder} has no locks ({error.strerror}): another run there is noticed by its {RECORD} alone")
@@ -81,33 +85,58 @@ def _try_lock(descriptor: int, folder: Path, report: Callable[[str], None]) -> b
     return True
 
 
-def _claim(folder: Path, locks: bool, report: Callable[[str], None]) -> None:
+def _find_lock_holder(descriptor: int) -> int:
+    """The process on this machine that holds the lock; 0 when it is on another one."""
+    question = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        return max(0, struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))[4])
+    except OSError:
+        return 0
+
+
+def _claim(folder: Path, locks: bool, report: Callable[[str], None]) -> Holder:
     """Write this process into the record. Raises ValueError when the one behind an earlier record is alive."""
     holder = Holder(platform.node(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"), _machine())
     while True:
         try:
             with open(folder / RECORD, "x") as file:  # of two that come at once, one alone makes it
                 file.write(strict_json.dumps(asdict(holder), 2) + "\n")
-            return
+            return holder
         except FileExistsError:
-            earlier = _read(folder)
+            earlier, stamp = _read(folder), _stamp(folder)
             if not (locks and earlier and earlier.machine == holder.machine):  # else its lock would still be there
-                _wait_for_sign_of_life(folder, earlier, report)
-            _remove(folder)
+                _wait_for_sign_of_life(folder, earlier, stamp, report)
+            _put_away(folder, stamp)
         except OSError as error:
-            _remove(folder)
+            _remove(folder, holder)
             raise _unwritable(folder, error) from error
 
 
-def _wait_for_sign_of_life(folder: Path, earlier: Holder | None, report: Callable[[str], None]) -> None:
+def _wait_for_sign_of_life(folder: Path, earlier: Holder | None, first: tuple[int, int] | None, report: Callable[[str], None]) -> None:
     """Raises ValueError when the record is renewed."""
     who = f"process {earlier.pid} on {earlier.host}" if earlier else "another process"
     report(f"{folder}: {who} did not say that it ended; it is gone if {folder / RECORD} does not change within {STALE_SECONDS:g} s")
-    first, deadline = _stamp(folder), time.monotonic() + STALE_SECONDS
+    deadline = time.monotonic() + STALE_SECONDS
     while (now := _stamp(folder)) and time.monotonic() < deadline:
         if now != first:
             raise _refusal(folder)
         time.sleep(0.2)
+
+
+def _put_away(folder: Path, stamp: tuple[int, int] | None) -> None:
+    """Delete the record that was waited for. Raises ValueError when it is another one's by now, who waited for it too."""
+    aside = folder / f".{RECORD}.{uuid4().hex}"
+    try:
+        os.rename(folder / RECORD, aside)
+    except FileNotFoundError:  # another one was quicker; who makes the next record is decided there
+        return
+    status = aside.stat()
+    if (status.st_ino, status.st_mtime_ns) != stamp:
+        with suppress(OSError):
+            os.link(aside, folder / RECORD)
+        aside.unlink()
+        raise _refusal(folder)
+    aside.unlink()
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:
@@ -121,7 +150,7 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _renewed(folder: Path) -> Iterator[None]:
+def _renewed(folder: Path, holder: Holder) -> Iterator[None]:
     """Inside, the record's time moves; then it is gone."""
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(folder / RECORD, ended), daemon=True, name="running")
@@ -131,12 +160,14 @@ def _renewed(folder: Path) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join(RENEW_SECONDS)
-        _remove(folder)
+        _remove(folder, holder)
 
 
-def _remove(folder: Path) -> None:
-    with suppress(OSError):
-        os.unlink(folder / RECORD)
+def _remove(folder: Path, holder: Holder) -> None:
+    """Delete the record if it is this process's, or what a full disk left of it."""
+    if _read(folder) in (holder, None):
+        with suppress(OSError):
+            os.unlink(folder / RECORD)
 
 
 def _renew(record: Path, ended: threading.Event) -> None:
@@ -159,8 +190,14 @@ def _machine() -> str:
         return platform.node()
 
 
-def _refusal(folder: Path) -> ValueError:
+def _refusal(folder: Path, pid: int = 0) -> ValueError:
+    """`pid`: the process on this machine that holds the lock, if it is known."""
     holder = _read(folder)
+    if pid and (holder is None or holder.pid != pid):
+        return ValueError(
+            f"the run folder {folder} is in use: process {pid} on {platform.node()} is about to train in it; wait for its end, stop it "
+            f"(kill {pid}), or choose another --out"
+        )
     if holder is None:
         return ValueError(f"the run folder {folder} is in use: another process trains in it; wait for its end, or choose another --out")
     advice = f"wait for its end, stop it there (kill {holder.pid}: it saves first), or choose another --out"

@@ -79,6 +79,9 @@ def _with_later_fields(values: Any) -> Any:
     later = {field.name: _encode(field.default, field.name) for field in fields(Train) if field.default is not MISSING}
     match values.get("type"):
         case "Train":
+            tasks = values.get("tasks")
+            if is_of_earlier_version(values) and isinstance(tasks, Mapping):
+                values = {**values, "tasks": _with_one_normalisation(tasks)}
             values = later | dict(values)
         case "Task":
             values = {"mixup_pairs": "neighbours", "zero_head": False} | dict(values)
@@ -90,6 +93,26 @@ def _with_later_fields(values: Any) -> Any:
         case _:
             pass
     return {name: _with_later_fields(value) for name, value in values.items()}
+
+
+def is_of_earlier_version(values: Mapping[str, Any]) -> bool:
+    """Whether 0.4.1 or an earlier version wrote this stored configuration."""
+    return "changed_files" not in values
+
+
+def _with_one_normalisation(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Those versions normalised all tasks of a modality by the numbers of the last one."""
+    numbers: dict[str, dict[str, Any]] = {}
+    for task in tasks.values():
+        modality = task.get("modality") if isinstance(task, Mapping) else None
+        if isinstance(modality, Mapping):
+            numbers[str(modality.get("type"))] = {name: modality[name] for name in ("mean", "std") if name in modality}
+    return {
+        name: {**task, "modality": {**task["modality"], **numbers[str(task["modality"].get("type"))]}}
+        if isinstance(task, Mapping) and isinstance(task.get("modality"), Mapping)
+        else task
+        for name, task in tasks.items()
+    }
 
 
 def _decode_record(default: Any, values: Any, path: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from polyvit_fast.config import Plan, Train
 from polyvit_fast.data.classes import first_difference
-from polyvit_fast.data.fingerprint import Fingerprint, find_changes, fingerprint_names
+from polyvit_fast.data.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train import checkpoint
@@ -22,7 +22,7 @@ from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed import PeerLost, World
 from polyvit_fast.train.lock import hold
 from polyvit_fast.train.log import Log, PeerLog
-from polyvit_fast.train.record import describe_run, resume_differences, to_json
+from polyvit_fast.train.record import describe_run, is_of_earlier_version, resume_differences, to_json
 from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
 from polyvit_fast.train.step import Reading, Step
 
@@ -60,6 +60,7 @@ class Run:
     clock: Clock
     fingerprints: dict[str, Fingerprint]
     """Of the training files when the run was opened, as the first process saw them."""
+    validation_fingerprints: dict[str, Fingerprint]
     done: int = 0
     """Steps behind us."""
     metrics_step: int = -1
@@ -135,8 +136,9 @@ def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list
             loaders = {name: Loader(name, config, train=True, **place) for name in totals}
             validation = {name: Loader(name, config, train=False, **place) for name in config.tasks}
         times = {name: TaskTime() for name in config.tasks}
-        fingerprints = world.from_first({name: loader.fingerprint() for name, loader in loaders.items()} if world.rank == 0 else {})
-        run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, interval_times=times)
+        seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
+        trained, held_out = world.from_first(seen)
+        run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), trained, held_out, interval_times=times)
         run.seconds = dict.fromkeys(config.tasks, 0.0)
         if found:
             _restore(run, found)
@@ -159,6 +161,10 @@ def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list
                     "`polyvit-fast plan` estimates what fits"
                 ) from error
             raise
+
+
+def _take_fingerprints(loaders: dict[str, Loader]) -> dict[str, Fingerprint]:
+    return {name: loader.fingerprint() for name, loader in loaders.items()}
 
 
 def _place(run: Run) -> str:
@@ -214,6 +220,7 @@ def _write(run: Run) -> None:
         "seconds": run.seconds,
         "interval_times": {name: (taken.seconds, taken.waited) for name, taken in run.interval_times.items()},
         "samples": run.fingerprints,
+        "validation_samples": run.validation_fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
     }
     keep, config = run.config.keep, to_json(run.config)
@@ -247,8 +254,9 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
     different = resume_differences(found.config, to_json(config))
     if different:
+        since = " (it is of an earlier version, whose defaults were other ones)" if is_of_earlier_version(found.config) else ""
         raise ValueError(
-            f"{config.folder} holds a checkpoint of another configuration; it differs in: {'; '.join(different)}. "
+            f"{config.folder} holds a checkpoint of another configuration{since}; it differs in: {'; '.join(different)}. "
             "Choose another --out, or set these fields back to resume"
         )
 
@@ -263,6 +271,12 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
             )
     for name, loader in run.loaders.items():
         _compare_files(run, found, name, loader)
+    for name, loader in run.validation.items():
+        before = found.state.get("validation_samples", {}).get(name)
+        changes = find_changes(before, run.validation_fingerprints[name], loader.samples)[0] if before else ""
+        if changes and run.world.rank == 0:
+            told = f"task {name}: its validation files are not those of {found.path} ({changes}): its metrics are those of other files now"
+            run.log.message(told, "warning")
     if run.world.rank == 0 and _had_other_rates(run, found):
         run.log.message(
             f"{found.path} is of an earlier version, whose warm-up began at a rate of 0 and took {run.config.optim.warmup_steps:,} steps "
@@ -309,7 +323,10 @@ def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Lo
     elif isinstance(before, str):
         run.log.message(f"task {name}: {found.path} is of an earlier version, which kept the names of training files but not their sizes")
     elif before["times"] != now["times"]:
-        run.log.message(f"task {name}: some of its training files were written or copied since {found.path}, but have the sizes of then")
+        run.log.message(
+            f"task {name}: some of its training files were written or copied since {found.path}, but have the sizes of then: "
+            f"{find_newer(before, now, loader.samples)}"
+        )
 
 
 def _size(model: PolyViT) -> str:

@@ -1,4 +1,4 @@
-"""Real processes hold real run folders: on one machine, and, in namespaces of their own, as on two that share a file system."""
+"""Real processes hold real run folders: on one machine, and as on two that share a file system."""
 
 import json
 import re
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -17,29 +16,28 @@ from polyvit_fast.train.lock import LOCK, RECORD
 
 RENEW_SECONDS, STALE_SECONDS = 0.5, 4.0
 
-# Says "held", or why not, and stays until it is killed or its input ends. With the name of an error the kernel first refuses every lock, as
-# file systems do that have none: a filter on fcntl's commands F_SETLK and F_SETLKW.
+# Says "held", or why not, and stays until it is killed or its input ends. With the name of an error every lock is refused, as by file
+# systems that have none. With a name it is another machine: its host and its boot are called otherwise, and unless locks are shared it
+# locks a file of its own, as on file systems whose locks end at the machine.
 HOLDER = f"""
-import ctypes, errno, platform, struct, sys
+import errno, fcntl, platform, resource, signal, sys
 from pathlib import Path
 from polyvit_fast.train import lock
 
-def refuse_locks(number):
-    assert platform.machine() == "x86_64"
-    returns, equal, load = 0x06, 0x15, 0x20
-    lines = [(load, 0, 0, 0), (equal, 0, 4, 72), (load, 0, 0, 24), (equal, 1, 0, 6), (equal, 0, 1, 7),
-             (returns, 0, 0, 0x00050000 | number), (returns, 0, 0, 0x7FFF0000)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(lines), ctypes.addressof(code)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(38, 1, 0, 0, 0) == 0
-    assert libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(program)), 0, 0) == 0, ctypes.get_errno()
-
+folder, without_locks, name, shares_locks, full = sys.argv[1:]
 lock.RENEW_SECONDS, lock.STALE_SECONDS = {RENEW_SECONDS}, {STALE_SECONDS}
-if sys.argv[2]:
-    refuse_locks(getattr(errno, sys.argv[2]))
+if without_locks:
+    def refuse(descriptor, command):
+        raise OSError(getattr(errno, without_locks), "no locks here")
+    fcntl.lockf = refuse
+if name:
+    platform.node, lock._machine = lambda: name, lambda: f"boot of {{name}}"
+    lock.LOCK = lock.LOCK if shares_locks else f"{{name}}.lock"
+if full:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 try:
-    with lock.hold(Path(sys.argv[1]), report=lambda text: print("report:", text, flush=True)):
+    with lock.hold(Path(folder), report=lambda text: print("report:", text, flush=True)):
         print("held", flush=True)
         sys.stdin.read()
 except ValueError as error:
@@ -47,11 +45,12 @@ except ValueError as error:
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Machine:
-    """Where processes of a test run: here, or with a host name, a boot and, unless locks are shared, a lock file of its own."""
+    """Where a process of a test believes that it runs."""
 
-    command: list[str] = field(default_factory=list)
+    name: str
+    shares_locks: bool
 
 
 @dataclass
@@ -85,12 +84,14 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def start(tmp_path) -> Iterator[Start]:
-    """A function that starts a process on the folder `run`, on a machine, without locks where it gets an error's name."""
+    """A function that starts a process on the folder `run`, on a machine, without locks where it gets an error's name, on a full disk."""
     started = []
     (tmp_path / "run").mkdir()
 
-    def run(machine: Machine | None = None, without_locks: str = "") -> Process:
-        command = [*(machine.command if machine else ()), sys.executable, "-c", HOLDER, str(tmp_path / "run"), without_locks]
+    def run(machine: Machine | None = None, without_locks: str = "", full: bool = False) -> Process:
+        name, shares = (machine.name, machine.shares_locks) if machine else ("", True)
+        options = [without_locks, name, "shared" if shares else "", "full" if full else ""]
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), *options]
         process = Process(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         started.append(process)
         return process
@@ -101,18 +102,6 @@ def start(tmp_path) -> Iterator[Start]:
         for stream in (process.popen.stdin, process.popen.stdout):
             with suppress(OSError):
                 stream.close()
-
-
-def machine(tmp_path: Path, name: str, *, shares_locks: bool) -> Machine:
-    """Namespaces in which the host and the boot have names of their own; without shared locks, a lock file too, as on file systems whose
-    locks end at the machine."""
-    boot, lock, shared = tmp_path / f"{name}.boot", tmp_path / f"{name}.lock", tmp_path / "run" / LOCK
-    boot.write_text(f"boot-of-{name}\n")
-    for file in (lock, shared):
-        file.touch()
-    own_lock = "" if shares_locks else f"mount --bind {lock} {shared}; "
-    setup = f'set -e; hostname {name}; mount --bind {boot} /proc/sys/kernel/random/boot_id; {own_lock}exec "$@"'
-    return Machine(["unshare", "--map-root-user", "--uts", "--mount", "sh", "-c", setup, "sh"])
 
 
 @contextmanager
@@ -158,7 +147,7 @@ def test_a_stopped_process_still_holds_its_folder(start):
 
 
 def test_another_machine_that_shares_locks_is_refused_at_once(tmp_path, start):
-    one, other = (machine(tmp_path, name, shares_locks=True) for name in ("node-a", "node-b"))
+    one, other = (Machine(name, shares_locks=True) for name in ("node-a", "node-b"))
     first = start(one)
     assert first.answer() == "held"
     told = start(other).answer()
@@ -172,7 +161,7 @@ def test_another_machine_that_shares_locks_is_refused_at_once(tmp_path, start):
 
 @pytest.mark.parametrize("without_locks", ["", "ENOLCK", "EOPNOTSUPP"])
 def test_where_locks_do_not_reach_the_other_machine_the_record_tells(tmp_path, start, without_locks):
-    one, other = (machine(tmp_path, name, shares_locks=False) for name in ("node-a", "node-b"))
+    one, other = (Machine(name, shares_locks=False) for name in ("node-a", "node-b"))
     first = start(one, without_locks)
     assert first.answer() == "held"
     assert any("has no locks" in text for text in first.reports) == bool(without_locks)
@@ -186,8 +175,8 @@ def test_where_locks_do_not_reach_the_other_machine_the_record_tells(tmp_path, s
     assert start(one, without_locks).answer().startswith("refused")
 
 
-def test_after_an_end_nobody_waits_for_a_sign_of_life(tmp_path, start):
-    one, other = (machine(tmp_path, name, shares_locks=False) for name in ("node-a", "node-b"))
+def test_after_an_end_nobody_waits_for_a_sign_of_life(start):
+    one, other = (Machine(name, shares_locks=False) for name in ("node-a", "node-b"))
     first = start(one)
     assert first.answer() == "held"
     first.leave()
@@ -196,11 +185,29 @@ def test_after_an_end_nobody_waits_for_a_sign_of_life(tmp_path, start):
     assert not second.reports
 
 
+@pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("without_locks", ["", "ENOLCK"])
-def test_of_several_that_start_at_once_one_is_let_in(tmp_path, start, without_locks):
-    machines = [machine(tmp_path, f"node-{letter}", shares_locks=False) for letter in "abc"]
+def test_of_several_that_start_at_once_one_is_let_in(tmp_path, start, without_locks, stale):
+    if stale:
+        gone = start(Machine("node-z", shares_locks=False), without_locks)
+        assert gone.answer() == "held"
+        gone.kill()
+    machines = [Machine(f"node-{letter}", shares_locks=False) for letter in "abc"]
     answers = [process.answer() for process in [start(each, without_locks) for each in machines]]
     assert sorted(answer.split(":")[0] for answer in answers) == ["held", "refused", "refused"]
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["host"] == machines[answers.index("held")].name
+
+
+def test_who_waits_for_a_dead_one_is_the_one_that_is_named(start):
+    gone = start(Machine("node-a", shares_locks=True))
+    assert gone.answer() == "held"
+    gone.kill()
+    waiting = start()
+    assert waiting.popen.stdout
+    assert "did not say that it ended" in waiting.popen.stdout.readline()
+    assert f"process {waiting.popen.pid} on" in (told := start().answer())
+    assert "is about to train in it" in told
+    assert waiting.answer() == "held"
 
 
 def test_a_record_that_a_power_cut_left_empty_is_not_believed_for_ever(tmp_path, start):
@@ -210,18 +217,10 @@ def test_a_record_that_a_power_cut_left_empty_is_not_believed_for_ever(tmp_path,
     assert any("another process did not say that it ended" in text for text in process.reports)
 
 
-@pytest.mark.parametrize(
-    ("setup", "reason"),
-    [
-        ("mount --bind {0} {0}; mount -o remount,bind,ro {0}", "Read-only file system"),
-        ("mount -t tmpfs -o size=4k,nr_inodes=9 tmpfs {0}; head -c 4096 /dev/zero > {0}/full", "No space left on device"),
-    ],
-    ids=["read-only", "full"],
-)
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, start, setup, reason):
+@pytest.mark.parametrize(("full", "reason"), [(True, "File too large"), (False, "Is a directory")])
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, start, full, reason):
     folder = tmp_path / "run"
-    commands = f'set -e; {setup.format(folder)}; "$@"; rm -f {folder}/full; ls -A {folder}'
-    process = start(Machine(["unshare", "--map-root-user", "--mount", "sh", "-c", commands, "sh"]))
-    assert process.answer() == f"refused: the run folder {folder} cannot be written: {reason}; choose another with --out"
-    assert process.popen.stdout
-    assert process.popen.stdout.read().split() in ([], [LOCK])
+    if not full:
+        (folder / LOCK).mkdir()
+    assert start(full=full).answer() == f"refused: the run folder {folder} cannot be written: {reason}; choose another with --out"
+    assert [path.name for path in folder.iterdir()] == [LOCK]

@@ -255,6 +255,16 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_later_fields():
     assert found == 'attention: "auto" -> "cudnn"'
 
 
+def test_an_earlier_version_normalised_all_tasks_of_a_modality_by_the_last_one():
+    one, other = replace(Patch(), mean=(0.5, 0.25)), replace(Patch(), mean=(0.75, 1.0))
+    now = config(tasks={"a": replace(task(), modality=one), "b": replace(task(), modality=other)})
+    values = stored(now)
+    assert from_json(now, values) == now
+    del values["changed_files"]
+    assert {name: found.modality for name, found in from_json(now, values).tasks.items()} == {"a": other, "b": other}
+    assert resume_differences(values, to_json(now)) == ["tasks.a.modality.mean: [0.75, 1.0] -> [0.5, 0.25]"]
+
+
 @pytest.mark.parametrize(("optimizer", "spectrogram"), [("sgd", "mbt"), ("adamw", "kaldi")])
 def test_later_fields_of_inner_records_say_what_an_earlier_version_did(optimizer, spectrogram):
     audio = Audio(spectrogram=spectrogram)
