@@ -10,11 +10,13 @@ import io
 import struct
 from typing import Any
 
+from polyvit_fast.data.layout import read_layout
 from polyvit_fast.media import Media, MediaError
 
 START_BYTES = 4096  # more than any header of fixed size is long
 LEAST_HELD = 0.99  # of the promised bytes: some programs count their own header or a tag
 PIPED = 0x7FFF0000  # programs that write to a pipe promise at least so many bytes, as they cannot know
+SEARCHED_BYTES = 1 << 20  # at a time
 MAX_PARTS = 1000  # a file of zeros would be millions of them
 OGG_PAGE_BYTES = 65_307  # the largest
 MP4_BOXES = {b"ftyp", b"styp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"sidx", b"meta", b"pdin", b"udta"}
@@ -44,10 +46,22 @@ class Part:
         """Numbers and bytes as `struct.unpack` gives them."""
         return struct.unpack(form, self.read(at, struct.calcsize(form)))
 
+    def find(self, first: bytes, at: int, third: bytes = b"") -> int | None:
+        """From a place on, where a file begins: with its first bytes, and those from the eighth on."""
+        for start in range(at, self.num_bytes, SEARCHED_BYTES):
+            piece = self.read(start, SEARCHED_BYTES + START_BYTES)
+            found = piece.find(first)
+            while 0 <= found < SEARCHED_BYTES:
+                if piece.startswith(third, found + 8):
+                    return start + found
+                found = piece.find(first, found + 1)
+        return None
+
 
 def check_container(part: Part) -> None:
-    """Raise MediaError when a file ends before its container does."""
+    """Raise MediaError when a file ends before its container does, or goes on with another one that FFmpeg does not read."""
     start, num_bytes = part.start, part.num_bytes
+    check_joint(part, _find_joint(part))
     if start.startswith(b"OggS"):
         _check_ogg(part)
         return
@@ -65,6 +79,22 @@ def check_container(part: Part) -> None:
         promised = _mp3_bytes(start)
     if num_bytes < LEAST_HELD * promised:
         raise MediaError(format_cut(num_bytes, promised, 0))
+
+
+def check_joint(part: Part, at: int | None) -> None:
+    """Raise MediaError when another file begins at a place."""
+    if at is not None:
+        byte = part.offset + at
+        raise MediaError(f"another recording begins at byte {byte}, where a second file was joined to it: split it there")
+
+
+def _find_joint(part: Part) -> int | None:
+    """Of the formats whose second recording FFmpeg does not read; it reads on in Ogg, Matroska, AVI and MP3."""
+    if part.start.startswith(b"#!AMR"):
+        return part.find(b"#!AMR", 1)
+    if part.offset or not (part.start[4:8] in MP4_BOXES or part.start.startswith((ASF_HEADER, b"FLV"))):
+        return None
+    return next(iter(read_layout(part.file).joints), None)
 
 
 def states_duration(media: Media) -> bool:

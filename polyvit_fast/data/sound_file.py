@@ -39,7 +39,7 @@ class SoundReader:
         others = [i for i, header in enumerate(headers) if header is None]
         map_in_threads(lambda i: use(i, self._finish(*decode(media[i], self.max_seconds))), others, self.num_threads)
         for piece in _pieces({i: header for i, header in enumerate(headers) if header is not None}):
-            self._read_with_dali({i: headers[i].tag_bytes for i in piece}, media, use)
+            self._read_with_dali({i: slice(headers[i].tag_bytes, headers[i].end) for i in piece}, media, use)
 
     def _read_header(self, media: Media) -> Header | None:
         header = read_header(media)
@@ -47,9 +47,9 @@ class SoundReader:
             check_size(header.samples, header.channels, header.sample_rate_hz, self.max_seconds)
         return header
 
-    def _read_with_dali(self, tag_bytes: dict[int, int], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
-        piece = list(tag_bytes)
-        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8)[tag_bytes[i] :], piece, self.num_threads)
+    def _read_with_dali(self, parts: dict[int, slice], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
+        piece = list(parts)
+        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8)[parts[i]], piece, self.num_threads)
         failure = "truncated or damaged: its header is good, its samples cannot be decoded"
         waves, rates = self.waves.run(failure, content=contents)
 

@@ -312,6 +312,9 @@ READERS: list[tuple[bytes, bytes, Reader]] = [  # first bytes, bytes 8 to 12
     (b"ALawSoundFile**", b"", _read_wve),
     (b"Extended Instrument:", b"", _read_xi),
 ]
+READ_ON: dict[Reader, int] = {_read_voc: 1}
+READ_ON |= dict.fromkeys((_read_w64, _read_svx, _read_nist, _read_mat5, _read_avr, _read_mpc2k, _read_wve), 0)
+"""Of whose formats libsndfile takes all that follows for more samples: the bytes after the samples that it needs nevertheless."""
 
 
 def choose_reader(part: Part) -> Reader | None:
@@ -324,3 +327,18 @@ def choose_reader(part: Part) -> Reader | None:
     if re.match(rb"\x64\xa3[\x00-\x07]\x00|\x00[\x00-\x07]\xa3\x64", part.start):
         return _read_ircam
     return _read_htk if part.start.startswith(b"\0\2\0\0", 8) and 2 * int.from_bytes(part.start[:4], "big") + 12 >= part.num_bytes else None
+
+
+def find_second(part: Part, read: Reader, body: Body | None) -> int | None:
+    """Where, after the samples, a second file of the same format begins.
+
+    Tags may stand between. Starts of a few bytes may also be a tag's by chance, so that they count at the promised end alone.
+    """
+    end = int(body.start + (body.size or 0)) if body else 12
+    starts = [(first, third) for first, third, reader in READERS if reader is read]
+    if read is _read_mat4:  # any variable with one number begins as these files do
+        starts = [(part.start[:31], b"")]
+    if not starts or any(len(first + third) < 8 for first, third in starts):
+        return end if end < part.num_bytes and choose_reader(Part(part.file, part.offset + end)) is read else None
+    found = (part.find(first, end, third) for first, third in starts)
+    return min((at for at in found if at is not None), default=None)

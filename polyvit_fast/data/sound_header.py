@@ -9,12 +9,13 @@ import io
 import math
 from dataclasses import dataclass
 
-from polyvit_fast.data.sound_container import LEAST_HELD, Part, check_container, format_cut
-from polyvit_fast.data.sound_formats import Body, choose_reader
+from polyvit_fast.data.sound_container import LEAST_HELD, Part, check_container, check_joint, format_cut
+from polyvit_fast.data.sound_formats import READ_ON, Body, choose_reader, find_second
 from polyvit_fast.media import Media, MediaError
 
 FFMPEG_TOO = {b"RIFF", b"RF64", b"BW64", b"riff", b"FORM", b".snd", b"caff"}  # which goes on where libsndfile finds no samples
 MAX_FLAC_BITS = 24  # in libsndfile
+FLAC_STARTS = (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22")  # with further blocks of metadata and without
 SHORT_BYTES = 1 << 17  # more than the headers of Vorbis and one page have
 
 
@@ -30,22 +31,32 @@ class Header:
     """Of the file."""
     tag_bytes: int = 0
     """Of a tag (ID3v2) in front, which must not reach DALI."""
+    end: int | None = None
+    """In bytes of the file; what follows must not reach DALI either."""
 
 
 def read_header(media: Media) -> Header | None:
-    """The header of a file that DALI decodes, None of any other. Raises MediaError when the file holds less than it promises."""
+    """The header of a file that DALI decodes, None of any other.
+
+    Raises MediaError when the file holds less than it promises, or a second one.
+    """
     with media.open() as file:
         tag_bytes = _read_tag(file)
-        part = Part(file, tag_bytes)
+        part, end = Part(file, tag_bytes), None
         if part.start.startswith(b"fLaC"):
+            for start in FLAC_STARTS:
+                check_joint(part, part.find(start, 42))
             known = _read_flac(part)
         elif read := choose_reader(part):
             body = read(part)
+            check_joint(part, find_second(part, read, body))
             known = _check(part, body) if body else None
+            if body and body.size is not None and read in READ_ON:
+                end = tag_bytes + int(body.start + body.size) + READ_ON[read]
         else:
             check_container(part)
             known = _read_short_vorbis(part)
-    return Header(*known, part.num_bytes, tag_bytes) if known else None
+    return Header(*known, part.num_bytes, tag_bytes, end) if known else None
 
 
 def _read_tag(file: io.BufferedReader) -> int:

@@ -95,6 +95,56 @@ def test_one_transport_stream_after_the_other_is_the_sum(tmp_path):
     assert samples(tmp_path / "b") == pytest.approx(3 * samples(tmp_path / "a"), abs=2048)
 
 
+JOINED = "^another recording begins at byte {}, where a second file was joined to it: split it there$"
+UNREAD = [("mp4", "aac"), ("ipod", "alac"), ("mov", "pcm_s16le"), ("3gp", "aac"), ("flv", "aac"), ("asf", "wmav2")]
+READ = [
+    ("asf", "wmav2", True),
+    ("matroska", "aac", False),
+    ("avi", "pcm_s16le", False),
+    ("mp3", "libmp3lame", False),
+    ("ogg", "flac", False),
+]
+
+
+@pytest.mark.parametrize(("container", "codec"), UNREAD)
+def test_a_second_file_that_ffmpeg_does_not_read_is_named(tmp_path, container, codec):
+    content = mux(noise(1, RATE)[:, 0], RATE, container, codec)
+    path = tmp_path / "a"
+    path.write_bytes(content + bytes(128))
+    assert abs(samples(path) - RATE) < 6000
+    path.write_bytes(content + content)
+    with pytest.raises(MediaError, match=JOINED.format(len(content))):
+        samples(path)
+
+
+@pytest.mark.parametrize(("container", "codec", "piped"), READ)
+def test_a_second_file_that_ffmpeg_reads_is_heard(tmp_path, container, codec, piped):
+    content = mux(noise(1, RATE)[:, 0], RATE, container, codec, piped)
+    (tmp_path / "a").write_bytes(content + content)
+    assert abs(samples(tmp_path / "a") - 2 * RATE) < 6000
+
+
+def test_the_sound_of_a_second_video_is_not_lost_silently(tmp_path):
+    path = write_video(tmp_path / "a.mp4", sound_seconds=1, video_seconds=1)
+    content = path.read_bytes()
+    path.write_bytes(content + content)
+    with pytest.raises(MediaError, match=JOINED.format(len(content))):
+        samples(path)
+    (tmp_path / "a.tar").write_bytes(bytes(512) + content + content)
+    with (
+        Media(str(tmp_path / "a.tar"), 512, 2 * len(content), "a").open() as file,
+        pytest.raises(MediaError, match=JOINED.format(len(content))),
+    ):
+        check_container(Part(file))
+
+
+def test_a_second_amr_file_is_no_change_of_rate(tmp_path):
+    content = b"#!AMR\n" + (b"\x3c" + bytes(31)) * 50
+    (tmp_path / "a").write_bytes(content + content)
+    with pytest.raises(MediaError, match=JOINED.format(len(content))):
+        samples(tmp_path / "a")
+
+
 def box(name, content, size=None):
     return struct.pack(">I4s", 8 + len(content) if size is None else size, name) + content
 

@@ -4,8 +4,8 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from sounds import mux, noise
-from test_sound_file import PLAIN, RATE, SAMPLES, WAVE, chunk, read, wav, with_dali
+from sounds import encode, mux, noise
+from test_sound_file import PLAIN, RATE, SAMPLES, WAVE, chunk, read, wav, wav_format, with_dali
 
 from polyvit_fast.data.sound_file import read_header
 from polyvit_fast.media import Media, MediaError
@@ -208,3 +208,68 @@ def test_what_is_refused_says_why(tmp_path):
         soundfile.write(written_to, noise(0.5, RATE), RATE, format=container, subtype="PCM_16")
         with pytest.raises(MediaError, match="not a sound that can be decoded"):
             read(written_to)
+
+
+JOINED = "another recording begins at byte {}, where a second file was joined to it: split it there"
+JOINABLE = [form for form in FORMATS if form[0] not in {"HTK", "IRCAM", "PAF", "PVF"}]  # which promise nothing, or whose start is no mark
+
+
+@pytest.mark.parametrize(("container", "subtype", "endian"), JOINABLE)
+def test_a_second_file_is_not_lost_silently(tmp_path, container, subtype, endian):
+    path = tmp_path / "a"
+    written(path, container, subtype, endian)
+    one = path.read_bytes()
+    path.write_bytes(one + one)
+    with pytest.raises(MediaError, match=JOINED.format(len(one))):
+        read(path)
+
+
+def test_a_second_file_is_found_behind_tags_and_where_the_size_is_unknown(tmp_path):
+    path, tag = tmp_path / "a", chunk(b"LIST", b"odd")
+    start = PLAIN.index(b"data")
+    for size in (0, 0xFFFFFFFF, 0x7FFFFFFF):
+        piped = PLAIN[: start + 4] + struct.pack("<I", size) + SAMPLES
+        path.write_bytes(piped + piped)
+        with pytest.raises(MediaError, match=JOINED.format(len(piped))):
+            read(path)
+    path.write_bytes(PLAIN + tag + PLAIN)
+    with pytest.raises(MediaError, match=JOINED.format(len(PLAIN + tag))):
+        read(path)
+    odd = wav(wav_format(bits=8), chunk(b"data", SAMPLES[:777]))
+    for one in (odd, odd[:-1]):  # some programs leave the filling byte out
+        path.write_bytes(one + PLAIN)
+        with pytest.raises(MediaError, match=JOINED.format(len(one))):
+            read(path)
+    flac, id3 = encode(noise(0.5, RATE), RATE, ".flac"), b"ID3\4" + bytes(6)
+    path.write_bytes(id3 + flac + id3 + flac)
+    with pytest.raises(MediaError, match=JOINED.format(len(id3 + flac + id3))):
+        read(path)
+
+
+def test_a_second_file_is_found_however_long_the_first_is(tmp_path):
+    one = encode(noise(60, RATE), RATE, ".flac")
+    assert len(one) > 1 << 20
+    (tmp_path / "a").write_bytes(one + one)
+    with pytest.raises(MediaError, match=JOINED.format(len(one))):
+        read(tmp_path / "a")
+
+
+TAGS = {"ID3v1": b"TAG" + bytes(125), "LIST": chunk(b"LIST", b"INFO"), "bext": chunk(b"bext", bytes(602)), "zeros": bytes(1000)}
+TAGGED = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "MAT4", "MAT5", "VOC", "NIST", "SVX", "AVR", "MPC2K", "WVE", "FLAC"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("container", TAGGED)
+def test_what_follows_the_samples_is_neither_a_second_file_nor_sound(tmp_path, container, tag):
+    path = tmp_path / "a"
+    theirs, rate = written(path, container, "ALAW" if container == "WVE" else "PCM_16")
+    path.write_bytes(path.read_bytes() + TAGS[tag])
+    [wave] = read(path, sample_rate_hz=rate)
+    assert np.array_equal(wave, theirs[:, 0].astype(np.float32))
+
+
+def test_a_variable_of_one_number_is_no_second_file(tmp_path):
+    path = tmp_path / "a"
+    theirs, _ = written(path, "MAT4", "PCM_16", "LITTLE")
+    path.write_bytes(path.read_bytes() + struct.pack("<5I5sd", 0, 1, 1, 0, 5, b"gain\0", 1.0))
+    assert np.array_equal(read(path)[0], theirs[:, 0].astype(np.float32))
