@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from polyvit_fast.data.jpeg_file import PILLOW_ERRORS, START, read_frame
+from polyvit_fast.data.jpeg_file import END, PILLOW_ERRORS, START, read_frame
 from polyvit_fast.media import Media, MediaError
 
 SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP": rb"RIFF....WEBP", "PPM": rb"P6"}
 """How files of each kind begin that DALI is given."""
 PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+CODESTREAM = b"\xff\x4f\xff\x51"  # how a JPEG 2000's begins
 TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2))
 """What turns a picture upright, for each EXIF orientation that asks for it."""
 PILLOW_KINDS = (
@@ -87,6 +88,7 @@ def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
 
     try:
         picture = _open(content, kinds)
+        _check_length(content, picture.format)
         check_size(picture.height, picture.width, max_pixels)
         tags = getattr(picture, "tag_v2", {})
         _check_meaning(content, picture, tags)
@@ -121,6 +123,15 @@ def _open(content: bytes, kinds: Sequence[str]) -> Any:
             if accepts:
                 damaged = damaged or f"truncated, damaged or of a sort that is not supported: its {kind} header cannot be read ({error})"
     raise MediaError(damaged or f"not an image that can be decoded; it begins with {content[:16]!r}")
+
+
+def _check_length(content: bytes, kind: str) -> None:
+    """Raise MediaError when the end of a file is missing without which Pillow shows a smaller picture, or one with holes."""
+    size = int.from_bytes(content[4:8], "big")
+    if kind == "ICNS" and len(content) < size:
+        raise MediaError(f"truncated: the ICNS has {len(content)} of its {size} bytes")
+    if kind == "JPEG2000" and content.find(END, content.find(CODESTREAM)) < 0:
+        raise MediaError("truncated: the JPEG 2000's end is missing")
 
 
 def _check_meaning(content: bytes, picture: Any, tags: Mapping[int, Any]) -> None:

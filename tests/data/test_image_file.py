@@ -149,6 +149,10 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, name):
         (tiff(RGB, big=True, order=">"), "of a sort that is not supported: its TIFF header"),
         (KINDS["pcx-p"][:-10], "truncated: the palette at the end of the PCX is missing"),
         (KINDS["png-rgb"][:-12], "truncated: the PNG's end is missing"),
+        (KINDS["icns"][: len(KINDS["icns"]) * 97 // 100], r"truncated: the ICNS has \d+ of its \d+ bytes"),
+        (KINDS["icns"][:-1], r"truncated: the ICNS has \d+ of its \d+ bytes"),
+        (KINDS["jp2-tiles"][:710], "truncated: the JPEG 2000's end is missing"),  # between two tiles
+        (KINDS["j2k"][:-2], "truncated: the JPEG 2000's end is missing"),
         (KINDS["webp"][:-5], r"truncated: the WebP has \d+ of its \d+ bytes"),
         (KINDS["ppm"][:-5], "truncated or damaged: its header is good, its pixels cannot be decoded"),
         (b"<html>404 not found</html>", "not an image that can be decoded; it begins with b'<html>404 not fo'"),
