@@ -24,6 +24,7 @@ from polyvit_fast.data.image_file import PIXELS_FAILURE, check_size, kind_of, re
 from polyvit_fast.data.jpeg_file import check_grey, check_warnings, warnings_of_libjpeg
 from polyvit_fast.data.rand_augment import Operation, augmented, draw_operations
 from polyvit_fast.data.threads import map_in_threads
+from polyvit_fast.data.tiff_file import check_complaints, check_parts
 from polyvit_fast.media import Media, MediaError
 
 Box = tuple[int, int, int, int]
@@ -107,7 +108,7 @@ class Image(Modality):
         return 1
 
     def thorough(self) -> Image:
-        """With the whole picture, and heeding what libjpeg warns of: for a process that does nothing else meanwhile."""
+        """With the whole picture, and heeding what libjpeg and libtiff warn of: for a process that does nothing else meanwhile."""
         fields: dict[str, Any] = vars(self) | {"eval_crop": "resize"}
         return ThoroughImage(**fields)
 
@@ -126,7 +127,7 @@ class Image(Modality):
 
 
 class ThoroughImage(Image):
-    """Decodes file by file, and takes what libjpeg warns of on standard error for a reason."""
+    """Decodes file by file, and takes what libjpeg and libtiff say on standard error for a reason."""
 
     def _on_cpu(self, batch: int, train: bool, num_threads: int) -> ImageDecoder:
         return ThoroughDecoder(self, batch, train, num_threads)
@@ -164,7 +165,11 @@ class Wanted:
 
 
 class ImageDecoder:
-    """Decodes on the CPU."""
+    """Decodes on the CPU.
+
+    What libjpeg and libtiff say on standard error of a damaged file that is decoded all the same, such as a progressive JPEG that lost some
+    of its data, names no file; `check` does.
+    """
 
     def __init__(self, image: Image, batch: int, train: bool, num_threads: int) -> None:
         self.image, self.batch, self.train, self.num_threads = image, batch, train, num_threads
@@ -263,19 +268,28 @@ class ImageDecoder:
 
 
 class ThoroughDecoder(ImageDecoder):
-    """Decodes file by file, so that what libjpeg warns of is known to be that file's."""
+    """Reads and decodes file by file, so that what libjpeg and libtiff warn of is known to be that file's."""
 
-    def _decode(self, wanted: list[Wanted], out: np.ndarray) -> None:
-        for i, one in enumerate(wanted):
-            with warnings_of_libjpeg() as warnings:
-                try:
-                    super()._decode([one], out[i : i + 1])
-                    failure = None
-                except MediaError as error:
-                    failure = error
-            check_warnings(one.content.tobytes(), warnings)  # libjpeg knows best why
-            if failure:
-                raise failure
+    def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample 1 1 size size 3"]:
+        """As of any decoder; of a damaged file it tells the libraries' own reason."""
+        return torch.cat([self._decode_alone(one, rng) for one, rng in zip(media, rngs, strict=True)])
+
+    def _decode_alone(self, media: Media, rng: np.random.Generator) -> Tensor:
+        grid = torch.empty(0)
+        failure = None
+        with warnings_of_libjpeg() as warnings:
+            try:
+                grid = super().__call__([media], [rng])
+            except MediaError as error:
+                failure = error
+        content = media.read()
+        check_warnings(content, warnings)  # the libraries know best why
+        check_complaints(content, warnings)
+        if failure:
+            raise failure
+        with warnings_of_libjpeg():  # it says more of the bytes that are put in for trial
+            check_parts(content, self.image.max_pixels)
+        return grid
 
 
 def draw_changes(image: Image, rng: np.random.Generator) -> Changes:
