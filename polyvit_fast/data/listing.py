@@ -16,18 +16,21 @@ def _endings(text: str) -> frozenset[str]:
 OWN = {"image": PICTURES, "video": VIDEOS, "audio": SOUNDS | (VIDEOS - PICTURES)}
 """Endings of the media that a modality, by its name, decodes; others lie beside them as covers, thumbnails or soundtracks."""
 NO_MEDIA = (
-    _endings("txt md rst rtf pdf doc docx html htm url webloc lnk nfo log description")
-    | _endings("json jsonl ndjson xml yaml yml toml ini cfg conf csv tsv xls xlsx parquet arrow feather db sqlite sqlite3")
-    | _endings("srt vtt sub ass ssa lrc cue m3u m3u8 pls textgrid eaf lab phn wrd trn ctm rttm stm xmp aae thm meta gpx kml geojson")
+    _endings("txt md rst rtf pdf doc docx html htm url webloc lnk desktop nfo info log out err description svg svgz")
+    | _endings("json jsonl ndjson xml yaml yml toml ini cfg conf csv tsv lst xls xlsx parquet arrow feather db sqlite sqlite3")
+    | _endings("srt vtt sub ass ssa lrc cue m3u m3u8 pls textgrid eaf lab cls phn wrd trn ctm rttm stm thm meta gpx kml geojson")
+    | _endings("xmp aae pp3 dop on1 ncc pamp vrd dr4 nksc cos cot cop comask pkf sfk asd reapeaks")  # of editors
     | _endings("md5 sha1 sha224 sha256 sha384 sha512 sfv crc par2 asc sig dvc identifier")
     | _endings("npy npz mat pkl pt pth h5 hdf5 safetensors tfrecord py pyc ipynb sh bat exe dll")
-    | _endings("zip tar gz tgz bz2 xz zst 7z rar part partial crdownload aria2 ytdl download tmp temp bak swp lock")
+    | _endings(
+        "zip tar gz tgz bz2 xz zst 7z rar part partial crdownload aria2 ytdl download tmp temp bak swp lock icloud ffs_db ffs_lock ffs_tmp"
+    )
 )
-"""Endings of notes and annotations, tables, subtitles and other sidecars, checksums, arrays and programs, archives, unfinished copies."""
+"""Endings of notes and drawings, tables, subtitles and other sidecars, checksums, arrays and programs, archives, unfinished copies."""
 NO_MEDIA_NAMES = (
     _endings("thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini readme license licence copying notice authors changelog makefile")
     | _endings("checksums md5sum md5sums sha1sum sha1sums sha256sum sha256sums sha512sum sha512sums")
-    | {"icon\r"}  # of a folder on macOS
+    | {"icon\r", "thumbs.db:encryptable"}  # of a folder on macOS, and of a copy from Windows
 )
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
 """Operating systems and storage devices keep copies and thumbnails in them."""
