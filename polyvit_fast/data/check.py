@@ -21,7 +21,7 @@ import torch
 from polyvit_fast.config import Decoder, Source, Task, Train
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.digests import Checked, Split, sha256
-from polyvit_fast.data.findings import SPLITS, Findings, Verdict, write_clean_manifest
+from polyvit_fast.data.findings import SPLITS, Findings, Verdict
 from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.media import DEFECTS, Media, MediaError, Sample, printable
 from polyvit_fast.randomness import generator
@@ -57,13 +57,11 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
                         findings.fail(name, split, error)
                 findings.compare(name, task, checked)
         except (KeyboardInterrupt, SystemExit):
-            findings.tell(
-                f"stopped; so far {findings.describe_broken()}; manifests of the splits that were checked to their end are in {out}"
-            )
+            findings.tell(f"stopped; so far {findings.summarise()}")
             raise
-    findings.tell(f"{findings.describe_broken()}; the manifests of good ones are in {out}")
+    findings.tell(findings.summarise())
     if findings.failures:
-        raise ValueError(f"{len(findings.failures)} splits could not be checked: {'; '.join(findings.failures)}")
+        raise ValueError(f"{len(findings.failures)} splits could not be checked, for the reasons above: {'; '.join(findings.failures)}")
     return findings.num_broken
 
 
@@ -75,8 +73,10 @@ def _check_split(
     try:
         samples = source.samples(task)
         remarks = source.remarks(task)
-    except OSError as error:
-        raise ValueError(error.strerror or str(error)) from error
+    except (ValueError, OSError) as error:
+        if split == "val" and _lacks_classes(task):
+            raise ValueError("its files were not checked, for its labels need the class list of train, which cannot be read") from error
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
     if not samples:
         raise ValueError(f"{source} has no samples")
     for remark in remarks:
@@ -92,11 +92,16 @@ def _check_split(
                 progress.advance(bar)
     finally:
         progress.remove_task(bar)
-    num_good = sum(not verdict.reason for verdict in verdicts)
-    findings.tell(f"{name} {split}: {num_good} of {len(samples)} files are good")
-    write_clean_manifest(findings.out / f"{name}-{split}.csv", task, samples, verdicts)
-    findings.compare_digests(name, split, [(verdict.name, verdict.digest) for verdict in verdicts])
-    return Checked(samples, ["" if verdict.reason else verdict.digest for verdict in verdicts])
+    return findings.finish(name, task, split, samples, verdicts)
+
+
+def _lacks_classes(task: Task) -> bool:
+    """Whether the training source, whose class list is for every split, cannot tell it."""
+    try:
+        task.train.class_names(task)
+    except (ValueError, OSError):
+        return True
+    return False
 
 
 def find_broken(

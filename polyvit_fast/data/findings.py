@@ -39,7 +39,7 @@ class Findings:
 
     def __init__(self, out: Path, tell: Callable[[str], None]) -> None:
         self.out, self.tell = out, tell
-        self.num_broken = 0
+        self.num_broken = self.num_checked = 0
         self.failures: list[str] = []
         for name in ("broken.tsv", "duplicates.tsv"):
             (out / name).unlink(missing_ok=True)
@@ -53,12 +53,25 @@ class Findings:
     def fail(self, name: str, split: Split, error: Exception) -> None:
         """Tell that a split cannot be checked."""
         task = f"task {name}"
-        self.failures.append(f"{task}, {split}: {str(error).removeprefix(f'{task}: ')}")
-        self.tell(self.failures[-1])
+        self.failures.append(f"{task}, {split}")
+        self.tell(f"{task}, {split}: {str(error).removeprefix(f'{task}: ')}")
 
-    def describe_broken(self) -> str:
-        """How many files are broken, and where they are listed."""
-        return f"{self.num_broken} broken files" + (f", listed in {self.out / 'broken.tsv'}" if self.num_broken else "")
+    def finish(self, name: str, task: Task, split: Split, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> Checked:
+        """Tell of a split that was checked to its end, and keep a manifest of its good files and the digests of all."""
+        num_good = sum(not verdict.reason for verdict in verdicts)
+        self.tell(f"{name} {split}: {num_good} of {len(samples)} files are good")
+        write_clean_manifest(self.out / f"{name}-{split}.csv", task, samples, verdicts)
+        self.num_checked += 1
+        self.compare_digests(name, split, [(verdict.name, verdict.digest) for verdict in verdicts])
+        return Checked(samples, ["" if verdict.reason else verdict.digest for verdict in verdicts])
+
+    def summarise(self) -> str:
+        """How many files are broken, where they are listed, and where the manifests of good ones are."""
+        if not self.num_checked and not self.num_broken:
+            return "no split was checked to its end"
+        broken = f"{self.num_broken} broken files" + (f", listed in {self.out / 'broken.tsv'}" if self.num_broken else "")
+        written = f"manifests of the splits that were checked to their end are in {self.out}"
+        return f"{broken}; {written if self.num_checked else 'no split was checked to its end'}"
 
     def compare_digests(self, name: str, split: Split, digests: Sequence[tuple[str, str]]) -> None:
         """Tell which files have other bytes than at the last check into the same folder, and keep theirs for the next one."""
@@ -74,7 +87,7 @@ class Findings:
         for split, one in checked.items():
             pairs = list(find_contradictions(split, one))
             self._tell_same(name, f"{split}: {len(pairs)} files are equal to another one with other labels", pairs)
-        if task.train == task.val:
+        if task.train == task.val and checked:
             self.tell(f"{name}: its validation files are its training files, so that its metric says nothing about other ones")
         elif len(checked) == len(SPLITS):
             pairs = list(find_leaks(checked["train"], checked["val"]))

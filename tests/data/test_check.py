@@ -291,13 +291,26 @@ def test_a_split_that_cannot_be_listed_does_not_keep_the_others_from_being_check
     missing = Folder(path=str(tmp_path / "missing"))
     (tmp_path / "files" / "red" / "b.png").write_bytes(b"")
     config = tiny_config(tasks={"first": replace(good, train=missing), "p": replace(good, val=Manifest(path=str(tmp_path / "no.csv")))})
-    message = r"3 splits could not be checked: task first, train: .*missing.*; task first, val: .*missing.*; task p, val: .*no.csv"
+    message = "^3 splits could not be checked, for the reasons above: task first, train; task first, val; task p, val$"
     with pytest.raises(ValueError, match=message):
         check_files(config, tmp_path / "out", 1, 60.0)
     told = capsys.readouterr().out
+    assert f"task first, train: folder {tmp_path}/missing: No such file or directory" in told
+    assert "task first, val: its files were not checked, for its labels need the class list of train, which cannot be read" in told
+    assert f"task p, val: manifest {tmp_path}/no.csv: No such file or directory" in told
     assert "p train: 2 of 3 files are good" in told
     assert f"p train: {tmp_path}/files/red/b.png: the file is empty" in told
     assert sorted(os.listdir(tmp_path / "out")) == ["broken.tsv", "p-classes.txt", "p-train.csv", "p-train.sha256"]
+
+
+def test_where_nothing_could_be_listed_nothing_more_is_told(tmp_path, capsys):
+    config = tiny_config(tasks={"p": picture_task(Folder(path=str(tmp_path / "missing")))})
+    with pytest.raises(ValueError, match=r"^2 splits could not be checked, for the reasons above: task p, train; task p, val$"):
+        check_files(config, tmp_path / "out", 1, 60.0)
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1] == "no split was checked to its end"
+    assert "its validation files are its training files" not in told
+    assert not (tmp_path / "out").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
