@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from polyvit_fast.data.classes import normalise, shorten
 
+NUMBER = re.compile("[0-9]{1,18}|-0*[1-9][0-9]{0,17}")
+"""Whole numbers; negative ones are read, to be told that they are out of range."""
+
 
 class LabelCells:
     """Reads cells: numbers or names, separated by ; or else by blanks, or a JSON list of them (["Speech; loud", "Music"]).
@@ -36,7 +39,7 @@ class LabelCells:
 
     def _number(self, part: str, cell: str) -> int:
         """The class that a word means, which may be a number."""
-        if self.classes or not re.fullmatch("-?[0-9]+", part):
+        if self.classes or not NUMBER.fullmatch(part):
             return self._name(part, cell)
         number, named = int(part), self.index.get(normalise(part))
         if named is None or named == number:
@@ -53,10 +56,11 @@ class LabelCells:
         if number is not None:
             return number
         if self.classes:
-            raise ValueError(f"label {name!r} is not among the {len(self.index)} names in {self.classes}")
+            raise ValueError(f"label {_brief(name)} is not among the {len(self.index)} names in {self.classes}")
         if self.names:
-            raise ValueError(f"label {name!r} is neither a number nor among the task's {len(self.names)} classes ({shorten(self.names)})")
-        raise ValueError(f"label {cell!r} is not a class number; to use names, set classes to a file that lists them")
+            listed = f"the task's {len(self.names)} classes ({shorten(self.names)})"
+            raise ValueError(f"label {_brief(name)} is neither a number nor among {listed}")
+        raise ValueError(f"label {_brief(cell)} is not a class number; to use names, set classes to a file that lists them")
 
 
 def format_labels(labels: Sequence[int], names: Sequence[str] | None, num_classes: int) -> str:
@@ -87,7 +91,7 @@ def _json_list(cell: str) -> list[str | int] | None:
     if not cell.startswith("["):
         return None
     try:
-        parts = json.loads(cell)
+        parts = json.loads(cell, parse_int=_whole_number)
     except (ValueError, RecursionError):
         return None
     return parts if isinstance(parts, list) and all(type(part) in (str, int) for part in parts) else None
@@ -95,3 +99,13 @@ def _json_list(cell: str) -> list[str | int] | None:
 
 def _split(cell: str) -> list[str]:
     return [part.strip() for part in cell.split(";") if part.strip()] if ";" in cell else cell.split()
+
+
+def _whole_number(digits: str) -> int:
+    if not NUMBER.fullmatch(digits):
+        raise ValueError(f"{_brief(digits)} is not a class number")
+    return int(digits)
+
+
+def _brief(text: str) -> str:
+    return repr(text) if len(text) <= 60 else repr(text[:57]) + "..."

@@ -9,6 +9,13 @@ from typing import Any
 
 MAX_BYTES = 1 << 20
 NUMBER = re.compile(r"[0-9]{1,18}")
+PRINTED = (
+    re.compile(r"None|True|False|null|true|false|NaT|<NA>"),
+    re.compile(r"""[bBrRuU]{0,2}(['"]).*\1"""),
+    re.compile(r"(\w+\.)?(tensor|array|Array|Tensor|bytes|bytearray|u?int\d*|float\d*|str_?|bool_?)\(.*\)"),
+    re.compile(r"""[\[({]\s*([bu]?['"]|(\w+\.)?tensor\().*[\])}]"""),
+)
+"""Values as programs print them: nothing and truth values, quoted text or bytes, tensors and numbers of a type, lists of them."""
 
 Labels = tuple[int | str, ...]
 
@@ -27,16 +34,23 @@ def parse_labels(content: bytes, kind: str) -> Labels | None:
 def _parse_class(text: str) -> int | str:
     if NUMBER.fullmatch(text):
         return int(text)
+    if re.fullmatch("[0-9]+", text):
+        raise ValueError(f"it has {len(text)} digits, too many for a class number")
     if not is_name(text):
         raise ValueError(f"{text[:40]!r} is not a class number (digits 0 to 9 alone) or a class name")
     return unicodedata.normalize("NFC", text)
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is the name of a class: one line that holds a letter or a picture sign and that nobody takes for a number."""
+    """Whether a text is the name of a class: one line that holds a letter or a picture sign and that nobody takes for a number.
+
+    Nor for another value that a program printed, as tensor(1), b'1' and None are; 3d_model and 1a are names, and none is one.
+    """
     if not any(unicodedata.category(character)[0] == "L" or unicodedata.category(character) == "So" for character in text):
         return False
-    return text == text.strip() and all(unicodedata.category(character) != "Cc" for character in text) and not _is_numeric(text)
+    if text != text.strip() or any(unicodedata.category(character) == "Cc" for character in text):
+        return False
+    return not _is_numeric(text) and not any(printed.fullmatch(text) for printed in PRINTED)
 
 
 def _is_numeric(text: str) -> bool:
@@ -51,7 +65,9 @@ def _is_numeric(text: str) -> bool:
 
 def _parse_json(text: str) -> Labels | None:
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=_whole_number, object_pairs_hook=_members)
+    except _TwiceError:
+        raise
     except (ValueError, RecursionError):
         raise ValueError(f"{text[:40]!r} is not JSON") from None
     if isinstance(content, dict):
@@ -68,6 +84,22 @@ def _parse_json(text: str) -> Labels | None:
         if type(label) is not int and not (isinstance(label, str) and is_name(label)):
             raise ValueError(f"{_brief(content)} is not a class number or name, or a list of them")
     return tuple(unicodedata.normalize("NFC", label) if isinstance(label, str) else label for label in labels)
+
+
+class _TwiceError(ValueError):
+    """A member of a JSON object that tells labels stands in it twice."""
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name in ("label", "labels"):
+        if sum(other == name for other, _ in pairs) > 1:
+            raise _TwiceError(f'"{name}" stands twice in it')
+    return dict(pairs)
+
+
+def _whole_number(digits: str) -> int | str:
+    """A number; as text, which is then refused as a label, where it is too long for one or has a sign that means nothing."""
+    return int(digits) if len(digits) < 20 and digits != "-0" else digits
 
 
 def _as_list(content: Any) -> list[Any]:

@@ -22,6 +22,7 @@ NAMES = ("Dog", "Male speech, man speaking", "a;b", "café", "7")
         ("0;0;1", (0, 0, 1)),
         ("[0, 2]", (0, 2)),
         ("[]", ()),
+        ("01", (1,)),
         ("-1", (-1,)),
     ],
 )
@@ -30,10 +31,31 @@ def test_numbers(cell, labels):
 
 
 @pytest.mark.parametrize(
-    "cell", ["dog", "1.0", "1_0", "١", "[true]", "[1.0]", "[[1]]", '["dog"]', "['dog']", "[0 1]", "{}", "1,2", "0;dog"]
+    "cell",
+    [
+        "-0",
+        "[-0]",
+        "+1",
+        "9" * 19,
+        "9" * 5000,
+        f"[{'9' * 5000}]",
+        "dog",
+        "1.0",
+        "1_0",
+        "١",
+        "[true]",
+        "[1.0]",
+        "[[1]]",
+        '["dog"]',
+        "['dog']",
+        "[0 1]",
+        "{}",
+        "1,2",
+        "0;dog",
+    ],
 )
 def test_what_is_no_number(cell):
-    with pytest.raises(ValueError, match=r"label .* is not a class number; to use names, set classes to a file that lists them"):
+    with pytest.raises(ValueError, match=r"label .{,70} is not a class number; to use names, set classes to a file that lists them"):
         LabelCells(None, 5).read(cell)
 
 

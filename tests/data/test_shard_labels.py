@@ -33,7 +33,22 @@ NEITHER = [
     "Infinity",
     "1/2",
     "?",
-    "9" * 19,
+    "tensor(1)",
+    "tensor([1, 2])",
+    "torch.tensor(1)",
+    "np.int64(1)",
+    "array([1])",
+    "b'1'",
+    "b'cat'",
+    '"cat"',
+    "['cat']",
+    "[tensor(1)]",
+    '{"label": 1}',
+    "None",
+    "True",
+    "false",
+    "null",
+    "<NA>",
 ]
 
 
@@ -44,7 +59,36 @@ def test_nothing_between_a_number_and_a_name(text):
     assert not is_name(text)
 
 
-@pytest.mark.parametrize("text", ["cat", "polar bear", "n01440764", "3d-printer", "0_tench", "A", "猫", "кот", "🐱", "C++", "e3", "a/b"])
+@pytest.mark.parametrize("count", [19, 5000])
+def test_a_number_of_too_many_digits(count):
+    with pytest.raises(ValueError, match=f"^it has {count} digits, too many for a class number$"):
+        parse_labels(b"9" * count, "cls")
+    assert not is_name("9" * count)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cat",
+        "polar bear",
+        "n01440764",
+        "3d-printer",
+        "3d_model",
+        "1a",
+        "none",
+        "[noise]",
+        "jump (2)",
+        "truth",
+        "0_tench",
+        "A",
+        "猫",
+        "кот",
+        "🐱",
+        "C++",
+        "e3",
+        "a/b",
+    ],
+)
 def test_names(text):
     assert parse_labels(f"\n{text}\r\n".encode(), "cls") == (text,)
 
@@ -69,6 +113,7 @@ def test_names_are_in_the_composed_form():
         ({"label": 3, "labels": [3]}, (3,)),
         ({"label": None}, None),
         ({"caption": "x"}, None),
+        ({"label": 1, "id": 10**30}, (1,)),
         ([-1], (-1,)),
     ],
 )
@@ -80,6 +125,12 @@ def test_labels_in_json(content, labels):
     ("content", "message"),
     [
         ("{", "'{' is not JSON"),
+        ('{"label": 0, "label": 1}', '"label" stands twice in it'),
+        ('{"labels": [0], "id": 1, "labels": [0]}', '"labels" stands twice in it'),
+        ("9" * 5000, r"'9{56}\.\.\. is not a class number or name"),
+        ('{"label": %s}' % ("9" * 5000), r"'9{56}\.\.\. is not a class number or name"),
+        ("[-0]", r"\['-0'\] is not"),
+        ('"None"', "'None' is not"),
         ("[" * 100_000, "is not JSON"),
         ("1.0", "1.0 is not a class number or name, or a list of them"),
         ("true", "True is not a class number or name"),
