@@ -37,6 +37,14 @@ def class_list(task: Task, source: Source | None = None) -> tuple[str, ...] | No
     return names if ruling else None
 
 
+def remark_uncompared(task: Task, source: Source, names: Sequence[str]) -> list[str]:
+    """That this source alone has `names` of classes, so that nothing shows whether the training split numbers them alike."""
+    if source == task.train or source != task.val or task.train.class_names(task) is not None:
+        return []
+    order = ", ".join(f"{number} is {name}" for number, name in enumerate(names[:3])) + (", …" if len(names) > 3 else "")
+    return [f"class numbers of the training split were compared with no names; {source.describe_classes(names)} sets their order: {order}"]
+
+
 def _distinct(*sources: Source | None) -> list[Source]:
     found: list[Source] = []
     for source in sources:

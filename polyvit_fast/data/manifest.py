@@ -8,11 +8,11 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from polyvit_fast.config import Source, Task
-from polyvit_fast.data.classes import check_labels, class_list, normalise, shorten
+from polyvit_fast.data.classes import check_labels, class_list, normalise, remark_uncompared, shorten
 from polyvit_fast.data.label_cells import LabelCells
 from polyvit_fast.data.listing import Listing, count_names, leads_back, list_media, scan
 from polyvit_fast.data.shards import read_index
-from polyvit_fast.data.table import open_text, read_rows
+from polyvit_fast.data.table import open_text, read_rows, renamed_columns
 from polyvit_fast.media import Media, Sample
 
 
@@ -40,7 +40,7 @@ class Folder(Source):
         return f"{self.path}: {len(names)} class folders ({shorten(names)})"
 
     def remarks(self, task: Task) -> list[str]:
-        """Classes without a folder, files that were left out, and links that lead back."""
+        """Classes without a folder, names that no other split confirms, files that were left out, and links that lead back."""
         names = class_list(task, self) or ()
         folders, beside, again = self._class_folders()
         lacking = [name for name in names if name not in set(map(normalise, folders))]
@@ -48,7 +48,7 @@ class Folder(Source):
         for _, listing in self._listings(task):
             left_out += listing.left_out
             again += listing.again
-        told = []
+        told = remark_uncompared(task, self, names)
         if lacking:
             told.append(f"{self.path} has no folder for {len(lacking)} of the task's {len(names)} classes: {shorten(lacking)}")
         if left_out:
@@ -90,8 +90,8 @@ class Folder(Source):
 class Manifest(Source):
     """A table with a line per sample: `path` and `label`, or `path` and `labels` (separated by ; or spaces, where there are several).
 
-    The first line names the columns; further columns are ignored. A .tsv file has tabs, any other commas. A path may name a member of a
-    tar shard, as train-0000.tar:000017.jpg.
+    The first line names the columns; further columns are ignored. A file named .tsv has tabs, any other commas. A path may name a member of
+    a tar shard, as train-0000.tar:000017.jpg.
     """
 
     path: str
@@ -136,7 +136,11 @@ class Manifest(Source):
                 odd.setdefault(reason, []).append(line)
             seen.update(line.sample.labels)
             everywhere, count = everywhere and len(line.sample.labels) == task.num_classes > 1, count + 1
-        told = [f"{self.path}, {_name_lines(lines)}: {reason} ({lines[0].path!r})" for reason, lines in odd.items()]
+        told = remark_uncompared(task, self, class_list(task, self) or ()) if self.classes else []
+        told += [
+            f"{self.path}, line 1: column {name} is not read; two columns may have had one name" for name in renamed_columns(self.path)
+        ]
+        told += [f"{self.path}, {_name_lines(lines)}: {reason} ({lines[0].path!r})" for reason, lines in odd.items()]
         lacking = [str(label) for label in range(task.num_classes) if label not in seen]
         if lacking:
             told.append(f"{self.path} names {len(seen)} of the task's {task.num_classes} classes; none has {shorten(lacking)}")

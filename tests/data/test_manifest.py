@@ -246,6 +246,24 @@ def test_what_a_table_may_be_mistaken_in_is_remarked(tmp_path):
     assert manifest(tmp_path, "path,label\na,0\nb,1\nc,2\n").remarks(tile_task()) == []
 
 
+def test_a_column_that_pandas_renamed_is_remarked(tmp_path):
+    [remark] = manifest(tmp_path, "path,label,label.1\na,0,1\nb,1,0\nc,2,2\n").remarks(tile_task())
+    assert remark == f"{tmp_path}/list.csv, line 1: column label.1 is not read; two columns may have had one name"
+
+
+def test_names_that_the_training_split_does_not_have_are_remarked(tmp_path):
+    numbers = manifest(tmp_path, "path,label\na,0\nb,1\n")
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    named = manifest(tmp_path, "path,label\nc,cat\nd,dog\n", "val.csv", classes=str(tmp_path / "classes.txt"))
+    folder = Folder(path=str(fill(tmp_path / "val", "cat/a.jpg", "dog/b.jpg")))
+    for val, order in ((folder, "0 is cat, 1 is dog"), (named, "0 is dog, 1 is cat")):
+        task = tile_task(train=numbers, val=val, num_classes=2)
+        [remark] = val.remarks(task)
+        assert remark.startswith("class numbers of the training split were compared with no names; ")
+        assert remark.endswith(f" sets their order: {order}")
+        assert numbers.remarks(task) == val.remarks(replace(task, train=val)) == []
+
+
 def test_flags_for_two_classes_are_remarked(tmp_path):
     source = manifest(tmp_path, "path,labels\na,0;1\nb,1;0\n")
     [remark] = source.remarks(tile_task(num_classes=2, loss="sigmoid", multi_label=True))

@@ -1,4 +1,9 @@
+import bz2
+import gzip
+import io
+import lzma
 import os
+import zipfile
 
 import pytest
 
@@ -11,9 +16,17 @@ def rows(tmp_path, content, name="t.csv"):
     return list(read_rows(str(path)))
 
 
+def zipped(content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("xl/workbook.xml", content)
+    return file.getvalue()
+
+
 def test_rows_with_their_lines(tmp_path):
     assert rows(tmp_path, "path,label\r\na,0\r\n\r\n b ,1 \r\n") == [(2, "a", "0"), (4, " b ", "1")]
-    assert rows(tmp_path, "Label\tPath\n0\ta,b\n", "t.tsv") == [(2, "a,b", "0")]
+    for name in ("t.tsv", "t.TSV"):
+        assert rows(tmp_path, "Label\tPath\n0\ta,b\n", name) == [(2, "a,b", "0")]
 
 
 def test_a_row_of_several_lines_counts_by_its_first(tmp_path):
@@ -36,6 +49,41 @@ def test_utf_16_without_a_mark_is_told(tmp_path, encoding):
         ValueError, match=r"t.csv, line 1: it holds NUL characters, as UTF-16 without a byte-order mark does; save the table as"
     ):
         rows(tmp_path, "path,label\nx.jpg,1\n".encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, r"it is compressed \(gzip\); unpack it"),
+        (bz2.compress, r"it is compressed \(bzip2\); unpack it"),
+        (lzma.compress, r"it is compressed \(xz\); unpack it"),
+        (zipped, r"it is a spreadsheet \(.xlsx, .ods\) or a ZIP archive; save it as text, a table as CSV"),
+    ],
+)
+def test_what_is_no_text_is_told_as_what_it_is(tmp_path, pack, message):
+    with pytest.raises(ValueError, match=rf"^manifest {tmp_path}/t.csv: {message}"):
+        rows(tmp_path, pack(b"path,label\nx.jpg,1\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("t.csv", "path\tlabel\na\t0\n", "tabs: give it a name that ends in .tsv"),
+        ("t.txt", "size\tLabels\tPath\n1\t0\ta\n", "tabs: give it a name that ends in .tsv"),
+        ("t.csv", "path;label\na;0\n", "semicolons: save it with commas"),
+        ("t.csv", '"path";"label"\n"a";"0"\n', "semicolons: save it with commas"),
+        ("t.csv", "path|label\na|0\n", "vertical bars: save it with commas"),
+        ("t.tsv", "path,label\na,0\n", "commas: give it a name that ends in .csv"),
+    ],
+)
+def test_another_separator_is_suspected(tmp_path, name, text, hint):
+    with pytest.raises(ValueError, match=rf"{name}, line 1: .*; its columns seem to be separated by {hint}$"):
+        rows(tmp_path, text, name)
+
+
+def test_no_separator_is_suspected_where_none_would_do(tmp_path):
+    with pytest.raises(ValueError, match=r"it names file;class$"):
+        rows(tmp_path, "file;class\na;0\n")
 
 
 def test_utf_16_that_is_cut_is_told(tmp_path):
