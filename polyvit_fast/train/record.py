@@ -248,6 +248,14 @@ def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Tra
         raise ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out") from error
 
 
+def record_classes(folder: Path, names: Mapping[str, Sequence[str] | None]) -> None:
+    """Write classes.json: for each task the names of its classes in the order of their numbers, null where it knows none."""
+    try:
+        _write(folder / "classes.json", strict_json.dumps(dict(names), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out") from error
+
+
 def load_run(folder: Path, load: Callable[[str], Train]) -> RecordedRun:
     """What `describe_run` wrote; `load` gives an experiment's configuration by its name or file, the run's own copy of it if need be.
 

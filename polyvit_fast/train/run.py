@@ -22,7 +22,7 @@ from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed import PeerLost, World
 from polyvit_fast.train.lock import hold
 from polyvit_fast.train.log import Log, PeerLog
-from polyvit_fast.train.record import describe_run, is_of_earlier_version, resume_differences, to_json
+from polyvit_fast.train.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
 from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
 from polyvit_fast.train.step import Reading, Step
 
@@ -143,6 +143,8 @@ def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list
         if found:
             _restore(run, found)
             log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
+        if world.rank == 0:
+            record_classes(config.folder, {name: loader.classes for name, loader in validation.items()})
         try:
             yield run
         except (DataError, NonFiniteError, PeerLost, torch.OutOfMemoryError) as error:

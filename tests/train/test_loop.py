@@ -400,6 +400,7 @@ def test_other_class_names_are_refused_on_resume(tmp_path):
         ValueError, match=r"task a: its classes are not those of .*step_0*5: class 1 was 'cat' and is 'emu' now. Put them back"
     ):
         run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == {"a": ["dog", "cat", "emu"]}
     classes.write_text("dog\ncat\nemu\n")
     assert run(config, tmp_path / "run").signal == 0
 

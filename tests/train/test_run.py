@@ -32,7 +32,7 @@ from polyvit_fast.train.step import Step
 def run(config):
     step = Step(PolyViT.from_config(config), config)
     times = {name: TaskTime() for name in config.tasks}
-    run = Run(config, make_plan(config), World(), step, {}, {}, PeerLog(1), Clock(torch.device("cpu")), interval_times=times)
+    run = Run(config, make_plan(config), World(), step, {}, {}, PeerLog(1), Clock(torch.device("cpu")), {}, {}, interval_times=times)
     run.seconds = dict.fromkeys(config.tasks, 0.0)
     return run
 
