@@ -245,8 +245,8 @@ class Optim:
     absent: Literal["auto", "coast", "rest"] = "auto"
     """What heads and tokenizers do in an update that has no gradient for them. coast: theirs is zero, so that their moments fade and still
     move them, and weight decay goes on, as in the paper's code; rest: nothing of them changes, as if their tasks were trained alone. auto:
-    coast with sgd; rest with adamw, by which a task that has one of N updates else moves sqrt(N) times as far for each and decays N times
-    as much; a third of the demo was learned better so."""
+    coast with sgd, rest with adamw, which else moves the head of a task that has one of N updates sqrt(N) times as far for each of them,
+    decays it N times as much, and learned a third of the demo worse."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the weights and evaluate that; 0 switches it off."""
 
