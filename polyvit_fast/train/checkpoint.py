@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,10 +270,14 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
         file = path / name
         if name not in files or Path(name).name != name:
             raise CheckpointError(f"{path / MANIFEST} names {sorted(files)}; it needs state.json and config.json, and no other folder")
-        if not file.is_file():
+        try:
+            status = file.stat()
+        except OSError:
+            raise CheckpointError(f"{file} is missing") from None
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != files[name][0]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {files[name][0]}")
+        if status.st_size != files[name][0]:
+            raise CheckpointError(f"{file} has {status.st_size} bytes instead of {files[name][0]}")
     return files
 
 
