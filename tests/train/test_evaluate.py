@@ -18,6 +18,7 @@ from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import generator
 from polyvit_fast.train import checkpoint
+from polyvit_fast.train.checkpoint import Checkpoint
 from polyvit_fast.train.distributed import World
 from polyvit_fast.train.evaluate import evaluate, evaluate_run, find_checkpoint, view_logits
 from polyvit_fast.train.loop import train
@@ -81,7 +82,8 @@ def test_a_runs_checkpoints_are_found_by_newest_best_and_step(tmp_path, config):
         evaluate_run(tmp_path, config, "newest", ("c",), quiet)
 
 
-def test_a_checkpoints_classes_rule_its_evaluation(tmp_path):
+def trained_on_colours(tmp_path):
+    """A run on pictures of three colours, whose training files are gone: the machine that evaluates need not have them."""
     for split in ("train", "val"):
         for label, colour in enumerate(("red", "green", "blue")):
             (tmp_path / split / colour).mkdir(parents=True)
@@ -92,9 +94,26 @@ def test_a_checkpoints_classes_rule_its_evaluation(tmp_path):
     sources = {split: Folder(path=str(tmp_path / split)) for split in ("train", "val")}
     task = tile_task(modality=Image(size=16, patch=8), **sources, steps=30)
     config = tiny_config(tasks={"colours": task}, out=str(tmp_path / "run"))
-    before = train(config, "test", ["test"]).metrics["colours"]["top1"]
-    assert before > 0.9
-    shutil.rmtree(tmp_path / "train")  # the machine that evaluates need not have it
+    assert train(config, "test", ["test"]).metrics["colours"]["top1"] > 0.9
+    shutil.rmtree(tmp_path / "train")
+    return config
+
+
+def test_a_checkpoint_that_stored_no_classes_takes_the_validation_folders(tmp_path, capsys, monkeypatch):
+    config = trained_on_colours(tmp_path)
+    load = Checkpoint.load_tensors
+
+    def forget(self, name):  # as in a run of 0.4
+        self.state.pop("classes", None)
+        return load(self, name)
+
+    monkeypatch.setattr(Checkpoint, "load_tensors", forget)
+    assert evaluate_run(tmp_path / "run", config, "newest", (), quiet)["colours"]["top1"] > 0.9
+    assert "the order of its classes is that of the validation files" in capsys.readouterr().out
+
+
+def test_a_checkpoints_classes_rule_its_evaluation(tmp_path):
+    config = trained_on_colours(tmp_path)
     shutil.rmtree(tmp_path / "val" / "blue")  # green and red alone would be numbers 0 and 1
     assert evaluate_run(tmp_path / "run", config, "newest", (), quiet)["colours"]["top1"] > 0.9
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "crimson")

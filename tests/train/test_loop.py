@@ -362,8 +362,24 @@ def test_a_copy_of_the_training_files_resumes_bitwise_with_a_word(tmp_path, pict
         os.utime(file, (1, 1))
     capsys.readouterr()
     run(pictures, tmp_path / "run")
-    assert "task p: some of its training files were written or copied since" in capsys.readouterr().out
+    told = capsys.readouterr().out.replace("\n", "")
+    assert "task p: some of its training files were written or copied since" in told
+    assert f"but have the sizes of then: {tmp_path / 'files' / 'blue' / '0.bmp'}" in told
+    assert "and 9 more" in told
     assert_equal_weights(tmp_path / "straight", tmp_path / "run")
+
+
+def test_changed_validation_files_are_told_on_resume(tmp_path, pictures, capsys):
+    shutil.copytree(tmp_path / "files", tmp_path / "val")
+    task = replace(pictures.tasks["p"], val=Folder(path=str(tmp_path / "val")))
+    config = replace(pictures, tasks={"p": task})
+    run_until(config, tmp_path / "run", 7)
+    changed = tmp_path / "val" / "red" / "3.bmp"
+    Pillow.new("RGB", (30, 30), "green").save(changed)
+    capsys.readouterr()
+    assert run(config, tmp_path / "run").results
+    told = capsys.readouterr().out.replace("\n", "")
+    assert f"(contents of {changed}): its metrics are those of other files now" in told
 
 
 def test_a_checkpoint_that_knows_names_alone_resumes_with_a_word(tmp_path, pictures, capsys, monkeypatch):
