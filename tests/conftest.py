@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from lost_context import pytest_configure as pytest_configure  # a hook
 from tiny_runs import tiny_config
 
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
 # Small tensors gain nothing from more threads, and on a busy machine threads that wait for each other take ten times as long.
 # Who sets OMP_NUM_THREADS tests with as many: no result may depend on their number.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# How long an example takes says something of the machine, not of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture

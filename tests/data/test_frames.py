@@ -921,7 +921,7 @@ def test_a_defect_is_no_broken_file(video, name, defect):
 FUZZED = ["h264.mp4", "h264.mkv", "h264.ts", "h264.avi", "h264.flv", "hevc.mp4", "vp8.ivf", "mpeg2.mpg", "wmv.asf", "animated.gif"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(FUZZED),
     st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=4)), max_size=4),

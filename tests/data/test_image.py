@@ -361,7 +361,7 @@ def test_a_cut_jpeg_is_refused_whatever_the_crop(tmp_path):
 WHOLE = {kind: saved(photo(40, 50), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(sorted(WHOLE)),
     st.lists(st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=4)), max_size=4),

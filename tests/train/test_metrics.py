@@ -187,7 +187,7 @@ def test_accuracies_of_infinite_and_huge_logits():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_map_with_ties_equals_the_formula(data):
     num_examples, num_classes = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
     cells = st.lists(st.integers(-3, 3), min_size=num_examples * num_classes, max_size=num_examples * num_classes)
