@@ -6,7 +6,7 @@ SOURCES := polyvit_fast kernels tests benchmarks setup.py
 .PHONY: help demo test test-gpu check bench aot wheel clean
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
-	@echo "make test      every test that needs no GPU (about 20 minutes on 2 cores)"
+	@echo "make test      every test that needs no GPU (about 40 minutes on 2 cores)"
 	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
 	@echo "make check     format, lint, types, import contracts, laws of the architecture (1 minute)"
 	@echo "make bench     throughput against peers, small sizes on a CPU"
@@ -18,7 +18,7 @@ demo: .venv/installed
 	$(BIN)/polyvit-fast train demo
 
 test: .venv/installed-tests
-	@echo "== tests without a GPU (about 20 minutes on 2 cores)"
+	@echo "== tests without a GPU (about 40 minutes on 2 cores)"
 	$(BIN)/pytest -q
 
 test-gpu: .venv/installed-tests
