@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import BufferedReader
 
+from polyvit_fast.media import MediaError
+
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_OBJECTS = frozenset(  # the data and the four kinds of index
@@ -22,7 +24,7 @@ ASF_OBJECTS = frozenset(  # the data and the four kinds of index
 )
 PNG = b"\x89PNG\r\n\x1a\n"
 MXF = b"\x06\x0e\x2b\x34"
-BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pnot PICT udta".split())
+BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pdin pnot PICT udta".split())
 """That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
 MOOF_BYTES = 1 << 20
 FARTHEST = 1 << 62  # that a file can be asked for; damaged sizes lead beyond
@@ -42,7 +44,7 @@ class Layout:
 
 
 def read_layout(file: BufferedReader) -> Layout:
-    """From the headers of the outermost parts; leaves the file at its start."""
+    """From the headers of the outermost parts; leaves the file at its start. Raises MediaError for MP4 without a table of contents."""
     size = file.seek(0, 2)
     head = _at(file, 0, 16)
     if head[4:8] in BOXES:
@@ -98,6 +100,8 @@ def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
             break
         at += length
         end = at
+    if b"mdat" in seen and not seen & {b"moov", b"moof"} and end <= size:
+        raise MediaError("truncated: its table of contents (moov) is missing, as when a recording was broken off")
     return end, ()
 
 

@@ -10,7 +10,7 @@ import io
 import struct
 from typing import Any
 
-from polyvit_fast.data.layout import read_layout
+from polyvit_fast.data.layout import ASF_HEADER, BOXES, EBML, read_layout
 from polyvit_fast.media import Media, MediaError
 
 START_BYTES = 4096  # more than any header of fixed size is long
@@ -19,9 +19,7 @@ PIPED = 0x7FFF0000  # programs that write to a pipe promise at least so many byt
 SEARCHED_BYTES = 1 << 20  # at a time
 MAX_PARTS = 1000  # a file of zeros would be millions of them
 OGG_PAGE_BYTES = 65_307  # the largest
-MP4_BOXES = {b"ftyp", b"styp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"sidx", b"meta", b"pdin", b"udta"}
-EBML, SEGMENT, INFO, DURATION, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x4489, 0x1F43B675
-ASF_HEADER, ASF_DATA = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+INFO, DURATION, CLUSTER = 0x1549A966, 0x4489, 0x1F43B675
 
 
 class Part:
@@ -61,22 +59,21 @@ class Part:
 def check_container(part: Part) -> None:
     """Raise MediaError when a file ends before its container does, or goes on with another one that FFmpeg does not read."""
     start, num_bytes = part.start, part.num_bytes
-    check_joint(part, _find_joint(part))
+    if start.startswith(b"#!AMR"):
+        check_joint(part, part.find(b"#!AMR", 1))
     if start.startswith(b"OggS"):
         _check_ogg(part)
         return
-    if start[4:8] in MP4_BOXES:
-        promised = _mp4_bytes(part)
-    elif start.startswith(EBML.to_bytes(4, "big")):
-        promised = _matroska_bytes(part)
-    elif start.startswith(ASF_HEADER):
-        promised = _asf_bytes(part)
+    if not part.offset and (start[4:8] in BOXES or start.startswith((EBML, ASF_HEADER, b"FLV"))):
+        layout = read_layout(part.file)
+        check_joint(part, None if layout.read_on else next(iter(layout.joints), None))
+        promised = layout.end
     elif start.startswith(b"RIFF") and start.startswith(b"AVI ", 8):
         promised = _avi_bytes(part)
-    elif start.startswith(b"FLV\1"):
-        promised = _flv_bytes(part)
     else:
         promised = _mp3_bytes(start)
+    if start.startswith(b"FLV\1"):  # a cut between two tags shows here alone
+        promised = max(promised, _flv_bytes(part))
     if num_bytes < LEAST_HELD * promised:
         raise MediaError(format_cut(num_bytes, promised, 0))
 
@@ -86,15 +83,6 @@ def check_joint(part: Part, at: int | None) -> None:
     if at is not None:
         byte = part.offset + at
         raise MediaError(f"another recording begins at byte {byte}, where a second file was joined to it: split it there")
-
-
-def _find_joint(part: Part) -> int | None:
-    """Of the formats whose second recording FFmpeg does not read; it reads on in Ogg, Matroska, AVI and MP3."""
-    if part.start.startswith(b"#!AMR"):
-        return part.find(b"#!AMR", 1)
-    if part.offset or not (part.start[4:8] in MP4_BOXES or part.start.startswith((ASF_HEADER, b"FLV"))):
-        return None
-    return next(iter(read_layout(part.file).joints), None)
 
 
 def states_duration(media: Media) -> bool:
@@ -136,30 +124,6 @@ def _check_ogg(part: Part) -> None:
         raise MediaError("truncated: the page that ends an Ogg stream is missing")
 
 
-def _mp4_bytes(part: Part) -> int:
-    """Up to the end of the last box that there is (ISO/IEC 14496-12, section 4.2)."""
-    at, found = 0, set()
-    for _ in range(MAX_PARTS):
-        size, name = part.unpack(">I4s", at)
-        if at + 8 > part.num_bytes or name not in MP4_BOXES:
-            break
-        found.add(name)
-        if size == 1:
-            size = int.from_bytes(part.read(at + 8, 8), "big")
-        if size < 8:  # 0: up to the end of the file, whatever that is
-            break
-        at += size
-    if b"mdat" in found and not found & {b"moov", b"moof"} and part.num_bytes >= LEAST_HELD * at:
-        raise MediaError("truncated: its table of contents (moov) is missing, as when a recording was broken off")
-    return at
-
-
-def _matroska_bytes(part: Part) -> int:
-    _, _, at = _element(part, 0)
-    name, _, end = _element(part, at)
-    return end if name == SEGMENT and end < 1 << 55 else 0
-
-
 def _element(part: Part, at: int) -> tuple[int, int, int]:
     """(name, begin, end) of what an EBML element holds (RFC 8794, section 4); an unknown size is 2**56 and more."""
     head = part.read(at, 16)
@@ -171,12 +135,6 @@ def _element(part: Part, at: int) -> tuple[int, int, int]:
     size = int.from_bytes(head[name_bytes : name_bytes + size_bytes], "big") & ((1 << 7 * size_bytes) - 1)
     unknown = size == (1 << 7 * size_bytes) - 1
     return int.from_bytes(head[:name_bytes], "big"), begin, begin + (1 << 56 if unknown else size)
-
-
-def _asf_bytes(part: Part) -> int:
-    at = int.from_bytes(part.read(16, 8), "little")
-    name, size = part.unpack("<16sQ", at)
-    return at + size if name == ASF_DATA and 50 < size < 1 << 55 else 0
 
 
 def _avi_bytes(part: Part) -> int:

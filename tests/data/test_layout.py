@@ -4,6 +4,7 @@ import pytest
 from test_frames import KINDS, video  # noqa: F401
 
 from polyvit_fast.data.layout import Layout, read_layout
+from polyvit_fast.media import MediaError
 
 JOINED = ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "mjpeg.mov", "mpeg4.avi", "h264.flv", "vp8.ivf", "vp8.ogv", "wmv.asf"]
 JOINED += ["animated.gif", "animated.png"]
@@ -59,10 +60,19 @@ def test_matroska_and_asf_of_unknown_length_and_boxes_up_to_the_end_promise_noth
     at = struct.unpack("<Q", content[16:24])[0] + 16
     content[at : at + 8] = bytes(8)
     assert layout(tmp_path / "a", content[:3000]).end == 0
-    content = bytearray(video("h264.mp4").read_bytes())
+    content = bytearray(video("h264-fast-start.mp4").read_bytes())
     at = content.index(b"mdat") - 4
     content[at : at + 4] = bytes(4)
-    assert layout(tmp_path / "a", content[:2000]).end == at
+    assert layout(tmp_path / "a", content[: at + 2000]).end == at
+
+
+def test_a_recording_that_was_broken_off_has_no_table_of_contents(video, tmp_path):  # noqa: F811
+    content = bytearray(video("h264.mp4").read_bytes())  # the table stands at its end
+    at = content.index(b"mdat") - 4
+    for length in (0, 2000 - at):  # up to the end of the file, and told
+        content[at : at + 4] = length.to_bytes(4, "big")
+        with pytest.raises(MediaError, match="truncated: its table of contents"):
+            layout(tmp_path / "a", content[:2000])
 
 
 def test_pieces_of_a_large_avi_are_one_recording(tmp_path):
