@@ -70,9 +70,10 @@ def run(argv: list[str]) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"command {arguments[0]!r} is unknown; there are: {', '.join(COMMANDS)}")
-        return COMMANDS[arguments[0]](arguments[1:])
+        with stop_on_signals():
+            return COMMANDS[arguments[0]](arguments[1:])
     except Stopped as stopped:
-        _tell(f"polyvit-fast {arguments[0]}: stopped by {stopped} before its first step")
+        _tell(f"polyvit-fast {arguments[0]}: stopped by {stopped}{' before its first step' if arguments[0] == 'train' else ''}")
         return exit_code(stopped.number)
     except KeyboardInterrupt:
         _tell(f"polyvit-fast {arguments[0]}: stopped")
@@ -108,20 +109,19 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _train(arguments: list[str]) -> int:
-    with stop_on_signals():
-        name, flags = _subject(arguments, "train EXPERIMENT")
-        config = _configured(name, flags, "train")
-        from polyvit_fast.train.log import print_results
-        from polyvit_fast.train.loop import train
+    name, flags = _subject(arguments, "train EXPERIMENT")
+    config = _configured(name, flags, "train")
+    from polyvit_fast.train.log import print_results
+    from polyvit_fast.train.loop import train
 
-        outcome = train(config, name, ["polyvit-fast", "train", *arguments])
-        if outcome.signal:
-            return exit_code(outcome.signal)
-        if outcome.rank:
-            return 0  # the first process tells
-        print_results(outcome.results)
-        _plot_curves(config.folder)
-        return 0
+    outcome = train(config, name, ["polyvit-fast", "train", *arguments])
+    if outcome.signal:
+        return exit_code(outcome.signal)
+    if outcome.rank:
+        return 0  # the first process tells
+    print_results(outcome.results)
+    _plot_curves(config.folder)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import threading
 import traceback
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -28,7 +27,6 @@ from polyvit_fast.randomness import generator
 
 START_SECONDS = 120.0  # for importing and building a decoder; the deadline of a file counts from the moment it is handed over
 AHEAD = 100  # samples per process that others may go on with while one hangs
-SIGTERM_CODE = 75
 
 
 def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: float) -> int:
@@ -44,7 +42,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     findings = Findings(out, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True))
-    with Progress(*columns, console=console, transient=True) as progress, _sigterm_exits():
+    with Progress(*columns, console=console, transient=True) as progress:
         try:
             for name, task in config.tasks.items():
                 checked: dict[Split, Checked] = {}
@@ -56,7 +54,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
                     except ValueError as error:
                         findings.fail(name, split, error)
                 findings.compare(name, task, checked)
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             findings.tell(f"stopped; so far {findings.summarise()}")
             raise
     findings.tell(findings.summarise())
@@ -113,23 +111,6 @@ def find_broken(
 
 def _source(task: Task, split: Split) -> Source:
     return {"train": task.train, "val": task.val}[split]
-
-
-@contextmanager
-def _sigterm_exits() -> Generator[None, None, None]:
-    """SIGTERM ends the process as `sys.exit` does, with the code that `train` has for it, so that nothing is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise SystemExit(SIGTERM_CODE)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def scan(

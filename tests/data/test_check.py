@@ -328,11 +328,9 @@ def test_remarks_of_a_source_are_told_with_its_task_and_split(tmp_path, capsys, 
 
 
 STOPPED = """
-import signal
 import sys
 from pathlib import Path
 from polyvit_fast import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from the start
 sys.argv[1:] = ["check", "stopped.py", "--manifests", "out", "--num-workers", "1", "--deadline-seconds", "120"]
 cli.main()
 """
