@@ -21,7 +21,7 @@ from polyvit_fast.config import Decoder, Modality
 from polyvit_fast.data.colour import Colours, draw_colours, recolour
 from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, pieces
 from polyvit_fast.data.image_file import PIXELS_FAILURE, check_size, kind_of, read_for_dali, specimen
-from polyvit_fast.data.jpeg_file import check_grey, check_warnings, warnings_of_libjpeg
+from polyvit_fast.data.jpeg_file import capture_stderr, check_grey, check_warnings
 from polyvit_fast.data.rand_augment import Operation, augmented, draw_operations
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.data.tiff_file import check_complaints, check_parts
@@ -277,7 +277,7 @@ class ThoroughDecoder(ImageDecoder):
     def _decode_alone(self, media: Media, rng: np.random.Generator) -> Tensor:
         grid = torch.empty(0)
         failure = None
-        with warnings_of_libjpeg() as warnings:
+        with capture_stderr() as warnings:
             try:
                 grid = super().__call__([media], [rng])
             except MediaError as error:
@@ -287,7 +287,7 @@ class ThoroughDecoder(ImageDecoder):
         check_complaints(content, warnings)
         if failure:
             raise failure
-        with warnings_of_libjpeg():  # it says more of the bytes that are put in for trial
+        with capture_stderr():  # it says more of the bytes that are put in for trial
             check_parts(content, self.image.max_pixels)
         return grid
 

@@ -1,7 +1,7 @@
 """What a JPEG lacks: its end, whole scans, restart intervals, or codes whose place libjpeg fills with grey and a mere warning.
 
 The markers tell the first three at once (`read_frame`). Missing codes are found by decoding alone: `check_codes` has libjpeg do it, and
-when DALI does, `warnings_of_libjpeg` catches what it says of them, to which `check_warnings` listens.
+when DALI does, `capture_stderr` catches what it says, and `check_warnings` judges it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def check_grey(content: np.ndarray, last_pixel: list[int]) -> None:
 
 
 @contextmanager
-def warnings_of_libjpeg() -> Iterator[list[str]]:
+def capture_stderr() -> Iterator[list[str]]:
     """The lines that appear on standard error meanwhile, complete at the end. Only for a process that does nothing else meanwhile."""
     lines: list[str] = []
     stderr = os.dup(2)

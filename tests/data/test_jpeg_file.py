@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 from test_image import photo, rngs
 
 from polyvit_fast.data.image import Image
-from polyvit_fast.data.jpeg_file import check_codes, check_warnings, read_frame, warnings_of_libjpeg
+from polyvit_fast.data.jpeg_file import capture_stderr, check_codes, check_warnings, read_frame
 from polyvit_fast.media import Media, MediaError
 
 LIMIT = 10**6
@@ -197,7 +197,7 @@ def test_arithmetic_codes_may_be_left_out(decode, thorough):
 
 
 def test_what_else_is_said_on_standard_error_is_kept_apart(capfd):
-    with warnings_of_libjpeg() as warnings:
+    with capture_stderr() as warnings:
         os.write(2, b"one line\nanother\n")
     assert warnings == ["one line", "another"]
     os.write(2, b"after\n")
