@@ -71,7 +71,7 @@ WITH_LIBRARY = {"distclass": BinaryDistribution, "cmdclass": {"build_py": BuildW
 
 setup(
     packages=find_packages(include=["polyvit_fast", "polyvit_fast.*"])
-    + ["polyvit_kernels", "polyvit_kernels.hopper", "polyvit_kernels.ops"],
+    + find_packages("kernels", include=["polyvit_kernels", "polyvit_kernels.*"]),
     package_dir={"polyvit_fast": "polyvit_fast", "polyvit_kernels": "kernels/polyvit_kernels"},
     package_data={"polyvit_fast": ["py.typed"], "polyvit_kernels": ["py.typed"]},
     **(WITH_LIBRARY if os.environ.get("POLYVIT_AOT") == "1" else {}),

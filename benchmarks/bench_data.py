@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.audio_utils import mel_filter_bank
 
 from polyvit_fast.config import Modality
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.colour import jitter_colours
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.rand_augment import rand_augment
-from polyvit_fast.data.video import Video
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.augment.colour import jitter_colours
+from polyvit_fast.data.augment.rand_augment import rand_augment
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.video.modality import Video
 from polyvit_fast.media import Media
 from polyvit_fast.randomness import generator
 

@@ -24,10 +24,10 @@ from steps import FURTHEST_LOSS, Case, Contest, Trainer, apart, fastest_backend,
 from twins import Build
 
 from polyvit_fast.config import MODELS, Modality, Model, Task
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.synthetic import Synthetic
-from polyvit_fast.data.video import Video
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.synthetic import Synthetic
+from polyvit_fast.data.video.modality import Video
 from polyvit_fast.model.polyvit import PolyViT
 
 OURS_EAGER = "ours eager"

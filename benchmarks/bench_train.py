@@ -19,9 +19,9 @@ from card import DEVICE, HAS_GPU
 from torch import Tensor
 
 from polyvit_fast.config import MODELS, Decoder, Modality, Source, Task, Train
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.video import Video
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.video.modality import Video
 from polyvit_fast.experiments import demo
 from polyvit_fast.media import Media, Sample
 from polyvit_fast.model.cost import forward_flops

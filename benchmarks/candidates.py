@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from polyvit_kernels.images import SHARED_BYTES
+from polyvit_kernels.aot.images import SHARED_BYTES
 from polyvit_kernels.ops import xformers_attention
-from polyvit_kernels.tile_table import TABLE
 from polyvit_kernels.tiles import ANY, Tile
+from polyvit_kernels.tiles.table import TABLE
 
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 MOST_ACCUMULATORS = 128  # registers of a thread that a product may fill

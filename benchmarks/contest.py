@@ -13,7 +13,8 @@ from candidates import candidates, label, neighbours
 from lab import Job, LostCardError, Request
 from race import told
 
-from polyvit_kernels import images, plan
+from polyvit_kernels.aot import images
+from polyvit_kernels.aot import jobs as plan
 from polyvit_kernels.tiles import Tile
 
 FINALISTS = 8

@@ -40,7 +40,7 @@ if lacking := [
 import card
 import tables
 
-from polyvit_kernels import commands
+from polyvit_kernels.aot import commands
 
 CORES = min(16, len(os.sched_getaffinity(0)))
 KERNEL_BENCHES = ("attention", "linear", "mlp", "layer_norm", "update", "patch_embed", "cross_entropy")

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from twins import timm_vit
 
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_kernels import commands
+from polyvit_kernels.aot import commands
 
 STEPS = 5
 KERNELS_SHOWN = 4

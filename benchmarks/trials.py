@@ -14,12 +14,12 @@ from card import DEVICE
 from torch import Tensor
 
 from polyvit_kernels import reference
+from polyvit_kernels.aot.jobs import PACKAGES
 from polyvit_kernels.ops.attention import _library_attention
 from polyvit_kernels.ops.layer_norm import _add_layer_norm_by_torch, _layer_norm_backward_by_torch
 from polyvit_kernels.ops.mlp import _activated, _added, _undone
 from polyvit_kernels.ops.patch_embed import _patch_embed_backward_by_torch, _patch_embed_by_torch
 from polyvit_kernels.ops.update import _adamw_by_torch, _sgd_by_torch
-from polyvit_kernels.plan import PACKAGES
 from polyvit_kernels.tiles import Tile
 
 Inputs = dict[str, Tensor]
@@ -200,7 +200,7 @@ def _norm_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 
 
 def _norm_forward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import norm
+    from polyvit_kernels.triton_kernels import layer_norm as norm
 
     tensors = (inputs[name] for name in ("x", "residual", "weight", "bias"))
     total, out, _, _ = norm.forward(*tensors, EPS, inputs["x"].dtype, tile)
@@ -227,7 +227,7 @@ def _norm_backward_inputs(size: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 
 
 def _norm_backward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import norm
+    from polyvit_kernels.triton_kernels import layer_norm as norm
 
     found = norm.backward(*(inputs[name] for name in ("grad", "grad_sum", "x", "weight", "mean", "rstd")), tile, inputs["x"].dtype)
     return _named_gradients(*found)
@@ -266,7 +266,7 @@ def _sgd_arguments(inputs: Inputs) -> tuple[Any, ...]:
 
 
 def _sgd(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import update
+    from polyvit_kernels.triton_kernels import update
 
     update.sgd(*_sgd_arguments(inputs), tile=tile)
     return {name: inputs[name] for name in ("param", "first")}
@@ -290,7 +290,7 @@ def _adamw_arguments(inputs: Inputs) -> tuple[Any, ...]:
 
 
 def _adamw(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import update
+    from polyvit_kernels.triton_kernels import update
 
     update.adamw(*_adamw_arguments(inputs), tile=tile)
     return {name: inputs[name] for name in ("param", "first", "second")}
@@ -325,14 +325,14 @@ _PATCH_NAMES = ("grid", "weight", "bias", "cls_token", "pos_embed", "mean", "std
 
 
 def _patch_forward(inputs: Inputs, tile: Tile) -> Results:
-    from polyvit_kernels import patches
+    from polyvit_kernels.triton_kernels import patch_embed as patches
 
     return {"tokens": patches.forward(*(inputs[name] for name in _PATCH_NAMES), inputs["weight"].dtype, tile)}
 
 
 def _patch_backward(inputs: Inputs, tile: Tile) -> Results:
     """The weight's gradient, as the operation makes it."""
-    from polyvit_kernels import patches
+    from polyvit_kernels.triton_kernels import patch_embed as patches
 
     grad, weight = inputs["grad"], inputs["weight"]
     tubelets = patches.tubelets(inputs["grid"], weight, inputs["mean"], inputs["std"], grad.shape[1], tile)

@@ -28,8 +28,10 @@ from contest import Crew, Lengths, Outcome, hold
 from lab import Job
 
 from polyvit_fast import strict_json
-from polyvit_kernels import commands, tile_table, tiles
+from polyvit_kernels import tiles
+from polyvit_kernels.aot import commands
 from polyvit_kernels.tiles import ANY, Tile
+from polyvit_kernels.tiles import table as tile_table
 
 TABLE_PATH = card.ROOT / "kernels" / "polyvit_kernels" / "tile_table.py"
 RESULTS = card.ROOT / "benchmarks" / "results"

@@ -19,7 +19,7 @@ from polyvit_fast.config import Train
 from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
 
 if TYPE_CHECKING:
-    from polyvit_fast.train.record import RecordedRun
+    from polyvit_fast.train.run_folder.record import RecordedRun
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
 
@@ -97,9 +97,9 @@ def _tell(text: str) -> None:
 def _exit_code(error: Exception) -> int | None:
     """The documented code of an expected error; None for a defect, which deserves its traceback."""
     from polyvit_fast.data.stream import DataError
-    from polyvit_fast.train.checkpoint import CheckpointError
-    from polyvit_fast.train.distributed import PeerLost
+    from polyvit_fast.train.distributed.process_group import PeerLost
     from polyvit_fast.train.run import NonFiniteError
+    from polyvit_fast.train.run_folder.checkpoint import CheckpointError
 
     kinds = ((DataError, 65), (PeerLost, 69), (NonFiniteError, 70), (CheckpointError, 74), (ValueError, 2), (OSError, 2))
     for kind, code in kinds:
@@ -111,8 +111,8 @@ def _exit_code(error: Exception) -> int | None:
 def _train(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "train EXPERIMENT")
     config = _configured(name, flags, "train")
-    from polyvit_fast.train.log import print_results
     from polyvit_fast.train.loop import train
+    from polyvit_fast.train.output.log import print_results
 
     outcome = train(config, name, ["polyvit-fast", "train", *arguments])
     if outcome.signal:
@@ -142,7 +142,7 @@ def _eval(arguments: list[str]) -> int:
     config = _recorded(folder).config
     config = config if options.device == "as trained" else replace(config, device=options.device)
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.log import evaluation_progress, print_evaluation
+    from polyvit_fast.train.output.log import evaluation_progress, print_evaluation
 
     with evaluation_progress() as progress:
         rows = evaluate_run(Path(folder), config, options.checkpoint, options.tasks, progress)
@@ -165,7 +165,7 @@ def _plot(arguments: list[str]) -> int:
 def _plot_schedule(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "plot schedule EXPERIMENT")
     config = _configured(name, flags, "plot schedule")
-    from polyvit_fast.train.plot import plot_schedule, print_schedule
+    from polyvit_fast.train.output.plot import plot_schedule, print_schedule
     from polyvit_fast.train.schedule import learning_rate, make_plan
 
     plan = make_plan(config)
@@ -179,7 +179,7 @@ def _plot_schedule(arguments: list[str]) -> int:
 
 
 def _plot_curves(folder: Path) -> None:
-    from polyvit_fast.train.plot import plot_run
+    from polyvit_fast.train.output.plot import plot_run
 
     path = folder / "curves.png"
     plot_run(folder, path)
@@ -189,7 +189,7 @@ def _plot_curves(folder: Path) -> None:
 def _plan(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "plan EXPERIMENT")
     config = _configured(name, flags, "plan")
-    from polyvit_fast.train.report import print_plan
+    from polyvit_fast.train.output.report import print_plan
 
     print_plan(config)
     return 0
@@ -215,7 +215,7 @@ def _check(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "check EXPERIMENT")
     options, flags = tyro.cli(Check, args=flags, prog=f"polyvit-fast check {name}", return_unknown_args=True)
     config = _configured(name, flags, "check")
-    from polyvit_fast.data.check import check_files
+    from polyvit_fast.data.checking.check import check_files
 
     num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds)
     return 65 if num_broken else 0
@@ -254,6 +254,6 @@ def _parse(kind: type[Options], flags: list[str], command: str) -> Options:
 
 
 def _recorded(folder: str) -> RecordedRun:
-    from polyvit_fast.train.record import load_run
+    from polyvit_fast.train.run_folder.record import load_run
 
     return load_run(Path(folder), experiments.load)

@@ -8,9 +8,10 @@ from compare import DEVICE
 from gluon_executor import executing
 from torch._library.custom_ops import OPDEFS
 
-from polyvit_kernels import linear, tiles
+from polyvit_kernels import tiles
 from polyvit_kernels.hopper import linear as hopper_linear
 from polyvit_kernels.ops import dtypes
+from polyvit_kernels.triton_kernels import linear
 
 ENOUGH_ROWS = 2048
 """For the table to choose a linear layer for Hopper; they must be right of fewer too."""

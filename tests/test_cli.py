@@ -134,8 +134,8 @@ def test_check_names_broken_files_and_writes_clean_manifests(here, capsys):
                 Image.new("RGB", (40, 40), label).save(folder / f"{i}.png")
     (here / "train" / "red" / "1.png").write_bytes(b"")
     (here / "mine.py").write_text(
-        "from polyvit_fast.config import Task, Train\nfrom polyvit_fast.data.image import Image\n"
-        "from polyvit_fast.data.manifest import Folder\n"
+        "from polyvit_fast.config import Task, Train\nfrom polyvit_fast.data.image.modality import Image\n"
+        "from polyvit_fast.data.sources.manifest import Folder\n"
         "config = Train(tasks={'colours': Task(modality=Image(size=32), train=Folder(path='train'), val=Folder(path='val'), "
         "num_classes=2, steps=3)})\n"
     )

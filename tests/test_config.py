@@ -7,8 +7,8 @@ from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import config as vocabulary
 from polyvit_fast.config import MODELS, Model, Optim, Task, Train
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.sources.synthetic import Synthetic
 
 
 @pytest.mark.parametrize(

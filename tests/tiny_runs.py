@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from polyvit_fast.config import Decoder, Modality, Model, Optim, Task, Train
-from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.data.sources.synthetic import Synthetic
 
 
 @dataclass(frozen=True, kw_only=True)

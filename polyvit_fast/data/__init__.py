@@ -1,1 +1,11 @@
-"""From files on disk to batches of grids: the three modalities, the sources of samples, the stream of batches."""
+"""Files become grids: the three modalities, and where their samples come from."""
+
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.demo_files import DemoFiles
+from polyvit_fast.data.sources.manifest import Folder, Manifest
+from polyvit_fast.data.sources.shards import Shards
+from polyvit_fast.data.sources.synthetic import Synthetic
+from polyvit_fast.data.video.modality import Video
+
+__all__ = ["Audio", "DemoFiles", "Folder", "Image", "Manifest", "Shards", "Synthetic", "Video"]

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Plan, Task, Train
-from polyvit_fast.data.classes import class_list
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.device import DeviceDecoder, own_stream
-from polyvit_fast.data.fingerprint import Fingerprint, take_fingerprint
+from polyvit_fast.data.sources.classes import class_list
+from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -399,7 +399,7 @@ class _Worker:
 
 def _name_the_hung(job: Job, timeout_seconds: float) -> str:
     """What to tell when a batch does not end: each of its files is tried alone, in a process that can be killed."""
-    from polyvit_fast.data.check import find_broken
+    from polyvit_fast.data.checking.check import find_broken
 
     try:
         verdicts = find_broken(job.task, job.loader.task, job.samples(), deadline_seconds=timeout_seconds)

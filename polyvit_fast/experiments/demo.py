@@ -9,10 +9,8 @@ from dataclasses import replace
 from typing import Literal
 
 from polyvit_fast.config import Modality, Model, Optim, Task, Train
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.demo_files import DemoFiles, Kind
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.video import Video
+from polyvit_fast.data import Audio, DemoFiles, Image, Video
+from polyvit_fast.data.sources.demo_files import Kind
 
 PICTURE = Image(size=48, patch=8, crop="resize_crop", eval_crop="centre", crop_ratio=0.9, flip=False)
 CLIP = Video(size=32, patch=8, frames=8, stride=1, tubelet_frames=4, short_side=36, flip=False)

@@ -37,10 +37,7 @@ Not as there:
 """
 
 from polyvit_fast.config import MODELS, Optim, Task, Train
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.manifest import Folder, Manifest
-from polyvit_fast.data.video import Video
+from polyvit_fast.data import Audio, Folder, Image, Manifest, Video
 
 WARMUP_STEPS = {"images": 500, "kinetics400": 8_390, "moments": 30_910, "audioset": 795, "vggsound": 6_735}
 """What each task adds to the one warm-up of all (the five of pictures together), and has when it is trained alone."""

@@ -6,10 +6,7 @@ Result: the loss of every task falls by far more than 30 % (a test holds it to t
 """
 
 from polyvit_fast.config import Model, Optim, Task, Train
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.synthetic import Synthetic
-from polyvit_fast.data.video import Video
+from polyvit_fast.data import Audio, Image, Synthetic, Video
 
 config = Train(
     tasks={

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
-from polyvit_fast.data.classes import recall_classes
+from polyvit_fast.data.sources.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, validation_jobs
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
-from polyvit_fast.train.distributed import ALONE, World, joined
+from polyvit_fast.train.distributed.process_group import ALONE, World, joined
 from polyvit_fast.train.metrics import Metrics
+from polyvit_fast.train.run_folder import checkpoint
 from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]

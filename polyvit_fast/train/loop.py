@@ -12,10 +12,10 @@ from polyvit_fast.config import Train
 from polyvit_fast.data.device import DeviceDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
 from polyvit_fast.train.capture import Captured, capture
-from polyvit_fast.train.distributed import joined
+from polyvit_fast.train.distributed.process_group import joined
 from polyvit_fast.train.evaluate import evaluate, on_device
 from polyvit_fast.train.feed import Inputs, Slots, feed, pinned
-from polyvit_fast.train.log import Result
+from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, opened, save
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
 from polyvit_fast.train.signals import Stop, stop_on_signals

@@ -13,16 +13,16 @@ from functools import partial
 import torch
 
 from polyvit_fast.config import Plan, Train
-from polyvit_fast.data.classes import first_difference
-from polyvit_fast.data.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
+from polyvit_fast.data.sources.classes import first_difference
+from polyvit_fast.data.sources.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.clock import Clock, Span, TaskTime
-from polyvit_fast.train.distributed import PeerLost, World
-from polyvit_fast.train.lock import hold
-from polyvit_fast.train.log import Log, PeerLog
-from polyvit_fast.train.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
+from polyvit_fast.train.distributed.process_group import PeerLost, World
+from polyvit_fast.train.output.log import Log, PeerLog
+from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.lock import hold
+from polyvit_fast.train.run_folder.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
 from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
 from polyvit_fast.train.step import Reading, Step
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from polyvit_fast.config import Train
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
-from polyvit_fast.train.distributed import ALONE, World
+from polyvit_fast.train.distributed.fsdp import ShardedParameters
+from polyvit_fast.train.distributed.process_group import ALONE, World
+from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
 from polyvit_fast.train.optim import FlatParameters, Optimizer, component_of
-from polyvit_fast.train.reduce import Reducer
-from polyvit_fast.train.sharded import ShardedParameters
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import torch
 from steps import Case
 
 from polyvit_fast.config import Modality, Model, Task
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.model.polyvit import PolyViT
 
 PICTURE = Image(size=32)

@@ -6,8 +6,8 @@ import pytest
 import tune
 from candidates import CASES, candidates, key_chunks, label, neighbours
 
-from polyvit_kernels.tile_table import TABLE
 from polyvit_kernels.tiles import ANY
+from polyvit_kernels.tiles.table import TABLE
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 ALL = [case for cases in CASES.values() for case in cases]

@@ -26,7 +26,7 @@ from steps import (
     train_two_steps,
 )
 
-from polyvit_fast.data.audio import Audio
+from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.model.modules import drop_path_ramp
 from polyvit_fast.model.polyvit import PolyViT

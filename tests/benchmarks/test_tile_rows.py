@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tune
 
-from polyvit_kernels import tile_table
 from polyvit_kernels.tiles import ANY, Tile
+from polyvit_kernels.tiles import table as tile_table
 
 SOURCE = Path(tile_table.__file__)
 SHORT = Tile(

@@ -11,8 +11,9 @@ import tune
 from candidates import CASES, label
 from contest import Outcome
 
-from polyvit_kernels import tile_table, tiles
+from polyvit_kernels import tiles
 from polyvit_kernels.tiles import Tile
+from polyvit_kernels.tiles import table as tile_table
 
 SCRIPT = Path(tune.__file__)
 CASE = CASES["attention"][0]

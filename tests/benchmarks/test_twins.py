@@ -6,8 +6,8 @@ import twins
 from cases import PICTURE, case_of, model_of
 from steps import batch_of
 
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.video import Video
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.video.modality import Video
 
 CLIP = Video(size=32, short_side=32, frames=8, tubelet_frames=2)
 SOUND = Audio(clip_seconds=0.64, num_mel_bins=48, channels=1)

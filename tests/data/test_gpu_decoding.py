@@ -9,26 +9,26 @@ import pytest
 import torch
 from compare import DEVICE
 from sounds import noise, write
-from test_device_rand_augment import pictures
-from test_device_video import NUMBERED, numbered_file, write_moving
-from test_frames import numbers_of
-from test_image import photo
 
-from polyvit_fast.data import device_video
-from polyvit_fast.data.audio import Audio
-from polyvit_fast.data.colour import draw_colours
-from polyvit_fast.data.demo_files import DemoFiles
-from polyvit_fast.data.device_colour import colour_map, recolour
-from polyvit_fast.data.device_rand_augment import rand_augment
-from polyvit_fast.data.device_video import missing_nvdec
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.rand_augment import draw_operations
+from polyvit_fast.data.audio.modality import Audio
+from polyvit_fast.data.augment.colour import draw_colours
+from polyvit_fast.data.augment.colour_gpu import colour_map, recolour
+from polyvit_fast.data.augment.rand_augment import draw_operations
+from polyvit_fast.data.augment.rand_augment_gpu import rand_augment
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.demo_files import DemoFiles
 from polyvit_fast.data.stream import Loader
-from polyvit_fast.data.video import Video
+from polyvit_fast.data.video import gpu as device_video
+from polyvit_fast.data.video.gpu import missing_nvdec
+from polyvit_fast.data.video.modality import Video
 from polyvit_fast.experiments.demo import PICTURE, demo_task
 from polyvit_fast.experiments.demo import config as demo
 from polyvit_fast.media import Media, MediaError
 from polyvit_fast.randomness import generator
+from tests.data.augment.test_rand_augment_gpu import pictures
+from tests.data.image.test_modality import photo
+from tests.data.video.test_frames import numbers_of
+from tests.data.video.test_gpu import NUMBERED, numbered_file, write_moving
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 ALL = Image(colour_jitter=0.4, hue_jitter_degrees=20.0, rand_augment_ops=2)

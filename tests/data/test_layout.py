@@ -1,10 +1,10 @@
 import struct
 
 import pytest
-from test_frames import KINDS, video  # noqa: F401
 
 from polyvit_fast.data.layout import Layout, read_layout
 from polyvit_fast.media import MediaError
+from tests.data.video.test_frames import KINDS, video  # noqa: F401
 
 JOINED = ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "mjpeg.mov", "mpeg4.avi", "h264.flv", "vp8.ivf", "vp8.ogv", "wmv.asf"]
 JOINED += ["animated.gif", "animated.png"]

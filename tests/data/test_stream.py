@@ -18,10 +18,10 @@ from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Task, Train
 from polyvit_fast.data.device import DeviceDecoder
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.manifest import Folder
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.manifest import Folder
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import DataError, Loader, prefetch, sample_index, training_jobs, validation_jobs
-from polyvit_fast.data.synthetic import Synthetic
 
 COLOURS = [(230, 20, 20), (20, 230, 20), (20, 20, 230)]
 

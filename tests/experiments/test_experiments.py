@@ -11,12 +11,12 @@ import torch
 
 from polyvit_fast import experiments
 from polyvit_fast.config import MODELS, Model, Train
-from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.model.cost import num_parameters
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.loop import train
-from polyvit_fast.train.report import plan_report, report_notes
+from polyvit_fast.train.output.report import plan_report, report_notes
+from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
 
 TINY = Model(dim=48, depth=1, num_heads=4, mlp_dim=96)

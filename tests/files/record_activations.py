@@ -12,8 +12,8 @@ from torch import Tensor
 from polyvit_fast import experiments
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.loss import LOSSES
+from polyvit_fast.train.run_folder import checkpoint
 
 TASKS = ("shapes", "tones")
 EXAMPLES = 2

@@ -15,7 +15,9 @@ import torch
 from attention_cases import assert_obeys, upstream
 from samples import normal
 
-from polyvit_kernels import attention_long, attention_short, library, tiles
+from polyvit_kernels import tiles
+from polyvit_kernels.aot import library
+from polyvit_kernels.triton_kernels import attention_long, attention_short
 
 TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 OK, NO_KERNEL, BAD_ARGUMENT, NO_GPU, NO_CONTEXT, CUDA_ERROR = range(6)

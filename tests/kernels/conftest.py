@@ -11,7 +11,7 @@ from interpreted import on_kernels as on_kernels  # another
 from interpreted import registered as registered  # another
 from lost_context import pytest_configure as pytest_configure  # a hook
 
-from polyvit_kernels import aot
+from polyvit_kernels.aot import compile as aot
 
 # What cuBLAS needs to repeat its results, and the yardsticks to be as exact as their dtype.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

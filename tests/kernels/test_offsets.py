@@ -9,7 +9,7 @@ from attention_cases import DTYPES, row
 from compare import DEVICE
 from samples import normal
 
-from polyvit_kernels import attention_long, attention_short
+from polyvit_kernels.triton_kernels import attention_long, attention_short
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="holes are a matter of files; test_gpu.py has tensors of that size")
 FAR = 2**30 + 64  # fits 32 bits itself, but twice of it does not

@@ -11,8 +11,8 @@ from plain_model import plain_block
 from torch.nn import functional
 
 from polyvit_fast.config import Model, Task, Train
-from polyvit_fast.data.demo_files import DemoFiles
-from polyvit_fast.data.image import Image
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.demo_files import DemoFiles
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.model.polyvit import PolyViT
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from polyvit_fast.train.distributed import joined
+from polyvit_fast.train.distributed.process_group import joined
 
 SECONDS = 120.0  # many times what any of these tests takes
 
 # Processes are copies of one that has imported all this once: an import takes seconds.
 _START = multiprocessing.get_context("forkserver")
-_START.set_forkserver_preload(["polyvit_fast.train.evaluate", "polyvit_fast.train.sharded", "torchmetrics.classification", "torch._dynamo"])
+_START.set_forkserver_preload(
+    ["polyvit_fast.train.evaluate", "polyvit_fast.train.distributed.fsdp", "torchmetrics.classification", "torch._dynamo"]
+)
 
 
 def together(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

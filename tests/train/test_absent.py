@@ -9,7 +9,7 @@ from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.distributed import ALONE, World
+from polyvit_fast.train.distributed.process_group import ALONE, World
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.schedule import learning_rate, make_plan

@@ -7,17 +7,17 @@ import pytest
 import torch
 from recordable import META, recording
 from recordable import on_meta as on_meta  # a fixture
-from test_reduce import Sent
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.capture import capture, recordings
+from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Slots
 from polyvit_fast.train.loss import LOSSES
-from polyvit_fast.train.reduce import Reducer
 from polyvit_fast.train.schedule import make_plan
 from polyvit_fast.train.step import Step
+from tests.train.distributed.test_reducer import Sent
 
 
 def test_one_recording_for_each_task():

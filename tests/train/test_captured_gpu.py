@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from polyvit_fast.config import Model, Optim, Task, Train
-from polyvit_fast.data.image import Image
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import Loader, prefetch, training_jobs
-from polyvit_fast.data.synthetic import Synthetic
-from polyvit_fast.data.video import Video
+from polyvit_fast.data.video.modality import Video
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.capture import Captured, capture
+from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Slots, feed, pinned
-from polyvit_fast.train.log import Log
 from polyvit_fast.train.loop import train
-from polyvit_fast.train.reduce import Reducer
+from polyvit_fast.train.output.log import Log
+from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.schedule import learning_rate, make_plan
 from polyvit_fast.train.step import Step
 

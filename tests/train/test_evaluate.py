@@ -11,17 +11,17 @@ from processes import started, together
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.manifest import Folder
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.manifest import Folder
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import DataError, Loader
-from polyvit_fast.data.synthetic import Synthetic
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import generator
-from polyvit_fast.train import checkpoint
-from polyvit_fast.train.checkpoint import Checkpoint
-from polyvit_fast.train.distributed import World
+from polyvit_fast.train.distributed.process_group import World
 from polyvit_fast.train.evaluate import evaluate, evaluate_run, find_checkpoint, view_logits
 from polyvit_fast.train.loop import train
+from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.checkpoint import Checkpoint
 
 
 def untrained(config):

@@ -3,7 +3,7 @@ import torch
 from recordable import META, recording
 from tiny_runs import tile_task, tiny_config
 
-from polyvit_fast.data.audio import Audio
+from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.stream import Batch, Loader
 from polyvit_fast.train.feed import ALIGNMENT, Inputs, Slots, copy_batch, without_repeats
 

@@ -20,16 +20,16 @@ from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Decoder, Task, Train
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.manifest import Folder
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.manifest import Folder
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import DataError
-from polyvit_fast.data.synthetic import Synthetic
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.evaluate import evaluate_run
-from polyvit_fast.train.log import Log, print_evaluation, print_results
 from polyvit_fast.train.loop import train
-from polyvit_fast.train.plot import plot_run
+from polyvit_fast.train.output.log import Log, print_evaluation, print_results
+from polyvit_fast.train.output.plot import plot_run
 from polyvit_fast.train.run import NonFiniteError
+from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.schedule import make_plan
 
 

@@ -3,17 +3,17 @@
 import pytest
 import torch
 from interpreted import registered as registered  # a fixture
-from test_reduce import Sent
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Optim, Train
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.evaluate import view_logits
 from polyvit_fast.train.feed import Inputs
-from polyvit_fast.train.reduce import Reducer
 from polyvit_fast.train.step import Step
 from polyvit_kernels.ops import weights
+from tests.train.distributed.test_reducer import Sent
 
 STEPS = 20
 

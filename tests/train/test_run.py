@@ -17,13 +17,13 @@ from tiny_runs import tiny_config
 from polyvit_fast import cli
 from polyvit_fast.config import Optim
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.clock import Clock, TaskTime
-from polyvit_fast.train.distributed import World
-from polyvit_fast.train.lock import LOCK, RECORD
-from polyvit_fast.train.log import PeerLog
+from polyvit_fast.train.distributed.process_group import World
 from polyvit_fast.train.loop import train
+from polyvit_fast.train.output.log import PeerLog
 from polyvit_fast.train.run import Run
+from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.lock import LOCK, RECORD
 from polyvit_fast.train.schedule import make_plan
 from polyvit_fast.train.step import Step
 

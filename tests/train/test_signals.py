@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from polyvit_fast.train import checkpoint
+from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.signals import Stop, Stopped, exit_code, stop_on_signals
 
 SECONDS = 120.0  # many times what any of these tests takes
@@ -21,8 +21,8 @@ import os, time
 from dataclasses import dataclass
 from pathlib import Path
 from polyvit_fast.config import Model, Task, Train
-from polyvit_fast.data.image import Image
-from polyvit_fast.data.synthetic import Synthetic
+from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.synthetic import Synthetic
 
 def reach(stage, seconds):
     if stage == Path("slow").read_text():

@@ -22,8 +22,8 @@ from polyvit_fast import experiments
 from polyvit_fast.config import Optim
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train import checkpoint
 from polyvit_fast.train.loop import train
+from polyvit_fast.train.run_folder import checkpoint
 
 ROOT = Path(__file__).parents[2]
 # SGD, for AdamW divides by gradients that are zero but for rounding.

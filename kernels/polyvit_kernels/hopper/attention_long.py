@@ -27,7 +27,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from polyvit_kernels.attention_short import scale_of
 from polyvit_kernels.hopper.layouts import (
     LN_2,
     accumulators,
@@ -52,6 +51,7 @@ from polyvit_kernels.hopper.layouts import (
 )
 from polyvit_kernels.hopper.streams import KEYS, QUERIES, run
 from polyvit_kernels.tiles import Tile, Variant, num_processors
+from polyvit_kernels.triton_kernels.attention_short import scale_of
 
 _INTEGERS = ["tokens", "heads", "groups", "tiles"]
 

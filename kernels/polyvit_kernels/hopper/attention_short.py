@@ -22,7 +22,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from polyvit_kernels.attention_short import scale_of
 from polyvit_kernels.hopper.few import attend_few, differentiate_few
 from polyvit_kernels.hopper.layouts import (
     LN_2,
@@ -58,6 +57,7 @@ from polyvit_kernels.hopper.layouts import (
     wide_zeros,
 )
 from polyvit_kernels.tiles import Tile, Variant
+from polyvit_kernels.triton_kernels.attention_short import scale_of
 
 _LENGTHS = {64: (50, 145, 191, 197, 224, 256)}
 """For which `variants` compiles, by head_dim: with and without a ragged block, with and without rows after the blocks."""

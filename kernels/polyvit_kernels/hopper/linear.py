@@ -27,10 +27,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from polyvit_kernels import linear
 from polyvit_kernels.hopper.layouts import ALIGNMENT, line_shared, mma, packed
-from polyvit_kernels.linear import gelu, gelu_and_slope
 from polyvit_kernels.tiles import Tile, Variant, num_processors, pick_for
+from polyvit_kernels.triton_kernels import linear
+from polyvit_kernels.triton_kernels.linear import gelu, gelu_and_slope
 
 _BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _BIAS_SLOTS = gl.constexpr(3)  # of this tile, of the next one, and the one that is written

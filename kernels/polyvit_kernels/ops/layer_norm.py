@@ -102,7 +102,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtyp
     tile = tiles.pick_for("layer_norm_forward", x, features=x.shape[-1])
     if tile.backend == "torch":
         return _layer_norm_by_torch(x, weight, bias, eps, out_dtype)
-    from polyvit_kernels import norm
+    from polyvit_kernels.triton_kernels import layer_norm as norm
 
     with torch.cuda.device_of(x):
         _, out, mean, rstd = norm.forward(x, None, weight, bias, eps, out_dtype, tile)
@@ -135,7 +135,7 @@ def _(
     )
     if tile.backend == "torch":
         return _add_layer_norm_by_torch(x, residual, weight, bias, eps, out_dtype)
-    from polyvit_kernels import norm
+    from polyvit_kernels.triton_kernels import layer_norm as norm
 
     with torch.cuda.device_of(x):
         total, out, mean, rstd = norm.forward(x, residual, weight, bias, eps, out_dtype, tile)
@@ -198,7 +198,7 @@ def _(
     tile = tiles.pick_for("layer_norm_backward", x, features=x.shape[-1])
     if tile.backend == "torch":
         return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum, low_dtype, factors)
-    from polyvit_kernels import norm
+    from polyvit_kernels.triton_kernels import layer_norm as norm
 
     with torch.cuda.device_of(x):
         d_x, low, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, low_dtype, factors)

@@ -168,7 +168,7 @@ def _kernels(tile: Tile) -> Any:
     if tile.backend == "hopper":
         from polyvit_kernels.hopper import linear
     else:
-        from polyvit_kernels import linear
+        from polyvit_kernels.triton_kernels import linear
     return linear
 
 

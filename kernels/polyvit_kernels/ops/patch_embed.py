@@ -125,7 +125,7 @@ def _(
     tile = tiles.pick_for("patch_embed_forward", weight, features=weight[0].numel())
     if tile.backend == "torch":
         return _patch_embed_by_torch(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
-    from polyvit_kernels import patches
+    from polyvit_kernels.triton_kernels import patch_embed as patches
 
     with torch.cuda.device_of(grid):
         return patches.forward(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype, tile)
@@ -163,7 +163,7 @@ def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> 
     tile = tiles.pick_for("patch_embed_backward", weight, features=weight[0].numel())
     if tile.backend == "torch":
         return _patch_embed_backward_by_torch(grad, grid, weight, mean, std)
-    from polyvit_kernels import patches
+    from polyvit_kernels.triton_kernels import patch_embed as patches
 
     with torch.cuda.device_of(grid):
         tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)

@@ -197,7 +197,7 @@ def _sgd_cuda(param: Tensor, *others: Any) -> None:
     tile = tiles.pick_for("sgd_update", param)
     if tile.backend == "torch":
         return _sgd_by_torch(param, *others)
-    from polyvit_kernels import update
+    from polyvit_kernels.triton_kernels import update
 
     _check_apart(_SGD_BUFFERS, (param, *others[:4]))
     with torch.cuda.device_of(param):
@@ -209,7 +209,7 @@ def _adamw_cuda(param: Tensor, *others: Any) -> None:
     tile = tiles.pick_for("adamw_update", param)
     if tile.backend == "torch":
         return _adamw_by_torch(param, *others)
-    from polyvit_kernels import update
+    from polyvit_kernels.triton_kernels import update
 
     _check_apart(_ADAMW_BUFFERS, (param, *others[:5]))
     with torch.cuda.device_of(param):

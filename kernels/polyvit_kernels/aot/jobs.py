@@ -1,0 +1,100 @@
+"""Which kernels the rows of the tile table need on which GPUs."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import islice
+
+from polyvit_kernels.tiles import ANY, Tile, Variant
+
+PACKAGES = {"triton": "polyvit_kernels.triton_kernels", "hopper": "polyvit_kernels.hopper"}
+
+_MODULES = {
+    "attention_short_": "attention_short",
+    "attention_long_": "attention_long",
+    "linear_": "linear",
+    "dgelu_": "linear",
+    "layer_norm_": "layer_norm",
+    "patch_embed_": "patch_embed",
+    "sgd_": "update",
+    "adamw_": "update",
+}
+
+BACKEND_CHOICE = "attention"
+"""The op whose rows choose between our kernels, which have ops of their own, and other libraries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The `index`-th kernel of a row, for a dtype and the GPU `arch`: what a worker compiles."""
+
+    tile: Tile
+    dtype: str
+    arch: int
+    index: int
+
+    def __str__(self) -> str:
+        low, high = self.tile.tokens
+        return f"{self.tile.op} {self.dtype} sm_{self.arch} tokens {low}..{high} features {self.tile.features}, kernel {self.index}"
+
+    def variant(self) -> Variant:
+        """What it compiles."""
+        return next(islice(variants(self.tile, self.dtype), self.index, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row as the GPU `arch` and a dtype see it; `kernels` are places in the list of jobs."""
+
+    tile: Tile
+    dtype: str
+    arch: int
+    kernels: tuple[int, ...]
+
+
+def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
+    """The kernels of a row; none for one that another backend serves. Raises ValueError for an op that no module compiles."""
+    if tile.backend not in PACKAGES:
+        return iter(())
+    module = next((module for prefix, module in _MODULES.items() if tile.op.startswith(prefix)), None)
+    if module is None:
+        raise ValueError(f"no module compiles the rows of {tile.op}: add it to plan._MODULES")
+    budget = {"programs_per_sm": tile.programs_per_sm, "allowed_spills": tile.allowed_spills}
+    return (replace(variant, **budget) for variant in import_module(f"{PACKAGES[tile.backend]}.{module}").variants(tile, dtype))
+
+
+def plan(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Entry], list[Job]]:
+    """What each row is on each GPU, and each distinct kernel once. A row that knows none of the dtypes is there for all of its own."""
+    entries: list[Entry] = []
+    places: dict[Hashable, int] = {}
+    jobs: list[Job] = []
+    for tile in (tile for tile in table if tile.op != BACKEND_CHOICE):
+        for arch in (arch for arch in archs if arch in tile.archs):
+            for dtype in [dtype for dtype in dtypes if dtype in tile.dtypes] or tile.dtypes:
+                target = compile_arch(tile, arch, archs)
+                kernels = []
+                for index, variant in enumerate(variants(tile, dtype)):
+                    place = places.setdefault(_identity(variant, target), len(jobs))
+                    if place == len(jobs):
+                        jobs.append(Job(tile=tile, dtype=dtype, arch=target, index=index))
+                    kernels.append(place)
+                entries.append(Entry(tile=tile, dtype=dtype, arch=arch, kernels=tuple(kernels)))
+    return entries, jobs
+
+
+def compile_arch(tile: Tile, arch: int, archs: Sequence[int]) -> int:
+    """The GPU to compile for, so that `arch` runs the image: before Hopper, code for the oldest of a generation runs on all of it."""
+    return arch if arch >= 90 else min(a for a in archs if a in tile.archs and a // 10 == arch // 10)
+
+
+def _identity(variant: Variant, arch: int) -> Hashable:
+    parts = (sorted(variant.signature.items()), sorted(variant.constants.items(), key=lambda pair: pair[0]), sorted(variant.divisible))
+    options = (variant.num_warps, variant.num_stages, variant.max_registers, variant.programs_per_sm, variant.allowed_spills)
+    return (variant.kernel.__module__, variant.kernel.__name__, str(parts), *options, arch)
+
+
+def span(*limits: int) -> str:
+    """A row's limits for people: one is the most, two are the fewest and the most."""
+    if limits[-1] < ANY:
+        return "..".join(map(str, limits))
+    return "any" if limits[0] in (1, ANY) else f"{limits[0]}.."

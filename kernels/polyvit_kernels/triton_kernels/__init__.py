@@ -1,0 +1,1 @@
+"""The portable kernels: Triton, for every GPU."""

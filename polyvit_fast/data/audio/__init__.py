@@ -1,0 +1,1 @@
+"""Sounds: the record, decoding, spectrograms, and what the headers of sound files say."""

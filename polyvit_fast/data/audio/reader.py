@@ -1,0 +1,92 @@
+"""Sound files to mono waveforms of one sample rate. Which kind a file is, its content tells, not its name.
+
+DALI decodes what libsndfile does, in batches: faster than PyAV, and with libsndfile's samples, which FFmpeg does not always give (it swaps
+the bytes of RIFX). PyAV (FFmpeg) decodes the rest: Ogg, MP3, AAC, WMA, videos. Channels are averaged either way. PyAV also resamples,
+for DALI's resampler turns frequencies that the new rate cannot hold into other ones, at full strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from polyvit_fast.data.audio.header import Header, read_header
+from polyvit_fast.data.audio.waves import Wave, check_size, decode, resample
+from polyvit_fast.data.dali import Graph, new_pipeline
+from polyvit_fast.data.threads import map_in_threads
+from polyvit_fast.media import Media, MediaError
+
+PIECE_BYTES = 1 << 28  # a batch of songs would be gigabytes before they are cut
+LOUDEST = 1e12  # full scale is 1, in some files 2**31; the energy of this is still far from float32's end
+
+
+class SoundReader:
+    """Reads up to `batch` files at a time. A file's waveform does not depend on the others."""
+
+    def __init__(self, *, batch: int, num_threads: int, sample_rate_hz: int, max_seconds: float) -> None:
+        self.num_threads, self.sample_rate_hz, self.max_seconds = num_threads, sample_rate_hz, max_seconds
+        self.waves = Graph(lambda: _decoding_pipeline(batch, num_threads))
+
+    def read(self, media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
+        """Call `use` with every file's index and waveform, from several threads, in no particular order. It must not keep the waveform.
+
+        Raises MediaError when a file is no sound, is truncated or damaged, or lasts longer than `max_seconds`; the next call works.
+        """
+        headers = map_in_threads(self._read_header, media, self.num_threads)
+        others = [i for i, header in enumerate(headers) if header is None]
+        map_in_threads(lambda i: use(i, self._finish(*decode(media[i], self.max_seconds))), others, self.num_threads)
+        for piece in _pieces({i: header for i, header in enumerate(headers) if header is not None}):
+            self._read_with_dali({i: slice(headers[i].tag_bytes, headers[i].end) for i in piece}, media, use)
+
+    def _read_header(self, media: Media) -> Header | None:
+        header = read_header(media)
+        if header is not None:
+            check_size(header.samples, header.channels, header.sample_rate_hz, self.max_seconds)
+        return header
+
+    def _read_with_dali(self, parts: dict[int, slice], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
+        piece = list(parts)
+        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8)[parts[i]], piece, self.num_threads)
+        failure = "truncated or damaged: its header is good, its samples cannot be decoded"
+        waves, rates = self.waves.run(failure, content=contents)
+
+        def finish(k: int) -> None:
+            rate, wave = int(rates.at(k)), np.from_dlpack(waves[k])
+            check_size(len(wave), 1, rate, self.max_seconds)  # some headers say less than libsndfile reads
+            use(piece[k], self._finish(rate, wave))
+
+        map_in_threads(finish, range(len(piece)), self.num_threads)
+
+    def _finish(self, rate: int, wave: Wave) -> Float32[np.ndarray, " resampled"]:
+        if not len(wave):
+            raise MediaError("there are no samples in it")
+        if not np.maximum(wave.max(), -wave.min()) <= LOUDEST:  # not a number is neither
+            raise MediaError(f"some of its samples are infinite, not a number or beyond {LOUDEST:g}")
+        return resample(wave, rate, self.sample_rate_hz)
+
+
+def _pieces(headers: dict[int, Header]) -> Iterator[list[int]]:
+    """The files in lots that fit into `PIECE_BYTES` together with their waveforms."""
+    piece, total = [], 0
+    for i, header in headers.items():
+        num_bytes = header.num_bytes + 4 * header.samples
+        if piece and total + num_bytes > PIECE_BYTES:
+            yield piece
+            piece, total = [], 0
+        piece.append(i)
+        total += num_bytes
+    if piece:
+        yield piece
+
+
+def _decoding_pipeline(batch: int, num_threads: int) -> Any:
+    """DALI graph from files to waveforms and their sample rates."""
+    pipeline, fn, types = new_pipeline(batch, num_threads)
+    with pipeline:
+        content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(*fn.decoders.audio(content, downmix=True))
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,1 @@
+"""Random colours and RandAugment, on the CPU and on the GPU."""

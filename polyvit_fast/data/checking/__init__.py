@@ -1,0 +1,1 @@
+"""`polyvit-fast check`: every file decoded, and what was found."""

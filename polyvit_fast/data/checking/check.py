@@ -1,0 +1,258 @@
+"""Is every file good? Each is really decoded, in processes of their own, which may hang or crash without harm."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from polyvit_fast.config import Decoder, Source, Task, Train
+from polyvit_fast.data.checking.digests import Checked, Split, sha256
+from polyvit_fast.data.checking.findings import SPLITS, Findings, Verdict
+from polyvit_fast.data.dali import UnavailableError
+from polyvit_fast.data.sources.synthetic import Synthetic
+from polyvit_fast.media import DEFECTS, Media, MediaError, Sample, printable
+from polyvit_fast.randomness import generator
+
+START_SECONDS = 120.0  # for importing and building a decoder; the deadline of a file counts from the moment it is handed over
+AHEAD = 100  # samples per process that others may go on with while one hangs
+
+
+def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: float) -> int:
+    """Check all files of all tasks with a progress bar; give the number of broken ones. Findings are told and kept as they come.
+
+    `out` gets broken.tsv with task, split, file and reason, and for each split that was checked to its end TASK-SPLIT.csv, a manifest of
+    the good files, and TASK-SPLIT.sha256, by which the next check knows what has changed; duplicates.tsv names files whose bytes are equal
+    though one of them is for validation, or their labels differ. Raises ValueError at the end when some splits could not be checked.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    findings = Findings(out, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True))
+    with Progress(*columns, console=console, transient=True) as progress:
+        try:
+            for name, task in config.tasks.items():
+                checked: dict[Split, Checked] = {}
+                for split in SPLITS:
+                    if isinstance(_source(task, split), Synthetic):
+                        continue
+                    try:
+                        checked[split] = _check_split(name, task, split, findings, progress, num_workers, deadline_seconds)
+                    except ValueError as error:
+                        findings.fail(name, split, error)
+                findings.compare(name, task, checked)
+        except KeyboardInterrupt:
+            findings.tell(f"stopped; so far {findings.summarise()}")
+            raise
+    findings.tell(findings.summarise())
+    if findings.failures:
+        raise ValueError(f"{len(findings.failures)} splits could not be checked, for the reasons above: {'; '.join(findings.failures)}")
+    return findings.num_broken
+
+
+def _check_split(
+    name: str, task: Task, split: Split, findings: Findings, progress: Any, num_workers: int, deadline_seconds: float
+) -> Checked:
+    """Check a split and write what `check_files` says of it. Raises ValueError when it cannot be listed or its kind not be decoded."""
+    source = _source(task, split)
+    try:
+        samples = source.samples(task)
+        remarks = source.remarks(task)
+    except (ValueError, OSError) as error:
+        if split == "val" and _lacks_classes(task):
+            raise ValueError("its files were not checked, for its labels need the class list of train, which cannot be read") from error
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+    if not samples:
+        raise ValueError(f"{source} has no samples")
+    for remark in remarks:
+        findings.tell(f"{name} {split}: {remark}")
+    bar = progress.add_task(f"{name} {split}", total=len(samples))
+    verdicts = []
+    try:
+        with closing(scan(name, task, split, samples, num_workers, deadline_seconds)) as judged:
+            for verdict in judged:
+                verdicts.append(verdict)
+                if verdict.reason:
+                    findings.add(name, split, verdict)
+                progress.advance(bar)
+    finally:
+        progress.remove_task(bar)
+    return findings.finish(name, task, split, samples, verdicts)
+
+
+def _lacks_classes(task: Task) -> bool:
+    """Whether the training source, whose class list is for every split, cannot tell it."""
+    try:
+        task.train.class_names(task)
+    except (ValueError, OSError):
+        return True
+    return False
+
+
+def find_broken(
+    task_name: str, task: Task, samples: Sequence[Sample], *, deadline_seconds: float, num_workers: int = 2, split: Split = "train"
+) -> list[Verdict]:
+    """The verdicts on those of `samples` that are broken, hang or crash, each decoded alone."""
+    return [verdict for verdict in scan(task_name, task, split, samples, num_workers, deadline_seconds) if verdict.reason]
+
+
+def _source(task: Task, split: Split) -> Source:
+    return {"train": task.train, "val": task.val}[split]
+
+
+def scan(
+    name: str, task: Task, split: Split, samples: Sequence[Sample], num_workers: int, deadline_seconds: float
+) -> Generator[Verdict, None, None]:
+    """The verdict on every sample, in order, from `num_workers` processes.
+
+    A file that takes longer than `deadline_seconds` or brings the decoder down is named like any other broken one.
+    """
+    # Each thread waits for a process at a time; a few samples are handed out ahead.
+    workers = [_Worker(name, task, split) for _ in range(min(num_workers, len(samples)))]
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def judge(index: int) -> Verdict:
+        worker, media = idle.get(), samples[index].media
+        try:
+            return Verdict(index, media.name, *worker.judge(media, deadline_seconds))
+        finally:
+            idle.put(worker)
+
+    executor = ThreadPoolExecutor(max(1, len(workers)), thread_name_prefix="check")
+    pending: deque[Future[Verdict]] = deque()
+    try:
+        for index in range(len(samples)):
+            pending.append(executor.submit(judge, index))
+            if len(pending) > AHEAD * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+        executor.shutdown()
+
+
+class _Worker:
+    """A process that decodes one file at a time; started when there is one, and again after each that it did not survive."""
+
+    def __init__(self, name: str, task: Task, split: Split) -> None:
+        self.name, self.task, self.split = name, task, split
+        self.process: BaseProcess | None = None
+        self.pipe: Any = None
+
+    def judge(self, media: Media, deadline_seconds: float) -> tuple[str, str]:
+        """(why a file cannot be used, the SHA-256 of its bytes): the first is empty when it can, the second when it cannot be read.
+
+        Raises ValueError when nothing of its kind can be decoded on this machine, RuntimeError when the decoder has a defect.
+        """
+        if self.process is None or not self.process.is_alive():
+            self._start()
+        self.pipe.send(media)
+        if not self.pipe.poll(deadline_seconds):
+            self.kill()
+            return f"it was not decoded within {deadline_seconds:g} seconds", ""
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            return f"the decoder crashed on it ({self._cause_of_death()})", ""
+        if isinstance(answer, UnavailableError):
+            raise ValueError(f"task {self.name}: {answer}") from answer
+        if isinstance(answer, _Defect):
+            fault = "the decoder has a defect, which is no fault of the file; please report it with what follows"
+            raise RuntimeError(f"task {self.name}, file {printable(media.name)}: {fault}\n{answer.traceback}")
+        with suppress(EOFError):
+            if self.pipe.poll(deadline_seconds):
+                return answer, self.pipe.recv()
+        self.kill()
+        return answer, ""
+
+    def kill(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+
+    def _cause_of_death(self) -> str:
+        assert self.process is not None
+        self.process.join(5)
+        self.kill()
+        code = self.process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _start(self) -> None:
+        # A fork of this process would hold DALI's locks but not its threads; the server imports PyTorch once for all of them.
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.pipe, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self.task, self.split), daemon=True)
+        try:
+            process.start()
+        except Exception as error:
+            fault = f"it cannot be sent to the processes that check its files; define its classes in an importable module ({error})"
+            raise ValueError(f"task {self.name}: {fault}") from error
+        self.process = process
+        theirs.close()
+        try:
+            fault = self.pipe.recv() if self.pipe.poll(START_SECONDS) else f"it took over {START_SECONDS:g} seconds"
+        except EOFError:
+            fault = self._cause_of_death()
+        if fault:
+            self.kill()
+            raise RuntimeError(f"task {self.name}: a process that checks its files did not start: {fault}")
+
+
+def _work(pipe: Any, task: Task, split: Split) -> None:
+    """The life of such a process: it answers each file with the reason against it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its processes
+    torch.set_num_threads(1)
+    try:
+        task = replace(task, modality=task.modality.thorough())
+        decoder = _source(task, split).decoder(task, batch=1, train=False, num_threads=1)
+    except Exception as error:
+        return pipe.send(f"{type(error).__name__}: {error}")
+    pipe.send("")
+    with suppress(EOFError):
+        while True:
+            media = pipe.recv()
+            reason = _reason(decoder, media)
+            pipe.send(reason)
+            if isinstance(reason, str):
+                pipe.send(sha256(media))
+
+
+@dataclass(frozen=True)
+class _Defect:
+    """What a decoder raised by a mistake in its code."""
+
+    traceback: str
+
+
+def _reason(decoder: Decoder, media: Media) -> str | UnavailableError | _Defect:
+    try:
+        grid = decoder([media], [generator("check", media.name)])
+    except MediaError as error:
+        return str(error)
+    except UnavailableError as error:
+        return error
+    except DEFECTS:
+        return _Defect(traceback.format_exc())
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return "" if torch.isfinite(grid).all() else "some of its numbers are not finite"

@@ -1,0 +1,1 @@
+"""Where samples come from: folders, tables, tar shards, generated files; and their classes."""

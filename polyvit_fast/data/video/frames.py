@@ -1,0 +1,332 @@
+"""Frames of a video file by number, through PyAV (FFmpeg): every container and codec, on plain CPU threads.
+
+PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses (H.264, HEVC, AV1): it is as quick on the others
+(VP8, VP9, MJPEG), and one decoder means that colours are equal everywhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from polyvit_fast.data.layout import read_layout
+from polyvit_fast.data.video.orientation import UPRIGHT, Orientation, orientation_of
+from polyvit_fast.data.video.timeline import (
+    SEQUENTIAL,
+    FileOrder,
+    Timeline,
+    counted_timeline,
+    has_regular_index,
+    header_timeline,
+    joined_at,
+    packets,
+)
+from polyvit_fast.media import Media, MediaError
+
+FORMATS = f"mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif,{SEQUENTIAL}"  # demuxers; playlists, which name other files, stay shut
+SEEK_FRAMES = 250  # a gap this long holds a keyframe in nearly every file, so that seeking beats decoding on
+FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
+MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the wanted size
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a video file says of itself and of its first frame, in FFmpeg's words and numbers."""
+
+    container: str
+    codec: str
+    num_frames: int
+    height: int
+    width: int
+    pixels: str
+    colorspace: int
+    plain: bool
+    """Whether its k-th frame is frame k, and frames are upright, progressive and of the usual (limited) range of levels."""
+
+
+def read_header(media: Media, max_pixels: int) -> Header:
+    """Decodes the first frame only. Raises MediaError as `read_clips` does."""
+    with _opened(media, max_pixels) as (container, stream, timeline):
+        _, frame, orientation = _reader(container, stream, timeline).frame(0)
+        _check_size(frame, max_pixels)
+        return Header(
+            container=container.format.name,
+            codec=stream.codec_context.codec.canonical_name,
+            num_frames=timeline.num_frames,
+            height=frame.height,
+            width=frame.width,
+            pixels=frame.format.name,
+            colorspace=int(frame.colorspace),
+            plain=(timeline.regular or has_regular_index(stream, timeline))
+            and frame.pts == timeline.start
+            and orientation == UPRIGHT
+            and not frame.interlaced_frame
+            and int(frame.color_range) != FULL_RANGE
+            and len(container.streams.video) == 1,
+        )
+
+
+def read_clips(
+    media: Media,
+    choose: Callable[[int], Int[np.ndarray, "clips frames"]],
+    *,
+    resize: Callable[[int, int], tuple[int, int]],
+    max_pixels: int,
+) -> UInt8[np.ndarray, "clips frames height width 3"]:
+    """The RGB frames whose numbers `choose` picks, given how many there are, in the (height, width) that `resize` gives for their own.
+
+    The file is decoded from the keyframe before the first wanted frame on. Frames are turned and mirrored as the file says; non-square
+    pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, when its time stamps
+    start anew where it cannot be read on, and when the decoder reports damage on the way to a wanted frame.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    with _opened(media, max_pixels) as (container, stream, timeline):
+        numbers = choose(timeline.num_frames)
+        reader, converter = _reader(container, stream, timeline), VideoReformatter()
+        clips = None
+        for number in np.unique(numbers):
+            shown = reader.frame(int(number))
+            _check_size(shown.frame, max_pixels)
+            if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
+                clips = np.empty((*numbers.shape, *_resized(shown, resize), 3), np.uint8)
+            clips[numbers == number] = _picture(converter, shown, clips.shape[-3], clips.shape[-2])
+        assert clips is not None
+        return clips
+
+
+@contextmanager
+def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]]:
+    """The container, its video stream and that one's timeline."""
+    with media.open() as file:
+        layout = read_layout(file)
+        if layout.end > layout.size:
+            raise MediaError(f"truncated: it ends after {layout.size} of at least {layout.end} bytes")
+        if layout.joints and not layout.read_on:
+            raise MediaError(joined_at(layout.joints[0]))
+        with _open(file, max_pixels) as container, _telling("damaged: {}".format):
+            stream = _video_stream(container, max_pixels)
+            timeline = header_timeline(container, stream) or counted_timeline(
+                container, stream, layout.joints, partial(_videos, media, max_pixels, end=layout.size)
+            )
+            if timeline.order is None:
+                yield container, stream, timeline
+                return
+    with media.open() as file, _open(file, max_pixels) as container, _telling(timeline.failure):
+        yield container, _video_stream(container, max_pixels), timeline
+
+
+def _videos(media: Media, max_pixels: int, start: int, end: int) -> set[tuple[str, int]]:
+    """The container and the id of each video stream in a part of a file; none where it cannot be read alone."""
+    part = replace(media, offset=media.offset + start, size=end - start)
+    with suppress(MediaError), part.open() as file, _open(file, max_pixels) as container, _telling(str):
+        keys = [packet for packet in packets(container, *container.streams.video) if packet.is_keyframe]
+        return {(container.format.name, packet.stream.id) for packet in keys}
+    return set()
+
+
+@contextmanager
+def _telling(failure: Callable[[str], str]) -> Iterator[None]:
+    """What FFmpeg and the disk report is the file's failure."""
+    from av.error import FFmpegError
+
+    try:
+        yield
+    except (FFmpegError, OSError) as error:
+        raise MediaError(failure(error.strerror or str(error))) from None
+
+
+def _open(file: Any, max_pixels: int) -> Any:
+    import av
+    from av.error import ArgumentError, FFmpegError
+
+    try:
+        return av.open(
+            file,
+            options=_decoder_limit(max_pixels),  # opening decodes frames already
+            container_options={"format_whitelist": FORMATS, "fflags": "-genpts"},  # time stamps made up by FFmpeg are wrong in AVI
+            metadata_errors="replace",
+        )
+    except ArgumentError:
+        raise MediaError(f"its format is none of {FORMATS}") from None
+    except (FFmpegError, OSError) as error:
+        raise MediaError(f"not a video that can be opened: {error.strerror or error}") from None
+
+
+def _decoder_limit(max_pixels: int) -> dict[str, str]:
+    return {"max_pixels": str(2 * max_pixels + 100_000)}  # decoders count sides that are rounded up to multiples of 128
+
+
+def _video_stream(container: Any, max_pixels: int) -> Any:
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a sound file's cover is one
+    if not streams:
+        raise MediaError("there is no video stream in it")
+    stream = next((s for s in streams if s.frames != 1), streams[0])  # an animated AVIF begins with a still
+    context = stream.codec_context
+    if context is None:
+        raise MediaError("its video codec is not supported")
+    _check_size(context, max_pixels)
+    context.options = _decoder_limit(max_pixels)  # frames may grow in the middle of a stream
+    context.thread_count = 1  # files are decoded side by side instead
+    return stream
+
+
+def _check_size(picture: Any, max_pixels: int) -> None:
+    width, height = picture.width, picture.height
+    if not width * height:
+        raise MediaError(f"its frames cannot be decoded or have far more than max_pixels = {max_pixels}")
+    if width * height > max_pixels:
+        raise MediaError(f"its frames have {width} x {height} pixels, more than max_pixels = {max_pixels}")
+    if not 1 / MAX_ASPECT <= width / height <= MAX_ASPECT:
+        raise MediaError(f"its frames have {width} x {height} pixels; more than {MAX_ASPECT} to 1 is refused")
+
+
+class _Shown(NamedTuple):
+    number: int
+    frame: Any
+    orientation: Orientation
+
+
+class _Reader(ABC):
+    """The frames shown at ascending numbers."""
+
+    def __init__(self, container: Any, stream: Any, timeline: Timeline) -> None:
+        self.container, self.stream, self.timeline = container, stream, timeline
+        self.shown: _Shown | None = None
+        self.next: _Shown | None = None
+        self.decoded: Iterator[_Shown] = iter(())
+
+    def frame(self, number: int) -> _Shown:
+        """The last frame that is not later than `number`. Raises MediaError when the file ends far before it."""
+        if self.shown is None or number - self.shown.number > SEEK_FRAMES:
+            self.jump(number)
+        while self.next is not None and (self.shown is None or self.next.number <= number):
+            self.shown, self.next = self.next, next(self.decoded, None)
+        if self.shown is None:
+            raise MediaError("not one of its frames can be decoded")
+        if self.next is None:
+            self._check_end(number, self.shown)
+        if self.shown.frame.is_corrupt:
+            raise MediaError(self.timeline.failure(f"its frame {self.shown.number} cannot be decoded completely"))
+        return self.shown
+
+    @abstractmethod
+    def jump(self, number: int) -> None:
+        """Makes `next` a frame that is not later than `number`, where there is one."""
+
+    def start(self, decoded: Iterator[tuple[int, Any]]) -> None:
+        """Goes on with these frames and their numbers."""
+        self.decoded = _oriented(decoded)
+        self.shown, self.next = None, next(self.decoded, None)
+
+    def _check_end(self, number: int, shown: _Shown) -> None:
+        last = shown.number
+        if self.timeline.order is None:
+            last += max(0, round((shown.frame.duration or 0) * self.timeline.frames_per_tick) - 1)
+        if number > last + max(2, 0.02 * self.timeline.num_frames):
+            raise MediaError(self.timeline.failure(f"none of its {self.timeline.num_frames} frames after frame {last} can be decoded"))
+
+
+def _oriented(decoded: Iterator[tuple[int, Any]]) -> Iterator[_Shown]:
+    orientation = UPRIGHT
+    for number, frame in decoded:
+        orientation = orientation_of(frame, orientation)
+        yield _Shown(number, frame, orientation)
+
+
+class _ByTime(_Reader):
+    """Seeks."""
+
+    def jump(self, number: int) -> None:
+        # Containers seek by decoding time, which runs ahead of the time shown, so that the keyframe found may be too late.
+        for earlier in (number, number - 10, number - 50, number - SEEK_FRAMES):
+            if earlier > 0:
+                self._seek(self.timeline.pts(earlier))
+                if self.next is not None and self.next.number <= number:
+                    return
+        self._seek(self.timeline.first_dts)
+
+    def _seek(self, timestamp: int) -> None:
+        self.container.seek(timestamp, stream=self.stream, backward=True)
+        self.start(self._decode())
+
+    def _decode(self) -> Iterator[tuple[int, Any]]:
+        first = None
+        for packet in packets(self.container, self.stream):
+            if first is None:
+                if not packet.is_keyframe or packet.pts is None:
+                    continue
+                first = packet
+            for frame in packet.decode():
+                # Frames shown before the keyframe that they follow in the file (open GOP) lack their references.
+                if frame.pts is not None and frame.pts >= first.pts:
+                    yield self.timeline.number(frame.pts), frame
+
+
+class _ByOrder(_Reader):
+    """Reads a newly opened file from its start, for time stamps do not lead to its frames, and decodes from the wanted ones on."""
+
+    def __init__(self, container: Any, stream: Any, timeline: Timeline, order: FileOrder) -> None:
+        super().__init__(container, stream, timeline)
+        self.order = order
+        self.read = -1
+        self.packets = enumerate(packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
+
+    def jump(self, number: int) -> None:
+        entry = self.order.entry(number)
+        if self.shown is None or entry > self.read:
+            self.stream.codec_context.flush_buffers()
+            self.start(self._decode(entry))
+
+    def _decode(self, entry: int) -> Iterator[tuple[int, Any]]:
+        numbers = self.order.numbers
+        for count, frame in enumerate(self._frames(entry)):
+            if not numbers:
+                yield count, frame
+            elif frame.pts is not None and frame.pts >= numbers[entry]:  # others follow the keyframe but need frames before it
+                yield frame.pts, frame
+
+    def _frames(self, entry: int) -> Iterator[Any]:
+        """From a packet on; their time stamps are their numbers."""
+        numbers, recording = self.order.numbers, bisect_right(self.order.starts, entry)
+        for number, packet in self.packets:
+            self.read = number
+            if number < entry or (numbers and numbers[number] < 0):
+                continue
+            if self.order.joined and recording < (recording := bisect_right(self.order.starts, number)):
+                yield from self._finish()
+            if numbers:
+                packet.pts = numbers[number]
+            yield from packet.decode()
+        yield from self._finish()
+
+    def _finish(self) -> list[Any]:
+        """The frames that the decoder still holds: those of the next recording may look as if they came before."""
+        frames = self.stream.codec_context.decode(None)
+        self.stream.codec_context.flush_buffers()
+        return frames
+
+
+def _reader(container: Any, stream: Any, timeline: Timeline) -> _Reader:
+    return _ByTime(container, stream, timeline) if timeline.order is None else _ByOrder(container, stream, timeline, timeline.order)
+
+
+def _resized(shown: _Shown, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
+    height, width = shown.frame.height, shown.frame.width
+    return resize(width, height) if shown.orientation.swaps_sides else resize(height, width)
+
+
+def _picture(converter: Any, shown: _Shown, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    if shown.orientation.swaps_sides:
+        height, width = width, height
+    return shown.orientation.apply(converter.reformat(shown.frame, width, height, "rgb24", threads=1).to_ndarray())

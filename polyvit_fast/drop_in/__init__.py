@@ -1,0 +1,1 @@
+"""Fast kernels in other people's Vision Transformers."""

@@ -1,0 +1,1 @@
+"""Several processes: their group, sums of gradients on their way, FSDP2."""

@@ -1,0 +1,1 @@
+"""What a person sees: progress, metrics, plots, and what a run will cost."""

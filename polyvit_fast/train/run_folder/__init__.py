@@ -1,0 +1,1 @@
+"""What lies in a run folder: the configuration, checkpoints, the lock."""

@@ -1,0 +1,180 @@
+import copy
+
+import pytest
+import torch
+from foreign_models import FAMILIES, dinov2, hugging_face_vit, timm_eva, timm_vit
+from torch import nn
+
+from polyvit_fast import Attention, fuse
+from polyvit_fast.drop_in.adapters import row_of
+from polyvit_fast.drop_in.parts import full_name
+
+
+def reasons(model):
+    return {entry.path: entry.why for entry in fuse(model).left}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_of_a_known_family_is_left_but_what_layer_scale_needs(name):
+    model, _ = FAMILIES[name]()
+    report = fuse(model)
+    assert {entry.why for entry in report.left} <= {"LayerScale (layer_scale1 is a Dinov2LayerScale)"} | {
+        "LayerScale (layer_scale1 is a Dinov2WithRegistersLayerScale)"
+    }
+    kinds = {type(model.get_submodule(entry.path)).__name__ for entry in report.replaced}
+    assert len(kinds) == (3 if report.left else 4), kinds
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "why"),
+    [
+        ({"init_values": 1e-5}, "blocks.0", "LayerScale (ls1 is a LayerScale)"),
+        ({"qk_norm": True}, "blocks.0.attn", "queries and keys are normalised (q_norm is a LayerNorm)"),
+        ({"scale_attn_norm": True}, "blocks.0.attn", "the heads' outputs are normalised (norm is a LayerNorm)"),
+        ({"scale_mlp_norm": True}, "blocks.0.mlp", "the hidden layer is normalised (norm is a LayerNorm)"),
+        ({"act_layer": "quick_gelu"}, "blocks.0.mlp", "its activation QuickGELU is neither GELU nor GELU's tanh form, or has hooks"),
+        ({"num_heads": 16}, "blocks.0.attn", "head_dim = 4, but kernels take multiples of 8 up to 128"),
+        ({"proj_bias": False}, "blocks.0.mlp", "fc1 (Linear) is more than a linear layer with a bias, or less"),
+        ({"norm_layer": "rmsnorm"}, "norm", "fuse does not know timm.layers.norm.RmsNorm"),
+        ({"norm_layer": "layernormfp32"}, "norm", "fuse does not know timm.layers.norm.LayerNormFp32"),
+        ({"mlp_layer": "swiglu"}, "blocks.0.mlp", "fuse does not know timm.layers.mlp.SwiGLU"),
+        ({"block_fn": "parallel"}, "blocks.0", "fuse does not know timm.models.vision_transformer.ParallelScalingBlock"),
+        ({"block_fn": "post"}, "blocks.0", "fuse does not know timm.models.vision_transformer.ResPostBlock"),
+    ],
+    ids=str,
+)
+def test_why_modules_of_timm_are_left(changes, path, why):
+    from timm.layers import SwiGLU
+    from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+
+    classes = {"swiglu": SwiGLU, "parallel": ParallelScalingBlock, "post": ResPostBlock}
+    model, _ = timm_vit(**{name: classes.get(value, value) if isinstance(value, str) else value for name, value in changes.items()})
+    assert reasons(model)[path] == why
+
+
+@pytest.mark.parametrize(
+    ("changes", "still_fused"),
+    [
+        ({"init_values": 1e-5}, {"norm1", "attn", "norm2", "mlp"}),
+        ({"qkv_bias": False}, {"", "norm1", "attn", "norm2", "mlp"}),
+        ({"qk_norm": True}, {"norm1", "attn.q_norm", "attn.k_norm", "norm2", "mlp"}),
+        ({"act_layer": "gelu_tanh"}, {"", "norm1", "attn", "norm2", "mlp"}),
+        ({"reg_tokens": 4, "no_embed_class": True}, {"", "norm1", "attn", "norm2", "mlp"}),
+        ({"proj_bias": False}, {"norm1", "attn", "norm2"}),
+        ({"class_token": False, "global_pool": "avg"}, {"", "norm1", "attn", "norm2", "mlp"}),
+        ({"pre_norm": True}, {"", "norm1", "attn", "norm2", "mlp"}),
+    ],
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
+)
+def test_variants_of_timm_are_fused_as_far_as_they_can_be(changes, still_fused):
+    model, batch = timm_vit(**changes)
+    plain = copy.deepcopy(model)
+    report = fuse(model, verify=batch)
+    assert {e.path.removeprefix("blocks.0").lstrip(".") for e in report.replaced if e.path.startswith("blocks.0")} == still_fused
+    torch.testing.assert_close(model(batch), plain(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left", "why"),
+    [
+        ({"use_rot_pos_emb": True}, {"blocks.0", "blocks.0.attn"}, "it is given rotary positions"),
+        ({"swiglu_mlp": True}, {"blocks.0", "blocks.0.mlp"}, "fuse does not know timm.layers.mlp.GluMlp"),
+        ({"init_values": 1e-5}, {"blocks.0"}, "LayerScale (gamma_1 is a Parameter)"),
+        ({"qkv_fused": False}, set(), None),
+        ({"qkv_bias": False}, set(), None),
+        ({"attn_type": "rope"}, set(), None),
+    ],
+    ids=str,
+)
+def test_eva_is_fused_where_it_is_a_plain_transformer(changes, left, why):
+    model, batch = timm_eva(**changes)
+    found = {path: reason for path, reason in reasons(model).items() if path.startswith("blocks.0")}
+    assert found.keys() == left
+    assert why is None or why in found.values()
+    fuse(model, verify=batch)
+
+
+def test_torch_attention_that_is_no_self_attention_is_left():
+    def why(**changes):
+        return reasons(nn.MultiheadAttention(64, 4, **({"batch_first": True} | changes))).get("", "")
+
+    assert why() == ""
+    assert why(bias=False) == "out_proj (NonDynamicallyQuantizableLinear) is more than a linear layer with a bias, or less"
+    for changes in ({"batch_first": False}, {"kdim": 32}, {"add_bias_kv": True}, {"add_zero_attn": True}):
+        assert why(**changes) == "it is not batch-first self-attention, or adds a key"
+
+
+def test_norms_that_are_left():
+    assert reasons(nn.LayerNorm((4, 8))) == {"": "it normalises over several axes"}
+    assert reasons(nn.LayerNorm(8, bias=False)) == {"": "its weight or bias is missing or no plain tensor"}
+    assert reasons(nn.LayerNorm(8, elementwise_affine=False)) == {"": "its weight or bias is missing or no plain tensor"}
+    model, _ = timm_vit()
+    model.norm._fast_norm = True
+    assert reasons(model) == {"norm": "timm's fast norm, which rounds under autocast"}
+
+
+def test_hugging_face_attention_of_another_kind_is_left():
+    model, _ = hugging_face_vit()
+    model.layers[0].attention.is_causal = True
+    model.layers[1].attention.scaling = 1.0
+    assert reasons(model) == {
+        "layers.0": "attention: ViTAttention is left",
+        "layers.0.attention": "it is causal",
+        "layers.1": "attention: ViTAttention is left",
+        "layers.1.attention": "it scales scores by 1, not by head_dim ** -0.5",
+    }
+    model, _ = hugging_face_vit()
+    model.config._attn_implementation = "my_own"
+    assert reasons(model)["layers.1.attention"] == "its attention implementation is 'my_own'"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"])
+def test_hugging_face_gelus_in_their_two_forms(activation):
+    model, batch = hugging_face_vit(hidden_act=activation)
+    report = fuse(model, verify=batch)
+    assert not report.left
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_10", "relu", "silu"])
+def test_other_activations_of_hugging_face_are_left(activation):
+    model, _ = hugging_face_vit(hidden_act=activation)
+    assert "is neither GELU nor GELU's tanh form" in reasons(model)["layers.0.mlp"]
+
+
+def test_another_version_of_a_class_is_left():
+    model, _ = timm_vit()
+    model.blocks[0].attn.sink = nn.Parameter(torch.zeros(4))
+    model.blocks[1].extra = nn.Linear(2, 2)
+    model.blocks[1].mlp.drop1 = nn.Dropout2d(0.1)
+    del model.blocks[0].mlp.drop2
+    found = reasons(model)
+    assert found["blocks.0.attn"] == "another version of the class: it has sink"
+    assert found["blocks.0.mlp"] == "another version of the class: it lacks drop2"
+    assert found["blocks.1"] == "another version of the class: it has extra"
+    assert found["blocks.1.mlp"] == "drop1 (Dropout2d) is no plain dropout"
+
+
+def test_subclasses_are_not_taken_for_their_bases():
+    class MyNorm(nn.LayerNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(MyNorm(8), nn.LayerNorm(8))
+    report = fuse(model)
+    assert [entry.path for entry in report.replaced] == ["1"]
+    assert [entry.why for entry in report.left] == [f"fuse does not know {full_name(model[0])}"]
+
+
+def test_our_own_modules_need_no_fuse():
+    assert reasons(Attention(64, 4)) == {"": "it runs on the kernels without fuse"}
+
+
+def test_swiglu_of_dinov2_is_left():
+    model, batch = dinov2(use_swiglu_ffn=True)
+    assert "Dinov2SwiGLUFFN" in reasons(model)["encoder.layer.0.mlp"]
+    fuse(model, verify=batch)
+
+
+def test_rows_are_found_by_name():
+    assert row_of(nn.LayerNorm(8))
+    assert row_of(nn.Linear(8, 8)) is None

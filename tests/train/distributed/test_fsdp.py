@@ -1,0 +1,133 @@
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from processes import together
+from tiny_runs import Tile, tile_task, tiny_config
+
+from polyvit_fast.config import Model, Optim
+from polyvit_fast.data.sources.synthetic import Synthetic
+from polyvit_fast.data.stream import Loader
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.distributed.fsdp import ShardedParameters
+from polyvit_fast.train.distributed.process_group import World
+from polyvit_fast.train.evaluate import evaluate
+from polyvit_fast.train.optim import FlatParameters, Optimizer
+
+SIZE, BATCH, STEPS, SKIPPED = 2, 8, 4, 2
+LR = torch.tensor(0.05)
+
+
+def config():
+    """Two modalities with an adaptor block each, and heads that do not divide by two."""
+    tasks = {"a": tile_task(batch=2), "b": tile_task(num_classes=5, modality=Other(), val=Synthetic(num_samples=3))}
+    model = Model(dim=32, depth=3, num_heads=2, mlp_dim=64, num_adaptor_layers=1)
+    return tiny_config(tasks=tasks, model=model, optim=Optim(name="sgd", weight_decay=0.1, ema_decay=0.5), sharded=True)
+
+
+class Other(Tile):
+    name = "other"
+
+
+def train(model, parameters, optimizer, world: World, precision: str) -> list[bool]:
+    """Steps of one task, the other, or both; one of them is poisoned on the last process alone."""
+    done = []
+    for step in range(STEPS):
+        for task in (("a",), ("b",), ("a", "b"), ("b", "a"))[step]:
+            grid = torch.randn(BATCH, 1, 16, 16, 3, generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(grid.chunk(world.size)[world.rank], task, recompute=step % 2 == 1)
+            share = 1 if parameters.is_averaged else 1 / world.size
+            (logits.float().square().mean() * share).backward()
+        if step == SKIPPED and world.rank == world.size - 1:
+            parameters.taint.add_(torch.nan)
+        done.append(bool(optimizer.update(LR)[1]))
+    return done
+
+
+def sharded(world: World) -> dict[str, dict[str, object]]:
+    """All that is to be looked at, of both precisions, in one start of processes."""
+    return {precision: sharded_in(world, precision) for precision in ("fp32", "bf16")}
+
+
+def sharded_in(world: World, precision: str) -> dict[str, object]:
+    model = PolyViT.from_config(config())
+    parameters = ShardedParameters(model, world, "cpu", precision)
+    optimizer = Optimizer(parameters, config().optim)
+    found: dict[str, object] = {"elements": sum(len(piece.values) for piece in parameters.pieces)}
+    found["done"] = train(model, parameters, optimizer, world, precision)
+    found["saved"] = saved = {"model": parameters.tensors(), "optimizer": optimizer.tensors(), "ema": optimizer.average_tensors()}
+    with torch.no_grad(), optimizer.averaged():
+        found["averaged"] = model(torch.ones(1, 1, 16, 16, 3), "a")
+    validation = {name: Loader(name, config(), train=False) for name in config().tasks}
+    found["metrics"] = evaluate(model, config(), validation, lambda *_: None, world)
+    saved = world.from_first(saved)
+    fresh = PolyViT.from_config(replace(config(), seed=1))
+    parameters = ShardedParameters(fresh, world, "cpu", precision)
+    optimizer = Optimizer(parameters, config().optim)
+    parameters.load(saved["model"])
+    optimizer.load(saved["optimizer"])
+    optimizer.load_average(saved["ema"])
+    found["again"] = {"model": parameters.tensors(), "optimizer": optimizer.tensors(), "ema": optimizer.average_tensors()}
+    with torch.no_grad():
+        found["logits"] = [net(torch.ones(1, 1, 16, 16, 3), "b") for net in (model, fresh)]
+    try:
+        parameters.load(saved["ema"] | {"heads.a.bias": torch.zeros(7)})
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def of_one_process() -> dict[str, object]:
+    model = PolyViT.from_config(config())
+    parameters = FlatParameters(model)
+    optimizer = Optimizer(parameters, config().optim)
+    done = []
+    for step in range(STEPS):
+        for task in (("a",), ("b",), ("a", "b"), ("b", "a"))[step]:
+            grid = torch.randn(BATCH, 1, 16, 16, 3, generator=torch.Generator().manual_seed(step))
+            model(grid, task).square().mean().backward()
+        parameters.taint.fill_(torch.nan if step == SKIPPED else 0.0)
+        done.append(bool(optimizer.update(LR)[1]))
+    with torch.no_grad(), optimizer.averaged():
+        averaged = model(torch.ones(1, 1, 16, 16, 3), "a")
+    validation = {name: Loader(name, config(), train=False) for name in config().tasks}
+    metrics = evaluate(model, config(), validation, lambda *_: None)
+    tensors = {"model": parameters.tensors(), "optimizer": optimizer.tensors(), "ema": optimizer.average_tensors()}
+    return {"saved": tensors, "averaged": averaged, "done": done, "metrics": metrics}
+
+
+@cache
+def of_processes() -> list[dict[str, dict[str, object]]]:
+    return together(SIZE, sharded)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shards_together_are_one_model(precision):
+    found, expected = [one[precision] for one in of_processes()], of_one_process()
+    first = found[0]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}
+    assert all(one["done"] == expected["done"] == [True, True, False, True] for one in found)
+    for group, tensors in expected["saved"].items():
+        assert first["saved"][group].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(first["saved"][group][name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+            assert torch.equal(first["saved"][group][name], first["again"][group][name])
+    whole = sum(p.numel() for p in PolyViT.from_config(config()).parameters())
+    assert sum(one["elements"] for one in found) == whole + SIZE  # each parameter once, and the taint of each
+    assert max(one["elements"] for one in found) < 0.7 * whole
+    for one in found:
+        torch.testing.assert_close(one["averaged"], expected["averaged"], **tolerance)
+        assert torch.equal(one["logits"][0], one["logits"][1])
+        assert one["refused"] == "the checkpoint's tensors are not this model's: heads.a.bias differ"
+        assert one["metrics"].keys() == {"a", "b"}
+        for task, row in expected["metrics"].items():
+            assert one["metrics"][task] == first["metrics"][task]
+            assert one["metrics"][task]["num_examples"] == row["num_examples"]
+            assert one["metrics"][task]["loss"] == pytest.approx(row["loss"], rel=1e-4 if precision == "fp32" else 0.05)
+
+
+def test_one_process_has_nothing_to_share():
+    with pytest.raises(ValueError, match="sharded = True spreads the model over processes, but there is one"):
+        ShardedParameters(PolyViT.from_config(config()), World(), "cpu", "fp32")

@@ -1,0 +1,226 @@
+"""Real processes hold real run folders: on one machine, and as on two that share a file system."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import pytest
+
+from polyvit_fast.train.run_folder.lock import LOCK, RECORD
+
+RENEW_SECONDS, STALE_SECONDS = 0.5, 4.0
+
+# Says "held", or why not, and stays until it is killed or its input ends. With the name of an error every lock is refused, as by file
+# systems that have none. With a name it is another machine: its host and its boot are called otherwise, and unless locks are shared it
+# locks a file of its own, as on file systems whose locks end at the machine.
+HOLDER = f"""
+import errno, fcntl, platform, resource, signal, sys
+from pathlib import Path
+from polyvit_fast.train.run_folder import lock
+
+folder, without_locks, name, shares_locks, full = sys.argv[1:]
+lock.RENEW_SECONDS, lock.STALE_SECONDS = {RENEW_SECONDS}, {STALE_SECONDS}
+if without_locks:
+    def refuse(descriptor, command):
+        raise OSError(getattr(errno, without_locks), "no locks here")
+    fcntl.lockf = refuse
+if name:
+    platform.node, lock._machine = lambda: name, lambda: f"boot of {{name}}"
+    lock.LOCK = lock.LOCK if shares_locks else f"{{name}}.lock"
+if full:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    with lock.hold(Path(folder), report=lambda text: print("report:", text, flush=True)):
+        print("held", flush=True)
+        sys.stdin.read()
+except ValueError as error:
+    print("refused:", error, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a process of a test believes that it runs."""
+
+    name: str
+    shares_locks: bool
+
+
+@dataclass
+class Process:
+    """One that tries to hold a run folder."""
+
+    popen: subprocess.Popen
+    reports: list[str] = field(default_factory=list)
+
+    def answer(self) -> str:
+        """Its last word: held, or refused and why."""
+        assert self.popen.stdout
+        for line in self.popen.stdout:
+            if not line.startswith("report: "):
+                return line.strip()
+            self.reports.append(line.strip())
+        raise AssertionError(f"it ended with {self.popen.wait()}")
+
+    def kill(self) -> None:
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+    def leave(self) -> None:
+        assert self.popen.stdin
+        self.popen.stdin.close()
+        assert self.popen.wait(30) == 0
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Start]:
+    """A function that starts a process on the folder `run`, on a machine, without locks where it gets an error's name, on a full disk."""
+    started = []
+    (tmp_path / "run").mkdir()
+
+    def run(machine: Machine | None = None, without_locks: str = "", full: bool = False) -> Process:
+        name, shares = (machine.name, machine.shares_locks) if machine else ("", True)
+        options = [without_locks, name, "shared" if shares else "", "full" if full else ""]
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), *options]
+        process = Process(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        for stream in (process.popen.stdin, process.popen.stdout):
+            with suppress(OSError):
+                stream.close()
+
+
+@contextmanager
+def takes(at_least: float, at_most: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - began <= at_most
+
+
+def test_a_second_process_is_refused_and_told_who_where_and_since_when(tmp_path, start):
+    first = start()
+    assert first.answer() == "held"
+    record = (tmp_path / "run" / RECORD).read_bytes()
+    told = start().answer()
+    expected = rf"refused: the run folder .*/run is in use: process {first.popen.pid} on \S+ trains in it since 20\d\d-\d\d-\d\d \d\d:"
+    assert re.match(expected, told), told
+    assert f"(kill {first.popen.pid}: it saves first), or choose another --out" in told
+    assert "gone for good" not in told
+    assert (tmp_path / "run" / RECORD).read_bytes() == record
+    assert start().answer().startswith("refused")  # the refused one's end has not freed it
+    first.leave()
+    assert not (tmp_path / "run" / RECORD).exists()
+    assert start().answer() == "held"
+
+
+def test_a_killed_process_refuses_nobody(tmp_path, start):
+    first = start()
+    assert first.answer() == "held"
+    first.kill()
+    assert (tmp_path / "run" / RECORD).exists()
+    next_one = start()
+    assert next_one.answer() == "held"
+    assert not next_one.reports  # at once: on the same machine the lock says all
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["pid"] == next_one.popen.pid
+
+
+def test_a_stopped_process_still_holds_its_folder(start):
+    first = start()
+    assert first.answer() == "held"
+    first.popen.send_signal(signal.SIGSTOP)
+    time.sleep(STALE_SECONDS + 1)
+    assert start().answer().startswith("refused")
+
+
+def test_another_machine_that_shares_locks_is_refused_at_once(tmp_path, start):
+    one, other = (Machine(name, shares_locks=True) for name in ("node-a", "node-b"))
+    first = start(one)
+    assert first.answer() == "held"
+    told = start(other).answer()
+    assert f"process {first.popen.pid} on node-a trains in it" in told
+    assert f"Should node-a be gone for good and the file server not know, delete {tmp_path / 'run' / LOCK}" in told
+    first.leave()
+    late = start(other)
+    assert late.answer() == "held"
+    assert not late.reports
+
+
+@pytest.mark.parametrize("without_locks", ["", "ENOLCK", "EOPNOTSUPP"])
+def test_where_locks_do_not_reach_the_other_machine_the_record_tells(tmp_path, start, without_locks):
+    one, other = (Machine(name, shares_locks=False) for name in ("node-a", "node-b"))
+    first = start(one, without_locks)
+    assert first.answer() == "held"
+    assert any("has no locks" in text for text in first.reports) == bool(without_locks)
+    second = start(other, without_locks)
+    assert second.answer().startswith(f"refused: the run folder {tmp_path / 'run'} is in use: process {first.popen.pid} on node-a")
+    first.kill()
+    third = start(other, without_locks)
+    with takes(STALE_SECONDS - 0.5, 60):
+        assert third.answer() == "held"
+    assert any("on node-a did not say that it ended; it is gone if" in text for text in third.reports)
+    assert start(one, without_locks).answer().startswith("refused")
+
+
+def test_after_an_end_nobody_waits_for_a_sign_of_life(start):
+    one, other = (Machine(name, shares_locks=False) for name in ("node-a", "node-b"))
+    first = start(one)
+    assert first.answer() == "held"
+    first.leave()
+    second = start(other)
+    assert second.answer() == "held"
+    assert not second.reports
+
+
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("without_locks", ["", "ENOLCK"])
+def test_of_several_that_start_at_once_one_is_let_in(tmp_path, start, without_locks, stale):
+    if stale:
+        gone = start(Machine("node-z", shares_locks=False), without_locks)
+        assert gone.answer() == "held"
+        gone.kill()
+    machines = [Machine(f"node-{letter}", shares_locks=False) for letter in "abc"]
+    answers = [process.answer() for process in [start(each, without_locks) for each in machines]]
+    assert sorted(answer.split(":")[0] for answer in answers) == ["held", "refused", "refused"]
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["host"] == machines[answers.index("held")].name
+
+
+def test_who_waits_for_a_dead_one_is_the_one_that_is_named(start):
+    gone = start(Machine("node-a", shares_locks=True))
+    assert gone.answer() == "held"
+    gone.kill()
+    waiting = start()
+    assert waiting.popen.stdout
+    assert "did not say that it ended" in waiting.popen.stdout.readline()
+    assert f"process {waiting.popen.pid} on" in (told := start().answer())
+    assert "is about to train in it" in told
+    assert waiting.answer() == "held"
+
+
+def test_a_record_that_a_power_cut_left_empty_is_not_believed_for_ever(tmp_path, start):
+    (tmp_path / "run" / RECORD).touch()
+    process = start()
+    assert process.answer() == "held"
+    assert any("another process did not say that it ended" in text for text in process.reports)
+
+
+@pytest.mark.parametrize(("full", "reason"), [(True, "File too large"), (False, "Is a directory")])
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, start, full, reason):
+    folder = tmp_path / "run"
+    if not full:
+        (folder / LOCK).mkdir()
+    assert start(full=full).answer() == f"refused: the run folder {folder} cannot be written: {reason}; choose another with --out"
+    assert [path.name for path in folder.iterdir()] == [LOCK]
