@@ -17,7 +17,7 @@ from polyvit_fast.drop_in.parts import MARK, Attention, Block, Mlp, Norm, Part, 
 from polyvit_fast.drop_in.verify import Batch, Check, compare, table
 from polyvit_fast.model.modules import add_branch, is_plain
 from polyvit_kernels import ops
-from polyvit_kernels.ops.attention import check_backend
+from polyvit_kernels.ops.attention_backends import check_backend
 from polyvit_kernels.ops.dtypes import matmul_dtype
 from polyvit_kernels.ops.gradients import find_factors, keep_factors
 

@@ -17,7 +17,7 @@ from polyvit_fast.config import Model
 from polyvit_fast.model.class_token import attend_first
 from polyvit_kernels import ops
 from polyvit_kernels.ops.dtypes import check_factors, matmul_dtype, without_autocast
-from polyvit_kernels.ops.gradients import as_broad, find_factors, keep_factors
+from polyvit_kernels.ops.gradients import expand_factors, find_factors, keep_factors
 
 Tokens = Float[Tensor, "batch tokens dim"]
 OneToken = Float[Tensor, "batch 1 dim"]
@@ -217,7 +217,7 @@ def add_branch(
     if factors is None:
         return residual + branch
     check_factors(factors, residual)
-    return torch.addcmul(residual, branch, as_broad(factors, branch)).to(torch.promote_types(residual.dtype, branch.dtype))
+    return torch.addcmul(residual, branch, expand_factors(factors, branch)).to(torch.promote_types(residual.dtype, branch.dtype))
 
 
 def drop_path_ramp(num_blocks: int, drop_path_rate: float) -> list[float]:

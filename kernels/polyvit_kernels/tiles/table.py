@@ -197,7 +197,7 @@ _ATTENTION = (
     *_ATTENTION_LONG_BACKWARD,
 )
 
-# Two programs share an SM (128 registers a thread on Hopper): one stores its tile while the other multiplies. Where the product is deep, as
+# An SM runs two programs (128 registers a thread on Hopper): one stores its tile while the other multiplies. If the product is deep, as
 # in the second layer of an MLP, a wider tile reads less, and its epilogue counts for little. With few rows small tiles give every SM work.
 # Such kernels take (gemm-prototypes.json, 50,432 rows, base128 and base256) 536 us against 551 us with GELU, 797 us against 938 us with
 # its gradient, 187 us against 208 us for 768 features, but 463 us against 422 us for 3072.
