@@ -77,6 +77,6 @@ clean:
 .venv/installed-tests: .venv/installed
 	@echo "== installing what the tests and checks need (about 1 minute)"
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,check]"
-	# Apart: torchmetrics and transformers import a torchvision where they find one, and its extension does not load beside a CPU torch.
+	# Apart: torchmetrics and transformers import a torchvision where they find one, and its extension does not load with a CPU torch.
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/foreign timm torchvision
 	@touch $@
