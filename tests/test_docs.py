@@ -14,7 +14,7 @@ from drop_in.torchvision_without_extension import declare_operators
 from PIL import Image
 
 from polyvit_fast import cli, experiments
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_plan
+from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_step_plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -152,7 +152,7 @@ def test_every_page_has_an_example():
 
 def test_wildlife_trains_each_dataset_as_often_as_it_says(files):
     config = experiments.load("wildlife.py")
-    assert count_steps(make_plan(config)) == {"species": 20_000, "behaviour": 30_000, "calls": 10_000}
+    assert count_steps(make_step_plan(config)) == {"species": 20_000, "behaviour": 30_000, "calls": 10_000}
 
 
 def test_flags_of_commands_are_accepted(files):

@@ -12,6 +12,9 @@ Backend = Literal["triton", "hopper", "torch", "cudnn", "flash", "xformers"]
 """triton: our portable kernel; hopper: ours in Gluon for sm_90 alone; torch: the library's own operators; cudnn, flash: that backend of
 torch's scaled_dot_product_attention; xformers: that library's attention."""
 
+PACKAGES = {"triton": "polyvit_kernels.triton_kernels", "hopper": "polyvit_kernels.hopper"}
+"""The backends with kernels of our own, and where these are."""
+
 ANY = 1 << 30
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
