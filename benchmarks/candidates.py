@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from polyvit_kernels.aot.images import SHARED_BYTES
+from polyvit_kernels.aot.compiled_kernel import SHARED_BYTES
 from polyvit_kernels.ops import xformers_attention
 from polyvit_kernels.tiles import ANY, Tile
 from polyvit_kernels.tiles.table import TABLE

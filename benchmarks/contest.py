@@ -13,8 +13,8 @@ from candidates import candidates, label, neighbours
 from lab import Job, LostCardError, Request
 from race import told
 
-from polyvit_kernels.aot import images
 from polyvit_kernels.aot import jobs as plan
+from polyvit_kernels.aot.compile import compile_kernel
 from polyvit_kernels.tiles import Tile
 
 FINALISTS = 8
@@ -114,9 +114,9 @@ class Crew:
 
 def _excesses(kernel: tuple[Tile, str, int], arch: int) -> list[str]:
     row, dtype, index = kernel
-    variant = plan.Job(tile=row, dtype=dtype, arch=arch, index=index).variant()
+    variant = plan.CompileJob(tile=row, dtype=dtype, arch=arch, index=index).variant()
     try:
-        return images.build(variant, arch).excesses()
+        return compile_kernel(variant, arch).excesses()
     except Exception as error:
         return [told(error)]
 

@@ -19,8 +19,7 @@ from trials import TRIALS, Inputs, nan_in_new_memory
 from triton import knobs
 
 from polyvit_kernels import tiles
-from polyvit_kernels.aot.jobs import PACKAGES
-from polyvit_kernels.tiles import Tile
+from polyvit_kernels.tiles import PACKAGES, Tile
 from polyvit_kernels.tiles import table as tile_table
 
 _WRITTEN = tile_table.TABLE
@@ -114,7 +113,7 @@ def compile_one(request: Request, arch: int) -> str:
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     from polyvit_kernels.aot import cubin
-    from polyvit_kernels.aot.images import SHARED_BYTES
+    from polyvit_kernels.aot.compiled_kernel import SHARED_BYTES
 
     function = getattr(import_module(request.module), request.name)
     language = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource

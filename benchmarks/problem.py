@@ -15,6 +15,7 @@ from race import Group, Lane, Run, Watch, new_watch, told
 from torch import Tensor
 
 from polyvit_kernels import tiles
+from polyvit_kernels.tiles import lookup
 
 Inputs = dict[str, Tensor]
 Operation = Callable[..., Tensor | tuple[Tensor, ...] | None]
@@ -148,12 +149,12 @@ def portable(operation: Operation, **rest: Any) -> Contender | str:
 @contextmanager
 def portable_rows() -> Iterator[None]:
     """Inside, operations take rows of the tile table whose kernels run on every GPU."""
-    pick = tiles.pick
-    tiles.pick = lambda *question, **sizes: pick(*question, **(sizes | {"portable": True}))
+    pick = lookup.pick
+    lookup.pick = lambda *question, **sizes: pick(*question, **(sizes | {"portable": True}))
     try:
         yield
     finally:
-        tiles.pick = pick
+        lookup.pick = pick
 
 
 def run_of(contender: Contender, inputs: Inputs, direction: str) -> Run:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from twins import Build, Twin, twin_of
 
-from polyvit_fast.config import Model, Optim, Task, Train
+from polyvit_fast.config import ComputeOptions, Model, Optim, Task, Train
 from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.capture import Captured
@@ -169,7 +169,7 @@ class Case:
     def config(self) -> Train:
         """A run of this task alone. Nothing is clipped, as the others clip nothing."""
         found = run_of(self.model, {"task": self.task})
-        return replace(found, residual=self.residual) if HAS_GPU else found
+        return replace(found, compute=ComputeOptions(residual=self.residual)) if HAS_GPU else found
 
     @property
     def nominal_flops(self) -> float:

@@ -14,13 +14,12 @@ from card import DEVICE
 from torch import Tensor
 
 from polyvit_kernels import reference
-from polyvit_kernels.aot.jobs import PACKAGES
 from polyvit_kernels.ops.attention import _library_attention
 from polyvit_kernels.ops.layer_norm import _add_layer_norm_by_torch, _layer_norm_backward_by_torch
 from polyvit_kernels.ops.mlp import _activated, _added, _undone
 from polyvit_kernels.ops.patch_embed import _patch_embed_backward_by_torch, _patch_embed_by_torch
 from polyvit_kernels.ops.update import _adamw_by_torch, _sgd_by_torch
-from polyvit_kernels.tiles import Tile
+from polyvit_kernels.tiles import PACKAGES, Tile
 
 Inputs = dict[str, Tensor]
 Results = dict[str, Tensor]
