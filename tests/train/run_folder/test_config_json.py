@@ -40,9 +40,6 @@ class Patch(Modality):
     def eval_views(self):
         return 1
 
-    def decoder(self, *, batch, train, num_threads):
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Source):
