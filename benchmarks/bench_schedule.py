@@ -17,9 +17,9 @@ import torch
 from harness import OURS, Group, Run, Runner, candidate_params, time_on_host
 from torch.utils.data import WeightedRandomSampler
 
-from polyvit_fast.config import Plan, Train
+from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.experiments import smoke
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan
+from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_step_plan
 
 SHUFFLE, NUMPY, PYTHON = "numpy shuffle", "numpy choice", "random.choices"
 SAMPLER, MULTINOMIAL = "WeightedRandomSampler", "torch.multinomial"
@@ -37,8 +37,8 @@ def config_of(schedule: str) -> Train:
 
 
 @cache
-def weighted_plan() -> Plan:
-    return make_plan(config_of("weighted"))
+def weighted_plan() -> StepPlan:
+    return make_step_plan(config_of("weighted"))
 
 
 def group_of(title: str, candidates: dict[str, Callable[[], Runner]], amount: int, turns: tuple[int, int]) -> Group:
@@ -49,7 +49,7 @@ def planner(schedule: str) -> Runner:
     """Ours, which gives each task its steps: with the weights, or as many as the others."""
     config = config_of(schedule)
     expected = WEIGHTS.tolist() if schedule in ("weighted", "task-by-task") else [MEAN_STEPS] * NUM_TASKS
-    return traced(partial(make_plan, config), lambda plan: count_steps(plan) == dict(zip(config.tasks, expected, strict=True)))
+    return traced(partial(make_step_plan, config), lambda plan: count_steps(plan) == dict(zip(config.tasks, expected, strict=True)))
 
 
 def drawer(draw: Callable[[], list[int]], tolerance: float) -> Runner:
@@ -118,7 +118,7 @@ def choose_by_torch() -> Runner:
 
 def rate(schedule: str) -> Runner:
     """The learning rates of steps at the warm-up's start."""
-    config, plan = config_of(schedule), weighted_plan() if schedule == "weighted" else make_plan(config_of(schedule))
+    config, plan = config_of(schedule), weighted_plan() if schedule == "weighted" else make_step_plan(config_of(schedule))
 
     def run() -> list[float]:
         return [learning_rate(config, plan, step) for step in STEPS_OF_A_CALL]

@@ -19,7 +19,7 @@ from harness import OURS, Row
 from machine import DEVICE, HAS_GPU
 from torch import Tensor
 
-from polyvit_fast.config import MODELS, Decoder, Modality, Source, Task, Train
+from polyvit_fast.config import MODELS, DataOptions, Decoder, LogOptions, Modality, Source, Task, Train
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.video.modality import Video
@@ -86,8 +86,8 @@ def config_of(tasks: Mapping[str, Task], data: str, folder: Path, files: Path) -
         out=str(folder),
         device=DEVICE.type,
         precision="bf16" if HAS_GPU else "fp32",
-        num_threads=8 if HAS_GPU else 2,
-        log_every_steps=LOG_EVERY_STEPS,
+        data=DataOptions(num_threads=8 if HAS_GPU else 2),
+        log=LogOptions(log_every_steps=LOG_EVERY_STEPS),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polyvit_fast.config import Model, Optim, Task, Train
+from polyvit_fast.config import ComputeOptions, Model, Optim, Task, Train
 from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.capture import Captured
@@ -55,7 +55,7 @@ class Case:
     def config(self) -> Train:
         """A run of this task alone."""
         found = config_of(self.model, {"task": self.task})
-        return replace(found, residual=self.residual) if HAS_GPU else found
+        return replace(found, compute=ComputeOptions(residual=self.residual)) if HAS_GPU else found
 
 
 def config_of(model: Model, tasks: dict[str, Task]) -> Train:

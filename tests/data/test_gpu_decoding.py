@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import DEVICE
 from sounds import noise, write
+from tiny_runs import change
 
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.augment.colour import draw_colours
@@ -96,7 +97,7 @@ def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
         kind: replace(demo_task(kind, PICTURE, 64, steps=40), train=DemoFiles(kind=kind, num_samples=64, root=str(tmp_path)))
         for kind in ("shapes", "textures")
     }
-    config = replace(demo, tasks=tasks, device=DEVICE.type, decoding="gpu", num_threads=4)
+    config = change(demo, tasks=tasks, device=DEVICE.type, decoding="gpu", num_threads=4)
     loaders = [Loader(name, config, train=True) for name in tasks]
     stop = threading.Event()
 

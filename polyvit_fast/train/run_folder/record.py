@@ -12,8 +12,8 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from types import NoneType, UnionType
@@ -21,13 +21,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import polyvit_fast
 from polyvit_fast import strict_json
-from polyvit_fast.config import Train
+from polyvit_fast.config import ComputeOptions, DataOptions, DistributedOptions, LogOptions, Train
+
+GROUPS = {"data": DataOptions, "compute": ComputeOptions, "log": LogOptions, "distributed": DistributedOptions}
 
 MAY_CHANGE = frozenset(
     {
-        *("out", "resume", "changed_files", "log_every_steps", "eval_every_steps", "save_every_steps", "keep"),
-        *("num_threads", "prefetch", "decode_timeout_seconds", "max_bad_ratio", "nonfinite_patience"),
-        *("capture", "recompute", "sharded"),
+        *("out", "resume", "log.log_every_steps", "log.eval_every_steps", "log.save_every_steps", "log.keep"),
+        *("data.num_threads", "data.prefetch", "data.decode_timeout_seconds", "data.max_bad_ratio", "data.changed_files"),
+        *("compute.nonfinite_patience", "compute.capture", "compute.recompute", "distributed.sharded"),
     }
 )
 """Fields of `Train` in which a run and its resumption may differ, because no number of the training depends on them."""
@@ -76,13 +78,12 @@ def _with_later_fields(values: Any) -> Any:
     """A stored configuration of an earlier version with the fields that came since, which say what that version did."""
     if not isinstance(values, Mapping):
         return values
-    later = {field.name: _encode(field.default, field.name) for field in fields(Train) if field.default is not MISSING}
     match values.get("type"):
         case "Train":
             tasks = values.get("tasks")
             if is_of_earlier_version(values) and isinstance(tasks, Mapping):
                 values = {**values, "tasks": _with_one_normalisation(tasks)}
-            values = later | dict(values)
+            values = _in_groups(dict(values))
         case "Task":
             values = {"mixup_pairs": "neighbours", "zero_head": False} | dict(values)
         case "Optim":
@@ -97,7 +98,17 @@ def _with_later_fields(values: Any) -> Any:
 
 def is_of_earlier_version(values: Mapping[str, Any]) -> bool:
     """Whether 0.4.1 or an earlier version wrote this stored configuration."""
-    return "changed_files" not in values
+    return "changed_files" not in values and "data" not in values
+
+
+def _in_groups(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that versions before 0.6 kept side by side, in their groups, with the defaults of later fields."""
+    if "data" in values:
+        return values
+    for group, kind in GROUPS.items():
+        later = {field.name: _encode(field.default, field.name) for field in fields(kind)}
+        values[group] = {"type": kind.__name__} | {name: values.pop(name, default) for name, default in later.items()}
+    return values
 
 
 def _with_one_normalisation(tasks: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +197,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def resume_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences that forbid to resume: all but those of the fields in `MAY_CHANGE`."""
-    configs = (_with_later_fields(old), new)
-    return differences(*({name: value for name, value in config.items() if name not in MAY_CHANGE} for config in configs))
+    return differences(*(_without(config, MAY_CHANGE, "") for config in (_with_later_fields(old), new)))
+
+
+def _without(values: Any, names: Collection[str], path: str) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    return {name: _without(value, names, _join(path, name)) for name, value in values.items() if _join(path, name) not in names}
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

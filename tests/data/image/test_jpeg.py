@@ -206,13 +206,14 @@ def test_what_else_is_said_on_standard_error_is_kept_apart(capfd):
 
 
 EXPERIMENT = """
-from polyvit_fast.config import Model, Task, Train
+from polyvit_fast.config import DataOptions, Model, Task, Train
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 
 data = Folder(path="train")
 task = Task(modality=Image(size=32, crop="resize_crop"), train=data, val=data, num_classes=2, steps=4, batch=8)
-config = Train(tasks={"pictures": task}, model=Model(dim=32, depth=1, num_heads=2, mlp_dim=32), max_bad_ratio=0.2, out="run")
+model = Model(dim=32, depth=1, num_heads=2, mlp_dim=32)
+config = Train(tasks={"pictures": task}, model=model, data=DataOptions(max_bad_ratio=0.2), out="run")
 """
 
 
