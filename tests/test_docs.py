@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drop_in.torchvision_without_extension import declare_operators
 from PIL import Image
+from torchvision_without_extension import declare_operators
 
 from polyvit_fast import cli, experiments
 from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_step_plan
