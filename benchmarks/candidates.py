@@ -208,7 +208,7 @@ def _linear(case: Case, arch: int) -> Iterator[Choice]:
         shared = (block_m + block_n) * choice["BLOCK_K"] * 2 * choice["num_stages"]
         if 16 < accumulators <= MOST_ACCUMULATORS and shared <= SHARED_BYTES[arch]:
             parts = 4 if block_m * block_n >= 128 * 128 else 2
-            yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": choice["BLOCK_K"], "GROUP_M": 8, "PARTS": parts} | choice
+            yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": choice["BLOCK_K"], "GROUP_M": 8, "EPILOGUE_SUBTILES": parts} | choice
 
 
 def _norm_forward(case: Case, arch: int) -> Iterator[Choice]:
@@ -255,4 +255,4 @@ _SPACES: Mapping[str, Callable[[Case, int], Iterator[Choice]]] = {
 _MOST_REGISTERS = (None, 128, 168, 200)
 _HOPPER_KNOBS = {"REGISTERS": (152, 160, 168), "STAGES": (2, 3, 4), "BLOCK_N": (64, 128, 256)}
 """What the kernels cannot be compiled with is refused then."""
-_MINOR = {"GROUP_M": (4, 8, 16), "PARTS": (1, 2, 4), "STAGES": (1, 2, 3)}
+_MINOR = {"GROUP_M": (4, 8, 16), "EPILOGUE_SUBTILES": (1, 2, 4), "STAGES": (1, 2, 3)}
