@@ -18,7 +18,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from polyvit_fast.config import Plan, Train
 from polyvit_fast.experiments import smoke
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan
+from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_step_plan
 
 OURS, SHUFFLE, NUMPY, PYTHON = "ours", "numpy shuffle", "numpy choice", "random.choices"
 SAMPLER, MULTINOMIAL = "WeightedRandomSampler", "torch.multinomial"
@@ -35,7 +35,7 @@ def config_of(schedule: str) -> Train:
 
 @cache
 def weighted_plan() -> Plan:
-    return make_plan(config_of("weighted"))
+    return make_step_plan(config_of("weighted"))
 
 
 def traced(run: Callable[[], Any]) -> tuple[Any, str]:
@@ -56,11 +56,11 @@ def time_rate(benchmark, group: str, contender: str, run: Callable[[], object], 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_plan(benchmark, schedule):
     config = config_of(schedule)
-    plan, note = traced(lambda: make_plan(config))
+    plan, note = traced(lambda: make_step_plan(config))
     even = [NUM_STEPS // NUM_TASKS] * NUM_TASKS
     expected = WEIGHTS.tolist() if schedule in ("weighted", "task-by-task") else even
     assert count_steps(plan) == dict(zip(config.tasks, expected, strict=True))
-    time_rate(benchmark, f"plan, {schedule}", OURS, lambda: make_plan(config), len(plan), rounds=2, note=note)
+    time_rate(benchmark, f"plan, {schedule}", OURS, lambda: make_step_plan(config), len(plan), rounds=2, note=note)
 
 
 def shuffled_by_numpy() -> list[int]:
@@ -122,7 +122,7 @@ def test_task_of_a_step(benchmark, name, prepare):
 
 @pytest.mark.parametrize("schedule", ["weighted", "accumulating"])
 def test_task_and_rate_of_a_step(benchmark, schedule):
-    config, plan = config_of(schedule), weighted_plan() if schedule == "weighted" else make_plan(config_of(schedule))
+    config, plan = config_of(schedule), weighted_plan() if schedule == "weighted" else make_step_plan(config_of(schedule))
 
     def run() -> list[float]:
         return [learning_rate(config, plan, step) for step in PICKS]

@@ -21,8 +21,8 @@ from twins import Build, Twin, twin_of
 from polyvit_fast.config import Model, Optim, Task, Train
 from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.capture import Captured
-from polyvit_fast.train.feed import Slots
+from polyvit_fast.train.capture import CapturedStep
+from polyvit_fast.train.feed import InputBuffers
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.step import Step
 
@@ -211,11 +211,11 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     model = deepcopy(model).train()
     step = Step(model, config)
     batches = {name: batch_of(task) for name, task in config.tasks.items()}
-    slots = Slots(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
-    steps = Captured(step, slots, [(name,) for name in config.tasks]) if captured else step
+    buffers = InputBuffers(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
+    steps = CapturedStep(step, buffers, [(name,) for name in config.tasks]) if captured else step
 
     def fill(name: str) -> None:
-        inputs, (grid, labels) = slots.inputs(name, 0), batches[name]
+        inputs, (grid, labels) = buffers.view(name, 0), batches[name]
         inputs.grid.copy_(grid)
         inputs.labels.copy_(labels)
 
@@ -224,7 +224,7 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
             if len(batches) > 1:  # the slot holds one task's batch at a time
                 fill(name)
             steps.begin((name,), LR, 1)
-            steps.forward_backward(name, slots.inputs(name, 0))
+            steps.forward_backward(name, buffers.view(name, 0))
             steps.update()
 
     def loss() -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from polyvit_fast import cli, experiments
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_plan
+from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_step_plan
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ def wildlife(tmp_path, monkeypatch) -> str:
 
 def test_the_experiment_loads_and_plans_its_steps(wildlife):
     config = experiments.load(wildlife)
-    assert count_steps(make_plan(config)) == {"species": 20_000, "behaviour": 30_000, "calls": 10_000}
+    assert count_steps(make_step_plan(config)) == {"species": 20_000, "behaviour": 30_000, "calls": 10_000}
     assert config.out == "runs/wildlife"
 
 
