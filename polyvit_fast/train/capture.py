@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 
-from polyvit_fast.config import Plan
+from polyvit_fast.config import StepPlan
 from polyvit_fast.train.feed import NUM_BUFFERS, InputBuffers, Inputs
 from polyvit_fast.train.step import Step
 
@@ -34,8 +34,8 @@ class CapturedStep:
     Everything that the step reads must stay at its address: the inputs are those of `buffers`.
     """
 
-    def __init__(self, step: Step, buffers: InputBuffers, plan: Plan) -> None:
-        if step.config.recompute and step.config.model.dropout:
+    def __init__(self, step: Step, buffers: InputBuffers, plan: StepPlan) -> None:
+        if step.config.compute.recompute and step.config.model.dropout:
             raise CaptureError(
                 "recompute = True with dropout reads the state of the random numbers, which is not possible during a capture"
             )
@@ -106,12 +106,12 @@ def _find_cause(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def list_graphs(plan: Plan, *, is_reduced: bool) -> list[tuple[str, bool]]:
+def list_graphs(plan: StepPlan, *, is_reduced: bool) -> list[tuple[str, bool]]:
     """(task, whether it is the last of its step) of all graphs that the plan needs; where nothing is reduced, all count as the last."""
     return sorted({(name, not is_reduced or number == len(names)) for names in set(plan) for number, name in enumerate(names, 1)})
 
 
-def capture(step: Step, buffers: InputBuffers, plan: Plan, report: Callable[[str], None]) -> Step | CapturedStep:
+def capture(step: Step, buffers: InputBuffers, plan: StepPlan, report: Callable[[str], None]) -> Step | CapturedStep:
     """The step captured, or as it is, after a report, when it cannot be."""
     captured, reason = None, "another process of the run cannot"
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.device import DeviceDecoder
+from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
 from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
@@ -65,11 +65,11 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
                 _train_step(run, step, batches, stop)
             except Interrupted:
                 break
-            if run.done % config.log_every_steps == 0 or run.done == len(plan):
+            if run.done % config.log.log_every_steps == 0 or run.done == len(plan):
                 _begin_interval(run)
             _log_intervals(run, wait=False)
-            evaluated = config.eval_every_steps and run.done % config.eval_every_steps == 0 and _evaluate(run, stop)
-            if (evaluated or run.done % config.save_every_steps == 0) and run.done < len(plan):
+            evaluated = config.log.eval_every_steps and run.done % config.log.eval_every_steps == 0 and _evaluate(run, stop)
+            if (evaluated or run.done % config.log.save_every_steps == 0) and run.done < len(plan):
                 _save(run)
         if run.saved < run.done:
             _save(run, must=True)
@@ -86,12 +86,12 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
 def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[str, Inputs]]]:
     """The step, captured where that is possible, and the batches of the plan on the device, the next ones decoded ahead."""
     config, step, jobs = run.config, run.step, training_jobs(run.loaders, run.plan, run.done)
-    ahead = {"depth": config.prefetch, "timeout_seconds": config.decode_timeout_seconds, "stop": lambda: stop.signal}
+    ahead = {"depth": config.data.prefetch, "timeout_seconds": config.data.decode_timeout_seconds, "stop": lambda: stop.signal}
     if step.device.type == "cpu":
         return step, ((name, Inputs.from_batch(batch)) for name, batch in prefetch(jobs, **ahead))
     dtypes = {name: loader.grid_dtype() for name, loader in run.loaders.items()}
     buffers, captured = InputBuffers(config, dtypes, step.device, run.world.size), step
-    if config.capture and not config.sharded and run.done < len(run.plan):
+    if config.compute.capture and not config.distributed.sharded and run.done < len(run.plan):
         run.log.message("capturing the steps as CUDA graphs")
         captured = capture(step, buffers, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
     return captured, feed(prefetch(pin(jobs), **ahead), buffers)
@@ -173,7 +173,7 @@ def _summarise(run: Run, name: str, counters: TaskCounters) -> dict[str, int | f
 
 def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
     for name, row in counters.items():
-        if row.skipped_in_a_row >= run.config.nonfinite_patience:
+        if row.skipped_in_a_row >= run.config.compute.nonfinite_patience:
             batch = count_steps(run.plan[: row.last_skipped_step])[name]
             files = [sample.media.name for sample in run.loaders[name].step_samples(batch)]
             raise NonFiniteError(
@@ -213,7 +213,7 @@ def _evaluate(run: Run, stop: Stop) -> bool:
 
 
 def _log_memory(run: Run) -> None:
-    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, DeviceDecoder)]
+    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, GpuDecoder)]
     held = max((decoder.memory_bytes()[1] for decoder in decoders), default=0)
     run.log.message(
         f"peak GPU memory {torch.cuda.max_memory_reserved() / GIB:.1f} GiB by PyTorch; the decoder that needs the most takes "

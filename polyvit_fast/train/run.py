@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from polyvit_fast.config import Plan, Train
+from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.data.sources.classes import first_difference
 from polyvit_fast.data.sources.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
@@ -21,8 +21,10 @@ from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.config_json import to_json
+from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.lock import hold
-from polyvit_fast.train.run_folder.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
+from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
 from polyvit_fast.train.schedule import check_warmup, compute_warmup_steps, count_steps
 from polyvit_fast.train.step import PendingCounters, Step
 
@@ -50,7 +52,7 @@ class Run:
     """Everything that a run holds."""
 
     config: Train
-    plan: Plan
+    plan: StepPlan
     world: World
     step: Step
     loaders: dict[str, Loader]
@@ -85,7 +87,7 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Train, plan: Plan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
+def open_run(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
     """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used."""
     if not config.out:
         raise ValueError("out is empty: it must name the run folder")
@@ -121,14 +123,14 @@ def _hold_folder(config: Train, world: World) -> Iterator[None]:
         yield
 
 
-def _open_log(config: Train, plan: Plan, world: World, found: checkpoint.Checkpoint | None) -> Log | PeerLog:
+def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Checkpoint | None) -> Log | PeerLog:
     if world.rank:
         return PeerLog(world.rank)
     first_step = found.step if found else 0
     return Log(config.folder, dict(count_steps(plan)), len(plan), first_step, done=count_steps(plan[:first_step]))
 
 
-def _log_start(log: Log | PeerLog, config: Train, plan: Plan, step: Step, experiment: str) -> None:
+def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
     world = step.world
     num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
     processes = f", {world.size} processes" if world.size > 1 else ""
@@ -141,7 +143,7 @@ def _log_start(log: Log | PeerLog, config: Train, plan: Plan, step: Step, experi
         log.message(warning, "warning")
 
 
-def _build_run(config: Train, plan: Plan, step: Step, log: Log | PeerLog) -> Run:
+def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) -> Run:
     world = step.world
     report = log.message if world.rank == 0 else partial(log.message, level="warning")
     process = {"report": report, "rank": world.rank, "world_size": world.size}
@@ -167,7 +169,7 @@ def _save_on_error(run: Run) -> Iterator[None]:
         yield
     except (DataError, NonFiniteError, PeerLost, torch.OutOfMemoryError) as error:
         # Without that process, its shards are missing, or all-reduces that wait for it may hold the GPU.
-        lost = isinstance(error, PeerLost) and (run.config.sharded or _is_stuck(run.step))
+        lost = isinstance(error, PeerLost) and (run.config.distributed.sharded or _is_stuck(run.step))
         if run.saved < run.done and not lost:
             with suppress(checkpoint.CheckpointError):  # the first error is the one to report
                 _write_checkpoint(run)
@@ -210,7 +212,7 @@ def save(run: Run, *, must: bool = False) -> None:
     if failed and must:
         raise error or checkpoint.CheckpointError(f"step {run.done}: process 0 could not write the checkpoint")
     if error:
-        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.save_every_steps} steps", "error")
+        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
     run.clock.restart()
 
 
@@ -241,7 +243,7 @@ def _write_checkpoint(run: Run) -> None:
         "validation_samples": run.validation_fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
     }
-    keep, config = run.config.keep, to_json(run.config)
+    keep, config = run.config.log.keep, to_json(run.config)
     checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
 
 
@@ -267,7 +269,7 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
     different = resume_differences(found.config, to_json(config))
     if different:
-        since = " (it is of an earlier version, whose defaults were other ones)" if is_of_earlier_version(found.config) else ""
+        since = " (written before version 0.5, whose defaults changed)" if is_older_than_0_5(found.config) else ""
         raise ValueError(
             f"{config.folder} holds a checkpoint of another configuration{since}; it differs in: {'; '.join(different)}. "
             "Choose another --out, or set these fields back to resume"
@@ -313,7 +315,7 @@ def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Lo
     difference = f"task {name}: its training files are not those of {found.path} ({changes})"
     if not same_list:
         raise ValueError(f"{difference}, so their order would change. Put them back to resume, or choose another --out")
-    if changes and run.config.changed_files == "refuse":
+    if changes and run.config.data.changed_files == "refuse":
         raise ValueError(f"{difference}. Put them back to resume, allow the change with --changed-files allow, or choose another --out")
     if changes:
         run.log.message(f"{difference}; the run goes on with them as they are now")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_together
-from tiny_runs import Tile, tile_task, tiny_config
+from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
@@ -207,7 +207,7 @@ def test_a_rare_head_decays_in_every_update_or_in_its_own(num_tasks):
 
 
 def of_processes(world: World, changes: dict) -> dict[str, torch.Tensor]:
-    step = train(replace(config(absent="rest", clip_norm=0.3), **changes), world=world)
+    step = train(change(config(absent="rest", clip_norm=0.3), **changes), world=world)
     return {**step.parameters.state_dict(), **{f"state.{name}": tensor for name, tensor in step.optimizer.state_dict().items()}}
 
 

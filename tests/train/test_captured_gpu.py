@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import change
 from torch import nn
 
 from polyvit_fast.config import Model, Optim, Task, Train
@@ -42,8 +43,8 @@ def config(**changes) -> Train:
         "pictures": task(Image(size=64)),
         "clips": task(Video(size=32, short_side=32, frames=8), batch=8, loss="sigmoid", multi_label=True),
     }
-    values = {"tasks": tasks, "model": MODEL, "optim": Optim(name="adamw", lr=1e-3), "device": "cuda", "precision": "bf16"}
-    return Train(**(values | changes))
+    of = Train(tasks=tasks, model=MODEL, optim=Optim(name="adamw", lr=1e-3), device="cuda", precision="bf16")
+    return change(of, **changes)
 
 
 class Trained:
@@ -173,7 +174,7 @@ def test_what_cannot_be_captured_runs_eagerly_after_one_report():
 
 
 def run_folder(run: Train, folder, **changes):
-    return train(replace(run, out=str(folder), **changes), "test", ["test"])
+    return train(change(run, out=str(folder), **changes), "test", ["test"])
 
 
 def test_a_whole_run_is_the_same_with_and_without_capture(tmp_path):

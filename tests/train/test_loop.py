@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from safetensors.torch import load_file
-from tiny_runs import tile_task, tiny_config
+from tiny_runs import change, tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Decoder, Task, Train
@@ -34,7 +34,7 @@ from polyvit_fast.train.schedule import make_step_plan
 
 
 def run(config: Train, folder: Path, **changes):
-    return train(replace(config, out=str(folder), **changes), "test", ["test"])
+    return train(change(config, out=str(folder), **changes), "test", ["test"])
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("eval_every_steps", [0, 10])
 def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeypatch, eval_every_steps):
-    config = replace(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
+    config = change(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
     straight = run(config, tmp_path / "straight")
     evaluating = Log.evaluating
 
@@ -240,7 +240,7 @@ def write_as_before(folder: Path) -> Path:
 @pytest.mark.parametrize("earlier_version", [False, True], ids=["now", "0.4"])
 def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(tmp_path, config, earlier_version):
     tasks = config.tasks | {"b": replace(config.tasks["b"], val=Unlabelled(num_samples=30, seed=1))}
-    config = replace(config, tasks=tasks, eval_every_steps=10, save_every_steps=10, out=str(tmp_path))
+    config = change(config, tasks=tasks, eval_every_steps=10, save_every_steps=10, out=str(tmp_path))
     first = run_until(config, tmp_path, 12)
     assert math.isnan(first.metrics["b"]["mAP"])
     files = {path.name for path, _ in json_values(tmp_path)}

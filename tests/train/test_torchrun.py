@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 import processes
 import pytest
 import torch
+from tiny_runs import change
 
 from polyvit_fast import cli, experiments
 from polyvit_fast.config import Optim
@@ -54,7 +54,7 @@ def rows(folder: Path, kind: str) -> list[dict]:
 
 def run_smoke(folder: Path, changes: dict) -> None:
     optim = Optim(name="sgd", lr=0.05, warmup_steps=2)
-    config = replace(experiments.load("smoke"), out=str(folder), optim=optim, log_every_steps=8, compute_threads=1, **changes)
+    config = change(experiments.load("smoke"), out=str(folder), optim=optim, log_every_steps=8, compute_threads=1, **changes)
     train(config, "smoke", ["test"])
 
 

@@ -101,13 +101,13 @@ def _estimate_task(config: Train, name: str, num_steps: int) -> TaskCost:
 
 
 def _count_activations(config: Train, task: Task) -> int:
-    more = {"residual": config.residual, "keeps_rounded": config.keeps_rounded}
-    return activation_bytes(config.model, task, config.precision, config.recompute, **more)
+    more = {"residual": config.compute.residual, "keeps_rounded": config.keeps_rounded}
+    return activation_bytes(config.model, task, config.precision, config.compute.recompute, **more)
 
 
 def _count_forwards(config: Train) -> int:
     """Forward passes that a training step costs: its own, two for a backward pass that multiplies each matrix twice, one recomputed."""
-    return 4 if config.recompute else 3
+    return 4 if config.compute.recompute else 3
 
 
 def _count_samples(source: Source, task: Task) -> tuple[int | None, str]:
@@ -187,10 +187,12 @@ def _note_largest(report: CostReport) -> str:
     if more:
         lower = _bytes(report.peak_bytes(row, more[0]))
         return f"{start}; --tasks.{row.name}.micro-batches {more[0]} lowers that to {lower}, with the same gradient."
-    for flag, changes in (("--precision bf16", {"precision": "bf16"}), ("--recompute", {"recompute": True})):
-        if (lower := replace(report, config=replace(report.config, **changes)).peak_bytes(row)) < report.peak_bytes(row):
+    config = report.config
+    recomputed = replace(config, compute=replace(config.compute, recompute=True))
+    for flag, other in (("--precision bf16", replace(config, precision="bf16")), ("--recompute", recomputed)):
+        if (lower := replace(report, config=other).peak_bytes(row)) < report.peak_bytes(row):
             return f"{start}, with single examples; {flag} lowers that to {_bytes(lower)}."
-    return f"{start}, with single examples in {report.config.precision}: a smaller model or grid lowers that."
+    return f"{start}, with single examples in {config.precision}: a smaller model or grid lowers that."
 
 
 def _note_steps(report: CostReport) -> Iterator[str]:
@@ -212,7 +214,7 @@ def _note_steps(report: CostReport) -> Iterator[str]:
 def _note_state(report: CostReport) -> Iterator[str]:
     config = report.config
     more = ", moving average" * bool(config.optim.ema_decay) + ", the parameters in bf16 too" * config.keeps_rounded
-    again = ", each block's input and what one block keeps" * config.recompute
+    again = ", each block's input and what one block keeps" * config.compute.recompute
     yield (
         f"The state, {_bytes(report.state_bytes)}, lasts for the whole run: parameters, gradients, optimizer{more}. "
         f"Activations are what a micro-batch keeps for its backward pass in {config.precision}{again}. Short-lived results and the "
@@ -220,7 +222,7 @@ def _note_state(report: CostReport) -> Iterator[str]:
     )
     not_saved = FP32_BYTES + BF16_BYTES * config.keeps_rounded  # gradients, rounded parameters
     size = _bytes(report.state_bytes - not_saved * report.num_parameters)
-    yield f"A checkpoint takes {size} on disk; up to {config.keep + 1} stay (keep = {config.keep}, and the best)."
+    yield f"A checkpoint takes {size} on disk; up to {config.log.keep + 1} stay (keep = {config.log.keep}, and the best)."
 
 
 def _note_compute(report: CostReport) -> str:
@@ -232,7 +234,7 @@ def _note_compute(report: CostReport) -> str:
         text += f" {_flop(report.training_flops)} are {time} at a sustained {_flop(SUSTAINED_FLOPS)}/s."
     if any(row.num_val is None for row in report.tasks):
         return text
-    interval = report.config.eval_every_steps
+    interval = report.config.log.eval_every_steps
     times = -(-report.num_steps // interval) if interval else 1
     once = sum(row.forward_flops * row.task.modality.eval_views * (row.num_val or 0) for row in report.tasks)
     return f"{text} Evaluation, {'once' if times == 1 else f'{times:,} times'}, adds {times * once / report.training_flops:.1%}."

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from polyvit_fast.config import Plan, Train
+from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import count_steps
 
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
 HELD_OUT = {"color": "#222222", "linewidth": 1, "marker": "o", "markersize": 4, "markerfacecolor": "white"}
 
 
-def build_schedule_table(plan: Plan) -> Table:
+def build_schedule_table(plan: StepPlan) -> Table:
     """Per task: steps, fraction of all minibatches, first and last step, and the most steps in a row without it between those."""
     table = build_table(["task"], ["steps", "of all", "first step", "last step", "longest gap"])
     counts = count_steps(plan)
@@ -58,12 +58,12 @@ def build_rate_table(lrs: Sequence[float]) -> Table:
     return table
 
 
-def print_schedule(plan: Plan, lrs: Sequence[float]) -> None:
+def print_schedule(plan: StepPlan, lrs: Sequence[float]) -> None:
     """Print the table of the schedule and that of its learning rates."""
     Console().print(build_schedule_table(plan), "", build_rate_table(lrs), sep="\n")
 
 
-def plot_schedule(path: Path, plan: Plan, config: Train, lrs: Sequence[float]) -> None:
+def plot_schedule(path: Path, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
     """Draw the plan as a PNG: the task of every step, each task's percentage of the minibatches so far, the learning rate of every step."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -118,7 +118,7 @@ def _draw_percentages(axes: Axes, present: np.ndarray) -> None:
     axes.set(ylim=(0, 100), ylabel="minibatches so far [%]", title="Each task's percentage of the minibatches")
 
 
-def _draw_rates(axes: Axes, plan: Plan, config: Train, rates: np.ndarray) -> None:
+def _draw_rates(axes: Axes, plan: StepPlan, config: Train, rates: np.ndarray) -> None:
     """A line for each `lr_scale` among the steps, hence a single one when all tasks have the same."""
     names = list(config.tasks)
     scales = np.array([sum(config.tasks[name].lr_scale for name in tasks) / len(tasks) for tasks in plan])
