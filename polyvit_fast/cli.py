@@ -142,9 +142,9 @@ def _eval(arguments: list[str]) -> int:
     config = _recorded(folder).config
     config = config if options.device == "as trained" else replace(config, device=options.device)
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.output.log import evaluation_progress, print_evaluation
+    from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
 
-    with evaluation_progress() as progress:
+    with show_evaluation_progress() as progress:
         rows = evaluate_run(Path(folder), config, options.checkpoint, options.tasks, progress)
     if rows:  # under torchrun the first process has them
         print_evaluation(config, rows)
@@ -189,9 +189,9 @@ def _plot_curves(folder: Path) -> None:
 def _plan(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "plan EXPERIMENT")
     config = _configured(name, flags, "plan")
-    from polyvit_fast.train.output.report import print_plan
+    from polyvit_fast.train.output.cost_report import print_cost
 
-    print_plan(config)
+    print_cost(config)
     return 0
 
 
