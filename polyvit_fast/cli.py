@@ -125,7 +125,7 @@ def _train(arguments: list[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
+class EvalOptions:
     """Evaluate a run's checkpoint on the validation files of its tasks."""
 
     checkpoint: str = "newest"
@@ -138,7 +138,7 @@ class Eval:
 
 def _eval(arguments: list[str]) -> int:
     folder, flags = _subject(arguments, "eval RUN")
-    options = _parse(Eval, flags, "eval RUN")
+    options = _parse(EvalOptions, flags, "eval RUN")
     config = _recorded(folder).config
     config = config if options.device == "as trained" else replace(config, device=options.device)
     from polyvit_fast.train.evaluate import evaluate_run
@@ -166,9 +166,9 @@ def _plot_schedule(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "plot schedule EXPERIMENT")
     config = _configured(name, flags, "plot schedule")
     from polyvit_fast.train.output.plot import plot_schedule, print_schedule
-    from polyvit_fast.train.schedule import learning_rate, make_plan
+    from polyvit_fast.train.schedule import learning_rate, make_step_plan
 
-    plan = make_plan(config)
+    plan = make_step_plan(config)
     path = config.folder / "schedule.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     lrs = [learning_rate(config, plan, step) for step in range(len(plan))]
@@ -196,7 +196,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class CheckOptions:
     """Decode every file of every task (of a video eight clips), in parallel, and name the broken ones. Other flags are those of train."""
 
     manifests: str = "clean-manifests"
@@ -213,7 +213,7 @@ class Check:
 
 def _check(arguments: list[str]) -> int:
     name, flags = _subject(arguments, "check EXPERIMENT")
-    options, flags = tyro.cli(Check, args=flags, prog=f"polyvit-fast check {name}", return_unknown_args=True)
+    options, flags = tyro.cli(CheckOptions, args=flags, prog=f"polyvit-fast check {name}", return_unknown_args=True)
     config = _configured(name, flags, "check")
     from polyvit_fast.data.checking.check import check_files
 

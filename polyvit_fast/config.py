@@ -1,4 +1,4 @@
-"""The vocabulary of a run: `Modality`, `Source`, `Task`, `Model`, `Optim` and `Train`, as frozen records.
+"""The vocabulary of a run: `Modality`, `Source`, `Task`, `Model`, `Optim` and `Train`, as frozen dataclasses.
 
 A record only states what is wanted. `__post_init__` checks and never changes; numbers that follow from others are properties.
 A field's docstring is its line in `polyvit-fast train NAME --help`.
@@ -62,13 +62,6 @@ class Modality(ABC):
     def eval_views(self) -> int:
         """Evenly spaced views of one sample whose logits are averaged in evaluation."""
 
-    @abstractmethod
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
-        """Files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones.
-
-        With `device` = "cuda" the current GPU decodes and augments what it can, and the grids lie there.
-        """
-
     def thorough(self) -> Modality:
         """The same, but evaluation sees as much of every file as it can: for checks. This one, when it does so already."""
         return self
@@ -98,9 +91,9 @@ class Source(ABC):
         """How many samples there are, for a plan: a source that makes its files makes none for it. Raises as `samples`."""
         return len(self.samples(task))
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
-        """What turns these samples into grids: the modality's own decoder, unless the source brings one."""
-        return task.modality.decoder(batch=batch, train=train, num_threads=num_threads, device=device)
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder | None:
+        """A decoder of the source's own, for media that are no files; None: the modality's decoder reads them."""
+        return None
 
     def class_names(self, task: Task) -> tuple[str, ...] | None:
         """The names of classes that this source knows by itself, in the order of their numbers; None: it knows numbers alone."""
@@ -265,67 +258,121 @@ class Optim:
         return self.absent == "rest" or (self.absent == "auto" and self.name == "adamw")
 
 
-Plan = list[tuple[str, ...]]
+StepPlan = list[tuple[str, ...]]
 """The tasks of every step, known before step 0: one name, or several whose gradients are averaged."""
-Schedule = Callable[["Train"], Plan]
-"""A rule that turns a configuration into a plan."""
+Schedule = Callable[["Train"], StepPlan]
+"""A rule that turns a configuration into a step plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How files are read and decoded."""
+
+    decoding: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where files are decoded. auto: on the GPU with --device cuda, else on the CPU. Formats without a GPU decoder always use the CPU."""
+    num_threads: int = 2
+    """CPU threads that decode files."""
+    prefetch: int = 4
+    """Batches that are decoded ahead of the step that needs them."""
+    decode_timeout_seconds: float = 120.0
+    """Stop the run when a batch takes longer than this to decode; the message names the file."""
+    max_bad_ratio: float = 0.01
+    """Largest fraction of a task's files that may be broken before the run stops. Until then each is replaced by another of the task."""
+    changed_files: Literal["refuse", "allow"] = "refuse"
+    """Whether a run may resume when training files have changed in size or content since its checkpoint, for example because broken ones
+    were repaired."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "num_threads", "prefetch")
+        if not 0 <= self.max_bad_ratio <= 1:
+            raise ValueError(f"max_bad_ratio = {self.max_bad_ratio} must be in [0, 1]")
+        if self.decode_timeout_seconds <= 0:
+            raise ValueError(f"decode_timeout_seconds = {self.decode_timeout_seconds} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How a step is computed."""
+
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the residual stream between blocks. bf16 halves its memory and needs --precision bf16."""
+    attention: Literal["auto", "cudnn", "flash", "xformers"] = "auto"
+    """Attention kernel on a GPU. auto: the fastest one measured for the sequence length. xformers needs `pip install mslk-cuda`."""
+    capture: bool = True
+    """On a GPU, capture each task's step once as a CUDA graph and replay it, so that launching kernels costs no CPU time."""
+    recompute: bool = False
+    """Activation checkpointing: keep only each block's input and recompute the rest in the backward pass. Far less memory, about a third
+    more time."""
+    compute_threads: int = 0
+    """CPU threads of PyTorch's operators. 0: one less than there are cores, which leaves one for the decoders."""
+    nonfinite_patience: int = 10
+    """Stop the run after this many steps in a row with a non-finite loss or gradient. Each of them skips its update."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "nonfinite_patience")
+        if self.compute_threads < 0:
+            raise ValueError(f"compute_threads = {self.compute_threads} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """How often a run logs, evaluates and saves. All intervals count steps of all tasks together."""
+
+    log_every_steps: int = 20
+    """Steps from one log line, with its row of metrics.jsonl and its TensorBoard point, to the next."""
+    eval_every_steps: int = 0
+    """Steps from one evaluation to the next. 0: only at the end."""
+    save_every_steps: int = 500
+    """Steps from one checkpoint to the next. One is also saved after each evaluation, at the end and when a signal stops the run."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept. The best one is kept as well."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "log_every_steps", "save_every_steps", "keep")
+        if self.eval_every_steps < 0:
+            raise ValueError(f"eval_every_steps = {self.eval_every_steps} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedOptions:
+    """How the processes of torchrun work together."""
+
+    sharded: bool = False
+    """Split parameters, gradients and optimizer state over the processes (FSDP2), for models too large for one GPU. Excludes --capture."""
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are all-reduced. bf16 halves the traffic."""
+
+
+def _check_at_least_one(options: object, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) <= 0:
+            raise ValueError(f"{name} = {getattr(options, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A whole run."""
+    """A training run."""
 
     tasks: dict[str, Task]
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
+    log: tyro.conf.OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
+    distributed: tyro.conf.OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
     schedule: Annotated[str | Schedule, tyro.conf.arg(constructor=str, metavar="NAME")] = "weighted"
-    """task-by-task | alternating | uniform | weighted | accumulating (or, in a file, any function Train -> list of task tuples)."""
+    """Which task each step trains: task-by-task, alternating, uniform, weighted or accumulating. An experiment file may also
+    give a function Train -> list of task tuples."""
     out: str = ""
-    """Run folder; empty: runs/NAME."""
+    """Run folder. Empty: runs/NAME."""
     seed: int = 0
-    """Everything random follows from it: weights, task order, sample order, augmentation, dropout."""
+    """Seed of everything random: initial weights, order of tasks and samples, augmentation, dropout."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model computes. Under torchrun, cuda is one GPU for each process."""
+    """Where the model computes. Under torchrun, cuda gives each process one GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward and backward under autocast; parameters and optimizer stay fp32."""
-    residual: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the tokens between the blocks, to which every branch is added; bf16, with precision = bf16, halves their memory."""
-    attention: Literal["auto", "cudnn", "flash", "xformers"] = "auto"
-    """What computes attention on a GPU. auto: what is fastest at its length; else this library (xformers: pip install mslk-cuda)."""
-    capture: bool = True
-    """On a GPU, record each task's step once as a CUDA graph and replay it, so that the GPU does not wait for Python."""
-    recompute: bool = False
-    """Keep only each block's input for the backward pass and compute the rest of the block again: far less memory, a third more time."""
-    sharded: bool = False
-    """Under torchrun, spread parameters, gradients and moments over the processes (FSDP2), for models too large for one GPU; no capture."""
-    grad_reduce: Literal["fp32", "bf16"] = "fp32"
-    """Under torchrun, the precision in which gradients travel between processes; bf16 halves the traffic."""
-    decoding: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where files are decoded. auto: on the GPU when device = cuda; formats that its decoders lack go through the CPU all the same."""
-    num_threads: int = 2
-    """CPU threads that decode files."""
-    compute_threads: int = 0
-    """CPU threads that the model computes with; 0: one less than there are cores, for one that waits for decoders stops all."""
-    prefetch: int = 4
-    """Batches that are decoded ahead along the schedule."""
-    decode_timeout_seconds: float = 120.0
-    """A batch that takes longer to decode ends the run with the name of the file at fault."""
-    max_bad_ratio: float = 0.01
-    """Share of a task's files that may be broken (each is replaced by another of its task) before the run stops."""
-    nonfinite_patience: int = 10
-    """Steps in a row with a non-finite loss or gradient (each is skipped) before the run stops."""
-    log_every_steps: int = 20
-    """Interval of log lines, metrics and TensorBoard points."""
-    eval_every_steps: int = 0
-    """Interval of evaluation; 0: only at the end."""
-    save_every_steps: int = 500
-    """Interval of checkpoints; there is always one at the end and on a signal to stop."""
-    keep: int = 2
-    """Newest checkpoints that stay, beside the best one."""
+    """bf16: forward and backward under autocast; parameters and optimizer state stay in fp32."""
     resume: bool = True
-    """Go on from the run folder's newest checkpoint when there is one and the configuration agrees."""
-    changed_files: Literal["refuse", "allow"] = "refuse"
-    """Whether to go on when training files have other sizes or contents than in the checkpoint, as after broken ones were mended."""
+    """Resume from the newest checkpoint in the run folder, if there is one. The configuration must be the same."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -333,23 +380,14 @@ class Train:
         for name in self.tasks:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
-        if self.decoding == "gpu" and self.device == "cpu":
-            raise ValueError("decoding = gpu needs device = cuda; leave it auto")
-        if self.attention != "auto" and self.device == "cpu":
-            raise ValueError(f"attention = {self.attention} needs device = cuda; leave it auto")
-        if self.residual == "bf16" and self.precision == "fp32":
-            raise ValueError("residual = bf16 needs precision = bf16; leave it fp32")
-        if self.sharded and self.optim.clip == "process":
-            raise ValueError(
-                "optim.clip = process needs each process's whole gradient, which sharded = True never has; leave one of them off"
-            )
-        for name in ("num_threads", "prefetch", "log_every_steps", "save_every_steps", "keep", "nonfinite_patience"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if min(self.eval_every_steps, self.compute_threads) < 0:
-            raise ValueError("eval_every_steps and compute_threads must not be negative")
-        if not 0 <= self.max_bad_ratio <= 1 or self.decode_timeout_seconds <= 0:
-            raise ValueError("0 <= max_bad_ratio <= 1 and decode_timeout_seconds > 0 are needed")
+        if self.data.decoding == "gpu" and self.device == "cpu":
+            raise ValueError("--decoding gpu needs --device cuda; leave it auto")
+        if self.compute.attention != "auto" and self.device == "cpu":
+            raise ValueError(f"--attention {self.compute.attention} needs --device cuda; leave it auto")
+        if self.compute.residual == "bf16" and self.precision == "fp32":
+            raise ValueError("--residual bf16 needs --precision bf16; leave it fp32")
+        if self.distributed.sharded and self.optim.clip == "process":
+            raise ValueError("--optim.clip process needs each process's whole gradient, which --sharded never has; leave one of them off")
         self._check_shared_modalities()
 
     def _check_shared_modalities(self) -> None:
@@ -375,7 +413,7 @@ class Train:
     @property
     def keeps_rounded(self) -> bool:
         """Whether each update writes the parameters in bf16 too. A CPU rounds them at each use, and FSDP gathers them in fp32."""
-        return self.precision == "bf16" and self.device != "cpu" and not self.sharded
+        return self.precision == "bf16" and self.device != "cpu" and not self.distributed.sharded
 
     @property
     def folder(self) -> Path:

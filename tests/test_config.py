@@ -6,7 +6,7 @@ import tyro
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import config as vocabulary
-from polyvit_fast.config import MODELS, Model, Optim, Task, Train
+from polyvit_fast.config import MODELS, ComputeOptions, DataOptions, DistributedOptions, LogOptions, Model, Optim, Task, Train
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.sources.synthetic import Synthetic
 
@@ -29,11 +29,11 @@ from polyvit_fast.data.sources.synthetic import Synthetic
         (lambda: Train(tasks={}), "tasks is empty"),
         (lambda: tiny_config(tasks={"a b": tile_task()}), "task name 'a b'"),
         (lambda: tiny_config(log_every_steps=0), "log_every_steps = 0 must be at least 1"),
-        (lambda: tiny_config(decoding="gpu"), "decoding = gpu needs device = cuda"),
-        (lambda: tiny_config(attention="cudnn"), "attention = cudnn needs device = cuda"),
-        (lambda: tiny_config(residual="bf16"), "residual = bf16 needs precision = bf16"),
+        (lambda: tiny_config(decoding="gpu"), "--decoding gpu needs --device cuda"),
+        (lambda: tiny_config(attention="cudnn"), "--attention cudnn needs --device cuda"),
+        (lambda: tiny_config(residual="bf16"), "--residual bf16 needs --precision bf16"),
         (lambda: tiny_config(max_bad_ratio=1.5), "max_bad_ratio"),
-        (lambda: tiny_config(sharded=True, optim=Optim(clip="process")), "optim.clip = process needs each process's whole gradient"),
+        (lambda: tiny_config(sharded=True, optim=Optim(clip="process")), "--optim.clip process needs each process's whole gradient"),
     ],
 )
 def test_wrong_values_are_told(make, message):
@@ -55,7 +55,7 @@ def test_any_field_can_be_set_on_the_command_line(config):
     flags = "--tasks.a.steps 5 --tasks.b.modality.size 16 --optim.lr 0.5 --schedule uniform --model.depth 3 --no-resume"
     flags += " --precision bf16 --residual bf16"
     changed = tyro.cli(Train, default=config, args=flags.split())
-    assert (changed.precision, changed.residual) == ("bf16", "bf16")
+    assert (changed.precision, changed.compute.residual) == ("bf16", "bf16")
     assert (changed.tasks["a"].steps, changed.optim.lr, changed.schedule, changed.model.depth, changed.resume) == (
         5,
         0.5,
@@ -83,9 +83,9 @@ def test_wrong_flags_are_told(config, capsys, flags, words):
 
 def test_every_field_has_its_line_of_help():
     source = Path(vocabulary.__file__).read_text().splitlines()
-    for record in (Model, Optim, Train, Task):
+    for record in (Model, Optim, DataOptions, ComputeOptions, LogOptions, DistributedOptions, Train, Task):
         for field in fields(record):
-            if field.name in {"tasks", "model", "optim", "modality", "train", "val"}:
+            if field.name in {"tasks", "model", "optim", "data", "compute", "log", "distributed", "modality", "train", "val"}:
                 continue
             places = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
             assert any(source[i + 1].startswith('    """') for i in places), f"{record.__name__}.{field.name}"

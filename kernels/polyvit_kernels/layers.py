@@ -95,7 +95,7 @@ def norm_residual(
     """
     if _has_to_run(norm):
         return x, norm(x, out_dtype)
-    return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype, find_factors(x))
+    return ops.layer_norm_residual(x, norm.weight, norm.bias, norm.eps, out_dtype, find_factors(x))
 
 
 def _has_to_run(norm: Any) -> bool:

@@ -8,7 +8,7 @@ Result: top-1 (of chords: mAP) above 90 % on held-out files of every task.
 from dataclasses import replace
 from typing import Literal
 
-from polyvit_fast.config import Modality, Model, Optim, Task, Train
+from polyvit_fast.config import LogOptions, Modality, Model, Optim, Task, Train
 from polyvit_fast.data import Audio, DemoFiles, Image, Video
 from polyvit_fast.data.sources.demo_files import Kind
 
@@ -41,6 +41,5 @@ config = Train(
     },
     model=Model(dim=96, depth=4, num_heads=3, mlp_dim=192),
     optim=Optim(name="adamw", lr=7e-4, warmup_steps=100, weight_decay=0.05),
-    log_every_steps=100,
-    eval_every_steps=1000,
+    log=LogOptions(log_every_steps=100, eval_every_steps=1000),
 )

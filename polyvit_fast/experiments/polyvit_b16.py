@@ -36,7 +36,7 @@ Not as there:
   normalise nothing.
 """
 
-from polyvit_fast.config import MODELS, Optim, Task, Train
+from polyvit_fast.config import MODELS, DataOptions, LogOptions, Optim, Task, Train
 from polyvit_fast.data import Audio, Folder, Image, Manifest, Video
 
 WARMUP_STEPS = {"images": 500, "kinetics400": 8_390, "moments": 30_910, "audioset": 795, "vggsound": 6_735}
@@ -49,8 +49,8 @@ CLIP = Video(
     scale_jitter=(0.9, 1.33),
     colour_jitter=0.4,
     hue_jitter_degrees=72.0,
-    colour_jitter_chance=0.8,
-    grey_chance=0.1,
+    colour_jitter_prob=0.8,
+    grey_prob=0.1,
 )
 # The released settings ask for time masks too, but with a largest ratio of 0, which switches them off.
 SOUND = Audio(clip_seconds=8.0, num_mel_bins=128, channels=3, spectrogram="kaldi", freq_masks=1, freq_mask_bins=48)
@@ -131,8 +131,6 @@ config = Train(
     optim=Optim(name="sgd", lr=1.0, momentum=0.9, warmup_steps=sum(WARMUP_STEPS.values()), clip_norm=1.0),
     schedule="weighted",
     seed=42,
-    num_threads=8,
-    log_every_steps=100,
-    eval_every_steps=5_000,
-    save_every_steps=5_000,
+    data=DataOptions(num_threads=8),
+    log=LogOptions(log_every_steps=100, eval_every_steps=5_000, save_every_steps=5_000),
 )

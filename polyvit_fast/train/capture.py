@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 
-from polyvit_fast.config import Plan
+from polyvit_fast.config import StepPlan
 from polyvit_fast.train.feed import NUM_SLOTS, Inputs, Slots
 from polyvit_fast.train.step import Step
 
@@ -34,8 +34,8 @@ class Captured:
     Everything that the step reads must keep its place in memory: the inputs are those of `slots`.
     """
 
-    def __init__(self, step: Step, slots: Slots, plan: Plan) -> None:
-        if step.config.recompute and step.config.model.dropout:
+    def __init__(self, step: Step, slots: Slots, plan: StepPlan) -> None:
+        if step.config.compute.recompute and step.config.model.dropout:
             raise CaptureError("recompute = True with dropout reads the state of the random numbers, which a recording cannot")
         self.step = step
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -103,12 +103,12 @@ def _cause(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def recordings(plan: Plan, *, is_reduced: bool) -> list[tuple[str, bool]]:
+def recordings(plan: StepPlan, *, is_reduced: bool) -> list[tuple[str, bool]]:
     """(task, whether it is the last of its step) of all that the plan needs; where nothing is reduced, all count as the last."""
     return sorted({(name, not is_reduced or place == len(names)) for names in set(plan) for place, name in enumerate(names, 1)})
 
 
-def capture(step: Step, slots: Slots, plan: Plan, report: Callable[[str], None]) -> Step | Captured:
+def capture(step: Step, slots: Slots, plan: StepPlan, report: Callable[[str], None]) -> Step | Captured:
     """The step captured, or as it is, after a report, when it cannot be."""
     captured, reason = None, "another process of the run cannot"
     try:

@@ -30,9 +30,9 @@ def on_device(config: Train, world: World = ALONE) -> Iterator[None]:
     """Inside, PyTorch computes with the configuration's number of threads. Raises ValueError when its device or library is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or look at what nvidia-smi says")
-    check_backend(config.attention, config.device)
+    check_backend(config.compute.attention, config.device)
     before = torch.get_num_threads()
-    torch.set_num_threads(config.compute_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size - 1))
+    torch.set_num_threads(config.compute.compute_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size - 1))
     try:
         yield
     finally:
@@ -67,7 +67,7 @@ def evaluate(
 def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World) -> dict[str, float]:
     started, metrics, total = time.monotonic(), Metrics(loader.task), len(loader.samples)
     jobs = validation_jobs(loader, world.rank, world.size)
-    batches = prefetch(jobs, depth=config.prefetch, timeout_seconds=config.decode_timeout_seconds)
+    batches = prefetch(jobs, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
     for number, batch in enumerate(_in_step(batches, world), 1):
         logits = _logits(model, config, loader, batch)
         for answers in world.gather((logits, batch.labels)):

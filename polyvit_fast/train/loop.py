@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.device import DeviceDecoder
+from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
 from polyvit_fast.train.capture import Captured, capture
 from polyvit_fast.train.distributed.process_group import joined
@@ -17,7 +17,7 @@ from polyvit_fast.train.evaluate import evaluate, on_device
 from polyvit_fast.train.feed import Inputs, Slots, feed, pinned
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, opened, save
-from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
+from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
 from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
@@ -50,7 +50,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     Raises ValueError for a configuration or data list that cannot work or a run folder in use, DataError, NonFiniteError, CheckpointError,
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
-    plan = make_plan(config)
+    plan = make_step_plan(config)
     with (
         stop_on_signals() as stop,
         joined(config.device) as world,
@@ -65,11 +65,11 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
                 _one_step(run, step, arrivals, stop)
             except Interrupted:
                 break
-            if run.done % config.log_every_steps == 0 or run.done == len(plan):
+            if run.done % config.log.log_every_steps == 0 or run.done == len(plan):
                 _begin_interval(run)
             _log_intervals(run, wait=False)
-            evaluated = config.eval_every_steps and run.done % config.eval_every_steps == 0 and _evaluate(run, stop)
-            if (evaluated or run.done % config.save_every_steps == 0) and run.done < len(plan):
+            evaluated = config.log.eval_every_steps and run.done % config.log.eval_every_steps == 0 and _evaluate(run, stop)
+            if (evaluated or run.done % config.log.save_every_steps == 0) and run.done < len(plan):
                 _save(run)
         if run.saved < run.done:
             _save(run, must=True)
@@ -84,7 +84,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
 
 
 def _tell_memory(run: Run) -> None:
-    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, DeviceDecoder)]
+    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, GpuDecoder)]
     held = max((decoder.memory_bytes()[1] for decoder in decoders), default=0)
     run.log.message(
         f"peak GPU memory {torch.cuda.max_memory_reserved() / GIB:.1f} GiB by PyTorch; the decoder that needs the most takes "
@@ -104,12 +104,12 @@ def _results(run: Run) -> list[Result]:
 def _prepared(run: Run, stop: Stop) -> tuple[Step | Captured, Iterator[tuple[str, Inputs]]]:
     """What makes the steps, and the batches in the order of the plan, on the device, with those to come decoded ahead."""
     config, step, jobs = run.config, run.step, training_jobs(run.loaders, run.plan, run.done)
-    ahead = {"depth": config.prefetch, "timeout_seconds": config.decode_timeout_seconds, "stop": lambda: stop.signal}
+    ahead = {"depth": config.data.prefetch, "timeout_seconds": config.data.decode_timeout_seconds, "stop": lambda: stop.signal}
     if step.device.type == "cpu":
         return step, ((name, Inputs.of(batch)) for name, batch in prefetch(jobs, **ahead))
     slots = Slots(config, {name: loader.grid_dtype() for name, loader in run.loaders.items()}, step.device, run.world.size)
     steps = step
-    if config.capture and not config.sharded and run.done < len(run.plan):
+    if config.compute.capture and not config.distributed.sharded and run.done < len(run.plan):
         run.log.message("recording the steps as CUDA graphs")
         steps = capture(step, slots, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
     return steps, feed(prefetch(pinned(jobs), **ahead), slots)
@@ -183,7 +183,7 @@ def _log_intervals(run: Run, *, wait: bool) -> None:
 
 def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
     for name, row in counters.items():
-        if row.skipped_in_a_row >= run.config.nonfinite_patience:
+        if row.skipped_in_a_row >= run.config.compute.nonfinite_patience:
             batch = count_steps(run.plan[: row.last_skipped_step])[name]
             files = [sample.media.name for sample in run.loaders[name].step_samples(batch)]
             raise NonFiniteError(

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from polyvit_fast.config import Plan, Train
+from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.data.sources.classes import first_difference
 from polyvit_fast.data.sources.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
@@ -21,8 +21,10 @@ from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.config_json import to_json
+from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.lock import hold
-from polyvit_fast.train.run_folder.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
+from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
 from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
 from polyvit_fast.train.step import Reading, Step
 
@@ -51,7 +53,7 @@ class Run:
     """Everything that a run holds on to."""
 
     config: Train
-    plan: Plan
+    plan: StepPlan
     world: World
     step: Step
     loaders: dict[str, Loader]
@@ -86,7 +88,7 @@ class Run:
 
 
 @contextmanager
-def opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
+def opened(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
     """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used."""
     if not config.out:
         raise ValueError("out is empty: it must name the run folder")
@@ -109,7 +111,7 @@ def _own_folder(config: Train, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
+def _opened(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
     found = _newest_checkpoint(config, world)
     _check_resume(config, found)
     model = PolyViT.from_config(config).train()
@@ -149,7 +151,7 @@ def _opened(config: Train, plan: Plan, world: World, experiment: str, argv: list
             yield run
         except (DataError, NonFiniteError, PeerLost, torch.OutOfMemoryError) as error:
             # Where a process is lost, its shards are needed, or sums that wait for it may hold the GPU.
-            lost = isinstance(error, PeerLost) and (config.sharded or _is_stuck(step))
+            lost = isinstance(error, PeerLost) and (config.distributed.sharded or _is_stuck(step))
             if run.saved < run.done and not lost:
                 with suppress(checkpoint.CheckpointError):  # the error at hand is the one to tell
                     _write(run)
@@ -196,7 +198,7 @@ def save(run: Run, *, must: bool = False) -> None:
     if failed and must:
         raise error or checkpoint.CheckpointError(f"step {run.done}: the first process could not write the checkpoint")
     if error:
-        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.save_every_steps} steps", "error")
+        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
     run.clock.restart()
 
 
@@ -225,7 +227,7 @@ def _write(run: Run) -> None:
         "validation_samples": run.validation_fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
     }
-    keep, config = run.config.keep, to_json(run.config)
+    keep, config = run.config.log.keep, to_json(run.config)
     checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
 
 
@@ -256,7 +258,7 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
     different = resume_differences(found.config, to_json(config))
     if different:
-        since = " (it is of an earlier version, whose defaults were other ones)" if is_of_earlier_version(found.config) else ""
+        since = " (written before version 0.5, whose defaults changed)" if is_older_than_0_5(found.config) else ""
         raise ValueError(
             f"{config.folder} holds a checkpoint of another configuration{since}; it differs in: {'; '.join(different)}. "
             "Choose another --out, or set these fields back to resume"
@@ -318,7 +320,7 @@ def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Lo
     told = f"task {name}: its training files are not those of {found.path} ({changes})"
     if not same_list:
         raise ValueError(f"{told}, so their order would change. Put them back to resume, or choose another --out")
-    if changes and run.config.changed_files == "refuse":
+    if changes and run.config.data.changed_files == "refuse":
         raise ValueError(f"{told}. Put them back to resume, allow the change with --changed-files allow, or choose another --out")
     if changes:
         run.log.message(f"{told}; the run goes on with them as they are now")

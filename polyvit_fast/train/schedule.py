@@ -9,33 +9,33 @@ from typing import Any
 
 import numpy as np
 
-from polyvit_fast.config import Plan, Schedule, Train
+from polyvit_fast.config import Schedule, StepPlan, Train
 from polyvit_fast.randomness import permutation
 
 
-def task_by_task(config: Train) -> Plan:
+def task_by_task(config: Train) -> StepPlan:
     """All U_j steps of one task, then all of the next; the order of the tasks is drawn by the seed."""
     order = permutation(len(config.tasks), config.seed, "task-by-task")
     return _one_a_step(config, np.repeat(order, np.array(_steps(config))[order]))
 
 
-def alternating(config: Train) -> Plan:
+def alternating(config: Train) -> StepPlan:
     """The tasks in turn, one step each, ΣU_j steps in all."""
     return _one_a_step(config, np.resize(np.arange(len(config.tasks)), sum(_steps(config))))
 
 
-def uniform(config: Train) -> Plan:
+def uniform(config: Train) -> StepPlan:
     """An equal number of steps for each task, ΣU_j in all (the first tasks get one more when it does not divide), permuted."""
     share, rest = divmod(sum(_steps(config)), len(config.tasks))
     return _permuted(config, [share + (j < rest) for j in range(len(config.tasks))])
 
 
-def weighted(config: Train) -> Plan:
+def weighted(config: Train) -> StepPlan:
     """Exactly U_j steps for task j, permuted by the seed: the paper's best."""
     return _permuted(config, _steps(config))
 
 
-def accumulating(config: Train) -> Plan:
+def accumulating(config: Train) -> StepPlan:
     """Every update from the mean of all T tasks' gradients; ΣU_j / T updates, rounded down."""
     return [tuple(config.tasks)] * (sum(_steps(config)) // len(config.tasks))
 
@@ -49,7 +49,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def make_plan(config: Train) -> Plan:
+def make_step_plan(config: Train) -> StepPlan:
     """The tasks of every step. Raises ValueError for an unknown schedule, an empty plan or a plan with unknown tasks."""
     if isinstance(config.schedule, str) and config.schedule not in SCHEDULES:
         raise ValueError(f"schedule = {config.schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
@@ -84,7 +84,7 @@ def warmup_note(config: Train, num_steps: int) -> str | None:
     return f"The warm-up of {warmup:,.0f} steps does not end within the run of {num_steps:,}: lower --optim.warmup-steps."
 
 
-def learning_rate(config: Train, plan: Plan, step: int) -> float:
+def learning_rate(config: Train, plan: StepPlan, step: int) -> float:
     """Rate of `step`: warm-up of W steps from 1 / W to 1, cosine down, times the tasks' mean `lr_scale` and `optim.lr`.
 
     No step is lost to a rate of 0: neither the first nor the last has it. The original code's cosine restarts on the last step, this one
@@ -111,12 +111,12 @@ def _steps(config: Train) -> list[int]:
     return [task.steps for task in config.tasks.values()]
 
 
-def _permuted(config: Train, counts: list[int]) -> Plan:
+def _permuted(config: Train, counts: list[int]) -> StepPlan:
     tasks = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
     return _one_a_step(config, tasks[permutation(len(tasks), config.seed, "schedule")])
 
 
-def _one_a_step(config: Train, tasks: np.ndarray) -> Plan:
+def _one_a_step(config: Train, tasks: np.ndarray) -> StepPlan:
     """The plan of one task a step, from their numbers. All steps of a task are the same tuple: eight bytes a step."""
     single = [(name,) for name in config.tasks]
     return list(map(single.__getitem__, tasks.data))

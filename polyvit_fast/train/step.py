@@ -66,13 +66,16 @@ class Step:
         self.model, self.config, self.world = model, config, world
         self.used = {name: parameters_of(model, name) for name in config.tasks}
         rest = config.optim.rests
-        if config.sharded:
-            self.parameters, self.reducer = ShardedParameters(model, world, config.device, config.grad_reduce, by_component=rest), None
+        if config.distributed.sharded:
+            self.parameters, self.reducer = (
+                ShardedParameters(model, world, config.device, config.distributed.grad_reduce, by_component=rest),
+                None,
+            )
         else:
             rounded = torch.bfloat16 if config.keeps_rounded else None
             self.parameters = FlatParameters(model.to(config.device), rounded, by_component=rest)
             own_clip_norm = config.optim.clip_norm / world.size if config.optim.clip == "process" else 0.0
-            self.reducer = Reducer(self.parameters, config.grad_reduce, own_clip_norm) if world.size > 1 else None
+            self.reducer = Reducer(self.parameters, config.distributed.grad_reduce, own_clip_norm) if world.size > 1 else None
         self.optimizer = Optimizer(self.parameters, config.optim)
         self.device = self.parameters.taint.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}
@@ -121,7 +124,7 @@ class Step:
         task, (grid, labels, partners) = self.config.tasks[name], piece
         # Without autocast's cache: what it keeps in a recorded graph would lie in the graph's memory.
         with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False):
-            logits = self.model(grid, name, task.drop_path_rate, self.config.recompute)
+            logits = self.model(grid, name, task.drop_path_rate, self.config.compute.recompute)
         loss = LOSSES[task.loss]
         if task.mixup:
             value = mixed_loss(loss, logits, labels, partners, ratio, task.label_smoothing)

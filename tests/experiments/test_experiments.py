@@ -17,7 +17,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.report import plan_report, report_notes
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.schedule import count_steps, learning_rate, make_plan
+from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
 
 TINY = Model(dim=48, depth=1, num_heads=4, mlp_dim=96)
 SINGLE = {"vit_b16_imagenet": "imagenet", "vivit_b16_kinetics400": "kinetics400", "ast_b16_audioset": "audioset"}
@@ -56,7 +56,7 @@ def shrunk(config: Train, folder) -> Train:
 def test_every_experiment_trains_and_evaluates(name, tmp_path):
     config = shrunk(experiments.load(name), tmp_path)
     outcome = train(config, name, ["test"])
-    assert outcome.step == len(make_plan(config))
+    assert outcome.step == len(make_step_plan(config))
     for task, row in outcome.metrics.items():
         assert row["num_examples"] == 2
         assert 0 <= row[config.tasks[task].metric] <= 1
@@ -111,7 +111,7 @@ def test_polyvit_has_the_released_settings():
 
 def test_polyvit_s_schedule():
     config = experiments.load("polyvit_b16")
-    plan = make_plan(config)
+    plan = make_step_plan(config)
     assert len(plan) == 417_920
     assert count_steps(plan) == {name: recipe[2] for name, recipe in RECIPE.items()}
     top = dict.fromkeys(RECIPE, 0.0)

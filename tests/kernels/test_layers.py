@@ -27,7 +27,7 @@ def hooked(module):
 def called(monkeypatch):
     """The operations that were called, in their order."""
     names = []
-    for name in ("linear", "linear_add", "layer_norm_beside"):
+    for name in ("linear", "linear_add", "layer_norm_residual"):
         function = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, name=name, function=function: (names.append(name), function(*args))[1])
     return names
@@ -123,6 +123,6 @@ def test_a_norm_that_has_to_run_is_called(called):
         residual, y = norm_residual(plain, x, torch.bfloat16)
         assert torch.equal(residual, x)
         assert torch.equal(y, expected)
-    assert called == ["layer_norm_beside"] * 2
+    assert called == ["layer_norm_residual"] * 2
     assert torch.equal(norm_residual(hooked(norm), x, torch.bfloat16)[1], 2 * expected)
-    assert called == ["layer_norm_beside"] * 2
+    assert called == ["layer_norm_residual"] * 2

@@ -24,7 +24,7 @@ CALLS = {
     "linear_add": (ops.linear_add, [normal(5, 16), *WEIGHTS[:2], normal(5, 24)]),
     "mlp": (lambda *x: ops.mlp(*x, "tanh"), [normal(5, 16), *WEIGHTS]),
     "layer_norm": (ops.layer_norm, [normal(5, 16), normal(16), normal(16)]),
-    "layer_norm_beside": (lambda *x: torch.cat(ops.layer_norm_beside(*x)), [normal(5, 16), normal(16), normal(16)]),
+    "layer_norm_residual": (lambda *x: torch.cat(ops.layer_norm_residual(*x)), [normal(5, 16), normal(16), normal(16)]),
     "add_layer_norm": (lambda *x: torch.cat(ops.add_layer_norm(*x)), [normal(5, 16), normal(5, 16), normal(16), normal(16)]),
     "patch_embed": (lambda *x: ops.patch_embed(*x, *STATISTICS[x[0].device.type]), GRID),
 }

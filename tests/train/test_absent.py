@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import together
-from tiny_runs import Tile, tile_task, tiny_config
+from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
-from polyvit_fast.train.schedule import learning_rate, make_plan
+from polyvit_fast.train.schedule import learning_rate, make_step_plan
 from polyvit_fast.train.step import Step
 
 PLAN = [("a",), ("b",), ("a", "c"), ("a",), ("c",), ("b",), ("a",), ("a", "b")] * 3
@@ -94,7 +94,7 @@ def test_fifty_steps_of_two_tasks_follow_the_recurrence_of_the_papers_code():
     """m ← g min(1, c / |g|) + 0.9 m; θ ← θ − lr · lr_scale of the step's task · m, for all parameters in every step."""
     tasks = {"a": tile_task(steps=35, lr_scale=0.5), "b": tile_task(steps=15, lr_scale=2.0, modality=Other(), loss="sigmoid")}
     of = tiny_config(tasks=tasks, optim=Optim(name="sgd", lr=0.05, warmup_steps=5, clip_norm=0.5))
-    plan = make_plan(of)
+    plan = make_step_plan(of)
     assert len(plan) == 50
     ours, theirs = Step(PolyViT.from_config(of), of), PolyViT.from_config(of)
     momentum = [torch.zeros_like(p) for p in theirs.parameters()]
@@ -207,7 +207,7 @@ def test_a_rare_head_decays_in_every_update_or_in_its_own(num_tasks):
 
 
 def of_processes(world: World, changes: dict) -> dict[str, torch.Tensor]:
-    step = train(replace(config(absent="rest", clip_norm=0.3), **changes), world=world)
+    step = train(change(config(absent="rest", clip_norm=0.3), **changes), world=world)
     return {**step.parameters.tensors(), **{f"state.{name}": tensor for name, tensor in step.optimizer.tensors().items()}}
 
 

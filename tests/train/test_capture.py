@@ -15,7 +15,7 @@ from polyvit_fast.train.capture import capture, recordings
 from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Slots
 from polyvit_fast.train.loss import LOSSES
-from polyvit_fast.train.schedule import make_plan
+from polyvit_fast.train.schedule import make_step_plan
 from polyvit_fast.train.step import Step
 from tests.train.distributed.test_reducer import Sent
 
@@ -35,7 +35,7 @@ def test_recomputed_dropout_is_not_recorded_and_that_is_told():
     config = replace(config, model=replace(config.model, dropout=0.1))
     step, said = Step(PolyViT.from_config(config), config), []
     slots = Slots(config, dict.fromkeys(config.tasks, torch.float32), torch.device("cpu"))
-    assert capture(step, slots, make_plan(config), said.append) is step
+    assert capture(step, slots, make_step_plan(config), said.append) is step
     assert len(said) == 1
     assert "recompute = True with dropout" in said[0]
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import change
 from torch import nn
 
 from polyvit_fast.config import Model, Optim, Task, Train
@@ -23,7 +24,7 @@ from polyvit_fast.train.feed import Slots, feed, pinned
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import Log
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.schedule import learning_rate, make_plan
+from polyvit_fast.train.schedule import learning_rate, make_step_plan
 from polyvit_fast.train.step import Step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
@@ -42,15 +43,15 @@ def config(**changes) -> Train:
         "pictures": task(Image(size=64)),
         "clips": task(Video(size=32, short_side=32, frames=8), batch=8, loss="sigmoid", multi_label=True),
     }
-    values = {"tasks": tasks, "model": MODEL, "optim": Optim(name="adamw", lr=1e-3), "device": "cuda", "precision": "bf16"}
-    return Train(**(values | changes))
+    of = Train(tasks=tasks, model=MODEL, optim=Optim(name="adamw", lr=1e-3), device="cuda", precision="bf16")
+    return change(of, **changes)
 
 
 class Trained:
     """A run's parts without its folder: `go` makes the plan's steps from `done` on."""
 
     def __init__(self, run: Train, *, captured: bool) -> None:
-        self.config, self.plan, self.done = run, make_plan(run), 0
+        self.config, self.plan, self.done = run, make_step_plan(run), 0
         self.step = Step(PolyViT.from_config(run).cuda().train(), run)
         self.loaders = {name: Loader(name, run, train=True) for name in run.tasks}
         dtypes = {name: loader.grid_dtype() for name, loader in self.loaders.items()}
@@ -95,7 +96,7 @@ class Trained:
 )
 def test_captured_and_eager_have_the_same_weights_after_fifty_steps(changes):
     run = config(**changes)
-    num_steps = min(50, len(make_plan(run)))
+    num_steps = min(50, len(make_step_plan(run)))
     eager, captured = (Trained(run, captured=captured) for captured in (False, True))
     eager.go(num_steps)
     captured.go(num_steps)
@@ -160,7 +161,7 @@ def test_what_cannot_be_recorded_runs_eagerly_after_one_report():
     step, said = Step(model.cuda().train(), run), []
     slots = Slots(run, dict.fromkeys(run.tasks, torch.float32), CUDA)
     before = step.parameters.values.clone()
-    assert capture(step, slots, make_plan(run), said.append) is step
+    assert capture(step, slots, make_step_plan(run), said.append) is step
     assert len(said) == 1
     assert "task clips" in said[0]
     assert torch.equal(step.parameters.values, before)
@@ -173,7 +174,7 @@ def test_what_cannot_be_recorded_runs_eagerly_after_one_report():
 
 
 def run_folder(run: Train, folder, **changes):
-    return train(replace(run, out=str(folder), **changes), "test", ["test"])
+    return train(change(run, out=str(folder), **changes), "test", ["test"])
 
 
 def test_a_whole_run_is_the_same_with_and_without_capture(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from processes import started, together
-from tiny_runs import Tile, tile_task, tiny_config
+from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast.config import Train
 from polyvit_fast.data.image.modality import Image
@@ -66,7 +66,7 @@ def test_evaluation_leaves_the_model_in_its_mode(config):
 
 
 def test_a_runs_checkpoints_are_found_by_newest_best_and_step(tmp_path, config):
-    config = replace(config, out=str(tmp_path), eval_every_steps=5, save_every_steps=5, keep=4)
+    config = change(config, out=str(tmp_path), eval_every_steps=5, save_every_steps=5, keep=4)
     outcome = train(config, "test", ["test"])
     newest = checkpoint.newest(tmp_path)
     assert newest
@@ -219,7 +219,7 @@ def test_a_run_is_evaluated_by_several_processes(tmp_path):
 def test_nothing_that_can_be_read_is_an_error():
     config = uneven_config()
     task = replace(config.tasks["c"], val=Broken(num_samples=5, numbers=(0, 1, 2, 3, 4)))
-    config = replace(config, tasks={"c": task}, max_bad_ratio=1.0)
+    config = change(config, tasks={"c": task}, max_bad_ratio=1.0)
     with pytest.raises((ValueError, DataError), match="task c: "):
         evaluate(untrained(config), config, {"c": Loader("c", config, train=False)}, quiet)
 

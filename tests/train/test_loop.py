@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from safetensors.torch import load_file
-from tiny_runs import tile_task, tiny_config
+from tiny_runs import change, tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Decoder, Task, Train
@@ -30,11 +30,11 @@ from polyvit_fast.train.output.log import Log, print_evaluation, print_results
 from polyvit_fast.train.output.plot import plot_run
 from polyvit_fast.train.run import NonFiniteError
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.schedule import make_plan
+from polyvit_fast.train.schedule import make_step_plan
 
 
 def run(config: Train, folder: Path, **changes):
-    return train(replace(config, out=str(folder), **changes), "test", ["test"])
+    return train(change(config, out=str(folder), **changes), "test", ["test"])
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def test_twice_resumed_is_bitwise_the_straight_run(tmp_path, changes):
     config = replace(config, optim=replace(config.optim, **changes.pop("optim_changes", {})))
     a = replace(config.tasks["a"], **changes.pop("task_changes", {}))
     config = replace(config, tasks=config.tasks | {"a": a}, **changes)
-    total = len(make_plan(config))
+    total = len(make_step_plan(config))
     straight = run(config, tmp_path / "straight")
     assert run_until(config, tmp_path / "resumed", total // 3).step == total // 3  # 50 and 30 samples a task: amid an epoch
     assert run_until(config, tmp_path / "resumed", total // 3 + 2, signal.SIGINT).step == total // 3 + 2
@@ -143,7 +143,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over(tmp_path, config):
 
 def test_fields_that_change_no_number_may_differ(tmp_path, config):
     run_until(config, tmp_path, 7)
-    assert run(config, tmp_path, log_every_steps=3, prefetch=1, num_threads=1).step == len(make_plan(config))
+    assert run(config, tmp_path, log_every_steps=3, prefetch=1, num_threads=1).step == len(make_step_plan(config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("eval_every_steps", [0, 10])
 def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeypatch, eval_every_steps):
-    config = replace(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
+    config = change(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
     straight = run(config, tmp_path / "straight")
     evaluating = Log.evaluating
 
@@ -240,7 +240,7 @@ def write_as_before(folder: Path) -> Path:
 @pytest.mark.parametrize("earlier_version", [False, True], ids=["now", "0.4"])
 def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(tmp_path, config, earlier_version):
     tasks = config.tasks | {"b": replace(config.tasks["b"], val=Unlabelled(num_samples=30, seed=1))}
-    config = replace(config, tasks=tasks, eval_every_steps=10, save_every_steps=10, out=str(tmp_path))
+    config = change(config, tasks=tasks, eval_every_steps=10, save_every_steps=10, out=str(tmp_path))
     first = run_until(config, tmp_path, 12)
     assert math.isnan(first.metrics["b"]["mAP"])
     files = {path.name for path, _ in json_values(tmp_path)}

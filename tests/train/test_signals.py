@@ -20,7 +20,7 @@ EXPERIMENT = '''"""Small and long; each part of it that a test names is slow, an
 import os, time
 from dataclasses import dataclass
 from pathlib import Path
-from polyvit_fast.config import Model, Task, Train
+from polyvit_fast.config import ComputeOptions, DataOptions, LogOptions, Model, Task, Train
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.synthetic import Synthetic
 
@@ -54,8 +54,8 @@ reach("importing", 60)
 source = Slow(num_samples=64)
 config = Train(
     tasks={"a": Task(modality=Image(size=16, patch=8), train=source, val=source, num_classes=3, steps=100_000, batch=4)},
-    model=Model(dim=16, depth=1, num_heads=2, mlp_dim=16), compute_threads=1, num_threads=1, log_every_steps=20, save_every_steps=50_000,
-    out="run")
+    model=Model(dim=16, depth=1, num_heads=2, mlp_dim=16), compute=ComputeOptions(compute_threads=1), data=DataOptions(num_threads=1),
+    log=LogOptions(log_every_steps=20, save_every_steps=50_000), out="run")
 '''
 TRAIN = [sys.executable, "-m", "polyvit_fast", "train", "exp.py"]
 

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import processes
 import pytest
 import torch
+from tiny_runs import change
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Optim
@@ -83,7 +83,7 @@ def rows(folder: Path, kind: str) -> list[dict]:
 
 def run_smoke(folder: Path, changes: dict) -> None:
     optim = Optim(name="sgd", lr=0.05, warmup_steps=2)
-    config = replace(experiments.load("smoke"), out=str(folder), optim=optim, log_every_steps=8, compute_threads=1, **changes)
+    config = change(experiments.load("smoke"), out=str(folder), optim=optim, log_every_steps=8, compute_threads=1, **changes)
     train(config, "smoke", ["test"])
 
 

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from polyvit_kernels.hopper.layouts import ALIGNMENT, line_shared, mma, packed
-from polyvit_kernels.tiles import Tile, Variant, num_processors, pick_for
+from polyvit_kernels.tiles import Tile, Variant, num_sms, pick_for
 from polyvit_kernels.triton_kernels import linear
 from polyvit_kernels.triton_kernels.linear import gelu, gelu_and_slope
 
@@ -380,7 +380,7 @@ def _launch(kernel: Any, a: Tensor, b: Tensor, tensors: tuple[Tensor | None, ...
     if not out.numel():
         return
     rows, columns = out.shape
-    processors = num_processors(out.device)
+    processors = num_sms(out.device)
     width = block_n(rows, columns, processors, tile)
     boxes = _boxes(tile, width, kernel is dgelu_bwd_kernel)
     d_a, d_b = (TensorDescriptor.from_tensor(packed(x), box, _BOX_LAYOUT) for x, box in zip((a, b), boxes, strict=True))

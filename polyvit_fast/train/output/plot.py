@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from polyvit_fast.config import Plan, Train
+from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.train.schedule import count_steps
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def schedule_table(plan: Plan) -> Table:
+def schedule_table(plan: StepPlan) -> Table:
     """Per task: steps, share of all minibatches, first and last step, and the longest row of steps without it between those."""
     table = Table(box=box.SIMPLE, show_edge=False)
     table.add_column("task", overflow="fold")
@@ -70,12 +70,12 @@ def rate_table(lrs: Sequence[float]) -> Table:
     return table
 
 
-def print_schedule(plan: Plan, lrs: Sequence[float]) -> None:
+def print_schedule(plan: StepPlan, lrs: Sequence[float]) -> None:
     """Print the table of the schedule and that of its learning rates."""
     Console().print(schedule_table(plan), "", rate_table(lrs), sep="\n")
 
 
-def plot_schedule(path: Path, plan: Plan, config: Train, lrs: Sequence[float]) -> None:
+def plot_schedule(path: Path, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
     """Draw the plan as a PNG: the task of every step, each task's share of the minibatches so far, the learning rate of every step."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def plot_schedule(path: Path, plan: Plan, config: Train, lrs: Sequence[float]) -
         _save(figure, path)
 
 
-def _draw_raster(axes: Axes, plan: Plan, names: list[str]) -> None:
+def _draw_raster(axes: Axes, plan: StepPlan, names: list[str]) -> None:
     """A row per task, as strong as the task is frequent there against the place where it is most frequent."""
     from matplotlib.colors import to_rgb
 
@@ -116,7 +116,7 @@ def _draw_raster(axes: Axes, plan: Plan, names: list[str]) -> None:
     axes.set_title("Task of every step" if binned == 1 else f"Tasks along the plan (a column is {binned} steps; darker is more of them)")
 
 
-def _density(plan: Plan, names: list[str]) -> np.ndarray:
+def _density(plan: StepPlan, names: list[str]) -> np.ndarray:
     """The share of the steps in each column of the raster that have each task: [task, column]."""
     num_columns = min(len(plan), MAX_COLUMNS)
     column = np.arange(len(plan)) * num_columns // len(plan)
@@ -124,7 +124,7 @@ def _density(plan: Plan, names: list[str]) -> np.ndarray:
     return np.stack([np.bincount(column, weights=present, minlength=num_columns) / width for present in _presence(plan, names)])
 
 
-def _presence(plan: Plan, names: list[str]) -> np.ndarray:
+def _presence(plan: StepPlan, names: list[str]) -> np.ndarray:
     """Whether each task is in each step: bool [task, step]."""
     row = {name: j for j, name in enumerate(names)}
     present = np.zeros((len(names), len(plan)), bool)
@@ -134,7 +134,7 @@ def _presence(plan: Plan, names: list[str]) -> np.ndarray:
     return present
 
 
-def _draw_shares(axes: Axes, plan: Plan, names: list[str]) -> None:
+def _draw_shares(axes: Axes, plan: StepPlan, names: list[str]) -> None:
     points = np.unique(np.linspace(1, len(plan), 1000).astype(int))
     sums = np.cumsum(_presence(plan, names), axis=1)[:, points - 1]
     shares = 100 * sums / sums.sum(0)
@@ -150,7 +150,7 @@ def _draw_shares(axes: Axes, plan: Plan, names: list[str]) -> None:
     axes.set_title("Cumulative share of the minibatches")
 
 
-def _draw_rates(axes: Axes, plan: Plan, config: Train, lrs: Sequence[float]) -> None:
+def _draw_rates(axes: Axes, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
     """A line for each `lr_scale` among the steps, hence a single one when all tasks have the same."""
     names, rates = list(config.tasks), np.asarray(lrs)
     scales = np.array([sum(config.tasks[name].lr_scale for name in tasks) / len(tasks) for tasks in plan])

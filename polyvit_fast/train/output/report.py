@@ -14,7 +14,7 @@ from rich.text import Text
 from polyvit_fast.config import Source, Task, Train
 from polyvit_fast.model.cost import BF16_BYTES, FP32_BYTES, activation_bytes, forward_flops, num_parameters, state_bytes
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.schedule import count_steps, make_plan, warmup_note
+from polyvit_fast.train.schedule import count_steps, make_step_plan, warmup_note
 
 GIB = 1 << 30
 GPU_GIB = (16, 24, 40, 80)
@@ -94,7 +94,7 @@ def plan_report(config: Train) -> Report:
 
     Raises ValueError for a schedule that cannot work.
     """
-    plan = make_plan(config)
+    plan = make_step_plan(config)
     counts = count_steps(plan)
     with torch.device("meta"):
         model = PolyViT.from_config(config)
@@ -111,13 +111,13 @@ def _task_report(config: Train, name: str, num_steps: int) -> TaskReport:
 
 
 def _kept_bytes(config: Train, task: Task) -> int:
-    more = {"residual": config.residual, "keeps_rounded": config.keeps_rounded}
-    return activation_bytes(config.model, task, config.precision, config.recompute, **more)
+    more = {"residual": config.compute.residual, "keeps_rounded": config.keeps_rounded}
+    return activation_bytes(config.model, task, config.precision, config.compute.recompute, **more)
 
 
 def _num_forwards(config: Train) -> int:
     """Forward passes that a training step costs: its own, two for a backward pass that multiplies each matrix twice, one recomputed."""
-    return 4 if config.recompute else 3
+    return 4 if config.compute.recompute else 3
 
 
 def _count(source: Source, task: Task) -> tuple[int | None, str]:
@@ -210,8 +210,10 @@ def _largest_note(report: Report) -> str:
     if more:
         lower = _bytes(report.peak_bytes(row, more[0]))
         return f"{start}; --tasks.{row.name}.micro-batches {more[0]} lowers that to {lower}, with the same gradient."
-    for flag, changes in (("--precision bf16", {"precision": "bf16"}), ("--recompute", {"recompute": True})):
-        lower = replace(report, config=replace(report.config, **changes)).peak_bytes(row, row.task.micro_batches)
+    config = report.config
+    recomputed = replace(config, compute=replace(config.compute, recompute=True))
+    for flag, other in (("--precision bf16", replace(config, precision="bf16")), ("--recompute", recomputed)):
+        lower = replace(report, config=other).peak_bytes(row, row.task.micro_batches)
         if lower < report.peak_bytes(row):
             return f"{start}, with single examples; {flag} lowers that to {_bytes(lower)}."
     return f"{start}, with single examples in {report.config.precision}: a smaller model or grid lowers that."
@@ -243,7 +245,7 @@ def _memory_note(report: Report) -> str:
     average = ", moving average" if report.config.optim.ema_decay else ""
     rounded = ", the parameters in bf16 too" if report.config.keeps_rounded else ""
     free = f", but the columns of GPUs leave {1 - COUNTED_RATIO:.0%} for them (-: even one example is too much)"
-    again = ", each block's input and what one block keeps" if report.config.recompute else ""
+    again = ", each block's input and what one block keeps" if report.config.compute.recompute else ""
     return (
         f"The state, {_bytes(report.state_bytes)}, lasts for the whole run: parameters, gradients, optimizer{average}{rounded}. "
         f"Activations are what a micro-batch keeps for its backward pass in {report.config.precision}{again}. Short-lived results and the "
@@ -260,7 +262,7 @@ def _compute_note(report: Report) -> str:
         text += f" {_flops(report.training_flops)}FLOP are {time} at a sustained {_flops(SUSTAINED_FLOPS)}FLOP/s."
     if any(row.num_val is None for row in report.tasks):
         return text
-    interval = report.config.eval_every_steps
+    interval = report.config.log.eval_every_steps
     times = -(-report.num_steps // interval) if interval else 1
     once = sum(row.forward_flops * row.task.modality.eval_views * (row.num_val or 0) for row in report.tasks)
     return f"{text} Evaluation, {'once' if times == 1 else f'{times:,} times'}, adds {times * once / report.training_flops:.1%}."
@@ -269,7 +271,7 @@ def _compute_note(report: Report) -> str:
 def _disk_note(report: Report) -> str:
     not_saved = FP32_BYTES + BF16_BYTES * report.config.keeps_rounded  # gradients, rounded parameters
     size = report.state_bytes - not_saved * report.num_parameters
-    keep = report.config.keep
+    keep = report.config.log.keep
     return f"A checkpoint takes {_bytes(size)} on disk; up to {keep + 1} stay (keep = {keep}, and the best)."
 
 

@@ -78,7 +78,7 @@ EXECUTED = [(1, 64, 256, 3), (127, 192, 512, 1), (128, 200, 264, 2), (129, 64, 5
 @pytest.fixture
 def programs(monkeypatch):
     """Sets how many run at once."""
-    return lambda count: monkeypatch.setattr(linear, "num_processors", lambda _: count)
+    return lambda count: monkeypatch.setattr(linear, "num_sms", lambda _: count)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the executor is for where no GPU is")

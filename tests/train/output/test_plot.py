@@ -13,7 +13,7 @@ from rich.console import Console
 from polyvit_fast.config import Modality, Optim, Source, Task, Train
 from polyvit_fast.train.output import plot
 from polyvit_fast.train.output.plot import plot_run, plot_schedule, print_schedule, schedule_table
-from polyvit_fast.train.schedule import learning_rate, make_plan
+from polyvit_fast.train.schedule import learning_rate, make_step_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,6 @@ class Patch(Modality):
     tubelet = (1, 8, 8)
     normalisation = ((0.0,), (1.0,))
     eval_views = 1
-
-    def decoder(self, *, batch, train, num_threads):
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,7 @@ def where(image: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(tmp_path: Path, of: Train) -> np.ndarray:
-    plan = make_plan(of)
+    plan = make_step_plan(of)
     path = tmp_path / "new" / "schedule.png"
     plot_schedule(path, plan, of, [learning_rate(of, plan, step) for step in range(len(plan))])
     return pixels(path)
@@ -64,7 +61,7 @@ def draw(tmp_path: Path, of: Train) -> np.ndarray:
 def test_the_raster_shows_each_task_at_its_steps(tmp_path):
     of = config({"a": 30, "b": 60, "c": 10}, "task-by-task")
     image = draw(tmp_path, of)
-    plan = make_plan(of)
+    plan = make_step_plan(of)
     spans = {name: where(image, j) for j, name in enumerate(of.tasks)}
     left = min(columns.min() for _, columns in spans.values())
     width = max(columns.max() for _, columns in spans.values()) + 1 - left

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
-from tiny_runs import Tile, tile_task, tiny_config
+from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast import cli, experiments
 from polyvit_fast.config import MODELS, Model, Optim, Task
@@ -157,7 +157,7 @@ def test_single_examples_are_sent_to_bf16():
 def test_single_examples_in_bf16_are_sent_to_recomputation():
     model = Model(dim=32, depth=6, num_heads=2, mlp_dim=64)
     config = tiny_config(tasks={"a": tile_task(modality=Tile(size=256), batch=1)}, precision="bf16", model=model)
-    before, after = plan_report(config), plan_report(replace(config, recompute=True))
+    before, after = plan_report(config), plan_report(change(config, recompute=True))
     found = re.search("with single examples; --recompute lowers that to (.*)[.]", report_notes(before)[0])
     assert f"most memory, {found[1]}, with single examples" in report_notes(after)[0]
     assert after.peak_bytes(after.tasks[0]) < 0.5 * before.peak_bytes(before.tasks[0])

@@ -1,12 +1,12 @@
-"""The same model in other libraries, with the weights of ours and its input as they take it: timm's ViT, Hugging Face's ViT, ViViT, AST."""
+"""Our model in other libraries, with our weights and its input as they take it: timm's ViT, Hugging Face's ViT, ViViT and AST."""
 
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import card
 import torch
-from problem import assert_near
+from harness import assert_near
+from machine import HAS_GPU
 from torch import Tensor, nn
 
 from polyvit_fast.config import Modality, Model, Task
@@ -17,7 +17,7 @@ HIDDEN_ACT = {"tanh": "gelu_pytorch_tanh", "erf": "gelu"}
 
 
 @dataclass(frozen=True)
-class Twin:
+class PortedModel:
     """Another library's model, on the device and in training mode; `logits` calls it or what it was compiled to."""
 
     module: nn.Module
@@ -29,13 +29,13 @@ class Twin:
         return found if isinstance(found, Tensor) else found.logits  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def normalised(grid: Tensor, modality: Modality) -> Tensor:
+def normalise(grid: Tensor, modality: Modality) -> Tensor:
     """The grid as others take it, who normalise before the model: fp32."""
     mean, std = (torch.tensor(values, device=grid.device) for values in modality.normalisation)
     return (grid.float() - mean) / std
 
 
-def timm_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> Twin:
+def timm_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> PortedModel:
     """timm's, which has our names."""
     _declare_torchvision()
     from timm.models.vision_transformer import VisionTransformer
@@ -60,10 +60,10 @@ def timm_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor
     own["patch_embed.proj.weight"] = _kernel(state).squeeze(2)
     own |= {name: _tokenizer(state, name) for name in ("cls_token", "pos_embed")}
     theirs.load_state_dict(own)
-    return Twin(theirs, normalised(grid, task.modality).squeeze(1).movedim(-1, 1).contiguous())
+    return PortedModel(theirs, normalise(grid, task.modality).squeeze(1).movedim(-1, 1).contiguous())
 
 
-def hugging_face_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> Twin:
+def hugging_face_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> PortedModel:
     """Hugging Face's."""
     _declare_torchvision()
     from transformers import ViTConfig, ViTForImageClassification
@@ -72,10 +72,10 @@ def hugging_face_vit(model: Model, task: Task, state: Mapping[str, Tensor], grid
     sizes = {"image_size": rows, "patch_size": task.modality.tubelet[1], "num_channels": channels}
     theirs = ViTForImageClassification(ViTConfig(**_sizes(model, task), **sizes))
     _load(theirs, state, _kernel(state).squeeze(2), _tokenizer(state, "pos_embed"))
-    return Twin(theirs, normalised(grid, task.modality).squeeze(1).movedim(-1, 1).contiguous())
+    return PortedModel(theirs, normalise(grid, task.modality).squeeze(1).movedim(-1, 1).contiguous())
 
 
-def hugging_face_vivit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> Twin:
+def hugging_face_vivit(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> PortedModel:
     """Hugging Face's ViViT."""
     _declare_torchvision()
     from transformers import VivitConfig, VivitForVideoClassification
@@ -84,10 +84,10 @@ def hugging_face_vivit(model: Model, task: Task, state: Mapping[str, Tensor], gr
     sizes = {"image_size": rows, "num_frames": frames, "tubelet_size": list(task.modality.tubelet), "num_channels": channels}
     theirs = VivitForVideoClassification(VivitConfig(**_sizes(model, task), **sizes))
     _load(theirs, state, _kernel(state), _tokenizer(state, "pos_embed"))
-    return Twin(theirs, normalised(grid, task.modality).movedim(-1, 2).contiguous())
+    return PortedModel(theirs, normalise(grid, task.modality).movedim(-1, 2).contiguous())
 
 
-def hugging_face_ast(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> Twin:
+def hugging_face_ast(model: Model, task: Task, state: Mapping[str, Tensor], grid: Tensor) -> PortedModel:
     """Hugging Face's AST, with patches that do not overlap.
 
     It has a second class token, whose output is averaged with that of the first, and one more norm before its head. Its second token is
@@ -106,24 +106,24 @@ def hugging_face_ast(model: Model, task: Task, state: Mapping[str, Tensor], grid
     first, rest = _tokenizer(state, "pos_embed").split([1, rows // patch * (columns // patch)], dim=1)
     rest = rest.unflatten(1, (rows // patch, columns // patch)).transpose(1, 2).flatten(1, 2)
     _load(theirs, state, _kernel(state).squeeze(2).transpose(2, 3), torch.cat([first, first, rest], 1))
-    return Twin(theirs, normalised(grid, task.modality)[:, 0, :, :, 0].contiguous())
+    return PortedModel(theirs, normalise(grid, task.modality)[:, 0, :, :, 0].contiguous())
 
 
-Build = Callable[[Model, Task, Mapping[str, Tensor], Tensor], Twin]
+Build = Callable[[Model, Task, Mapping[str, Tensor], Tensor], PortedModel]
 
 
 @torch.no_grad()
-def twin_of(build: Build, ours: PolyViT, model: Model, task: Task, grid: Tensor) -> Twin:
+def port(build: Build, ours: PolyViT, model: Model, task: Task, grid: Tensor) -> PortedModel:
     """What `build` makes of our weights. Raises ValueError when its logits are not near ours."""
     with warnings.catch_warnings(), torch.device(grid.device):
         warnings.simplefilter("ignore")
-        twin = build(model, task, ours.state_dict(), grid)
-    twin.module.to(grid.device).train()
+        ported = build(model, task, ours.state_dict(), grid)
+    ported.module.to(grid.device).train()
     some = slice(0, 2)
-    with torch.autocast(grid.device.type, torch.bfloat16, enabled=card.HAS_GPU):
-        found, expected = twin.logits(twin.module, twin.pixels[some]), ours(grid[some], next(iter(ours.heads)))
+    with torch.autocast(grid.device.type, torch.bfloat16, enabled=HAS_GPU):
+        found, expected = ported.logits(ported.module, ported.pixels[some]), ours(grid[some], next(iter(ours.heads)))
     assert_near((found,), (expected,))
-    return twin
+    return ported
 
 
 def _sizes(model: Model, task: Task) -> dict[str, object]:
@@ -184,6 +184,6 @@ def _head(state: Mapping[str, Tensor], kind: str) -> Tensor:
 
 
 def _declare_torchvision() -> None:
-    from model.torchvision_without_extension import declare_operators
+    from torchvision_without_extension import declare_operators
 
     declare_operators()
