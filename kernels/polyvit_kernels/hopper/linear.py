@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from polyvit_kernels.hopper.layouts import ALIGNMENT, vector_shared, mma, tma_aligned
+from polyvit_kernels.hopper.layouts import ALIGNMENT, mma, tma_aligned, vector_shared
 from polyvit_kernels.tiles import Tile, Variant, num_processors, pick_for
 from polyvit_kernels.triton_kernels import linear
 from polyvit_kernels.triton_kernels.gelu import gelu, gelu_and_slope
