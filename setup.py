@@ -73,6 +73,6 @@ setup(
     packages=find_packages(include=["polyvit_fast", "polyvit_fast.*"])
     + find_packages("kernels", include=["polyvit_kernels", "polyvit_kernels.*"]),
     package_dir={"polyvit_fast": "polyvit_fast", "polyvit_kernels": "kernels/polyvit_kernels"},
-    package_data={"polyvit_fast": ["py.typed"], "polyvit_kernels": ["py.typed"]},
+    package_data={"polyvit_fast": ["py.typed"], "polyvit_kernels": ["py.typed"], "polyvit_kernels.tiles": ["measured/*.json"]},
     **(WITH_LIBRARY if os.environ.get("POLYVIT_AOT") == "1" else {}),
 )

@@ -11,6 +11,7 @@ from torch._library.custom_ops import OPDEFS
 from polyvit_kernels import tiles
 from polyvit_kernels.hopper import linear as hopper_linear
 from polyvit_kernels.ops import dtypes
+from polyvit_kernels.tiles import lookup
 from polyvit_kernels.triton_kernels import linear
 
 ENOUGH_ROWS = 2048
@@ -44,15 +45,15 @@ def on_hopper(monkeypatch, registered):
         yield
         return
     choose_an_h100s_rows(monkeypatch, portable=False)
-    pick = tiles.pick
+    pick = lookup.pick
 
     def pick_hoppers(op, arch, dtype, **sizes):
         row = pick(op, arch, dtype, **sizes)
         return row if row.backend == "hopper" else pick(op, arch, dtype, **sizes | {"tokens": ENOUGH_ROWS})
 
-    monkeypatch.setattr(tiles, "pick", pick_hoppers)
+    monkeypatch.setattr(lookup, "pick", pick_hoppers)
     _run_as_on_cuda(monkeypatch, lambda name: "norm" not in name)
-    monkeypatch.setattr(hopper_linear, "num_processors", lambda device: 3)
+    monkeypatch.setattr(hopper_linear, "num_sms", lambda device: 3)
     # The last sums are a portable kernel's, and Triton's interpreter truncates to bf16 instead of rounding.
     monkeypatch.setattr(linear, "sum_partials", lambda partials, dtype: partials.sum(0).to(dtype))
     with executing() as report:
@@ -68,7 +69,7 @@ def _run_as_on_cuda(monkeypatch, chooses: Callable[[str], bool]) -> None:
 
 def choose_an_h100s_rows(monkeypatch, *, portable: bool) -> None:
     """An H100's tiles; fp32, which has none, takes bf16's portable ones. With `portable`, no dtype takes Hopper's own kernels."""
-    real = tiles.pick
+    real = lookup.pick
 
     def pick(op, arch, dtype, **sizes):
         sizes["portable"] = portable or sizes.get("portable", False)
@@ -77,5 +78,5 @@ def choose_an_h100s_rows(monkeypatch, *, portable: bool) -> None:
             return real(op, arch, torch.bfloat16, **sizes | {"portable": True})
         return row
 
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    monkeypatch.setattr(tiles, "pick", pick)
+    monkeypatch.setattr(lookup, "architecture", lambda device: 90)
+    monkeypatch.setattr(lookup, "pick", pick)

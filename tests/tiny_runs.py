@@ -1,9 +1,9 @@
 """Records that tests of several rooms build on: tasks and a run that take a second."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-from polyvit_fast.config import Decoder, Modality, Model, Optim, Task, Train
+from polyvit_fast.config import LogOptions, Modality, Model, Optim, Task, Train
 from polyvit_fast.data.sources.synthetic import Synthetic
 
 
@@ -31,9 +31,6 @@ class Tile(Modality):
     def eval_views(self) -> int:
         return self.views
 
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
-        raise ValueError("a tile has no files")
-
 
 def tile_task(**changes) -> Task:
     values = {"modality": Tile(), "train": Synthetic(num_samples=50), "val": Synthetic(num_samples=30, seed=1), "num_classes": 3}
@@ -44,4 +41,14 @@ def tiny_config(**changes) -> Train:
     """Two tasks on synthetic tiles and a two-block model: takes a second to train."""
     tasks = {"a": tile_task(steps=12), "b": tile_task(steps=8, num_classes=4, loss="sigmoid", multi_label=True)}
     model = Model(dim=32, depth=2, num_heads=2, mlp_dim=64)
-    return Train(**({"tasks": tasks, "model": model, "optim": Optim(name="adamw", lr=3e-3), "log_every_steps": 5} | changes))
+    config = Train(tasks=tasks, model=model, optim=Optim(name="adamw", lr=3e-3), log=LogOptions(log_every_steps=5))
+    return change(config, **changes)
+
+
+def change(config: Train, **values) -> Train:
+    """`config` with other values in its fields or in those of its groups, each by its own name as on the command line."""
+    for group in ("data", "compute", "log", "distributed"):
+        options = getattr(config, group)
+        names = {field.name for field in fields(options)} & values.keys()
+        values[group] = replace(values.get(group, options), **{name: values.pop(name) for name in names})
+    return replace(config, **values)

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyvit_fast.config import Plan, Task, Train
+from polyvit_fast.config import StepPlan, Task, Train
 from polyvit_fast.data.dali import UnavailableError
-from polyvit_fast.data.device import DeviceDecoder, own_stream
+from polyvit_fast.data.decoders import build_task_decoder
+from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
 from polyvit_fast.media import DEFECTS, Sample, printable
@@ -105,9 +106,9 @@ class Loader:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         share = _share(name, self.task, world_size) if train else 0
         self.first, self.size = rank * share, share or _evaluation_size(self.task)
-        on_gpu = config.device == "cuda" and config.decoding != "cpu"
-        options = {"batch": self.size, "train": train, "num_threads": config.num_threads}
-        self.decoder = self.source.decoder(self.task, **options, device="cuda" if on_gpu else "cpu")
+        on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
+        options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
+        self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
         self.note = ""
         self._report_note()
@@ -215,7 +216,7 @@ class Loader:
 
     def release(self) -> None:
         """Let the decoder give back the memory that it keeps for the next batch, for there is none, or not soon."""
-        if isinstance(self.decoder, DeviceDecoder):
+        if isinstance(self.decoder, GpuDecoder):
             self.decoder.release()
 
     def _report_note(self) -> None:
@@ -246,7 +247,7 @@ class Loader:
         name = printable(self.samples[index].media.name)
         self.broken[index] = printable(str(error).strip()) or type(error).__name__
         self.report(f"task {self.name}: broken file {name}: {self.broken[index]}")
-        ratio = self.config.max_bad_ratio
+        ratio = self.config.data.max_bad_ratio
         if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0) or len(self.broken) == len(self.samples):
             raise DataError(
                 f"task {self.name}: {len(self.broken)} of {len(self.samples)} files are broken, more than max_bad_ratio = {ratio} "
@@ -296,7 +297,7 @@ class Job:
         return self.loader.name
 
 
-def training_jobs(loaders: dict[str, Loader], plan: Plan, first_step: int) -> Iterator[Job]:
+def training_jobs(loaders: dict[str, Loader], plan: StepPlan, first_step: int) -> Iterator[Job]:
     """The batches of the plan's steps from `first_step` on, in order; who asks for one has made the one before."""
     counts, last = dict.fromkeys(loaders, 0), {name: step for step, names in enumerate(plan) for name in names}
     for step, names in enumerate(plan):

@@ -260,7 +260,7 @@ def _normalise(norm: Norm, x: Tensor, out_dtype: torch.dtype | None = None) -> T
 
 
 def _normalise_beside(norm: Norm, x: Tensor, out_dtype: torch.dtype, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype, factors)
+    return ops.layer_norm_residual(x, norm.weight, norm.bias, norm.eps, out_dtype, factors)
 
 
 def _mix(attention: Attention, x: Tensor) -> Tensor:

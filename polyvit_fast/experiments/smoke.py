@@ -1,11 +1,11 @@
-"""Forty steps of a tiny PolyViT on synthetic images, videos and audio: does everything work here?
+"""Forty steps of a tiny PolyViT on synthetic images, videos and audio, to check that everything works.
 
 Command: polyvit-fast train smoke
 Cost: about 10 seconds on two CPU cores. No files are read; the samples are patterns with noise.
-Result: the loss of every task falls by far more than 30 % (a test holds it to that).
+Result: the loss of every task falls by more than 30 % (tests/train/test_loop.py checks that).
 """
 
-from polyvit_fast.config import Model, Optim, Task, Train
+from polyvit_fast.config import LogOptions, Model, Optim, Task, Train
 from polyvit_fast.data import Audio, Image, Synthetic, Video
 
 config = Train(
@@ -39,6 +39,5 @@ config = Train(
     },
     model=Model(dim=64, depth=2, num_heads=4, mlp_dim=128),
     optim=Optim(name="adamw", lr=2e-3, warmup_steps=2),
-    log_every_steps=5,
-    save_every_steps=20,
+    log=LogOptions(log_every_steps=5, save_every_steps=20),
 )

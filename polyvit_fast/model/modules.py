@@ -161,7 +161,7 @@ class Block(nn.Module):
 def _beside(norm: LayerNorm, x: Tokens, out_dtype: torch.dtype, factors: Factors | None) -> tuple[Tokens, Tokens]:
     """The tokens, and normalised, in one pass of the backward unless somebody listens to the norm."""
     if is_untouched(norm):
-        return ops.layer_norm_beside(x, norm.weight, norm.bias, norm.eps, out_dtype, factors)
+        return ops.layer_norm_residual(x, norm.weight, norm.bias, norm.eps, out_dtype, factors)
     return x, norm(x, out_dtype)
 
 

@@ -64,7 +64,7 @@ class PolyViT(nn.Module):
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
         own = {name: task.modality for name, task in train.tasks.items()}
         zero_heads = [name for name, task in train.tasks.items() if task.zero_head]
-        settings = {"seed": train.seed, "residual": train.residual, "attention": train.attention}
+        settings = {"seed": train.seed, "residual": train.compute.residual, "attention": train.compute.attention}
         return cls(train.model, train.modalities, heads, own_normalisation=own, **settings, zero_heads=zero_heads)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:

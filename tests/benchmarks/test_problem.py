@@ -8,7 +8,7 @@ import torch
 from card import Cost
 from problem import BACKWARD, EAGER, FORWARD, OURS, STEP, Contender, Problem, assert_near, portable_rows, run_of
 
-from polyvit_kernels import tiles
+from polyvit_kernels.tiles import lookup
 
 
 def double(x, weight):
@@ -150,11 +150,11 @@ def test_a_contender_is_called_within_what_it_asks_for(direction):
 
 def test_rows_are_portable_within_and_as_before_afterwards():
     def backend():
-        return tiles.pick("attention_short_forward", 90, torch.bfloat16, tokens=197, features=64).backend
+        return lookup.pick("attention_short_forward", 90, torch.bfloat16, tokens=197, features=64).backend
 
     with portable_rows():
         assert backend() == "triton"
-        assert tiles.pick("attention_short_forward", 90, torch.bfloat16, tokens=197, features=64, portable=False).backend == "triton"
+        assert lookup.pick("attention_short_forward", 90, torch.bfloat16, tokens=197, features=64, portable=False).backend == "triton"
     assert backend() == "hopper"
 
 

@@ -65,9 +65,9 @@ def test_a_peer_that_is_all_in_bf16_computes_the_same_loss_but_loses_small_updat
 
 def test_ours_has_the_residual_stream_of_its_case_on_a_gpu(monkeypatch):
     case = replace(case_of(), residual="bf16")
-    assert case.config.residual == ("bf16" if steps.HAS_GPU else "fp32")
+    assert case.config.compute.residual == ("bf16" if steps.HAS_GPU else "fp32")
     monkeypatch.setattr(steps, "HAS_GPU", True)
-    assert (case.config.precision, case.config.residual) == ("bf16", "bf16")
+    assert (case.config.precision, case.config.compute.residual) == ("bf16", "bf16")
     narrow = next(rivals for rivals in bench_step.ON_A_GPU if "bf16 residual" in rivals.title)
     assert narrow.case().residual == "bf16"
     assert f"timm all in bf16 {peers.COMPILED}" in narrow.contenders

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
-from tiny_runs import tile_task, tiny_config
+from tiny_runs import change, tile_task, tiny_config
 
 from polyvit_fast.config import Task, Train
-from polyvit_fast.data.device import DeviceDecoder
+from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
@@ -39,7 +39,7 @@ def colour_folders(path, per_class=8):
 def colour_config(path, **changes) -> Train:
     folder = Folder(path=str(path))
     task = Task(modality=Image(size=32, patch=16), train=folder, val=folder, num_classes=3, steps=10, batch=6)
-    return Train(**({"tasks": {"colours": task}, "max_bad_ratio": 0.5} | changes))
+    return change(Train(tasks={"colours": task}), **({"max_bad_ratio": 0.5} | changes))
 
 
 def colour_of(grid):
@@ -96,7 +96,7 @@ def test_what_is_odd_about_a_source_is_told_once(tmp_path):
 
 def test_a_batch_is_a_pure_function_of_the_step(tmp_path):
     config = colour_config(colour_folders(tmp_path))
-    forward, backward = Loader("colours", config, train=True), Loader("colours", replace(config, num_threads=1), train=True)
+    forward, backward = Loader("colours", config, train=True), Loader("colours", change(config, num_threads=1), train=True)
     batches = [forward.load(step) for step in range(5)]
     for step in reversed(range(5)):
         again = backward.load(step)
@@ -389,7 +389,7 @@ def test_the_devices_own_errors_pass_and_no_file_is_called_broken(error, batches
         assert loader.decoder.sizes == [loader.size, 1][: 1 if batches else 2]
 
 
-class Kept(DeviceDecoder):
+class Kept(GpuDecoder):
     """A decoder that says when it gives its memory back."""
 
     def __init__(self, name: str, said: list[str]) -> None:

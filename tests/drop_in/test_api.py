@@ -14,7 +14,7 @@ from polyvit_fast.drop_in.parts import fused_row
 from polyvit_kernels import ops
 
 # Hugging Face's DINOv2 and timm's blocks with LayerScale keep their sums; all the others' blocks are replaced whole.
-WHOLE = {"layer_norm": 1, "layer_norm_beside": 4, "attention": 2, "linear_add": 2, "mlp": 2}
+WHOLE = {"layer_norm": 1, "layer_norm_residual": 4, "attention": 2, "linear_add": 2, "mlp": 2}
 IN_PARTS = {"layer_norm": 5, "attention": 2, "mlp": 2}
 CALLS = dict.fromkeys(FAMILIES, WHOLE) | dict.fromkeys([name for name in FAMILIES if "DINO" in name], IN_PARTS)
 
@@ -31,7 +31,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("attention", "layer_norm", "layer_norm_beside", "linear_add", "mlp", "linear_gelu"):
+    for name in ("attention", "layer_norm", "layer_norm_residual", "linear_add", "mlp", "linear_gelu"):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     return counter
 
@@ -215,7 +215,7 @@ def test_drop_path_in_training(scale, autocast, calls):
         torch.manual_seed(3)  # by which they drop the same
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and name != "exact"):
             found[name] = results(one, inputs)
-    assert calls == {**WHOLE, "attention": 3, "linear_add": 3, "layer_norm_beside": 6, "mlp": 3}
+    assert calls == {**WHOLE, "attention": 3, "linear_add": 3, "layer_norm_residual": 6, "mlp": 3}
     assert_within_rule(found["fused"], found["plain"], found["exact"], torch.bfloat16 if autocast else torch.float32)
     torch.manual_seed(4)
     assert not torch.allclose(fused(batch), found["fused"]["output"].float(), atol=1e-2)

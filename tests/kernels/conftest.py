@@ -11,7 +11,7 @@ from interpreted import on_kernels as on_kernels  # another
 from interpreted import registered as registered  # another
 from lost_context import pytest_configure as pytest_configure  # a hook
 
-from polyvit_kernels.aot import compile as aot
+from polyvit_kernels.aot.main import ARCHS
 
 # What cuBLAS needs to repeat its results, and the yardsticks to be as exact as their dtype.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,7 +49,7 @@ def unchecked_types():
 def table_folder(tmp_path_factory):
     """What the ahead-of-time compilation writes for bf16 and every generation of GPUs, with the table as `table.json`."""
     folder = tmp_path_factory.mktemp("aot")
-    done = run_aot("--arch", *aot.ARCHS, "--dtype", "bf16", "--out", folder, "--json", folder / "table.json")
+    done = run_aot("--arch", *ARCHS, "--dtype", "bf16", "--out", folder, "--json", folder / "table.json")
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     return folder

@@ -204,11 +204,11 @@ def test_residual_is_added_after_dropout(part, dropout):
 
 def test_block_without_dropping_is_made_of_fused_operations(monkeypatch):
     called = []
-    for name in ("layer_norm", "layer_norm_beside", "attention", "linear_add", "mlp"):
+    for name in ("layer_norm", "layer_norm_residual", "attention", "linear_add", "mlp"):
         function = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, name=name, function=function: (called.append(name), function(*args))[1])
     block()(normal(2, 5, 32), 0.0)
-    assert called == ["layer_norm_beside", "attention", "linear_add", "layer_norm_beside", "mlp"]
+    assert called == ["layer_norm_residual", "attention", "linear_add", "layer_norm_residual", "mlp"]
 
 
 def test_norms_give_what_the_next_product_wants():

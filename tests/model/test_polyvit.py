@@ -5,7 +5,7 @@ import pytest
 import torch
 from grids import PAPER, PAPER_HEADS, SMALL, Picture, task
 
-from polyvit_fast.config import MODELS, Model, Train
+from polyvit_fast.config import MODELS, ComputeOptions, Model, Train
 from polyvit_fast.model.cost import num_parameters
 from polyvit_fast.model.modules import Attention
 from polyvit_fast.model.polyvit import PolyViT
@@ -114,7 +114,7 @@ def test_all_blocks_attend_by_the_library_that_is_named(monkeypatch):
     model(normal(2, *SMALL["picture"].grid), "pets")
     assert named == ["flash"] * 3  # the last block computes the class token alone
     tasks = {name: task(SMALL[modality], num_classes) for name, (modality, num_classes) in HEADS.items()}
-    of_configuration = PolyViT.from_config(Train(tasks=tasks, model=MODEL, device="cuda", attention="cudnn"))
+    of_configuration = PolyViT.from_config(Train(tasks=tasks, model=MODEL, device="cuda", compute=ComputeOptions(attention="cudnn")))
     assert {module.backend for module in of_configuration.modules() if isinstance(module, Attention)} == {"cudnn"}
 
 

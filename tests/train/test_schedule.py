@@ -10,7 +10,7 @@ from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Optim
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_plan, warmup_length, warmup_note
+from polyvit_fast.train.schedule import SCHEDULES, check_warmup, compute_warmup_steps, count_steps, learning_rate, make_step_plan
 
 STEPS = {"a": 7, "b": 20, "c": 4}
 
@@ -31,7 +31,7 @@ def three_tasks(schedule, **changes):
     ],
 )
 def test_exact_step_counts(schedule, length, counts):
-    plan = make_plan(three_tasks(schedule))
+    plan = make_step_plan(three_tasks(schedule))
     assert len(plan) == length
     assert count_steps(plan) == counts
 
@@ -41,30 +41,30 @@ def test_the_five_schedules_of_the_paper_are_there():
 
 
 def test_task_by_task_is_one_block_a_task():
-    blocks = [(names, len(list(steps))) for names, steps in groupby(make_plan(three_tasks("task-by-task")))]
+    blocks = [(names, len(list(steps))) for names, steps in groupby(make_step_plan(three_tasks("task-by-task")))]
     assert sorted(blocks) == [(("a",), 7), (("b",), 20), (("c",), 4)]
-    orders = {tuple(names for names, _ in groupby(make_plan(three_tasks("task-by-task", seed=seed)))) for seed in range(20)}
+    orders = {tuple(names for names, _ in groupby(make_step_plan(three_tasks("task-by-task", seed=seed)))) for seed in range(20)}
     assert len(orders) == 6
 
 
 def test_alternating_takes_turns():
-    assert make_plan(three_tasks("alternating"))[:4] == [("a",), ("b",), ("c",), ("a",)]
+    assert make_step_plan(three_tasks("alternating"))[:4] == [("a",), ("b",), ("c",), ("a",)]
 
 
 @pytest.mark.parametrize("schedule", ["uniform", "weighted"])
 def test_permuted_schedules_follow_the_seed(schedule):
-    plans = [make_plan(three_tasks(schedule, seed=seed)) for seed in (0, 0, 1)]
+    plans = [make_step_plan(three_tasks(schedule, seed=seed)) for seed in (0, 0, 1)]
     assert plans[0] == plans[1] != plans[2]
     assert Counter(plans[0]) == Counter(plans[2])
 
 
 def test_accumulating_takes_all_tasks_at_once():
-    assert set(make_plan(three_tasks("accumulating"))) == {("a", "b", "c")}
+    assert set(make_step_plan(three_tasks("accumulating"))) == {("a", "b", "c")}
 
 
 def test_any_function_is_a_schedule():
     config = three_tasks(lambda config: [("a",), ("a", "c")])
-    assert make_plan(config) == [("a",), ("a", "c")]
+    assert make_step_plan(config) == [("a",), ("a", "c")]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_any_function_is_a_schedule():
 )
 def test_wrong_schedules_are_told(schedule, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(three_tasks(schedule))
+        make_step_plan(three_tasks(schedule))
 
 
 def rates(config):
-    plan = make_plan(config)
+    plan = make_step_plan(config)
     return [learning_rate(config, plan, step) for step in range(len(plan))]
 
 
@@ -110,27 +110,27 @@ def test_every_schedule_has_the_same_share_of_warmup_and_no_step_without_a_rate(
     assert max(rate) == pytest.approx(2.0, rel=1e-3)
     assert rate[0] == pytest.approx(2.0 / (0.1 * total))
     assert rate[-1] == pytest.approx(2.0 * math.sin(math.pi / 2 / (0.9 * total)) ** 2)
-    assert warmup_length(config, total) == pytest.approx(0.1 * total)
-    assert warmup_note(config, total) is None
+    assert compute_warmup_steps(config, total) == pytest.approx(0.1 * total)
+    assert check_warmup(config, total) is None
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_the_rate_of_the_papers_nine_tasks_decays_in_every_schedule(schedule):
     """The accumulating schedule has 46,435 updates, fewer than the 47,330 steps of warm-up that the 417,920 of the others have."""
     config = replace(experiments.load("polyvit_b16"), schedule=schedule)
-    plan = make_plan(config)
-    marks = {share: learning_rate(config, plan, int(share * len(plan))) for share in (0.05, 0.9)}
-    scales = {share: sum(config.tasks[n].lr_scale for n in plan[int(share * len(plan))]) / len(plan[0]) for share in marks}
-    share = 47_330 / 417_920
-    assert marks[0.05] == pytest.approx(scales[0.05] * 0.05 / share, rel=1e-3)
-    assert marks[0.9] == pytest.approx(scales[0.9] * 0.5 * (1 + math.cos(math.pi * (0.9 - share) / (1 - share))), rel=1e-3)
-    assert warmup_note(config, len(plan)) is None
+    plan = make_step_plan(config)
+    marks = {at: learning_rate(config, plan, int(at * len(plan))) for at in (0.05, 0.9)}
+    scales = {at: sum(config.tasks[n].lr_scale for n in plan[int(at * len(plan))]) / len(plan[0]) for at in marks}
+    warmup = 47_330 / 417_920
+    assert marks[0.05] == pytest.approx(scales[0.05] * 0.05 / warmup, rel=1e-3)
+    assert marks[0.9] == pytest.approx(scales[0.9] * 0.5 * (1 + math.cos(math.pi * (0.9 - warmup) / (1 - warmup))), rel=1e-3)
+    assert check_warmup(config, len(plan)) is None
 
 
 def test_a_warmup_of_the_whole_run_is_told():
     config = three_tasks("accumulating", optim=Optim(warmup_steps=31))
-    assert warmup_note(config, 10) == "The warm-up of 10 steps does not end within the run of 10: lower --optim.warmup-steps."
-    assert warmup_note(replace(config, optim=Optim(warmup_steps=30)), 10) is None
+    assert check_warmup(config, 10) == "The warm-up of 10 steps does not end within the run of 10: lower --optim.warmup-steps."
+    assert check_warmup(replace(config, optim=Optim(warmup_steps=30)), 10) is None
 
 
 def test_learning_rate_is_scaled_by_the_task():
@@ -143,13 +143,13 @@ def test_learning_rate_is_scaled_by_the_task():
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_a_plan_of_many_steps_holds_each_different_step_once(schedule):
-    plan = make_plan(three_tasks(schedule))
+    plan = make_step_plan(three_tasks(schedule))
     assert len({id(names) for names in plan}) == len(set(plan))
 
 
 def test_plans_are_the_same_for_ever():
     tasks = {name: tile_task(steps=steps) for name, steps in (("a", 3), ("b", 4), ("c", 2))}
-    plans = {schedule: make_plan(tiny_config(tasks=tasks, schedule=schedule, seed=5)) for schedule in SCHEDULES}
+    plans = {schedule: make_step_plan(tiny_config(tasks=tasks, schedule=schedule, seed=5)) for schedule in SCHEDULES}
     assert {schedule: " ".join("+".join(names) for names in plan) for schedule, plan in plans.items()} == {
         "task-by-task": "b b b b a a a c c",
         "alternating": "a b c a b c a b c",
@@ -165,7 +165,7 @@ def test_every_plan_keeps_the_promised_counts(steps, schedule, seed):
     total, num_tasks = sum(steps), len(steps)
     if schedule == "accumulating" and total < num_tasks:
         return
-    counts = count_steps(make_plan(config))
+    counts = count_steps(make_step_plan(config))
     if schedule in ("weighted", "task-by-task"):
         assert [counts[f"t{j}"] for j in range(num_tasks)] == steps
     elif schedule == "accumulating":

@@ -20,7 +20,7 @@ EXPERIMENT = '''"""Small and long; each part of it that a test names is slow, an
 import os, time
 from dataclasses import dataclass
 from pathlib import Path
-from polyvit_fast.config import Model, Task, Train
+from polyvit_fast.config import ComputeOptions, DataOptions, LogOptions, Model, Task, Train
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.synthetic import Synthetic
 
@@ -54,8 +54,8 @@ reach("importing", 60)
 source = Slow(num_samples=64)
 config = Train(
     tasks={"a": Task(modality=Image(size=16, patch=8), train=source, val=source, num_classes=3, steps=100_000, batch=4)},
-    model=Model(dim=16, depth=1, num_heads=2, mlp_dim=16), compute_threads=1, num_threads=1, log_every_steps=20, save_every_steps=50_000,
-    out="run")
+    model=Model(dim=16, depth=1, num_heads=2, mlp_dim=16), compute=ComputeOptions(compute_threads=1), data=DataOptions(num_threads=1),
+    log=LogOptions(log_every_steps=20, save_every_steps=50_000), out="run")
 '''
 TRAIN = [sys.executable, "-m", "polyvit_fast", "train", "exp.py"]
 
@@ -95,7 +95,7 @@ def num_lines(folder: Path) -> int:
 
 
 def saved_step(folder: Path) -> int:
-    newest = checkpoint.newest(folder / "run", pytest.fail)
+    newest = checkpoint.find_newest(folder / "run", pytest.fail)
     assert newest
     return newest.step
 
@@ -202,7 +202,7 @@ def test_the_first_signal_counts_and_raises_once_until_there_is_something_to_sav
     assert [exit_code(number) for number in (signal.SIGINT, signal.SIGHUP)] == [130, 75]
 
 
-def test_handlers_are_shared_inside_and_put_back_after():
+def test_handlers_are_the_same_inside_and_restored_after():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)}
     with stop_on_signals() as stop:
         with stop_on_signals() as inner:

@@ -1,6 +1,6 @@
 """`python -m polyvit_kernels.aot`."""
 
-from polyvit_kernels.aot.compile import main
+from polyvit_kernels.aot.main import main
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,14 @@ from itertools import product
 from pathlib import Path
 
 from polyvit_kernels import tiles
-from polyvit_kernels.aot.images import Image
-from polyvit_kernels.aot.jobs import Entry
+from polyvit_kernels.aot.compiled_kernel import CompiledKernel
+from polyvit_kernels.aot.jobs import CompiledTile
 from polyvit_kernels.tiles.table import TABLE
 
 _ALIGNMENT = 64
 
 
-def write(folder: Path, entries: Sequence[Entry], images: Sequence[Image]) -> None:
+def write(folder: Path, entries: Sequence[CompiledTile], images: Sequence[CompiledKernel]) -> None:
     """`polyvit_table.c`, `polyvit_cubins.bin` and `lookups.txt`: the same bytes for the same table and images.
 
     The images may differ: for sm_100, ptxas itself does not repeat its bytes.
@@ -29,14 +29,14 @@ def write(folder: Path, entries: Sequence[Entry], images: Sequence[Image]) -> No
     (folder / "lookups.txt").write_text("\n".join(_lookups(entries)) + "\n")
 
 
-def _portable(entries: Sequence[Entry], images: Sequence[Image]) -> tuple[list[Entry], list[Image]]:
+def _portable(entries: Sequence[CompiledTile], images: Sequence[CompiledKernel]) -> tuple[list[CompiledTile], list[CompiledKernel]]:
     """The rows that the library holds, and the images that they need."""
     kept = [entry for entry in entries if entry.tile.backend == "triton"]
     numbers = {old: new for new, old in enumerate(sorted({place for entry in kept for place in entry.kernels}))}
     return [replace(entry, kernels=tuple(numbers[k] for k in entry.kernels)) for entry in kept], [images[k] for k in numbers]
 
 
-def _source(entries: Sequence[Entry], images: Sequence[Image], sizes: Sequence[int]) -> Iterator[str]:
+def _source(entries: Sequence[CompiledTile], images: Sequence[CompiledKernel], sizes: Sequence[int]) -> Iterator[str]:
     yield "/* Written by python -m polyvit_kernels.aot. */"
     yield '#include "polyvit_table.h"'
     offset, kernels = 0, []
@@ -71,7 +71,7 @@ def _array(name: str, values: Iterable[str]) -> Iterator[str]:
     yield "};"
 
 
-def _lookups(entries: Sequence[Entry]) -> Iterator[str]:
+def _lookups(entries: Sequence[CompiledTile]) -> Iterator[str]:
     """Lines of op, dtype, arch, tokens, features and the place of the row that `tiles.pick` takes, −1 where the library has none."""
     places = {(id(entry.tile), entry.dtype, entry.arch): place for place, entry in enumerate(entries) if entry.kernels}
     ops = sorted({tile.op for tile in TABLE})

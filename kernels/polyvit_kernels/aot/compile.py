@@ -1,186 +1,130 @@
-"""Every row of the tile table compiled ahead of time, on a machine that needs no GPU, and held to its budget.
+"""Kernels compiled for GPUs that need not be there: one, or a list of jobs on all cores."""
 
-    python -m polyvit_kernels.aot --arch 80 90 100 120     the table of registers, spills, shared memory, instructions and ptxas's messages
-    python -m polyvit_kernels.aot --out build/aot          also the images and the C table that CMakeLists.txt makes a library of
-    python -m polyvit_kernels.aot --library                what the installed C library holds
-    python -m polyvit_kernels.aot --library build/aot/libpolyvit_kernels.so      what that of `make aot` holds
-
-Ends with status 1, and says which kernel it is, when one does not compile or is beyond its budget (`images.Image.excesses`).
-"""
-
-import json
+import io
 import multiprocessing
 import os
-import sys
-from argparse import ArgumentParser
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import redirect_stdout
+from typing import Any
 
-from triton import knobs
+import triton
+from triton import compiler, knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from polyvit_kernels.aot import c_table, commands, library
-from polyvit_kernels.aot.images import Image, build
-from polyvit_kernels.aot.jobs import Entry, Job, plan, span
-from polyvit_kernels.tiles import DTYPES
-from polyvit_kernels.tiles.table import TABLE
+from polyvit_kernels.aot import cubin
+from polyvit_kernels.aot.compiled_kernel import CompiledKernel, Parameter
+from polyvit_kernels.aot.jobs import CompileJob
+from polyvit_kernels.tiles import Variant
 
-ARCHS = (80, 90, 100, 120)
-"""The GPUs that are compiled for unless others are asked for, the first of each generation: A100, H100, B200, RTX 50."""
-
+_PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+_PRODUCT = re.compile(r"(tt\.dot|ttng\.warp_group_dot) .*tensor<\w+x(bf16|f16)[,>]")
+_MESSAGE = re.compile(r"^ptxas.*?\b(?:warning *: |info *: (?=\(C\d+\)|Potential ))(.+)$", re.M)
 _PROGRESS_EVERY = 20
 
 
-def _compile(job: Job) -> Image:
-    return build(job.variant(), job.arch)
-
-
-def compile_all(jobs: Sequence[Job], tell: Callable[[str], None]) -> tuple[list[Image], list[str]]:
-    """The images, and why there is none for some jobs; on all cores of this process, each a fresh interpreter."""
+def compile_all(jobs: Sequence[CompileJob], show: Callable[[str], None]) -> tuple[list[CompiledKernel], list[str]]:
+    """The kernels, and why there is none for some jobs; on all cores of this process, each a fresh interpreter."""
     cores = min(len(os.sched_getaffinity(0)), len(jobs)) or 1
     failures = []
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: list[Future[Image]] = [pool.submit(_compile, job) for job in jobs]
+        futures: list[Future[CompiledKernel]] = [pool.submit(_compile_job, job) for job in jobs]
         for number, _ in enumerate(as_completed(futures), 1):
             if number % _PROGRESS_EVERY == 0 or number == len(jobs):
-                tell(f"compiled {number} of {len(jobs)} kernels")
+                show(f"compiled {number} of {len(jobs)} kernels")
     for job, future in zip(jobs, futures, strict=True):
         if error := future.exception():
             failures.append(f"{job}: {type(error).__name__}: {error}")
     return [future.result() for future in futures] if not failures else [], failures
 
 
-def records(entries: Sequence[Entry], images: Sequence[Image]) -> list[dict]:
-    """One for each kernel of each row, GPU and dtype: what the printed table shows."""
-    return [
-        {
-            "op": entry.tile.op,
-            "backend": entry.tile.backend,
-            "source": entry.tile.source,
-            "tokens": entry.tile.tokens,
-            "features": entry.tile.features,
-            "dtype": entry.dtype,
-            "arch": entry.arch,
-            "kernel": image.name,
-            "warps": image.num_warps,
-            "stages": image.num_stages,
-            **asdict(image.usage),
-            "shared": image.shared,
-            "programs": image.programs(),
-            "programs_per_sm": image.programs_per_sm,
-            "columns": image.columns,
-            "bytes": len(image.cubin),
-            "multiplies": image.multiplies,
-            "messages": image.messages,
-            "constants": dict(image.constants),
-            "excesses": image.excesses(),
-        }
-        for entry in entries
-        for image in (images[place] for place in entry.kernels)
-    ]
+def _compile_job(job: CompileJob) -> CompiledKernel:
+    return compile_kernel(job.variant(), job.arch)
 
 
-def _name(record: dict) -> str:
-    sizes = f"tokens {span(*record['tokens'])}, features {span(record['features'])}"
-    row = f"{record['op']} {record['backend']} {record['dtype']} sm_{record['arch']}"
-    return f"{row}, {sizes}, {record['registers']} registers, {_kernel(record)}"
+def compile_kernel(variant: Variant, arch: int) -> CompiledKernel:
+    """`variant` for the compute capability `arch` (10 × major + minor), without a GPU.
 
-
-def _kernel(record: dict) -> str:
-    return " ".join([record["kernel"], *(f"{name}={value}" for name, value in record["constants"].items())])
-
-
-def _cells(record: dict) -> tuple[str, ...]:
-    tensor = " ".join(f"{count} {name}" for name, count in record["tensor"].items())
-    sizes = (span(*record["tokens"]), span(record["features"]))
-    numbers = (record[name] for name in ("warps", "stages", "registers"))
-    spills = f"{record['spill_stores']}/{record['spill_loads']}"
-    messages = "; ".join(message.partition(":")[0] for message in record["messages"])
-    rest = (
-        spills,
-        record["inner_spills"],
-        record["shared"],
-        record["programs"],
-        tensor or "-",
-        messages,
-        record["bytes"],
-        record["source"],
+    The code carries no line numbers: they triple its size and name folders of this machine. Raises ValueError for a portable kernel whose
+    launch would need more than a grid and its arguments (kernels in Gluon are no part of the C library), and whatever the compiler raises.
+    """
+    knobs.compilation.disable_line_info = True
+    function: Any = variant.kernel
+    names = list(function.arg_names)
+    signature = {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    is_gluon = isinstance(function, GluonJITFunction)
+    language = GluonASTSource if is_gluon else ASTSource
+    source = language(fn=function, signature=signature, constexprs=dict(variant.constants), attrs=attrs)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers}
+    kernel, log = _run_compiler(source, GPUTarget("cuda", arch, 32), options)
+    metadata = kernel.metadata
+    parameters = tuple(
+        Parameter(name=name, type=kind, multiple=16 if name in variant.divisible else 1)
+        for name, kind in signature.items()
+        if kind != "constexpr"
     )
-    return (record["op"], record["backend"], *sizes, record["dtype"], f"sm_{record['arch']}", *map(str, (*numbers, *rest)), _kernel(record))
+    if not is_gluon:
+        _check_launch(kernel, parameters)
+    return CompiledKernel(
+        name=metadata.name,
+        arch=arch,
+        num_warps=metadata.num_warps,
+        num_stages=variant.num_stages,
+        programs_per_sm=variant.programs_per_sm,
+        allowed_spills=variant.allowed_spills,
+        shared=metadata.shared,
+        columns=metadata.tmem_size or 0,
+        parameters=parameters,
+        constants={name: _text(value) for name, value in variant.constants.items()},
+        usage=cubin.read(kernel.asm["cubin"]),
+        multiplies=bool(_PRODUCT.search(kernel.asm["ttgir" if is_gluon else "ttir"])),
+        messages=messages(log),
+        cubin=kernel.asm["cubin"],
+    )
 
 
-HEADINGS = (
-    *("op", "backend", "tokens", "features", "dtype", "gpu", "warps", "stages", "registers", "spills", "inner", "shared", "programs"),
-    *("tensor", "messages", "bytes", "source", "kernel"),
-)
+def _run_compiler(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[compiler.CompiledKernel, str]:
+    """The kernel, and what ptxas printed."""
+    log = io.StringIO()
+    with knobs.nvidia.scope(), redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        kernel = triton.compile(source, target=target, options=options)
+        if "ptxas" not in log.getvalue():  # Triton's cache keeps the image and not the words: ptxas must say them again
+            backend: Any = make_backend(target)
+            backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), target.arch)
+    return kernel, log.getvalue()
 
 
-def print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """In columns as wide as they need to be."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    for row in rows:
-        print("  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]))
+def messages(log: str) -> tuple[str, ...]:
+    """Warnings and advice in what ptxas printed, without the lines of every compilation (sizes, times)."""
+    return tuple(_MESSAGE.findall(log))
 
 
-def print_library(path: Path) -> None:
-    """What a C library holds; ends with status 1 where there is none."""
-    if path != library.PATH and not path.is_file():
-        sys.exit(f"there is no file {path}")
-    try:
-        held = library.load(path.absolute())
-    except OSError as error:
-        sys.exit(str(error))
-    except AttributeError as error:
-        sys.exit(f"{path} is another library: {error}")
-    print_table([library.HEADINGS, *(line for row in library.rows(held) for line in library.describe(row))])
+def _text(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _capability(text: str) -> int:
-    return int(text.removeprefix("sm_"))
-
-
-def _parser() -> ArgumentParser:
-    known = sorted({arch for tile in TABLE for arch in tile.archs})
-    parser = commands.parser(__doc__, "python -m polyvit_kernels.aot")
-    archs = {"type": _capability, "nargs": "+", "choices": known, "default": ARCHS}
-    parser.add_argument("--arch", **archs, help="compute capabilities, 90 or sm_90 for Hopper")
-    dtypes = {"nargs": "+", "choices": sorted(DTYPES.values()), "default": ["bf16", "fp16"]}
-    parser.add_argument("--dtype", **dtypes, help="of the tensors that the kernels are compiled for")
-    parser.add_argument("--out", type=Path, help="folder for the images and the C table; without it, the table is only printed")
-    parser.add_argument("--json", type=Path, help="file for the table in JSON")
-    parser.add_argument("--quiet", action="store_true", help="print the totals only")
-    where = {"type": Path, "nargs": "?", "const": library.PATH, "metavar": "PATH"}
-    parser.add_argument("--library", **where, help="compile nothing, list what the C library there holds; without PATH, the installed one")
-    return parser
-
-
-def main() -> None:
-    """The command."""
-    parser = _parser()
-    args = parser.parse_args()
-    if args.library:
-        print_library(args.library)
-        return
-    if knobs.runtime.interpret:
-        sys.exit("Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it")
-    if args.out:
-        commands.make_folder(parser, "--out", args.out)
-    if args.json:
-        commands.make_folder(parser, "--json", args.json.parent)
-        if args.json.is_dir():
-            parser.error(f"--json: {args.json} is a folder; a file is needed")
-    entries, jobs = plan(TABLE, sorted(args.arch), args.dtype)
-    images, failures = compile_all(jobs, lambda line: print(line, file=sys.stderr, flush=True))
-    found = records(entries, images) if not failures else []
-    if found and not args.quiet:
-        print_table([HEADINGS, *map(_cells, found)])
-    failures += [f"{_name(record)}: {excess}" for record in found for excess in record["excesses"]]
-    total = sum(len(image.cubin) for image in images)
-    print(f"{len(entries)} rows, {len(jobs)} kernels, {total} bytes of images, {len(failures)} failures")
-    if args.json:
-        args.json.write_text(json.dumps(found, allow_nan=False))
-    if args.out and images:
-        c_table.write(args.out, entries, images)
-    if failures:
-        sys.exit("\n".join(["not compiled, or beyond the budget:", *failures]))
+def _check_launch(kernel: compiler.CompiledKernel, parameters: tuple[Parameter, ...]) -> None:
+    """The C library passes the parameters and two null pointers for scratch memory, and sets no attribute of a launch."""
+    metadata = kernel.metadata
+    extras = {
+        "clusters": metadata.num_ctas != 1,
+        "a cooperative grid": metadata.launch_cooperative_grid,
+        "programmatic dependent launch": metadata.launch_pdl,
+        "scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
+        "tensor descriptors": getattr(metadata, "tensordesc_meta", None),
+    }
+    for name, needed in extras.items():
+        if needed:
+            raise ValueError(f"{metadata.name} needs {name}, which the C library does not give")
+    entry = re.search(r"\.entry \w+\((.*?)\)", kernel.asm["ptx"], re.S)
+    found = re.findall(r"\.param \.(\w+)", entry.group(1)) if entry else []
+    expected = ["u64" if p.type.startswith("*") else _PTX_TYPES[p.type] for p in parameters] + ["u64", "u64"]
+    if found != expected:
+        raise ValueError(f"{metadata.name} takes {found}, but its signature says {expected}, the last two being scratch memory")

@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
 
-from polyvit_kernels.tiles import ANY, Tile, Variant
-
-PACKAGES = {"triton": "polyvit_kernels.triton_kernels", "hopper": "polyvit_kernels.hopper"}
+from polyvit_kernels.tiles import ANY, PACKAGES, Tile, Variant
 
 _MODULES = {
     "attention_short_": "attention_short",
@@ -25,7 +23,7 @@ BACKEND_CHOICE = "attention"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CompileJob:
     """The `index`-th kernel of a row, for a dtype and the GPU `arch`: what a worker compiles."""
 
     tile: Tile
@@ -43,7 +41,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CompiledTile:
     """A row as the GPU `arch` and a dtype see it; `kernels` are places in the list of jobs."""
 
     tile: Tile
@@ -58,16 +56,16 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
         return iter(())
     module = next((module for prefix, module in _MODULES.items() if tile.op.startswith(prefix)), None)
     if module is None:
-        raise ValueError(f"no module compiles the rows of {tile.op}: add it to plan._MODULES")
+        raise ValueError(f"no module compiles the rows of {tile.op}: add it to jobs._MODULES")
     budget = {"programs_per_sm": tile.programs_per_sm, "allowed_spills": tile.allowed_spills}
     return (replace(variant, **budget) for variant in import_module(f"{PACKAGES[tile.backend]}.{module}").variants(tile, dtype))
 
 
-def plan(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Entry], list[Job]]:
+def list_jobs(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[CompiledTile], list[CompileJob]]:
     """What each row is on each GPU, and each distinct kernel once. A row that knows none of the dtypes is there for all of its own."""
-    entries: list[Entry] = []
+    entries: list[CompiledTile] = []
     places: dict[Hashable, int] = {}
-    jobs: list[Job] = []
+    jobs: list[CompileJob] = []
     for tile in (tile for tile in table if tile.op != BACKEND_CHOICE):
         for arch in (arch for arch in archs if arch in tile.archs):
             for dtype in [dtype for dtype in dtypes if dtype in tile.dtypes] or tile.dtypes:
@@ -76,14 +74,14 @@ def plan(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> 
                 for index, variant in enumerate(variants(tile, dtype)):
                     place = places.setdefault(_identity(variant, target), len(jobs))
                     if place == len(jobs):
-                        jobs.append(Job(tile=tile, dtype=dtype, arch=target, index=index))
+                        jobs.append(CompileJob(tile=tile, dtype=dtype, arch=target, index=index))
                     kernels.append(place)
-                entries.append(Entry(tile=tile, dtype=dtype, arch=arch, kernels=tuple(kernels)))
+                entries.append(CompiledTile(tile=tile, dtype=dtype, arch=arch, kernels=tuple(kernels)))
     return entries, jobs
 
 
 def compile_arch(tile: Tile, arch: int, archs: Sequence[int]) -> int:
-    """The GPU to compile for, so that `arch` runs the image: before Hopper, code for the oldest of a generation runs on all of it."""
+    """The GPU to compile for, so that `arch` runs the code: before Hopper, code for the oldest of a generation runs on all of it."""
     return arch if arch >= 90 else min(a for a in archs if a in tile.archs and a // 10 == arch // 10)
 
 

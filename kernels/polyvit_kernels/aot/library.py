@@ -13,19 +13,19 @@ PATH = Path(__file__).parents[1] / "lib" / "libpolyvit_kernels.so"
 HEADINGS = ("op", "dtype", "gpu", "tokens", "features", "kernel", "warps", "registers", "shared", "bytes", "constants")
 
 
-class Parameter(Structure):
+class LibraryParameter(Structure):
     """polyvit_parameter."""
 
     _fields_ = [("name", c_char_p), ("type", c_char_p), ("multiple", c_int32)]
 
 
-class Constant(Structure):
+class LibraryConstant(Structure):
     """polyvit_constant."""
 
     _fields_ = [("name", c_char_p), ("value", c_char_p)]
 
 
-class Kernel(Structure):
+class LibraryKernel(Structure):
     """polyvit_kernel."""
 
     _fields_ = [
@@ -36,14 +36,14 @@ class Kernel(Structure):
         ("num_registers", c_int32),
         ("num_parameters", c_int32),
         ("num_constants", c_int32),
-        ("parameters", POINTER(Parameter)),
-        ("constants", POINTER(Constant)),
+        ("parameters", POINTER(LibraryParameter)),
+        ("constants", POINTER(LibraryConstant)),
         ("image", c_void_p),
         ("image_bytes", c_size_t),
     ]
 
 
-class Row(Structure):
+class LibraryEntry(Structure):
     """polyvit_row."""
 
     _fields_ = [
@@ -55,7 +55,7 @@ class Row(Structure):
         ("max_tokens", c_int32),
         ("max_features", c_int32),
         ("num_kernels", c_int32),
-        ("kernels", POINTER(POINTER(Kernel))),
+        ("kernels", POINTER(POINTER(LibraryKernel))),
     ]
 
 
@@ -69,30 +69,30 @@ def load(path: Path = PATH) -> CDLL:
     for name, result, *arguments in (
         ("polyvit_kernels_error", c_char_p),
         ("polyvit_kernels_count", c_size_t),
-        ("polyvit_kernels_entry", POINTER(Row), c_size_t),
-        ("polyvit_kernels_find", POINTER(Row), c_char_p, c_char_p, c_int, c_int64, c_int64),
-        ("polyvit_kernels_choose", POINTER(Kernel), POINTER(Row), c_char_p, c_char_p),
-        ("polyvit_kernels_constant", c_int64, POINTER(Kernel), c_char_p, c_int64),
+        ("polyvit_kernels_entry", POINTER(LibraryEntry), c_size_t),
+        ("polyvit_kernels_find", POINTER(LibraryEntry), c_char_p, c_char_p, c_int, c_int64, c_int64),
+        ("polyvit_kernels_choose", POINTER(LibraryKernel), POINTER(LibraryEntry), c_char_p, c_char_p),
+        ("polyvit_kernels_constant", c_int64, POINTER(LibraryKernel), c_char_p, c_int64),
         ("polyvit_kernels_arch", c_int),
-        ("polyvit_kernels_load", c_int, POINTER(Kernel)),
+        ("polyvit_kernels_load", c_int, POINTER(LibraryKernel)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
 
 
-def rows(library: CDLL) -> Iterator[Row]:
+def rows(library: CDLL) -> Iterator[LibraryEntry]:
     """The library's table."""
     for index in range(library.polyvit_kernels_count()):
         yield library.polyvit_kernels_entry(index).contents
 
 
-def describe(row: Row) -> Iterator[tuple[str, ...]]:
+def describe(entry: LibraryEntry) -> Iterator[tuple[str, ...]]:
     """`HEADINGS` of each of a row's kernels."""
-    sizes = (span(row.min_tokens, row.max_tokens), span(row.max_features))
-    for place in range(row.num_kernels):
-        kernel = row.kernels[place].contents
+    sizes = (span(entry.min_tokens, entry.max_tokens), span(entry.max_features))
+    for index in range(entry.num_kernels):
+        kernel = entry.kernels[index].contents
         numbers = (kernel.num_warps, kernel.num_registers, kernel.shared_bytes, kernel.image_bytes)
         constants = (kernel.constants[i] for i in range(kernel.num_constants))
         text = " ".join(f"{constant.name.decode()}={constant.value.decode()}" for constant in constants)
-        yield (row.op.decode(), row.dtype.decode(), f"sm_{row.arch}", *sizes, kernel.name.decode(), *map(str, numbers), text)
+        yield (entry.op.decode(), entry.dtype.decode(), f"sm_{entry.arch}", *sizes, kernel.name.decode(), *map(str, numbers), text)

@@ -41,7 +41,7 @@ from polyvit_kernels.hopper.layouts import (
     vector_shared,
 )
 from polyvit_kernels.hopper.pipeline import KEYS, QUERIES, run
-from polyvit_kernels.tiles import Tile, Variant, num_processors
+from polyvit_kernels.tiles import Tile, Variant, num_sms
 from polyvit_kernels.triton_kernels.attention_short import scale_of
 
 _INTEGERS = ["tokens", "heads", "groups", "tiles"]
@@ -352,7 +352,7 @@ def _launch(kernel: Callable, tensors: tuple, qkv: Tensor, cu_tokens: Tensor | N
     sequences, longest = (batch, tokens) if cu_tokens is None else (len(cu_tokens) - 1, max_tokens)
     groups = triton.cdiv(longest, 64 * blocks["WARPGROUPS"])
     tiles = sequences * heads * groups
-    kernel[(min(tiles, num_processors(qkv.device)),)](
+    kernel[(min(tiles, num_sms(qkv.device)),)](
         *tensors, cu_tokens, tokens, heads, groups, tiles, scale_of(head_dim), VARLEN=cu_tokens is not None, HEAD_DIM=head_dim,
         TAIL=_tail(tokens, blocks["BLOCK_N"]) if cu_tokens is None else blocks["BLOCK_N"], **blocks, **_options(blocks),
     )  # fmt: skip

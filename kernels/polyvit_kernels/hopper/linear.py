@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from polyvit_kernels.hopper.layouts import ALIGNMENT, mma, tma_aligned, vector_shared
-from polyvit_kernels.tiles import Tile, Variant, num_processors, pick_for
+from polyvit_kernels.tiles import Tile, Variant, num_sms, pick_for
 from polyvit_kernels.triton_kernels import linear
 from polyvit_kernels.triton_kernels.gelu import gelu, gelu_and_slope
 
@@ -370,7 +370,7 @@ def _launch(kernel: Any, a: Tensor, b: Tensor, tensors: tuple[Tensor | None, ...
     if not out.numel():
         return
     rows, columns = out.shape
-    num_programs = num_processors(out.device)
+    num_programs = num_sms(out.device)
     width = block_n(rows, columns, num_programs, tile)
     shapes = _block_shapes(tile, width, kernel is dgelu_bwd_kernel)
     d_a, d_b = (TensorDescriptor.from_tensor(tma_aligned(x), shape, _OPERAND_LAYOUT) for x, shape in zip((a, b), shapes, strict=True))

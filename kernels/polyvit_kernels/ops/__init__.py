@@ -6,7 +6,7 @@ torch's own operators (and so do the registered operations, for those who call t
 """
 
 from polyvit_kernels.ops.attention import AttentionBackend, attention, attention_varlen
-from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_beside
+from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_residual
 from polyvit_kernels.ops.linear import linear
 from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp
 from polyvit_kernels.ops.patch_embed import patch_embed
@@ -20,7 +20,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "layer_norm",
-    "layer_norm_beside",
+    "layer_norm_residual",
     "linear",
     "linear_add",
     "linear_gelu",

@@ -11,10 +11,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import tiles
-from polyvit_kernels.aot.jobs import PACKAGES
 from polyvit_kernels.ops import dtypes, gradients
 from polyvit_kernels.ops import xformers_attention as xformers
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
+from polyvit_kernels.tiles import PACKAGES
 
 AttentionBackend = Literal["auto", "cudnn", "flash", "xformers"]
 """auto: as the tile table says for the size; else the library that computes it on a GPU: cuDNN, torch's FlashAttention, xformers."""
@@ -113,7 +113,7 @@ def _route(op: str, tokens: int, features: int, device: int, dtype: torch.dtype)
 
 def _rows(op: str, device: int, dtype: torch.dtype) -> tuple[tuple[int, int, int, str], ...]:
     """(fewest tokens, most tokens, most features, backend) of the rows for a card and dtype whose package is there."""
-    rows = tiles.rows(op, tiles.architecture(torch.device("cuda", device)), dtype)
+    rows = tiles.rows_for(op, torch.device("cuda", device), dtype)
     there = [row for row in rows if row.backend != "xformers" or xformers.is_installed()]
     return tuple((*row.tokens, row.features, row.backend) for row in there)
 

@@ -30,7 +30,7 @@ def layer_norm(
     return run(x, weight, bias, eps, out_dtype)[0]
 
 
-def layer_norm_beside(
+def layer_norm_residual(
     x: Float[Tensor, "*batch dim"],
     weight: Float[Tensor, " dim"],
     bias: Float[Tensor, " dim"],
@@ -50,7 +50,7 @@ def layer_norm_beside(
     _check_layer_norm(x, weight, bias)
     out_dtype = out_dtype or norm_dtype(x)
     check_floating(out_dtype=out_dtype)
-    return _Beside.apply(x, weight, bias, eps, out_dtype, factors)
+    return _LayerNormResidual.apply(x, weight, bias, eps, out_dtype, factors)
 
 
 def add_layer_norm(
@@ -130,9 +130,7 @@ _add_layer_norm = torch.library.custom_op("polyvit::add_layer_norm", _add_layer_
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tile = tiles.pick(
-        "layer_norm_forward", tiles.architecture(x.device), torch.promote_types(x.dtype, residual.dtype), features=x.shape[-1]
-    )
+    tile = tiles.pick_for("layer_norm_forward", x, dtype=torch.promote_types(x.dtype, residual.dtype), features=x.shape[-1])
     if tile.backend == "torch":
         return _add_layer_norm_by_torch(x, residual, weight, bias, eps, out_dtype)
     from polyvit_kernels.triton_kernels import layer_norm as norm
@@ -252,7 +250,7 @@ def _residual_gradients(
     return gradients.attach(d_x, low=low, sums=sums, factors=factors), d_weight, d_bias
 
 
-class _Beside(torch.autograd.Function):
+class _LayerNormResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, factors: Tensor | None

@@ -48,11 +48,18 @@ def architecture(device: torch.device) -> int:
 
 
 @cache
-def num_processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """How many streaming multiprocessors a CUDA device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def pick_for(op: str, like: torch.Tensor, *, tokens: int = 1, features: int = 1, portable: bool = False) -> Tile:
-    """`pick` for the device and dtype of a tensor."""
-    return pick(op, architecture(like.device), like.dtype, tokens=tokens, features=features, portable=portable)
+def pick_for(
+    op: str, like: torch.Tensor, *, dtype: torch.dtype | None = None, tokens: int = 1, features: int = 1, portable: bool = False
+) -> Tile:
+    """`pick` for the GPU of a tensor, and its dtype unless another is given."""
+    return pick(op, architecture(like.device), dtype or like.dtype, tokens=tokens, features=features, portable=portable)
+
+
+def rows_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """`rows` for a GPU of this machine."""
+    return rows(op, architecture(device), dtype)

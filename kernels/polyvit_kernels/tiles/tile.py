@@ -12,18 +12,21 @@ Backend = Literal["triton", "hopper", "torch", "cudnn", "flash", "xformers"]
 """triton: our portable kernel; hopper: ours in Gluon for sm_90 alone; torch: the library's own operators; cudnn, flash: that backend of
 torch's scaled_dot_product_attention; xformers: that library's attention."""
 
+PACKAGES = {"triton": "polyvit_kernels.triton_kernels", "hopper": "polyvit_kernels.hopper"}
+"""The backends with kernels of our own, and where these are."""
+
 ANY = 1 << 30
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A row: on the GPUs `archs`, for at most so many tokens and features, `op` runs by `backend` with these blocks.
+    """A row: on the GPUs `archs`, up to so many tokens and features, `backend` runs `op` with these blocks.
 
-    `blocks` are the kernel's compile-time constants by name. `max_registers` is what ptxas may give a thread, where that is less than it
-    would; `programs_per_sm` how many programs an SM is meant to hold at once; `allowed_spills` how many loads and stores of registers may
-    go to memory, all of them outside inner loops. `source` says where the choice comes from: "compiled" (fits the card's registers and
-    memory, never timed), "published" (figures of others), or the file of the measurement under `benchmarks/results`.
+    `blocks` are the kernel's compile-time constants by name. `max_registers` limits the registers that ptxas gives a thread;
+    `programs_per_sm` is how many programs an SM is to hold at once; `allowed_spills` how many loads and stores of registers may go to
+    memory, all of them outside inner loops. `source` says where the choice comes from: "compiled" (it fits the GPU's registers and memory,
+    and has not been timed), "published" (others' figures), or the file with the measurement, under `benchmarks/results`.
     """
 
     op: str
@@ -59,7 +62,7 @@ class Variant:
 
     `signature` gives every run-time argument's type as Triton names it, such as `i32`, `*bf16` or, in Gluon,
     `tensordesc<bf16[1, 64, 64],NVMMASharedLayout(...)>`; the `divisible` ones are known to be multiples of 16 (pointers: of 16 bytes).
-    `programs_per_sm` and `allowed_spills` are what the row says (`plan.variants` sets them).
+    `programs_per_sm` and `allowed_spills` are the row's (`aot.jobs.variants` sets them).
     """
 
     kernel: Callable[..., Any]

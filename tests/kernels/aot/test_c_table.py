@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 
 from polyvit_kernels.aot import c_table
+from polyvit_kernels.aot.compiled_kernel import CompiledKernel, Parameter
 from polyvit_kernels.aot.cubin import Usage
-from polyvit_kernels.aot.images import Image, Parameter
-from polyvit_kernels.aot.jobs import BACKEND_CHOICE, Entry
+from polyvit_kernels.aot.jobs import BACKEND_CHOICE, CompiledTile
 from polyvit_kernels.tiles.table import TABLE
 
 FILES = ("polyvit_table.c", "polyvit_cubins.bin", "lookups.txt")
@@ -17,12 +17,14 @@ def image(cubin):
     parameters = (Parameter(name="p_x", type="*bf16", multiple=16), Parameter(name="eps", type="fp32", multiple=1))
     constants = {"WIDTH": "768", "p_residual": "none"}
     sizes = {"arch": 90, "num_warps": 8, "num_stages": 1, "shared": 2048, "columns": 0}
-    return Image(name="k", parameters=parameters, constants=constants, usage=usage, multiplies=False, messages=(), cubin=cubin, **sizes)
+    return CompiledKernel(
+        name="k", parameters=parameters, constants=constants, usage=usage, multiplies=False, messages=(), cubin=cubin, **sizes
+    )
 
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):
     tile = next(tile for tile in TABLE if tile.op == "layer_norm_forward")
-    entries = [Entry(tile=tile, dtype="bf16", arch=90, kernels=(1, 0)), Entry(tile=tile, dtype="fp16", arch=90, kernels=())]
+    entries = [CompiledTile(tile=tile, dtype="bf16", arch=90, kernels=(1, 0)), CompiledTile(tile=tile, dtype="fp16", arch=90, kernels=())]
     for name in ("one", "two"):
         c_table.write(tmp_path / name, entries, [image(b"abc"), image(b"d" * 65)])
     for name in FILES:
@@ -37,7 +39,7 @@ def test_the_same_table_gives_the_same_bytes(tmp_path):
 def test_hoppers_own_kernels_are_left_out(tmp_path):
     tile = next(tile for tile in TABLE if tile.op == "layer_norm_forward")
     rows = [(replace(tile, backend="hopper"), (0, 2)), (tile, (3, 1))]
-    entries = [Entry(tile=tile, dtype="bf16", arch=90, kernels=kernels) for tile, kernels in rows]
+    entries = [CompiledTile(tile=tile, dtype="bf16", arch=90, kernels=kernels) for tile, kernels in rows]
     c_table.write(tmp_path / "all", entries, [image(letter * 64) for letter in (b"a", b"b", b"c", b"d")])
     c_table.write(tmp_path / "portable", [replace(entries[1], kernels=(1, 0))], [image(letter * 64) for letter in (b"b", b"d")])
     for name in FILES:

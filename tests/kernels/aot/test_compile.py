@@ -1,209 +1,107 @@
-"""Every row of the tile table, compiled for GPUs that are not there."""
+"""Compiling one kernel for a GPU that is not there."""
 
 import json
+
+from ahead_of_time import ROOT, run_python
+
+from polyvit_kernels.aot.compile import messages
+
+BUILD = """
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
-
-import pytest
-import torch
-from ahead_of_time import run_aot, run_python
-
-from polyvit_kernels.aot import compile as aot
-from polyvit_kernels.aot import images, library
-from polyvit_kernels.aot import jobs as plan
+from triton import knobs
+from polyvit_kernels.triton_kernels import attention_long
+from polyvit_kernels.aot.compile import compile_kernel
 from polyvit_kernels.tiles.table import TABLE
-
-TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-
-# One row in place of the table.
-ONE_ROW = """
-from polyvit_kernels.aot import compile as aot
-from polyvit_kernels.tiles import Tile
-aot.TABLE = (Tile(op="{op}", archs=(80, 90), features=64, blocks={blocks}, num_warps={warps}, num_stages={stages}),)
-aot.main()
+knobs.cache.dir = sys.argv[1]
+rows = (row for row in TABLE if row.op == "attention_long_forward" and row.backend == "triton")
+row = next(row for row in rows if row.features == 64 and 90 in row.archs)
+image = compile_kernel(next(attention_long.variants(row, "bf16")), 90)
+Path(sys.argv[1], "image").write_bytes(image.cubin)
+print(json.dumps({name: value for name, value in asdict(image).items() if name != "cubin"}))
 """
-FORWARD = {"BLOCK_D": 64, "BLOCK_M": 64, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}
-BACKWARD = {"BLOCK_D": 64, "BLOCK_M": 256, "BLOCK_N": 32}
+
+GLUON = """
+import json
+import sys
+from dataclasses import asdict
+from triton import knobs
+from gluon_samples import copy_variant
+from polyvit_kernels.aot.compile import compile_kernel
+knobs.cache.dir = sys.argv[1]
+built = [asdict(compile_kernel(copy_variant(max_registers=registers), 90)) for registers in (None, 24)]
+print(json.dumps([{name: value for name, value in image.items() if name != "cubin"} for image in built]))
+"""
+
+# A tile that the table once had, compiled twice: the second time it comes from Triton's cache.
+ADVISED = """
+import json
+import sys
+from triton import knobs
+from polyvit_kernels.triton_kernels import attention_short
+from polyvit_kernels.aot.compile import compile_kernel
+from polyvit_kernels.tiles import Tile
+knobs.cache.dir = sys.argv[1]
+blocks = {"BLOCK_D": 64, "BLOCK_M": 256, "BLOCK_N": 32}
+row = Tile(op="attention_short_backward", archs=(90,), features=64, blocks=blocks, num_warps=8, num_stages=2)
+(variant,) = attention_short.variants(row, "bf16")
+built = [compile_kernel(variant, 90) for _ in range(2)]
+print(json.dumps([[image.messages, image.excesses(), image.usage.spill_stores] for image in built]))
+"""
+LOG = """\
+ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas-blackwell info    : Function properties for k
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : (C7515) Potential Performance Loss: wgmma is serialized in 'k'
+ptxas info    : Potential Performance Loss: another one
+ptxas warning : Value of threads per SM for entry k is out of range
+ptxas-blackwell warning : (C7599) of the other compiler
+ptxas k.ptx, line 9; warning : of a line
+ptxas info    : Used 232 registers, used 1 barriers, 8 bytes smem
+ptxas info    : Compile time = 123.4 ms
+"""
 
 
-def one_row(op="attention_short_forward", blocks=FORWARD, warps=4, stages=1):
-    return ONE_ROW.format(op=op, blocks=blocks, warps=warps, stages=stages)
-
-
-@pytest.fixture(scope="module")
-def records(table_folder):
-    path = table_folder / "table.json"
-    assert path.exists(), (table_folder / "stderr").read_text()
-    found = json.loads(path.read_text())
-    assert found, (table_folder / "stderr").read_text()
-    return found
-
-
-def name(record):
-    constants = " ".join(f"{key}={value}" for key, value in record["constants"].items())
-    return f"{record['op']} sm_{record['arch']} {record['kernel']} {constants}"
-
-
-def test_every_row_is_compiled_for_every_gpu_that_it_serves(records):
-    wanted = {
-        (tile.op, tile.tokens, tile.features, arch)
-        for tile in TABLE
-        for arch in aot.ARCHS
-        if tile.backend in ("triton", "hopper") and tile.op != plan.BACKEND_CHOICE and arch in tile.archs
-    }
-    assert {(r["op"], tuple(r["tokens"]), r["features"], r["arch"]) for r in records} == wanted
-    assert {r["arch"] for r in records} == set(aot.ARCHS)
-
-
-def test_nothing_spills_but_what_a_row_names_outside_of_inner_loops(records):
-    named = {(tile.op, tile.tokens, tile.features, tile.backend) for tile in TABLE if tile.allowed_spills}
-    spilling = [
-        name(r)
-        for r in records
-        if r["inner_spills"]
-        or (
-            (r["spill_stores"] or r["spill_loads"] or r["stack"])
-            and (r["op"], tuple(r["tokens"]), r["features"], r["backend"]) not in named
-        )
-    ]
-    assert not spilling, "\n".join(spilling)
-
-
-def test_an_sm_has_room_for_as_many_programs_as_a_row_says(records):
-    assert not [name(r) for r in records if r["programs"] < r["programs_per_sm"]]
-
-
-def test_every_kernel_fits_the_gpu(records):
-    too_large = [
-        f"{name(r)}: {r['registers']} registers, {r['shared']} bytes, {r['columns']} columns"
-        for r in records
-        if r["registers"] > 255
-        or r["registers"] * 32 * r["warps"] > 65536
-        or r["shared"] > images.SHARED_BYTES[r["arch"]]
-        or r["columns"] > 512
-    ]
-    assert not too_large, "\n".join(too_large)
-
-
-def test_ptxas_has_nothing_to_say(records):
-    advised = [f"{name(r)}: {message}" for r in records for message in r["messages"]]
-    assert not advised, "\n".join(advised)
-
-
-def test_matrices_are_multiplied_by_the_tensor_cores_own_instructions(records):
-    without = [f"{name(r)}: {r['tensor']}" for r in records if r["multiplies"] and not r["tensor"].get(TENSOR_INSTRUCTION[r["arch"]])]
-    assert not without, "\n".join(without)
-    multiplying = {r["op"] for r in records if r["multiplies"]}
-    assert {op for op in multiplying if op.startswith("attention")} == {
-        f"attention_{length}_{direction}" for length in ("short", "long") for direction in ("forward", "backward")
-    }
-    assert {"linear_gelu_forward", "linear_add_forward", "dgelu_backward"} <= multiplying
-
-
-def test_the_command_agrees_and_prints_a_line_per_kernel(records, table_folder):
-    lines = (table_folder / "stdout").read_text().splitlines()
-    assert len(lines) == len(records) + 2
-    assert tuple(lines[0].split()) == aot.HEADINGS
-    assert lines[-1].endswith(" 0 failures"), (table_folder / "stderr").read_text()
-
-
-def test_a_kernel_that_spills_is_named(tmp_path):
-    code = one_row(blocks=FORWARD | {"BLOCK_M": 128})
-    done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
-    assert done.returncode == 1
-    assert "beyond the budget:" in done.stderr
-    assert (
-        "attention_short_forward triton bf16 sm_80, tokens any, features 64, 255 registers, attention_short_fwd_kernel HEAD_DIM=64"
-        in done.stderr
+def test_warnings_and_advice_are_told_from_the_lines_of_every_compilation():
+    assert messages(LOG) == (
+        "(C7515) Potential Performance Loss: wgmma is serialized in 'k'",
+        "Potential Performance Loss: another one",
+        "Value of threads per SM for entry k is out of range",
+        "(C7599) of the other compiler",
+        "of a line",
     )
-    assert "spill stores" in done.stderr
 
 
-def test_a_kernel_of_which_ptxas_complains_is_named_and_marked_in_the_table(tmp_path):
-    """This row was in the table: 232 registers, no spill, and wgmma one after the other."""
-    code = one_row("attention_short_backward", BACKWARD, warps=8, stages=2)
-    done = run_python("-c", code, "--arch", "90", "--dtype", "bf16", "--json", tmp_path / "table.json")
-    assert done.returncode == 1
-    headings, line, totals = done.stdout.splitlines()
-    assert "messages" in headings
-    assert "  (C7515) Potential Performance Loss  " in line
-    assert totals.endswith(" 1 failures")
-    (record,) = json.loads((tmp_path / "table.json").read_text())
-    (message,) = record["messages"]
-    assert message in done.stderr
-    assert message.startswith("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized")
-
-
-def test_a_kernel_that_does_not_compile_is_named(tmp_path):
-    code = one_row(warps=3)
-    done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
-    assert done.returncode == 1
-    assert "attention_short_forward bf16 sm_80 tokens 1..1073741824 features 64, kernel 0: " in done.stderr
-    assert "num_warps must be a power of 2" in done.stderr
-    assert not list((tmp_path / "table").iterdir())
-
-
-def test_a_row_that_no_module_compiles_is_named():
-    done = run_python("-c", one_row("attention_sideways"))
-    assert done.returncode == 1
-    assert "no module compiles the rows of attention_sideways" in done.stderr
-
-
-def test_the_interpreter_is_refused():
-    done = run_aot(TRITON_INTERPRET="1")
-    assert done.returncode == 1
-    assert done.stderr == "Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it\n"
-
-
-@pytest.mark.parametrize("name", ["70", "sm_70"])
-def test_an_unknown_gpu_is_refused(name):
-    done = run_aot("--arch", name)
-    assert done.returncode == 2
-    assert "invalid choice: 70" in done.stderr
-
-
-def test_a_gpu_is_named_as_a_number_or_as_nvidia_does():
-    assert aot._parser().parse_args(["--arch", "90", "sm_100"]).arch == [90, 100]
-
-
-def test_where_nothing_can_be_written_is_told_before_anything_is_compiled(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    for option, path, message in (
-        ("--out", tmp_path / "file", f"--out: {tmp_path / 'file'} is a file; a folder is needed"),
-        ("--out", tmp_path / "file" / "a" / "b", f"--out: {tmp_path / 'file'} is a file; a folder is needed"),
-        ("--json", tmp_path / "file" / "table.json", f"--json: {tmp_path / 'file'} is a file; a folder is needed"),
-        ("--json", tmp_path / "folder", f"--json: {tmp_path / 'folder'} is a folder; a file is needed"),
-    ):
-        done = run_aot(option, path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr
-        assert "compiled" not in done.stderr.replace("compiled for", "")
-
-
-def test_help_has_examples_and_defaults():
-    text = " ".join(aot._parser().format_help().split())
-    for words in ("--out build/aot", "(default: 80 90 100 120)", "(default: bf16 fp16)", "90 or sm_90"):
-        assert words in text
-    assert "(default: None)" not in text
-    assert "(default: False)" not in text
-
-
-def test_a_library_elsewhere_is_listed(c_library):
-    done = run_aot("--library", c_library)
+def test_serialized_wgmma_is_found_though_nothing_spills_also_when_the_kernel_comes_from_the_cache(tmp_path):
+    done = run_python("-c", ADVISED, tmp_path)
     assert not done.returncode, done.stderr
-    assert tuple(done.stdout.splitlines()[0].split()) == library.HEADINGS
-    assert "attention_short_fwd_kernel" in done.stdout
+    first, second = json.loads(done.stdout)
+    assert first == second
+    (message,), excesses, spills = first
+    assert message.startswith("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+    assert (excesses, spills) == ([message], 0)
 
 
-def test_what_is_no_library_of_kernels_is_told(tmp_path):
-    (tmp_path / "text").write_text("text")
-    assert run_aot("--library", tmp_path / "missing").stderr == f"there is no file {tmp_path / 'missing'}\n"
-    assert "text: file too short" in run_aot("--library", tmp_path / "text").stderr
-    other = next(iter(Path(torch.__file__).parent.glob("lib/libc10.so")))
-    assert f"{other} is another library" in run_aot("--library", other).stderr
+def test_a_gluon_kernel_takes_tensor_descriptors_and_its_limit_of_registers(tmp_path):
+    done = run_python("-c", GLUON, tmp_path, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT / 'kernels'}")
+    assert not done.returncode, done.stderr
+    free, limited = json.loads(done.stdout)
+    for image in (free, limited):
+        assert (image["name"], image["num_warps"], image["multiplies"], image["messages"]) == ("copy_kernel", 4, False, [])
+        assert image["shared"] == 64 * 64 * 2 + 8
+        assert [parameter["type"].partition("<")[0] for parameter in image["parameters"]] == ["tensordesc", "*bf16", "i32", "i32"]
+    assert limited["usage"]["registers"] <= 24 < free["usage"]["registers"]
 
 
-def test_an_install_without_the_library_says_so():
-    done = run_aot("--library")
-    assert done.returncode == 1
-    assert "was built without its C library (POLYVIT_AOT=1 pip wheel --no-deps .)" in done.stderr
+def test_the_same_kernel_gives_the_same_bytes_and_none_of_this_machines_folders(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    found = [run_python("-c", BUILD, tmp_path / name) for name in ("one", "two")]
+    assert not any(done.returncode for done in found), found[0].stderr
+    assert found[0].stdout == found[1].stdout
+    one, two = ((tmp_path / name / "image").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert str(ROOT).encode() not in one

@@ -10,7 +10,7 @@ from ahead_of_time import run_python
 from triton import knobs
 
 from polyvit_kernels.aot import cubin, library
-from polyvit_kernels.aot.compile import ARCHS
+from polyvit_kernels.aot.main import ARCHS
 
 COUNTED = re.compile(r"STL|LDL|\w*MMA")
 
@@ -19,12 +19,12 @@ SPILLING = """
 import sys
 from pathlib import Path
 from polyvit_kernels.triton_kernels import attention_short
-from polyvit_kernels.aot import images
+from polyvit_kernels.aot.compile import compile_kernel
 from polyvit_kernels.tiles import Tile
 blocks = {"BLOCK_D": 64, "BLOCK_M": 128, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}
 (variant,) = attention_short.variants(Tile(op="attention_short_forward", archs=(80,), features=64, blocks=blocks), "bf16")
 for arch in sys.argv[2:]:
-    Path(sys.argv[1], arch).write_bytes(images.build(variant, int(arch)).cubin)
+    Path(sys.argv[1], arch).write_bytes(compile_kernel(variant, int(arch)).cubin)
 """
 
 
@@ -33,13 +33,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from polyvit_kernels.triton_kernels import attention_long
-from polyvit_kernels.aot import images
+from polyvit_kernels.aot.compile import compile_kernel
 from polyvit_kernels.tiles.table import TABLE
 rows = (row for row in TABLE if row.op == "attention_long_forward" and row.backend == "triton" and 90 in row.archs)
 row = next(row for row in rows if row.features == 64)
 for registers in (64, 255):
     variant = replace(next(attention_long.variants(row, "bf16")), max_registers=registers)
-    Path(sys.argv[1], str(registers)).write_bytes(images.build(variant, 90).cubin)
+    Path(sys.argv[1], str(registers)).write_bytes(compile_kernel(variant, 90).cubin)
 """
 
 # As nvdisasm writes them. Blocks that wait for a barrier lie behind the end; what they repeat lies in the loop that they go back to.

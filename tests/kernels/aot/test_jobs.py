@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from gluon_samples import copy_variant
 
-from polyvit_kernels.aot import jobs as plan
+from polyvit_kernels.aot.jobs import list_jobs, span, variants
 from polyvit_kernels.tiles import ANY, Tile
 from polyvit_kernels.tiles.table import TABLE
 
@@ -18,15 +18,15 @@ def tile(**changes):
 
 
 def test_gpus_of_a_generation_before_hopper_share_the_code_of_the_oldest():
-    entries, jobs = plan.plan([tile()], [80, 86, 89, 90], ["bf16"])
+    entries, jobs = list_jobs([tile()], [80, 86, 89, 90], ["bf16"])
     assert [job.arch for job in jobs] == [80, 90]
     assert [(entry.arch, entry.kernels) for entry in entries] == [(80, (0,)), (86, (0,)), (89, (0,)), (90, (1,))]
-    assert [job.arch for job in plan.plan([tile(archs=(86, 89, 120))], [80, 86, 89, 90, 120], ["bf16"])[1]] == [86, 120]
+    assert [job.arch for job in list_jobs([tile(archs=(86, 89, 120))], [80, 86, 89, 90, 120], ["bf16"])[1]] == [86, 120]
 
 
 def test_rows_with_the_same_kernel_compile_it_once():
     rows = [tile(tokens=(1, 50), archs=(90,)), tile(tokens=(51, 256), archs=(90,)), tile(tokens=(51, 256), archs=(90,), num_warps=8)]
-    entries, jobs = plan.plan(rows, [90], ["bf16", "fp16"])
+    entries, jobs = list_jobs(rows, [90], ["bf16", "fp16"])
     assert len(jobs) == 4
     assert [entry.kernels for entry in entries] == [(0,), (1,), (0,), (1,), (2,), (3,)]
     assert [(job.dtype, job.variant().num_warps) for job in jobs] == [("bf16", 4), ("fp16", 4), ("bf16", 8), ("fp16", 8)]
@@ -34,19 +34,19 @@ def test_rows_with_the_same_kernel_compile_it_once():
 
 def test_a_job_finds_its_kernel_again():
     row = next(row for row in TABLE if row.op == "attention_long_backward" and row.features == 64 and 90 in row.archs)
-    _, jobs = plan.plan([row], [90], ["bf16"])
-    kernels = [variant.kernel for variant in plan.variants(row, "bf16")]
+    _, jobs = list_jobs([row], [90], ["bf16"])
+    kernels = [variant.kernel for variant in variants(row, "bf16")]
     assert [job.variant().kernel for job in jobs] == kernels
 
 
 def test_an_operation_in_fp32_only_belongs_to_every_library():
-    entries, _ = plan.plan(TABLE, [90], ["bf16"])
+    entries, _ = list_jobs(TABLE, [90], ["bf16"])
     assert {entry.dtype for entry in entries if entry.tile.op == "sgd_update"} == {"fp32"}
     assert {entry.dtype for entry in entries if entry.tile.op == "layer_norm_forward"} == {"bf16"}
 
 
 def test_a_row_of_another_backend_is_there_without_kernels():
-    entries, jobs = plan.plan([tile(backend="torch"), tile(op="attention", backend="cudnn")], [90], ["bf16"])
+    entries, jobs = list_jobs([tile(backend="torch"), tile(op="attention", backend="cudnn")], [90], ["bf16"])
     assert [entry.kernels for entry in entries] == [()]
     assert not jobs
 
@@ -54,10 +54,10 @@ def test_a_row_of_another_backend_is_there_without_kernels():
 def test_hoppers_rows_are_compiled_from_their_own_modules(monkeypatch):
     made = [copy_variant(max_registers=registers) for registers in (None, 168, 168)]
     monkeypatch.setitem(sys.modules, "polyvit_kernels.hopper.linear", SimpleNamespace(variants=lambda tile, dtype: iter(made)))
-    entries, jobs = plan.plan([tile(op="linear_add_forward", backend="hopper", archs=(90,))], [80, 90], ["bf16"])
+    entries, jobs = list_jobs([tile(op="linear_add_forward", backend="hopper", archs=(90,))], [80, 90], ["bf16"])
     assert [(entry.arch, entry.kernels) for entry in entries] == [(90, (0, 1, 1))]
     assert [job.variant() for job in jobs] == made[:2]
-    (variant,) = {repr(variant) for variant in plan.variants(tile(programs_per_sm=3, allowed_spills=4), "bf16")}
+    (variant,) = {repr(variant) for variant in variants(tile(programs_per_sm=3, allowed_spills=4), "bf16")}
     assert "programs_per_sm=3, allowed_spills=4" in variant
 
 
@@ -68,11 +68,11 @@ def test_hoppers_own_kernels_are_for_hopper_alone():
 
 def test_a_row_that_no_module_compiles_is_refused():
     with pytest.raises(ValueError, match="no module compiles the rows of attention_sideways"):
-        plan.plan([tile(op="attention_sideways")], [90], ["bf16"])
+        list_jobs([tile(op="attention_sideways")], [90], ["bf16"])
 
 
 def test_limits_are_told_in_words():
-    assert [plan.span(64), plan.span(ANY), plan.span(1, ANY), plan.span(257, ANY), plan.span(1, 64)] == [
+    assert [span(64), span(ANY), span(1, ANY), span(257, ANY), span(1, 64)] == [
         "64",
         "any",
         "any",

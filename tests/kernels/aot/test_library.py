@@ -14,8 +14,8 @@ from compare import DEVICE
 
 from polyvit_kernels import tiles
 from polyvit_kernels.aot import library
-from polyvit_kernels.aot.compile import ARCHS
 from polyvit_kernels.aot.jobs import BACKEND_CHOICE
+from polyvit_kernels.aot.main import ARCHS
 from polyvit_kernels.tiles.table import TABLE
 
 HEADER = SOURCES / "polyvit_kernels.h"

@@ -70,7 +70,7 @@ def check_that_infinity_stays_in_its_sequence(dtype):
 @pytest.fixture
 def programs(monkeypatch):
     """Sets how many run at once."""
-    return lambda count: monkeypatch.setattr(attention_long, "num_processors", lambda _: count)
+    return lambda count: monkeypatch.setattr(attention_long, "num_sms", lambda _: count)
 
 
 @on_a_cpu

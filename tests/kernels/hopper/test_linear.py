@@ -84,7 +84,7 @@ EXECUTED = [
 @pytest.fixture
 def programs(monkeypatch):
     """Sets how many run at once."""
-    return lambda count: monkeypatch.setattr(linear, "num_processors", lambda _: count)
+    return lambda count: monkeypatch.setattr(linear, "num_sms", lambda _: count)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the executor is for machines without a GPU")

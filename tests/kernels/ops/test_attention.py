@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import polyvit_kernels as ops
 from polyvit_kernels import reference, tiles
 from polyvit_kernels.ops.attention import ALIGNMENT, _aligned, _library_attention, _route
+from polyvit_kernels.tiles import lookup
 
 DTYPES = [torch.float32, torch.bfloat16]
 ON_THE_CARD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -258,7 +259,7 @@ def test_without_gradients(mode):
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_choice_of_a_backend_compiles_whole_and_is_that_of_the_table(dynamic, monkeypatch):
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(lookup, "architecture", lambda device: 90)
 
     def chosen(x):
         backend = _route("attention", x.shape[1], x.shape[2], 0, torch.bfloat16)

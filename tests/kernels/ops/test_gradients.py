@@ -208,10 +208,10 @@ def test_factors_are_found_beside_the_stream_that_they_were_kept_with():
 def block(x, weights, mixed_factors=None, mlp_factors=None):
     """A residual stream through both kinds of layers and norms; `weights` in bf16 but the norms'."""
     scale, shift, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
-    x, normed = ops.layer_norm_beside(x, scale, shift, out_dtype=torch.bfloat16, factors=gradients.find_factors(x))
+    x, normed = ops.layer_norm_residual(x, scale, shift, out_dtype=torch.bfloat16, factors=gradients.find_factors(x))
     mixed = ops.attention(ops.linear(normed, qkv, qkv_bias, (3, 2, -1))).flatten(2)
     x = ops.linear_add(mixed, proj, proj_bias, x, mixed_factors)
-    x, normed = ops.layer_norm_beside(x, scale, shift, out_dtype=torch.bfloat16, factors=mixed_factors)
+    x, normed = ops.layer_norm_residual(x, scale, shift, out_dtype=torch.bfloat16, factors=mixed_factors)
     return gradients.keep_factors(ops.mlp(normed, fc1, fc1_bias, fc2, fc2_bias, "erf", x, mlp_factors), mlp_factors)
 
 
@@ -274,7 +274,7 @@ def test_gradients_that_are_wanted_twice_are_the_same():
     x, scale, shift = normal(4, 16).requires_grad_(), torch.ones(16), torch.zeros(16)
     weight, bias = normal(16, 16).bfloat16().requires_grad_(), normal(16).bfloat16().requires_grad_()
     y = ops.linear_add(normal(4, 16).bfloat16(), weight, bias, x)
-    loss = sum(part.square().sum() for part in ops.layer_norm_beside(y, scale, shift, out_dtype=torch.bfloat16))
+    loss = sum(part.square().sum() for part in ops.layer_norm_residual(y, scale, shift, out_dtype=torch.bfloat16))
     runs = [torch.autograd.grad(loss, (x, weight, bias), retain_graph=True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -311,7 +311,7 @@ def test_add_layer_norm_tells_too(told):
 def test_the_rounded_form_is_what_products_read(stream, autocast, out, low, told):
     x = normal(3, 16).to(stream).requires_grad_()
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-        residual, normed = ops.layer_norm_beside(x, torch.ones(16), torch.zeros(16), out_dtype=out)
+        residual, normed = ops.layer_norm_residual(x, torch.ones(16), torch.zeros(16), out_dtype=out)
     (residual.float().square().sum() + normed.float().sum()).backward()
     [known] = told
     assert known["sums"].dtype is (low or stream)

@@ -206,7 +206,7 @@ def test_a_residual_beside_the_norm_has_the_gradient_of_both(used, path, request
         return use(x, reference.layer_norm(x, weight, bias)) + 0 * (weight.sum() + bias.sum() + x.sum())
 
     def ours(x, weight, bias):
-        return use(*ops.layer_norm_beside(x, weight, bias)) + 0 * (weight.sum() + bias.sum() + x.sum())
+        return use(*ops.layer_norm_residual(x, weight, bias)) + 0 * (weight.sum() + bias.sum() + x.sum())
 
     inputs = {"x": normal(3, 5, 48), "weight": normal(48, seed=2), "bias": normal(48, seed=3)}
     assert_as_exact_as_torch(ours, plain, truth, inputs, torch.float32)
@@ -214,7 +214,7 @@ def test_a_residual_beside_the_norm_has_the_gradient_of_both(used, path, request
 
 def test_a_residual_beside_the_norm_is_added_in_the_norms_own_pass():
     x, weight, bias = normal(3, 48).requires_grad_(), normal(48), normal(48)
-    left, right = ops.layer_norm_beside(x, weight, bias)
+    left, right = ops.layer_norm_residual(x, weight, bias)
     assert left is not right
     total = (left + right).sum()
     with torch.profiler.profile() as profile:
@@ -227,7 +227,7 @@ def test_a_residual_beside_the_norm_is_added_in_the_norms_own_pass():
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_residual_beside_the_norm_compiles_whole():
     def loss(x, weight, bias):
-        residual, normal = ops.layer_norm_beside(x * 2, weight, bias)
+        residual, normal = ops.layer_norm_residual(x * 2, weight, bias)
         return (residual + normal.square()).sum()
 
     inputs = [tensor.requires_grad_() for tensor in (normal(3, 5, 48), normal(48), normal(48))]
@@ -241,4 +241,4 @@ def test_a_residual_beside_the_norm_compiles_whole():
 @pytest.mark.usefixtures("unchecked_types")
 def test_factors_that_do_not_fit_are_refused_forward(some, grad):
     with pytest.raises(ValueError, match=r"factors are .*, but \[4\] torch.float32, one for each example"):
-        ops.layer_norm_beside(normal(4, 5, 8).requires_grad_(grad), normal(8), normal(8), factors=some.to(DEVICE))
+        ops.layer_norm_residual(normal(4, 5, 8).requires_grad_(grad), normal(8), normal(8), factors=some.to(DEVICE))

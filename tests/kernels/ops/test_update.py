@@ -6,8 +6,9 @@ from compare import DEVICE
 from samples import normal
 
 import polyvit_kernels as ops
-from polyvit_kernels import reference, tiles
+from polyvit_kernels import reference
 from polyvit_kernels.ops.update import _adamw_cuda, _sgd_cuda
+from polyvit_kernels.tiles import lookup
 
 
 def number(value):
@@ -254,7 +255,7 @@ def test_compiled_as_one_graph_the_values_are_the_same(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", UPDATES)
 def test_the_implementation_for_gpus_gives_what_torchs_gives(name, dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(lookup, "architecture", lambda device: 90)
     found, expected = arguments(name, dtype), arguments(name, dtype)
     {"sgd": _sgd_cuda, "adamw": _adamw_cuda}[name](*found)
     getattr(torch.ops.polyvit, f"{name}_")(*expected)

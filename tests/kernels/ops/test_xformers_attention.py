@@ -14,7 +14,7 @@ import polyvit_kernels as ops
 from polyvit_kernels import reference, tiles
 from polyvit_kernels.ops import xformers_attention
 from polyvit_kernels.ops.attention import _route, check_backend
-from polyvit_kernels.tiles import table as tile_table
+from polyvit_kernels.tiles import lookup
 
 HALVES = [torch.bfloat16, torch.float16]
 on_a_gpu_with_xformers = [
@@ -97,14 +97,14 @@ def test_mslk_comes_before_xformers(with_package):
 @pytest.mark.parametrize(("is_installed", "expected"), [(True, "xformers"), (False, "triton")])
 def test_a_row_of_the_table_counts_where_its_package_is_there(monkeypatch, is_installed, expected):
     ours = tiles.pick("attention", 90, torch.bfloat16, tokens=197, features=64)
-    monkeypatch.setattr(tile_table, "TABLE", (replace(ours, archs=(90,), backend="xformers"), *tile_table.TABLE))
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(lookup, "TABLE", (replace(ours, archs=(90,), backend="xformers"), *lookup.TABLE))
+    monkeypatch.setattr(lookup, "architecture", lambda device: 90)
     monkeypatch.setattr(xformers_attention, "is_installed", lambda: is_installed)
-    tiles._rows.cache_clear()
+    lookup._rows.cache_clear()
     try:
         assert _route("attention", 197, 64, 0, torch.bfloat16) == expected
     finally:
-        tiles._rows.cache_clear()
+        lookup._rows.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

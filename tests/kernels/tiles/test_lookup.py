@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from polyvit_kernels import tiles
-from polyvit_kernels.tiles import Tile, pick
-from polyvit_kernels.tiles import table as tile_table
+from polyvit_kernels.tiles import Tile, lookup, pick, pick_for
 
 ROWS = (
     Tile(op="a", archs=(80,), tokens=(1, 64), features=64, num_warps=1),
@@ -19,11 +17,11 @@ ROWS = (
 
 @pytest.fixture
 def rows(monkeypatch):
-    monkeypatch.setattr(tile_table, "TABLE", ROWS)
-    for cached in (tiles._pick, tiles._rows):
+    monkeypatch.setattr(lookup, "TABLE", ROWS)
+    for cached in (lookup._pick, lookup._rows):
         cached.cache_clear()
     yield
-    for cached in (tiles._pick, tiles._rows):
+    for cached in (lookup._pick, lookup._rows):
         cached.cache_clear()
 
 
@@ -39,7 +37,7 @@ def rows(monkeypatch):
         (103, torch.float32, 1, 1, 3),
     ],
 )
-def test_the_first_row_that_fits_wins_and_unknown_cards_take_the_older_ones(arch, dtype, tokens, features, warps):
+def test_the_first_row_that_fits_wins_and_an_unknown_gpu_takes_those_of_an_older_one(arch, dtype, tokens, features, warps):
     assert pick("a", arch, dtype, tokens=tokens, features=features).num_warps == warps
 
 
@@ -61,7 +59,7 @@ def test_without_a_row_torch_does_it(op, arch, dtype, tokens, features):
 
 @pytest.mark.usefixtures("rows")
 def test_what_must_be_portable_passes_over_hoppers_own_kernels(monkeypatch):
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(lookup, "architecture", lambda device: 90)
     like = torch.empty(1, dtype=torch.bfloat16)
     for op, features, portable, expected in (
         ("c", 64, False, ("hopper", 4)),
@@ -72,13 +70,4 @@ def test_what_must_be_portable_passes_over_hoppers_own_kernels(monkeypatch):
     ):
         found = pick(op, 90, torch.bfloat16, features=features, portable=portable)
         assert (found.backend, found.num_warps) == expected
-        assert tiles.pick_for(op, like, features=features, portable=portable) == found
-
-
-def test_launch_gives_blocks_warps_and_stages():
-    tile = Tile(op="a", archs=(80,), blocks={"BLOCK_M": 64}, num_warps=8, num_stages=3)
-    assert tile.launch() == {"BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
-
-
-def test_launch_limits_registers_where_the_row_does():
-    assert Tile(op="a", archs=(90,), max_registers=168).launch() == {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+        assert pick_for(op, like, features=features, portable=portable) == found

@@ -1,14 +1,15 @@
 """The rows themselves."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from polyvit_kernels.tiles import pick
+from polyvit_kernels.tiles import Tile, pick
 from polyvit_kernels.tiles import table as tile_table
-from polyvit_kernels.tiles.table import TABLE
+from polyvit_kernels.tiles.table import MEASURED, TABLE
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -18,9 +19,8 @@ OPS = sorted({tile.op for tile in TABLE})
 
 
 def test_no_row_is_hidden_by_an_earlier_one():
-    by_hand = [tile for tile in TABLE if tile not in tile_table._MEASURED]  # those take the places of others
-    for index, tile in enumerate(by_hand):
-        for earlier in by_hand[:index]:
+    for index, tile in enumerate(TABLE):
+        for earlier in TABLE[:index]:
             hidden = (
                 earlier.op == tile.op
                 and (earlier.backend != "hopper" or tile.backend == "hopper")  # a portable row serves where those are passed over
@@ -34,7 +34,7 @@ def test_no_row_is_hidden_by_an_earlier_one():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_card_has_rows_of_every_operation(op):
+def test_every_gpu_has_rows_of_every_operation(op):
     assert {arch for tile in TABLE if tile.op == op for arch in tile.archs} == set(ARCHS)
 
 
@@ -64,15 +64,16 @@ def test_every_choice_says_where_it_comes_from():
     assert not [file for file in files if not (RESULTS / file).is_file()]
 
 
-def test_every_timed_row_is_one_of_the_card_that_timed_it():
-    """Rows of kernels for Hopper alone name their file themselves."""
-    timed = {
-        (tile.op, tile.tokens, tile.features)  # the norm's backward has a row for each precision
-        for tile in TABLE
-        if tile.source.startswith(f"{tile_table._H100}/") and tile.archs == (90,) and tile.backend != "hopper"
-    }
-    assert timed == tile_table._TIMED.keys()
-    assert {tile.archs for tile in TABLE if tile.source.startswith(tile_table._H100)} == {(90,)}
+def test_measured_rows_are_those_of_the_gpu_that_their_file_names():
+    assert {(tile.archs, tile.source.partition("/")[0]) for tile in MEASURED} == {((90,), "nvidia-h100-80gb-hbm3")}
+
+
+def test_a_measured_row_replaces_the_compiled_one_on_its_own_gpu(monkeypatch):
+    compiled = Tile(op="a", archs=(80, 90), features=64)
+    monkeypatch.setattr(tile_table, "MEASURED", (Tile(op="a", archs=(90,), features=64, num_warps=8, source="measured"),))
+    others = [replace(compiled, **change) for change in ({"op": "b"}, {"tokens": (1, 64)}, {"dtypes": ("fp32",)}, {"backend": "hopper"})]
+    assert list(tile_table._exclude_measured([compiled, *others])) == [replace(compiled, archs=(80,)), *others]
+    assert list(tile_table._exclude_measured([replace(compiled, archs=(90,))])) == []
 
 
 @pytest.mark.parametrize("tokens", [129, 197, 256])
