@@ -62,7 +62,7 @@ def _online_softmax_update(b_s, b_max, b_sum, scale):
 
 @gluon.jit
 def _attend_last_keys(b_q, s_k, s_v, done, keys, scale):
-    """(output, maximum, sum) with the last block of keys, of which so many exist; it comes first, so there is nothing to rescale."""
+    """(output, maximum, sum) with the last block of keys, of which `keys` exist. It comes first, so there is nothing to rescale."""
     N: gl.constexpr = s_k[0].shape[0]
     # [64, N]
     b_s = warpgroup_mma_wait(0, deps=(panels.mma_scores(b_q, s_k, N),))
@@ -112,7 +112,7 @@ def _attend(
 
 @gluon.jit
 def _accumulate_dq(b_q, b_do, b_dq, s_k, s_v, b_lse, b_delta, done, keys, scale, MASKED: gl.constexpr):
-    """dQ with one block of keys more, of which so many exist if MASKED."""
+    """dQ with one more block of keys, of which `keys` exist if MASKED."""
     N: gl.constexpr = s_k[0].shape[0]
     PANELS: gl.constexpr = len(s_k)
     # [64, N]; both products are in flight, P is computed while the second one runs
@@ -186,7 +186,7 @@ def _compute_dq(
 
 @gluon.jit
 def _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_q, s_do, s_lse, s_delta, done, scale):
-    """dK and dV with one block of queries more. Scores are transposed, so that P and dS are left operands as they come."""
+    """dK and dV with one more block of queries. Scores are transposed, so that P and dS are left operands as they come."""
     N: gl.constexpr = s_q[0].shape[0]
     PANELS: gl.constexpr = len(s_q)
     # [64, N]; both products are in flight, P is computed while the second one runs

@@ -9,7 +9,7 @@ Probabilities go from one wgmma to the next in registers. No atomics: every elem
 
 - HEAD_DIM: a head's width, in one or two panels (`layouts`); `d_…_rest` describe the second one
 - BLOCKS: blocks of 64 rows; RAGGED: the last one reaches beyond the tokens
-- TAIL: 16 where at most so many rows remain after the blocks, else 0 (`tail`)
+- TAIL: 16 where 1 to 16 rows remain after the blocks, else 0 (`tail`)
 - width: of all heads together; column: where this head begins
 - scale: log2(e) / √head_dim, as all exponentials are powers of two
 """
@@ -189,7 +189,7 @@ def attention_short_fwd_kernel(
 
 @gluon.jit
 def _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_q, s_do, s_lse, s_delta, scale, N: gl.constexpr):
-    """dK and dV of 64 keys with N queries more. Scores are transposed, so that P and dS are left operands as they come."""
+    """dK and dV of 64 keys with N more queries. Scores are transposed, so that P and dS are left operands as they come."""
     PANELS: gl.constexpr = len(s_q)
     # [64, N]; both products are in flight, P is computed while the second one runs
     b_s = panels.mma_scores(b_k, s_q, N)
@@ -209,7 +209,7 @@ def _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_q, s_do, s_lse, s_delta, scale, N: g
 
 @gluon.jit
 def _accumulate_dq(b_q, b_do, b_dq, s_k, s_v, b_lse, b_delta, i_key, tokens, scale, N: gl.constexpr, MASKED: gl.constexpr):
-    """dQ of 64 queries with N keys more."""
+    """dQ of 64 queries with N more keys."""
     # [64, N]
     b_s = panels.mma_scores(b_q, s_k, N)
     b_dp = panels.mma_scores(b_do, s_v, N)

@@ -150,7 +150,7 @@ def _sum_warps(b):
 
 @gluon.jit
 def _reduce_warps(b_acc):
-    """The sums over the warps, for 32 columns at a time: what is exchanged at once must fit in shared memory next to the rows of two programs."""
+    """The sums over the warps, 32 columns at a time: what is exchanged must fit in shared memory next to the rows of two programs."""
     b_chunks = ()
     for w in gl.static_range(len(b_acc)):
         if b_acc[w].shape[2] == 64:

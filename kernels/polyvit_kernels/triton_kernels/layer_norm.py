@@ -101,8 +101,8 @@ def layer_norm_bwd_kernel(
 ):
     """dX, once more in another form, and the partial sums of this program.
 
-    `p_low` takes dX in a lower precision, multiplied by its example's factor where there are `p_factors` (fp32, one for so many `tokens`);
-    it may be None. `p_grad_sum`, the gradient of the sum with the residual, is added to dX; it may be None.
+    `p_low` takes dX in a lower precision; it may be None. Where there are `p_factors`, fp32, one for each example of `tokens` vectors, it
+    is multiplied by them. `p_grad_sum`, the gradient of the sum with the residual, is added to dX; it may be None.
     `p_partials` `[programs, SUMS, WIDTH]` takes the sums for the weight, for the bias and, where SUMS is 3, of what `p_low` takes.
     """
     i_program = tl.program_id(0)
@@ -233,10 +233,10 @@ def backward(
     low_dtype: torch.dtype | None = None,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
+    """(dX, dX in `low_dtype`, the sums of that over all vectors, the gradient of the weight, of the bias).
 
-    With a `low_dtype` the gradient of `x` comes in that too, multiplied by the `factors` of the examples if there are any, unless it is
-    the same; and its columns' sums, rounded last, do as well.
+    `grad_sum`, if there is one, is added to dX. The second one is multiplied by the `factors` of the examples; it is None without a
+    `low_dtype`, and where it would equal the first. The sums are rounded last; they are None without a `low_dtype`.
     """
     width = x.shape[-1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -275,7 +275,7 @@ def backward(
 
 
 def _sum_partials(partials: Tensor, dtype: torch.dtype, sums: Tensor | None, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight and of the bias; `sums`, if there are any, are written."""
+    """The gradients of the weight and of the bias; writes `sums` unless they are None."""
     programs, _, width = partials.shape
     d_weight, d_bias = (torch.empty(width, dtype=dtype, device=partials.device) for _ in range(2))
     launch: Any = layer_norm_bwd_kernel_parameters[(triton.cdiv(width, _COLUMNS),)]
@@ -334,7 +334,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
 
 
 def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], width: int, tile: Tile) -> Variant:
-    """`more` constants: None stands for a pointer that is not there."""
+    """`more` are further constants; None is a pointer that is absent."""
     constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), **tile.blocks, **more}
     names = [name for name in kernel.arg_names if name not in constants]
     usual = {name: "*fp32" if name.startswith("p_") else "fp32" if name == "eps" else "i32" for name in names}

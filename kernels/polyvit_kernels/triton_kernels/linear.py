@@ -264,7 +264,7 @@ def linear_add_fwd_kernel(
 ):
     """A tile of Y = R + f (X Wᵀ + b), where R and Y may have another dtype than X.
 
-    f is an fp32 factor for each example, that is for so many `tokens` or rows; `p_factors` may be None.
+    f is an fp32 factor for each example, which has `tokens` rows; `p_factors` may be None.
     """
     i_row, i_column = _tile_origin(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
     # [BLOCK_M, BLOCK_N]
