@@ -128,7 +128,7 @@ def test_polyvit_s_schedule():
     [("vit_b16_imagenet", 86_859_496, 500), ("vivit_b16_kinetics400", 88_929_424, 8_390), ("ast_b16_audioset", 86_360_591, 795)],
 )
 def test_single_task_baselines_are_polyvit_s_tasks_alone(name, count, warmup_steps):
-    # 86,859,496 is also timm's vit_base_patch16_384; the others are sums of the parts of the paper's model.
+    # 86,859,496 is also timm's vit_base_patch16_384; the others are sums over the layers of the paper's model.
     config, polyvit = experiments.load(name), experiments.load("polyvit_b16")
     assert config.tasks == {SINGLE[name]: polyvit.tasks[SINGLE[name]]}
     assert on_meta(config.model, config) == count
