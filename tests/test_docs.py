@@ -161,6 +161,8 @@ def test_flags_in_the_text_exist(files, capsys):
         with pytest.raises(SystemExit):
             cli.run([command, "wildlife.py" if command == "check" else str(train_few_steps()), "--help"])
     known = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)) | {"--help", "--traceback", "--signal"}
+    for script in ("conftest.py", "gpu.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / script).read_text()))
     foreign = r"torchrun|pytest|benchmark|polyvit_kernels\.aot"
     lines = [line for line in TEXT.splitlines() if not re.search(foreign, line)]
     flags = {flag for line in lines for flag in re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", line) if "--tasks" not in flag}
