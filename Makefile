@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := polyvit_fast kernels tests benchmarks setup.py
 
-.PHONY: help demo test test-gpu check bench aot wheel clean
+.PHONY: help demo test test-all test-gpu check measure bench aot wheel clean
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
-	@echo "make test      every test that needs no GPU (about 40 minutes on 2 cores)"
+	@echo "make test      the tests that need no GPU (6 minutes on 2 cores)"
+	@echo "make test-all  their long forms too: more sizes, files and processes"
 	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
-	@echo "make check     format, lint, types, import contracts, laws of the architecture (1 minute)"
+	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute)"
+	@echo "make measure   modules, imports, cycles, lines, functions and comments of this checkout"
 	@echo "make bench     throughput against peers, small sizes on a CPU"
 	@echo "make aot       compile every kernel for every GPU into build/aot/libpolyvit_kernels.so and test it (8 minutes on 2 cores, needs CMake)"
 	@echo "make wheel     build dist/*.whl; with POLYVIT_AOT=1 it holds that library"
@@ -18,19 +20,26 @@ demo: .venv/installed
 	$(BIN)/polyvit-fast train demo
 
 test: .venv/installed-tests
-	@echo "== tests without a GPU (about 40 minutes on 2 cores)"
+	@echo "== tests without a GPU (6 minutes on 2 cores)"
 	$(BIN)/pytest -q
+
+test-all: .venv/installed-tests
+	@echo "== tests without a GPU, long forms too"
+	$(BIN)/pytest -q -m "not gpu"
 
 test-gpu: .venv/installed-tests
 	$(BIN)/python benchmarks/gpu.py --out $$(mktemp -d) --only tests
 
 check: .venv/installed-tests
-	@echo "== format, lint, types, import contracts, laws (about 1 minute)"
+	@echo "== format, lint, types, import contracts, rules of the code (about 1 minute)"
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q tests/test_architecture.py
+	$(BIN)/pytest -q tests/test_architecture.py tests/test_words.py
+
+measure: .venv/installed-tests
+	$(BIN)/python tests/measure_tree.py
 
 bench: .venv/installed-tests
 	$(BIN)/pytest -q benchmarks
@@ -68,6 +77,6 @@ clean:
 .venv/installed-tests: .venv/installed
 	@echo "== installing what the tests and checks need (about 1 minute)"
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,check]"
-	# Apart: torchmetrics and transformers import a torchvision where they find one, and its extension does not load beside a CPU torch.
+	# Apart: torchmetrics and transformers import a torchvision where they find one, and its extension does not load with a CPU torch.
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/foreign timm torchvision
 	@touch $@

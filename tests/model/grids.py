@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from polyvit_fast.config import Decoder, Modality, Source, Task
+from polyvit_fast.config import Modality, Source, Task
 from polyvit_fast.media import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(Modality):
-    """The shared part: colours 0 to 255, brought to -1 to 1."""
+    """What they have in common: colours 0 to 255, which become -1 to 1."""
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -19,9 +19,6 @@ class Bytes(Modality):
     @property
     def eval_views(self) -> int:
         return 1
-
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
-        raise ValueError("there are no files")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,12 +210,12 @@ _MLP = tuple(
         archs=archs,
         tokens=tokens,
         features=features,
-        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "PARTS": parts},
+        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "EPILOGUE_SUBTILES": subtiles},
         num_warps=warps,
         num_stages=stages,
     )
     for op in ("linear_gelu_forward", "linear_add_forward", "dgelu_backward")
-    for archs, tokens, features, block_m, block_n, block_k, parts, warps, stages in (
+    for archs, tokens, features, block_m, block_n, block_k, subtiles, warps, stages in (
         (_AMPERE, (1, 1024), ANY, 64, 64, 32, 2, 4, 4),
         (_AMPERE, (1025, ANY), ANY, 128, 128, 32, 4, 4, 4),
         (_SMALL, (1, 1024), ANY, 64, 64, 32, 2, 4, 4),
