@@ -70,7 +70,9 @@ def workers_cpu_seconds() -> float:
     return sum(time.clock_gettime((~child.pid << 3) | 2) for child in multiprocessing.active_children() if child.pid)
 
 
-def build(name: str, make: Callable[[], Decode], expected: torch.Tensor, distance: Callable[[torch.Tensor], torch.Tensor], most: float) -> Runner:
+def build(
+    name: str, make: Callable[[], Decode], expected: torch.Tensor, distance: Callable[[torch.Tensor], torch.Tensor], most: float
+) -> Runner:
     """A candidate whose first batch is as near to what is expected as it has to be: `distance` of the difference is at most `most`."""
     meter = Meter(make())
     found = meter.decode()
@@ -93,7 +95,12 @@ def group_of(title: str, amount: float, unit: str, candidates: dict[str, Callabl
 def load(dataset: Dataset, batch: int) -> Decode:
     """A DataLoader that reads all of it, and nothing ahead of what it is asked for: its workers then wait."""
     loader = DataLoader(dataset, batch, num_workers=NUM_THREADS, persistent_workers=True)
-    return lambda: list(loader)[0]
+
+    def run() -> torch.Tensor:
+        batches = list(loader)
+        return batches[0]
+
+    return run
 
 
 def decode_all(modality: Modality, paths: list[str], batch: int) -> Decode:

@@ -78,7 +78,10 @@ def config_of(tasks: Mapping[str, Task], data: str, folder: Path, files: Path) -
     def source(of: Source, num_samples: int) -> Source:
         return Made(num_samples=num_samples) if data == MADE else replace(of, num_samples=num_samples, root=str(files))  # pyright: ignore[reportCallIssue]
 
-    made = {name: replace(task, steps=STEPS, train=source(task.train, NUM_FILES), val=source(task.val, NUM_VAL_FILES)) for name, task in tasks.items()}
+    made = {
+        name: replace(task, steps=STEPS, train=source(task.train, NUM_FILES), val=source(task.val, NUM_VAL_FILES))
+        for name, task in tasks.items()
+    }
     return Train(
         tasks=made,
         model=MODELS["B"] if HAS_GPU else demo.config.model,

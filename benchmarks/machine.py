@@ -45,6 +45,12 @@ def slugify(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def shorten(name: str) -> str:
+    """A GPU's name as the tile table's files have it: h100 for NVIDIA H100 80GB HBM3; the slug where no word names the model alone."""
+    model = re.search(r"\b[A-Z]+\d+[A-Z]*\b", name)
+    return model.group().lower() if model else slugify(name)
+
+
 def floor_seconds(num_bytes: float, flops: float) -> float | None:
     """The least time for so many bytes and operations at the GPU's measured rates; None where nobody measured them."""
     if find_name() not in RATES:

@@ -198,7 +198,14 @@ def our_trainers_apart(config: Train, model: PolyViT, *, captured: bool) -> Trai
 
 
 def peer_trainer(
-    case: Case, build: Build, ours: PolyViT, *, backend: SDPBackend | None, compiled: bool = False, captured: bool = False, pure: bool = False
+    case: Case,
+    build: Build,
+    ours: PolyViT,
+    *,
+    backend: SDPBackend | None,
+    compiled: bool = False,
+    captured: bool = False,
+    pure: bool = False,
 ) -> Trainer:
     """Another library's model with our weights, torch's fused AdamW, SDPA's backend pinned.
 
