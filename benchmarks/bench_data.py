@@ -29,6 +29,8 @@ from polyvit_fast.config import Modality
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.augment.colour import jitter_colours
 from polyvit_fast.data.augment.rand_augment import rand_augment
+from polyvit_fast.data.decoders import build_decoder
+from polyvit_fast.data.image.crops import choose_training_box
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.video.modality import Video
 from polyvit_fast.media import Media
@@ -105,7 +107,7 @@ def load(dataset: Dataset, batch: int) -> Decode:
 
 def decode_all(modality: Modality, paths: list[str], batch: int) -> Decode:
     """All training batches by ours."""
-    decoder = modality.decoder(batch=batch, train=True, num_threads=NUM_THREADS)
+    decoder = build_decoder(modality, batch=batch, train=True, num_threads=NUM_THREADS)
 
     def run() -> torch.Tensor:
         batches = []
@@ -143,7 +145,6 @@ class PillowImages(Dataset):
 
     def __init__(self, image: Image, paths: list[str]) -> None:
         self.image, self.paths = image, paths
-        self.choose_box = image.decoder(batch=1, train=True, num_threads=1)._choose_box
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -152,7 +153,7 @@ class PillowImages(Dataset):
         rng = generator("bench", index)
         with Pillow.open(self.paths[index]) as file:
             picture = file.convert("RGB")
-        top, left, height, width = self.choose_box(picture.height, picture.width, rng)
+        top, left, height, width = choose_training_box(self.image, picture.height, picture.width, rng)
         size = (self.image.size, self.image.size)
         picture = picture.crop((left, top, left + width, top + height)).resize(size, Pillow.Resampling.BILINEAR)
         if rng.random() < 0.5:

@@ -62,13 +62,6 @@ class Modality(ABC):
     def eval_views(self) -> int:
         """Evenly spaced views of one sample whose logits are averaged in evaluation."""
 
-    @abstractmethod
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
-        """Files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones.
-
-        With `device` = "cuda" the current GPU decodes and augments what it can, and the grids lie there.
-        """
-
     def thorough(self) -> Modality:
         """The same, but evaluation sees as much of every file as it can: for checks. This one, when it does so already."""
         return self
@@ -98,9 +91,9 @@ class Source(ABC):
         """How many samples there are, for a plan: a source that makes its files makes none for it. Raises as `samples`."""
         return len(self.samples(task))
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
-        """What turns these samples into grids: the modality's own decoder, unless the source brings one."""
-        return task.modality.decoder(batch=batch, train=train, num_threads=num_threads, device=device)
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder | None:
+        """A decoder of the source's own, for media that are no files; None: the modality's decoder reads them."""
+        return None
 
     def class_names(self, task: Task) -> tuple[str, ...] | None:
         """The names of classes that this source knows by itself, in the order of their numbers; None: it knows numbers alone."""

@@ -4,14 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from drop_in.torchvision_without_extension import declare_operators
 from PIL import Image
+from torchvision_without_extension import declare_operators
 
 from polyvit_fast import cli, experiments
 from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_step_plan
@@ -19,7 +18,7 @@ from polyvit_fast.train.schedule import SCHEDULES, count_steps, make_step_plan
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXT = "\n".join(PAGES.values())
-FEW_STEPS = "--tasks.pictures.steps 2 --tasks.clips.steps 2 --tasks.sounds.steps 2".split()
+FEW_STEPS = ["--tasks.pictures.steps", "2", "--tasks.clips.steps", "2", "--tasks.sounds.steps", "2"]
 LONG = {"wildlife.py", "photos.py", "demo", "runs/wildlife"}
 """What commands name that would take too long, or has no files here; `plan` and `plot schedule` need none."""
 
@@ -74,14 +73,6 @@ def files(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def timm() -> Iterator[None]:
-    """timm imports a torchvision whose extension does not load here."""
-    declare_operators()
-    pytest.importorskip("timm")
-    return
-
-
 def run_code(name: str) -> dict:
     scope: dict = {}
     for number, code in enumerate(find_blocks(PAGES[name], "python")):
@@ -96,7 +87,8 @@ def run_commands(name: str) -> None:
             assert cli.run(words + (FEW_STEPS if words[:2] == ["train", "smoke"] else [])) == code, words
 
 
-def test_readme(files, timm, capsys):
+def test_readme(files, capsys):
+    declare_operators()  # timm imports a torchvision whose extension does not load here
     assert cli.run(["train", "smoke", *FEW_STEPS]) == 0
     scope = run_code("README.md")
     assert "block" in capsys.readouterr().out.lower()
@@ -232,7 +224,9 @@ def test_every_result_of_a_table_is_a_file():
 
 def test_the_tree_of_the_readme_names_files_and_folders_that_exist():
     tree = PAGES["README.md"].partition("## The code\n")[2].partition("Five files")[0]
-    parts = [path.relative_to(ROOT) for room in ("polyvit_fast", "kernels", "benchmarks", "tests", "docs") for path in (ROOT / room).rglob("*")]
+    parts = [
+        path.relative_to(ROOT) for room in ("polyvit_fast", "kernels", "benchmarks", "tests", "docs") for path in (ROOT / room).rglob("*")
+    ]
     there = {path.name for path in parts} | {"polyvit_fast", "kernels", "benchmarks", "tests", "docs", "polyvit_kernels"}
     named = re.findall(r"(\w+\.py)\b|\b(\w+)/", tree)
     assert len(named) > 25

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-from polyvit_fast.config import Decoder, LogOptions, Modality, Model, Optim, Task, Train
+from polyvit_fast.config import LogOptions, Modality, Model, Optim, Task, Train
 from polyvit_fast.data.sources.synthetic import Synthetic
 
 
@@ -30,9 +30,6 @@ class Tile(Modality):
     @property
     def eval_views(self) -> int:
         return self.views
-
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
-        raise ValueError("a tile has no files")
 
 
 def tile_task(**changes) -> Task:

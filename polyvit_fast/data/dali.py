@@ -11,13 +11,14 @@ from polyvit_fast.media import MediaError
 
 
 class UnavailableError(Exception):
-    """What DALI cannot do on this machine, for instance for want of a library, with any file: the message is the reason."""
+    """DALI cannot do something on this machine, whatever the file, for instance because a library is missing. The message is the reason."""
 
 
 class Graph:
-    """A graph that is built when it first runs, so that a task that never runs holds nothing, and again after `release`.
+    """A DALI graph that is built when it first runs, so that a task that never runs takes no memory, and again after `release`.
 
-    A `fragile` one is built anew after a failed run: DALI then calls a graph with operators for a GPU invalid; on the CPU it goes on.
+    A `fragile` graph is built anew after a failed run: DALI then refuses further runs of a graph with GPU operators. A graph on the CPU
+    goes on.
     """
 
     def __init__(self, build: Callable[[], Any], *, fragile: bool = False) -> None:
@@ -34,7 +35,7 @@ class Graph:
         return self.pipeline
 
     def run(self, failure: str, **inputs: list[np.ndarray]) -> Any:
-        """As the function `run`, and as `ready`."""
+        """The outputs for one batch, as the function `run`. Raises as that and as `ready`."""
         try:
             return run(self.ready(), failure, **inputs)
         except MediaError:
@@ -48,9 +49,9 @@ class Graph:
 
 
 def new_pipeline(batch: int, num_threads: int, device_id: int | None = None) -> tuple[Any, Any, Any]:
-    """An empty graph that runs when it is called and not ahead (the stream of batches does that), and DALI's `fn` and `types`.
+    """An empty graph, and DALI's `fn` and `types`. It runs when it is called and not ahead, as the stream of batches already prefetches.
 
-    With a `device_id` it may hold operators for that GPU; what it gives back is then complete.
+    With a `device_id` it may contain operators for that GPU; its outputs are then complete when they are given back.
     """
     from nvidia.dali import fn, pipeline, types
 
@@ -65,15 +66,16 @@ def run(pipeline: Any, failure: str, **inputs: list[np.ndarray]) -> Any:
         raise MediaError(f"{failure} ({_reason(error)})") from error
 
 
-def pieces(sizes: Sequence[int], limit: int) -> Iterator[slice]:
-    """Consecutive samples whose sizes together stay within `limit`, or single ones that exceed it."""
+def split_by_size(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Chunks of consecutive samples whose sizes add up to at most `limit`; a sample that exceeds it alone is a chunk of its own."""
     start = total = 0
     for i, size in enumerate(sizes):
         if i > start and total + size > limit:
             yield slice(start, i)
             start, total = i, 0
         total += size
-    yield slice(start, len(sizes))
+    if sizes:
+        yield slice(start, len(sizes))
 
 
 def _reason(error: RuntimeError) -> str:

@@ -1,4 +1,4 @@
-"""What decoders for a GPU share: their stream, the way to the GPU and back off it, and the CPU form for what the GPU refuses."""
+"""What GPU decoders share: their stream, copies to the GPU, and the fallback to the CPU's decoder for what the GPU refuses."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from polyvit_fast.config import Decoder
 from polyvit_fast.data.dali import Graph, UnavailableError
 from polyvit_fast.media import Media, MediaError
 
-PATIENCE = 3  # batches in a row that the GPU refuses and the CPU decodes, before the GPU is asked no more
+PATIENCE = 3  # batches in a row that the GPU refuses and the CPU decodes, before all go to the CPU
 
 
-class DeviceDecoder(ABC):
-    """Grids on `device`, equal to those of `on_cpu` but for rounding: random numbers are drawn from the same generators in the same order.
+class GpuDecoder(ABC):
+    """Grids on `device`, equal to those of `on_cpu` except for rounding: the same random numbers are drawn in the same order.
 
-    A batch that the GPU refuses or has no memory for goes through `on_cpu` (None: it decodes nothing), which decodes it too or says why a
-    file is broken. What a call gives back is complete: any stream may use it, but those other than the default one must be told to PyTorch
-    (`record_stream`) before it is freed. On the CPU, where tests run the same code, there are no streams.
+    A batch that the GPU refuses or has no memory for falls back to `on_cpu` (None where the GPU decodes no files), which either decodes
+    it or says which file is broken. The result of a call is complete, so any stream may use it; a stream other than the default one needs
+    PyTorch's `record_stream` before the result is freed. `device` may be the CPU, where tests run the same code without streams.
     """
 
     note: str = ""
-    """What the user should know once: that, and why, files go through the CPU. A call may set it."""
+    """What the user should read once: that files go through the CPU, and why. A call may set it."""
 
     def __init__(self, on_cpu: Decoder | None, device: torch.device) -> None:
         from nvidia.dali import backend
@@ -62,7 +62,7 @@ class DeviceDecoder(ABC):
             self.refused = 0
             return grid
         except (MediaError, UnavailableError, torch.OutOfMemoryError) as error:
-            refusal = error.with_traceback(None)  # its frames hold tensors, whose memory the CPU's grids may need
+            refusal = error.with_traceback(None)  # its stack frames hold tensors, whose memory the CPU's grids may need
         for rng, state in zip(rngs, states, strict=True):
             rng.bit_generator.state = state
         grid = send(on_cpu(media, rngs), self.device)
@@ -73,22 +73,22 @@ class DeviceDecoder(ABC):
         self.refused = PATIENCE if isinstance(error, UnavailableError) else self.refused + 1
         if self.refused >= PATIENCE or not self.note:
             what = "from now on its files go" if self.refused >= PATIENCE else "a batch went"
-            self.note = f"{what} through the CPU, for the GPU's decoder refused: {error}"
+            self.note = f"{what} through the CPU, because the GPU's decoder refused: {error}"
 
     def borrow(self, output: Any) -> Tensor:
-        """A tensor of DALI as one of PyTorch that shares its memory, which stays DALI's and is good until this call's end."""
+        """A PyTorch tensor in the memory of a DALI output, which DALI may write to again after this call of the decoder."""
         tensor = torch.from_dlpack(output)
-        self._borrowed.append(tensor)  # freed before the stream is done, the memory would be written to while it is read
+        self._borrowed.append(tensor)  # if it were freed before the stream is done, DALI would write to memory that is still read
         return tensor
 
     def count(self, content: int, decoded: int) -> None:
-        """Remember the largest run of a graph: the bytes that go in and those that are decoded."""
+        """Remember the largest run of a graph: the bytes of its files and of what they decode to."""
         self.content_bytes, self.decoded_bytes = max(self.content_bytes, content), max(self.decoded_bytes, decoded)
 
     def memory_bytes(self) -> tuple[int, int]:
-        """(on the host, on the device): the most that DALI held for one run, and PyTorch's memory for the stream that all decoders share.
+        """Memory (on the host, on the device): the most that DALI held for one run, and PyTorch's for the stream of all decoders.
 
-        DALI keeps what a run needed, for all tasks' next runs; NVDEC's own sessions belong to the driver and are not counted.
+        DALI keeps the memory of a run for the next one of any task. NVDEC's own sessions belong to the driver and are not counted.
         """
         if self.device.type == "cpu":
             return self.content_bytes + self.decoded_bytes, 0
@@ -97,33 +97,33 @@ class DeviceDecoder(ABC):
         return self.content_bytes, self.decoded_bytes + sum(segments)
 
     def release(self) -> None:
-        """Give back what an idle decoder holds: DALI's graphs, which the next call builds anew, and the memory that DALI kept."""
+        """Give back what an idle decoder holds: DALI's graphs, which the next call builds anew, and the memory that DALI keeps."""
         for graph in self.graphs:
             graph.release()
         self.backend.ReleaseUnusedMemory()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, made on the current stream without waiting for it. The CPU's own memory is not copied."""
+    """A copy on the device, made on the current stream without waiting for it; on the CPU the tensor itself."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)  # PyTorch keeps pinned memory until the copy is done
 
 
 def send_array(array: np.ndarray, device: torch.device) -> Tensor:
-    """As `send`."""
+    """The array as a tensor on the device, as `send` copies it."""
     return send(torch.from_numpy(array), device)
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all decoders of a GPU, for PyTorch keeps free memory by stream: an idle task holds none of its own."""
+    """One stream for all decoders of a GPU: PyTorch keeps free memory per stream, so idle tasks hold none of their own."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """PyTorch's work inside runs on the decoders' stream, in whichever thread, and is complete at the end. On the CPU: nothing."""
+    """Run PyTorch's work inside on the decoders' stream, in whichever thread, and wait for it at the end. On the CPU, do nothing."""
     if device.type == "cpu":
         yield
         return

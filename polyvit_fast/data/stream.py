@@ -21,7 +21,8 @@ from torch import Tensor
 
 from polyvit_fast.config import StepPlan, Task, Train
 from polyvit_fast.data.dali import UnavailableError
-from polyvit_fast.data.device import DeviceDecoder, own_stream
+from polyvit_fast.data.decoders import build_task_decoder
+from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
 from polyvit_fast.media import DEFECTS, Sample, printable
@@ -107,7 +108,7 @@ class Loader:
         self.first, self.size = rank * share, share or _evaluation_size(self.task)
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
         options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
-        self.decoder = self.source.decoder(self.task, **options, device="cuda" if on_gpu else "cpu")
+        self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
         self.note = ""
         self._report_note()
@@ -215,7 +216,7 @@ class Loader:
 
     def release(self) -> None:
         """Let the decoder give back the memory that it keeps for the next batch, for there is none, or not soon."""
-        if isinstance(self.decoder, DeviceDecoder):
+        if isinstance(self.decoder, GpuDecoder):
             self.decoder.release()
 
     def _report_note(self) -> None:

@@ -49,8 +49,8 @@ CLIP = Video(
     scale_jitter=(0.9, 1.33),
     colour_jitter=0.4,
     hue_jitter_degrees=72.0,
-    colour_jitter_chance=0.8,
-    grey_chance=0.1,
+    colour_jitter_prob=0.8,
+    grey_prob=0.1,
 )
 # The released settings ask for time masks too, but with a largest ratio of 0, which switches them off.
 SOUND = Audio(clip_seconds=8.0, num_mel_bins=128, channels=3, spectrogram="kaldi", freq_masks=1, freq_mask_bins=48)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.device import DeviceDecoder
+from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
 from polyvit_fast.train.capture import Captured, capture
 from polyvit_fast.train.distributed.process_group import joined
@@ -84,7 +84,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
 
 
 def _tell_memory(run: Run) -> None:
-    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, DeviceDecoder)]
+    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, GpuDecoder)]
     held = max((decoder.memory_bytes()[1] for decoder in decoders), default=0)
     run.log.message(
         f"peak GPU memory {torch.cuda.max_memory_reserved() / GIB:.1f} GiB by PyTorch; the decoder that needs the most takes "

@@ -21,8 +21,10 @@ from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.config_json import to_json
+from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.lock import hold
-from polyvit_fast.train.run_folder.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
+from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
 from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
 from polyvit_fast.train.step import Reading, Step
 
@@ -256,7 +258,7 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
     different = resume_differences(found.config, to_json(config))
     if different:
-        since = " (it is of an earlier version, whose defaults were other ones)" if is_of_earlier_version(found.config) else ""
+        since = " (written before version 0.5, whose defaults changed)" if is_older_than_0_5(found.config) else ""
         raise ValueError(
             f"{config.folder} holds a checkpoint of another configuration{since}; it differs in: {'; '.join(different)}. "
             "Choose another --out, or set these fields back to resume"

@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, pieces, run
+from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, run, split_by_size
 from polyvit_fast.media import MediaError
 
 
@@ -88,8 +88,9 @@ def test_a_graph_for_a_gpu_that_is_not_there_is_unavailable():
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, [1, 1, 1, 1]), (10, [2, 1, 1]), (19, [3, 1]), (100, [4])])
-def test_pieces_stay_within_their_limit(limit, expected):
+def test_chunks_stay_within_their_limit(limit, expected):
     sizes = [5, 5, 9, 30]
-    cut = list(pieces(sizes, limit))
-    assert [len(sizes[piece]) for piece in cut] == expected
-    assert [size for piece in cut for size in sizes[piece]] == sizes
+    chunks = list(split_by_size(sizes, limit))
+    assert [len(sizes[chunk]) for chunk in chunks] == expected
+    assert [size for chunk in chunks for size in sizes[chunk]] == sizes
+    assert list(split_by_size([], limit)) == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from polyvit_fast.data.dali import Graph, UnavailableError
-from polyvit_fast.data.device import PATIENCE, DeviceDecoder, send, send_array
+from polyvit_fast.data.device import PATIENCE, GpuDecoder, send, send_array
 from polyvit_fast.media import Media, MediaError
 from polyvit_fast.randomness import generator
 
@@ -21,7 +21,7 @@ def by_cpu(media, rngs):
     return torch.tensor([rng.random() for rng in rngs])
 
 
-class Refusing(DeviceDecoder):
+class Refusing(GpuDecoder):
     """Draws, then raises what it is told to raise."""
 
     def __init__(self, errors, on_cpu=by_cpu):
@@ -42,7 +42,7 @@ def test_a_refused_batch_goes_through_the_cpu_with_the_same_random_numbers():
     decoder = Refusing([MediaError("too odd"), None])
     assert decoder.note == ""
     assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
-    assert decoder.note == "a batch went through the CPU, for the GPU's decoder refused: too odd"
+    assert decoder.note == "a batch went through the CPU, because the GPU's decoder refused: too odd"
     graph = decoder.graphs[0].pipeline
     assert graph is not None  # the file was odd, the graphs are well
     assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
@@ -50,7 +50,7 @@ def test_a_refused_batch_goes_through_the_cpu_with_the_same_random_numbers():
     assert (decoder.calls, decoder.refused) == (2, 0)
 
 
-class Hungry(DeviceDecoder):
+class Hungry(GpuDecoder):
     """Holds a tensor when the GPU's memory ends."""
 
     held = None
@@ -69,7 +69,7 @@ def test_a_batch_that_the_gpu_has_no_memory_for_goes_through_the_cpu_without_wha
 
     decoder = Hungry(alone, CPU)
     assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
-    assert decoder.note.startswith("a batch went through the CPU, for the GPU's decoder refused: CUDA out of memory")
+    assert decoder.note.startswith("a batch went through the CPU, because the GPU's decoder refused: CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         Hungry(None, CPU)(MEDIA, rngs())
 
@@ -85,7 +85,7 @@ def test_after_refusals_in_a_row_the_gpu_is_asked_no_more():
     for _ in range(8):
         assert torch.equal(decoder(MEDIA, rngs()), by_cpu(MEDIA, rngs()))
     assert decoder.calls == 2 + PATIENCE
-    assert decoder.note == "from now on its files go through the CPU, for the GPU's decoder refused: no"
+    assert decoder.note == "from now on its files go through the CPU, because the GPU's decoder refused: no"
 
 
 def test_where_a_graph_cannot_be_built_the_gpu_is_asked_once():

@@ -8,28 +8,28 @@ import numpy as np
 import pytest
 import torch
 from compare import DEVICE
-from sounds import noise, write
+from image_files import photo, vary_pictures
+from sound_files import noise, write
 from tiny_runs import change
+from video_files import NUMBERED, numbered_file, write_moving
+from video_kinds import numbers_of
 
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.augment.colour import draw_colours
 from polyvit_fast.data.augment.colour_gpu import colour_map, recolour
 from polyvit_fast.data.augment.rand_augment import draw_operations
 from polyvit_fast.data.augment.rand_augment_gpu import rand_augment
+from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.demo_files import DemoFiles
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.data.video import gpu as device_video
-from polyvit_fast.data.video.gpu import missing_nvdec
 from polyvit_fast.data.video.modality import Video
+from polyvit_fast.data.video.nvdec import missing_nvdec
 from polyvit_fast.experiments.demo import PICTURE, demo_task
 from polyvit_fast.experiments.demo import config as demo
 from polyvit_fast.media import Media, MediaError
 from polyvit_fast.randomness import generator
-from tests.data.augment.test_rand_augment_gpu import pictures
-from tests.data.image.test_modality import photo
-from tests.data.video.test_frames import numbers_of
-from tests.data.video.test_gpu import NUMBERED, numbered_file, write_moving
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 ALL = Image(colour_jitter=0.4, hue_jitter_degrees=20.0, rand_augment_ops=2)
@@ -45,8 +45,8 @@ def rngs(count, seed=0):
 def both(modality, media, *, train=True, seed=0):
     """(expected, grid, decoder): the CPU's grids, the GPU's, moved, and what made them."""
     count = len(media)
-    expected = modality.decoder(batch=count, train=train, num_threads=2)(media, rngs(count, seed))
-    decoder = modality.decoder(batch=count, train=train, num_threads=2, device="cuda")
+    expected = build_decoder(modality, batch=count, train=train, num_threads=2)(media, rngs(count, seed))
+    decoder = build_decoder(modality, batch=count, train=train, num_threads=2, device="cuda")
     grid = decoder(media, rngs(count, seed))
     assert (grid.device.type, grid.device.index) == ("cuda", torch.cuda.current_device())
     assert (grid.shape, grid.dtype) == (expected.shape, expected.dtype)
@@ -85,7 +85,7 @@ def test_changed_images_equal_the_cpus(photos):
 
 
 def test_an_image_does_not_depend_on_its_neighbours(photos):
-    decoder = ALL.decoder(batch=8, train=True, num_threads=2, device="cuda")
+    decoder = build_decoder(ALL, batch=8, train=True, num_threads=2, device="cuda")
     batch = decoder(photos, rngs(8))
     assert torch.equal(decoder(photos, rngs(8)), batch)
     assert torch.equal(torch.cat([decoder([one], [rng]) for one, rng in zip(photos, rngs(8), strict=True)]), batch)
@@ -126,7 +126,7 @@ def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
 def test_broken_images_are_told_and_the_next_batch_works(photos, tmp_path):
     (tmp_path / "cut.webp").write_bytes(photos[5].read()[:-900])
     (tmp_path / "text.jpg").write_bytes(b"<html>404 not found</html>" * 9)
-    decoder = Image().decoder(batch=8, train=True, num_threads=2, device="cuda")
+    decoder = build_decoder(Image(), batch=8, train=True, num_threads=2, device="cuda")
     before = decoder(photos, rngs(8))
     for name, reason in (("cut.webp", "truncated or damaged"), ("text.jpg", "not an image")):
         with pytest.raises(MediaError, match=reason):
@@ -136,7 +136,7 @@ def test_broken_images_are_told_and_the_next_batch_works(photos, tmp_path):
 
 
 def test_colours_and_operations_equal_those_on_the_cpu():
-    batch = torch.from_numpy(np.concatenate([pictures(224, 224)] * 8))
+    batch = torch.from_numpy(np.concatenate([vary_pictures(224, 224)] * 8))
     maps = [colour_map(draw_colours(generator("gpu colours", i), 0.5, 40.0)) for i in range(len(batch))]
     assert (recolour(batch.cuda(), maps).cpu().int() - recolour(batch, maps).int()).abs().max() <= 1
     drawn = [draw_operations(generator("gpu operations", i), 1, 9.0) for i in range(len(batch))]
@@ -153,7 +153,7 @@ def clips(tmp_path_factory):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("video", [CLIPS, Video(frames=8, stride=3, eval_clips=2, eval_crops=3, colour_jitter=0.3, grey_chance=0.3)])
+@pytest.mark.parametrize("video", [CLIPS, Video(frames=8, stride=3, eval_clips=2, eval_crops=3, colour_jitter=0.3, grey_prob=0.3)])
 def test_videos_equal_the_cpus(clips, video, train):
     for seed in range(2):
         expected, grid, decoder = both(video, clips, train=train, seed=seed)
@@ -184,7 +184,7 @@ def test_colours_of_bt709_are_nvdecs_too(clips, tmp_path):
 
 def test_broken_videos_are_told_and_the_next_batch_works(clips, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(clips[0].read()[:20_000])
-    decoder = CLIPS.decoder(batch=8, train=True, num_threads=2, device="cuda")
+    decoder = build_decoder(CLIPS, batch=8, train=True, num_threads=2, device="cuda")
     before = decoder(clips, rngs(5))
     with pytest.raises(MediaError):
         decoder([clips[0], Media(str(tmp_path / "cut.mp4"))], rngs(2))
@@ -214,7 +214,7 @@ def test_sounds_equal_the_cpus(tmp_path, form):
 def test_pytorch_never_waits_inside_and_the_result_is_complete_in_any_thread(photos, tmp_path, modality):
     is_image = modality is ALL
     media = photos if is_image else [Media(str(write(tmp_path / f"{i}.wav", noise(1, 16_000, seed=i), 16_000))) for i in range(8)]
-    decoder = modality.decoder(batch=8, train=True, num_threads=2, device="cuda")
+    decoder = build_decoder(modality, batch=8, train=True, num_threads=2, device="cuda")
     before = decoder(media, rngs(8)).cpu()
     found = []
 
@@ -232,7 +232,7 @@ def test_pytorch_never_waits_inside_and_the_result_is_complete_in_any_thread(pho
 
 
 def test_memory_is_bounded_and_reported(photos):
-    decoder = ALL.decoder(batch=8, train=True, num_threads=2, device="cuda")
+    decoder = build_decoder(ALL, batch=8, train=True, num_threads=2, device="cuda")
     used = []
     for seed in range(30):
         decoder(photos, rngs(8, seed))

@@ -1,10 +1,10 @@
 import struct
 
 import pytest
+from video_kinds import KINDS
 
 from polyvit_fast.data.layout import Layout, read_layout
 from polyvit_fast.media import MediaError
-from tests.data.video.test_frames import KINDS, video  # noqa: F401
 
 JOINED = ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "mjpeg.mov", "mpeg4.avi", "h264.flv", "vp8.ivf", "vp8.ogv", "wmv.asf"]
 JOINED += ["animated.gif", "animated.png"]
@@ -20,7 +20,7 @@ def layout(path, content):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_whole_files_lack_nothing_and_hold_one_recording(video, tmp_path, name):  # noqa: F811
+def test_whole_files_lack_nothing_and_hold_one_recording(video, tmp_path, name):
     content = video(name).read_bytes()
     found = layout(tmp_path / "a", content)
     assert found.end <= len(content)
@@ -31,27 +31,27 @@ def test_whole_files_lack_nothing_and_hold_one_recording(video, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", JOINED)
-def test_a_second_recording_is_found(video, tmp_path, name):  # noqa: F811
+def test_a_second_recording_is_found(video, tmp_path, name):
     first, second = (video(name, count=count).read_bytes() for count in (20, 30))
     found = layout(tmp_path / "a", first + second)
     assert (found.joints, found.read_on) == ((len(first),), False)
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "vp9.webm"])
-def test_matroskas_may_follow_each_other(video, tmp_path, name):  # noqa: F811
+def test_matroskas_may_follow_each_other(video, tmp_path, name):
     parts = [video(name, count=count).read_bytes() for count in (20, 30, 10)]
     found = layout(tmp_path / "a", b"".join(parts))
     assert (found.joints, found.read_on) == ((len(parts[0]), len(parts[0]) + len(parts[1])), True)
     assert layout(tmp_path / "a", b"".join(parts)[:-1]).end == found.size
 
 
-def test_fragments_that_start_again(video, tmp_path):  # noqa: F811
+def test_fragments_that_start_again(video, tmp_path):
     content = video("h264-fragments.mp4", count=60).read_bytes()
     start, end = content.index(b"moof") - 4, content.index(b"mfra") - 4
     assert layout(tmp_path / "a", content[:end] + content[start:]).joints == (end,)
 
 
-def test_matroska_and_asf_of_unknown_length_and_boxes_up_to_the_end_promise_nothing(video, tmp_path):  # noqa: F811
+def test_matroska_and_asf_of_unknown_length_and_boxes_up_to_the_end_promise_nothing(video, tmp_path):
     content = bytearray(video("h264.mkv").read_bytes())
     at = content.index(b"\x18\x53\x80\x67") + 4
     content[at : at + 8] = b"\x01" + b"\xff" * 7
@@ -66,7 +66,7 @@ def test_matroska_and_asf_of_unknown_length_and_boxes_up_to_the_end_promise_noth
     assert layout(tmp_path / "a", content[: at + 2000]).end == at
 
 
-def test_a_recording_that_was_broken_off_has_no_table_of_contents(video, tmp_path):  # noqa: F811
+def test_a_recording_that_was_broken_off_has_no_table_of_contents(video, tmp_path):
     content = bytearray(video("h264.mp4").read_bytes())  # the table stands at its end
     at = content.index(b"mdat") - 4
     for length in (0, 2000 - at):  # up to the end of the file, and told

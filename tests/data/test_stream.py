@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 from tiny_runs import change, tile_task, tiny_config
 
 from polyvit_fast.config import Task, Train
-from polyvit_fast.data.device import DeviceDecoder
+from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
@@ -389,7 +389,7 @@ def test_the_devices_own_errors_pass_and_no_file_is_called_broken(error, batches
         assert loader.decoder.sizes == [loader.size, 1][: 1 if batches else 2]
 
 
-class Kept(DeviceDecoder):
+class Kept(GpuDecoder):
     """A decoder that says when it gives its memory back."""
 
     def __init__(self, name: str, said: list[str]) -> None:

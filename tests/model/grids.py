@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from polyvit_fast.config import Decoder, Modality, Source, Task
+from polyvit_fast.config import Modality, Source, Task
 from polyvit_fast.media import Sample
 
 
@@ -19,9 +19,6 @@ class Bytes(Modality):
     @property
     def eval_views(self) -> int:
         return 1
-
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
-        raise ValueError("there are no files")
 
 
 @dataclass(frozen=True, kw_only=True)

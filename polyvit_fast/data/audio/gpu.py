@@ -1,4 +1,4 @@
-"""Sounds on the GPU: the CPU decodes and resamples, for DALI has no decoder of sound on a GPU; the spectrograms are the GPU's."""
+"""Audio on the GPU: spectrograms. DALI decodes no sound on a GPU, so the CPU decodes and resamples."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from polyvit_fast.data.audio.modality import AudioDecoder
-from polyvit_fast.data.device import DeviceDecoder, send, send_array
+from polyvit_fast.data.audio.cpu import AudioDecoder
+from polyvit_fast.data.device import GpuDecoder, send, send_array
 from polyvit_fast.media import Media
 
-PIECE_ROWS = 1 << 15  # spectrogram rows at a time: 64 MiB for each intermediate result at 16 kHz
+CHUNK_ROWS = 1 << 15  # spectrogram rows at a time: 64 MiB for each intermediate result at 16 kHz
 
 
-class DeviceAudio(DeviceDecoder):
-    """`decoder`'s grids, on a device: the same clips and masks, and logarithms of energies that are less than 0.002 apart.
+class GpuAudioDecoder(GpuDecoder):
+    """The grids of `decoder`, made on a GPU: the same clips and masks, and logarithms of energies that differ by less than 0.002.
 
-    TF32, where the process allows it for matrix products, makes up 0.001 of that. Bands that are weaker than the strongest one by more
-    than float32 holds (120 dB) are noise in either form.
+    TF32, where the process allows it for matrix products, accounts for 0.001 of that. Bands that are weaker than the strongest one by
+    more than float32 can represent (120 dB) are noise in either form.
     """
 
     def __init__(self, decoder: AudioDecoder, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class DeviceAudio(DeviceDecoder):
         padded_rows = np.zeros((len(media), rows), bool)
 
         def cut(i: int, wave: Float32[np.ndarray, " samples"]) -> None:
-            decoder.cut(wave, rngs[i], clips[i])
+            decoder.cut_clips(wave, rngs[i], clips[i])
             padded_rows[i, decoder.count_rows(len(wave)) :] = True
             if decoder.train:
                 masked_rows[i], masked_columns[i] = decoder.draw_masks(rngs[i])
@@ -45,11 +45,11 @@ class DeviceAudio(DeviceDecoder):
         decoder.reader.read(media, cut)
         self.count(clips.nbytes, 0)
         waves = send(torch.from_numpy(clips).flatten(0, 1), self.device)
-        pieces = [decoder.spectrograms(piece) for piece in waves.split(max(1, PIECE_ROWS // rows))]
-        pictures = torch.cat(pieces).unflatten(0, clips.shape[:2])
+        chunks = [decoder.make_spectrograms(chunk) for chunk in waves.split(max(1, CHUNK_ROWS // rows))]
+        spectrograms = torch.cat(chunks).unflatten(0, clips.shape[:2])
         if padded_rows.any():
-            pictures.masked_fill_(send_array(padded_rows, self.device)[:, None, :, None], 0)
+            spectrograms.masked_fill_(send_array(padded_rows, self.device)[:, None, :, None], 0)
         if decoder.train:
             masked = send_array(masked_rows, self.device)[:, None, :, None] | send_array(masked_columns, self.device)[:, None, None]
-            pictures.masked_fill_(masked, decoder.audio.mean)
-        return decoder.as_grid(pictures)
+            spectrograms.masked_fill_(masked, decoder.audio.mean)
+        return decoder.as_grid(spectrograms)

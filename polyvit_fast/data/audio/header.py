@@ -20,7 +20,7 @@ SHORT_BYTES = 1 << 17  # more than the headers of Vorbis and one page have
 
 
 @dataclass(frozen=True)
-class Header:
+class SoundHeader:
     """What a file says of itself that DALI decodes."""
 
     sample_rate_hz: int
@@ -35,7 +35,7 @@ class Header:
     """In bytes of the file; what follows must not reach DALI either."""
 
 
-def read_header(media: Media) -> Header | None:
+def read_header(media: Media) -> SoundHeader | None:
     """The header of a file that DALI decodes, None of any other.
 
     Raises MediaError when the file holds less than it promises, or a second one.
@@ -56,7 +56,7 @@ def read_header(media: Media) -> Header | None:
         else:
             check_container(part)
             known = _read_short_vorbis(part)
-    return Header(*known, part.num_bytes, tag_bytes, end) if known else None
+    return SoundHeader(*known, part.num_bytes, tag_bytes, end) if known else None
 
 
 def _read_tag(file: io.BufferedReader) -> int:

@@ -1,25 +1,12 @@
-"""Audio: any common sound file, or the sound of a video file, to a log-mel spectrogram: a float32 picture whose rows are times.
-
-DALI and PyAV decode, PyAV resamples, PyTorch makes the spectrogram. That is done sample by sample: a batch's would not fit the caches.
-"""
+"""The record of audio: any common sound file, or the sound of a video file, becomes a log-mel spectrogram, whose rows are times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
-import torch
-from jaxtyping import Bool, Float32
-from torch import Tensor
-
-from polyvit_fast.config import Decoder, Modality
-from polyvit_fast.data.audio.reader import SoundReader
-from polyvit_fast.data.audio.spectrogram import FRAMES_PER_SECOND, log_mel, num_frames, num_samples
-from polyvit_fast.media import Media
-
-PADDINGS: dict[str, Literal["spectrogram", "waveform"]] = {"kaldi": "spectrogram", "mbt": "waveform"}
+from polyvit_fast.config import Modality
+from polyvit_fast.data.audio.spectrogram import FRAMES_PER_SECOND
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,92 +93,3 @@ class Audio(Modality):
     def eval_views(self) -> int:
         """The clips of a file."""
         return self.eval_clips
-
-    def decoder(self, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
-        """Files to float32 grids [sample, view, 1, rows, columns, channels], channels without memory of their own.
-
-        A broken file raises MediaError, the next call works.
-        """
-        on_cpu = AudioDecoder(self, batch, train, num_threads)
-        if device == "cpu":
-            on_cpu.reader.waves.ready()  # so that what is missing is told at once
-            return on_cpu
-        from polyvit_fast.data.audio.gpu import DeviceAudio
-
-        return DeviceAudio(on_cpu, torch.device("cuda", torch.cuda.current_device()))
-
-
-class AudioDecoder:
-    """Decodes on the CPU and computes there."""
-
-    def __init__(self, audio: Audio, batch: int, train: bool, num_threads: int) -> None:
-        self.audio, self.train = audio, train
-        self.num_views = 1 if train else audio.eval_views
-        self.samples = num_samples(audio.grid[1], audio.sample_rate_hz)
-        self.reader = SoundReader(batch=batch, num_threads=num_threads, sample_rate_hz=audio.sample_rate_hz, max_seconds=audio.max_seconds)
-
-    def __call__(
-        self, media: Sequence[Media], rngs: Sequence[np.random.Generator]
-    ) -> Float32[Tensor, "sample view 1 rows columns channels"]:
-        """Grids; raises MediaError on a broken file."""
-        _, rows, columns, _ = self.audio.grid
-        pictures = torch.empty(len(media), self.num_views, rows, columns)
-
-        def fill(i: int, wave: Float32[np.ndarray, " samples"]) -> None:
-            clips = np.empty((self.num_views, self.samples), np.float32)
-            self.cut(wave, rngs[i], clips)
-            pictures[i] = self.spectrograms(torch.from_numpy(clips))
-            pictures[i][:, self.count_rows(len(wave)) :] = 0
-            if self.train:
-                masked_rows, masked_columns = self.draw_masks(rngs[i])
-                pictures[i][:, torch.from_numpy(masked_rows)] = self.audio.mean
-                pictures[i][..., torch.from_numpy(masked_columns)] = self.audio.mean
-
-        self.reader.read(media, fill)
-        return self.as_grid(pictures)
-
-    def cut(self, wave: Float32[np.ndarray, " all"], rng: np.random.Generator, clips: Float32[np.ndarray, "view samples"]) -> None:
-        """Write the wanted clips of a sound into `clips`; all those of a short one are its beginning, followed by silence."""
-        for clip, start in zip(clips, self._choose_starts(max(0, len(wave) - self.samples), rng), strict=True):
-            part = wave[start : start + self.samples]
-            clip[: len(part)], clip[len(part) :] = part, 0
-
-    def count_rows(self, samples: int) -> int:
-        """How many rows are kept of a clip from a sound of so many samples; zeros follow.
-
-        Where the spectrogram is padded, these are the windows of the sound alone, and at least one: AST has none of less than 25 ms.
-        """
-        audio, rows = self.audio, self.audio.grid[1]
-        padding = PADDINGS[audio.spectrogram] if audio.padding == "auto" else audio.padding
-        return rows if padding == "waveform" else min(rows, max(1, num_frames(samples, audio.sample_rate_hz)))
-
-    def spectrograms(self, clips: Float32[Tensor, "clip samples"]) -> Float32[Tensor, "clip rows columns"]:
-        """On the device of `clips`."""
-        audio = self.audio
-        return log_mel(clips, form=audio.spectrogram, sample_rate_hz=audio.sample_rate_hz, num_mel_bins=audio.num_mel_bins)
-
-    def draw_masks(self, rng: np.random.Generator) -> tuple[Bool[np.ndarray, " rows"], Bool[np.ndarray, " columns"]]:
-        """The rows and the columns of a training spectrogram that are set to the mean."""
-        audio = self.audio
-        columns = random_ranges(audio.num_mel_bins, audio.freq_masks, audio.freq_mask_bins, rng)
-        return random_ranges(audio.grid[1], audio.time_masks, audio.time_mask_frames, rng), columns
-
-    def as_grid(self, pictures: Float32[Tensor, "sample view rows columns"]) -> Float32[Tensor, "sample view 1 rows columns channels"]:
-        """With its one frame and its channels."""
-        return pictures[:, :, None, :, :, None].expand(-1, -1, -1, -1, -1, self.audio.channels)
-
-    def _choose_starts(self, last: int, rng: np.random.Generator) -> list[int]:
-        if self.train:
-            return [int(rng.integers(last + 1))]
-        places = np.linspace(0, 1, self.audio.eval_clips) if self.audio.eval_clips > 1 else np.array([0.5])
-        return np.rint(places * last).astype(int).tolist()
-
-
-def random_ranges(size: int, num_masks: int, max_width: int, rng: np.random.Generator) -> Bool[np.ndarray, " size"]:
-    """Which of `size` places random ranges cover (SpecAugment, Park et al. 2019): widths from 0 to `max_width`, then places, uniform."""
-    covered = np.zeros(size, bool)
-    for _ in range(num_masks):
-        width = int(rng.integers(max_width + 1))
-        start = int(rng.integers(size - width + 1))
-        covered[start : start + width] = True
-    return covered

@@ -7,19 +7,19 @@ for DALI's resampler turns frequencies that the new rate cannot hold into other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from polyvit_fast.data.audio.header import Header, read_header
+from polyvit_fast.data.audio.header import SoundHeader, read_header
 from polyvit_fast.data.audio.waves import Wave, check_size, decode, resample
-from polyvit_fast.data.dali import Graph, new_pipeline
+from polyvit_fast.data.dali import Graph, new_pipeline, split_by_size
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError
 
-PIECE_BYTES = 1 << 28  # a batch of songs would be gigabytes before they are cut
+CHUNK_BYTES = 1 << 28  # files and waveforms at a time: whole songs of a batch would be gigabytes
 LOUDEST = 1e12  # full scale is 1, in some files 2**31; the energy of this is still far from float32's end
 
 
@@ -38,27 +38,28 @@ class SoundReader:
         headers = map_in_threads(self._read_header, media, self.num_threads)
         others = [i for i, header in enumerate(headers) if header is None]
         map_in_threads(lambda i: use(i, self._finish(*decode(media[i], self.max_seconds))), others, self.num_threads)
-        for piece in _pieces({i: header for i, header in enumerate(headers) if header is not None}):
-            self._read_with_dali({i: slice(headers[i].tag_bytes, headers[i].end) for i in piece}, media, use)
+        known = [(i, header) for i, header in enumerate(headers) if header is not None]
+        for chunk in split_by_size([header.num_bytes + 4 * header.samples for _, header in known], CHUNK_BYTES):
+            self._read_with_dali({i: slice(header.tag_bytes, header.end) for i, header in known[chunk]}, media, use)
 
-    def _read_header(self, media: Media) -> Header | None:
+    def _read_header(self, media: Media) -> SoundHeader | None:
         header = read_header(media)
         if header is not None:
             check_size(header.samples, header.channels, header.sample_rate_hz, self.max_seconds)
         return header
 
     def _read_with_dali(self, parts: dict[int, slice], media: Sequence[Media], use: Callable[[int, Wave], None]) -> None:
-        piece = list(parts)
-        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8)[parts[i]], piece, self.num_threads)
+        indices = list(parts)
+        contents = map_in_threads(lambda i: np.frombuffer(media[i].read(), np.uint8)[parts[i]], indices, self.num_threads)
         failure = "truncated or damaged: its header is good, its samples cannot be decoded"
         waves, rates = self.waves.run(failure, content=contents)
 
         def finish(k: int) -> None:
             rate, wave = int(rates.at(k)), np.from_dlpack(waves[k])
             check_size(len(wave), 1, rate, self.max_seconds)  # some headers say less than libsndfile reads
-            use(piece[k], self._finish(rate, wave))
+            use(indices[k], self._finish(rate, wave))
 
-        map_in_threads(finish, range(len(piece)), self.num_threads)
+        map_in_threads(finish, range(len(indices)), self.num_threads)
 
     def _finish(self, rate: int, wave: Wave) -> Float32[np.ndarray, " resampled"]:
         if not len(wave):
@@ -66,20 +67,6 @@ class SoundReader:
         if not np.maximum(wave.max(), -wave.min()) <= LOUDEST:  # not a number is neither
             raise MediaError(f"some of its samples are infinite, not a number or beyond {LOUDEST:g}")
         return resample(wave, rate, self.sample_rate_hz)
-
-
-def _pieces(headers: dict[int, Header]) -> Iterator[list[int]]:
-    """The files in lots that fit into `PIECE_BYTES` together with their waveforms."""
-    piece, total = [], 0
-    for i, header in headers.items():
-        num_bytes = header.num_bytes + 4 * header.samples
-        if piece and total + num_bytes > PIECE_BYTES:
-            yield piece
-            piece, total = [], 0
-        piece.append(i)
-        total += num_bytes
-    if piece:
-        yield piece
 
 
 def _decoding_pipeline(batch: int, num_threads: int) -> Any:

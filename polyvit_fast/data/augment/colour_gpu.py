@@ -46,7 +46,7 @@ def recolour(pictures: UInt8[Tensor, "batch height width 3"], maps: Sequence[Col
     return mapped.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def mirrored(pictures: UInt8[Tensor, "batch height width 3"], which: Sequence[bool]) -> UInt8[Tensor, "batch height width 3"]:
+def mirror(pictures: UInt8[Tensor, "batch height width 3"], which: Sequence[bool]) -> UInt8[Tensor, "batch height width 3"]:
     """Those pictures left to right, the others as they are."""
     if not any(which):
         return pictures

@@ -22,7 +22,7 @@ def rand_augment(
     Magnitude 10 is the far end of AutoAugment's ranges (arXiv 1805.09501, table 6), 0 changes nothing but for the three operations
     without a strength. Those that have a direction get a random one.
     """
-    return augmented(picture, draw_operations(rng, num_ops, magnitude))
+    return apply_operations(picture, draw_operations(rng, num_ops, magnitude))
 
 
 class Operation(NamedTuple):
@@ -41,7 +41,7 @@ def draw_operations(rng: np.random.Generator, num_ops: int, magnitude: float) ->
     return operations
 
 
-def augmented(picture: UInt8[np.ndarray, "height width 3"], operations: Sequence[Operation]) -> UInt8[np.ndarray, "height width 3"]:
+def apply_operations(picture: UInt8[np.ndarray, "height width 3"], operations: Sequence[Operation]) -> UInt8[np.ndarray, "height width 3"]:
     """`picture` after `operations`, one after the other."""
     image = Pillow.fromarray(picture)
     for number, strength in operations:

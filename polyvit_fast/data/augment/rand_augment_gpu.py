@@ -46,7 +46,7 @@ def _autocontrast(x: Pictures, strengths: np.ndarray) -> Pictures:
     low = torch.where(present, levels, 255).amin(-1, keepdim=True).double()
     high = torch.where(present, levels, 0).amax(-1, keepdim=True).double()
     scale = 255 / (high - low).clamp(min=1)
-    return _looked_up(x, torch.where(high > low, (levels * scale - low * scale).clamp(0, 255).long(), levels))
+    return _look_up(x, torch.where(high > low, (levels * scale - low * scale).clamp(0, 255).long(), levels))
 
 
 def _equalize(x: Pictures, strengths: np.ndarray) -> Pictures:
@@ -55,30 +55,30 @@ def _equalize(x: Pictures, strengths: np.ndarray) -> Pictures:
     step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255  # 0 when all pixels are equal
     below = counts.cumsum(-1) - counts
     table = (step // 2 + below) // step.clamp(min=1)
-    return _looked_up(x, torch.where(step > 0, table, levels).clamp(max=255))
+    return _look_up(x, torch.where(step > 0, table, levels).clamp(max=255))
 
 
 def _solarize(x: Pictures, strengths: np.ndarray) -> Pictures:
     thresholds = np.round(256 * (1 - np.abs(strengths)))[:, None]
-    return _mapped(x, np.where(np.arange(256) < thresholds, np.arange(256), 255 - np.arange(256)))
+    return _map_levels(x, np.where(np.arange(256) < thresholds, np.arange(256), 255 - np.arange(256)))
 
 
 def _posterize(x: Pictures, strengths: np.ndarray) -> Pictures:
     dropped = np.round(4 * np.abs(strengths)).astype(int)[:, None]
-    return _mapped(x, np.arange(256) >> dropped << dropped)
+    return _map_levels(x, np.arange(256) >> dropped << dropped)
 
 
 def _brightness(x: Pictures, strengths: np.ndarray) -> Pictures:
-    return _blended(x, torch.zeros_like(x[:, :1, :1]), strengths)
+    return _blend(x, torch.zeros_like(x[:, :1, :1]), strengths)
 
 
 def _contrast(x: Pictures, strengths: np.ndarray) -> Pictures:
     means = (_grey(x).double().mean((1, 2), keepdim=True) + 0.5).to(torch.uint8)
-    return _blended(x, means[..., None], strengths)
+    return _blend(x, means[..., None], strengths)
 
 
 def _colour(x: Pictures, strengths: np.ndarray) -> Pictures:
-    return _blended(x, _grey(x)[..., None], strengths)
+    return _blend(x, _grey(x)[..., None], strengths)
 
 
 def _sharpness(x: Pictures, strengths: np.ndarray) -> Pictures:
@@ -87,7 +87,7 @@ def _sharpness(x: Pictures, strengths: np.ndarray) -> Pictures:
     sums = 9 * functional.avg_pool2d(planes, 3, stride=1) + 4 * planes[..., 1:-1, 1:-1]
     smooth = x.clone()
     smooth[:, 1:-1, 1:-1] = (sums.round() / 13 + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
-    return _blended(x, smooth, strengths)
+    return _blend(x, smooth, strengths)
 
 
 def _rotate(x: Pictures, strengths: np.ndarray) -> Pictures:
@@ -96,30 +96,30 @@ def _rotate(x: Pictures, strengths: np.ndarray) -> Pictures:
     cos, sin = np.round(np.cos(angles), 15), np.round(np.sin(angles), 15)
     right = cos * (-width / 2) + sin * (-height / 2) + width / 2
     down = -sin * (-width / 2) + cos * (-height / 2) + height / 2
-    return _moved(x, np.stack([cos, sin, right, -sin, cos, down], -1))
+    return _move_pixels(x, np.stack([cos, sin, right, -sin, cos, down], -1))
 
 
 def _shear_x(x: Pictures, strengths: np.ndarray) -> Pictures:
-    return _moved(x, _matrices(strengths, (0, 0.3, 0, 0, 0, 0)))
+    return _move_pixels(x, _matrices(strengths, (0, 0.3, 0, 0, 0, 0)))
 
 
 def _shear_y(x: Pictures, strengths: np.ndarray) -> Pictures:
-    return _moved(x, _matrices(strengths, (0, 0, 0, 0.3, 0, 0)))
+    return _move_pixels(x, _matrices(strengths, (0, 0, 0, 0.3, 0, 0)))
 
 
 def _translate_x(x: Pictures, strengths: np.ndarray) -> Pictures:
-    return _moved(x, _matrices(strengths, (0, 0, 150 / 331 * x.shape[2], 0, 0, 0)))
+    return _move_pixels(x, _matrices(strengths, (0, 0, 150 / 331 * x.shape[2], 0, 0, 0)))
 
 
 def _translate_y(x: Pictures, strengths: np.ndarray) -> Pictures:
-    return _moved(x, _matrices(strengths, (0, 0, 0, 0, 0, 150 / 331 * x.shape[1])))
+    return _move_pixels(x, _matrices(strengths, (0, 0, 0, 0, 0, 150 / 331 * x.shape[1])))
 
 
 def _matrices(strengths: np.ndarray, at_full_strength: tuple[float, ...]) -> np.ndarray:
     return np.array([1, 0, 0, 0, 1, 0]) + strengths[:, None] * np.array(at_full_strength)
 
 
-def _moved(x: Pictures, matrices: np.ndarray) -> Pictures:
+def _move_pixels(x: Pictures, matrices: np.ndarray) -> Pictures:
     """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f), the nearest one, or is grey where that lies outside."""
     height, width = x.shape[1:3]
     a, b, c, d, e, f = matrices.T
@@ -134,7 +134,7 @@ def _moved(x: Pictures, matrices: np.ndarray) -> Pictures:
     return torch.where(inside[..., None], moved, GREY[0])
 
 
-def _blended(x: Pictures, other: UInt8[Tensor, "batch rows columns channels"], strengths: np.ndarray) -> Pictures:
+def _blend(x: Pictures, other: UInt8[Tensor, "batch rows columns channels"], strengths: np.ndarray) -> Pictures:
     """`other` moved towards, and beyond, `x`."""
     factors = send_array((1 + 0.9 * strengths).astype(np.float32), x.device)[:, None, None, None]
     start = other.float()
@@ -157,15 +157,15 @@ def _histograms(x: Pictures) -> Tensor:
     return counts.scatter_add_(2, planes, torch.ones_like(planes))
 
 
-def _looked_up(x: Pictures, tables: Tensor) -> Pictures:
+def _look_up(x: Pictures, tables: Tensor) -> Pictures:
     """Each channel of each picture through its own table, [batch, 3, 256]."""
     planes = x.permute(0, 3, 1, 2)
     return tables.to(torch.uint8).gather(2, planes.flatten(2).long()).view(planes.shape).permute(0, 2, 3, 1)
 
 
-def _mapped(x: Pictures, tables: np.ndarray) -> Pictures:
+def _map_levels(x: Pictures, tables: np.ndarray) -> Pictures:
     """Each picture through its own table, [batch, 256]."""
-    return _looked_up(x, send_array(tables.astype(np.uint8), x.device)[:, None].expand(-1, 3, -1))
+    return _look_up(x, send_array(tables.astype(np.uint8), x.device)[:, None].expand(-1, 3, -1))
 
 
 OPERATIONS: tuple[Callable[[Pictures, np.ndarray], Pictures], ...] = (

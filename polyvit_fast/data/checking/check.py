@@ -21,6 +21,7 @@ from polyvit_fast.config import Decoder, Source, Task, Train
 from polyvit_fast.data.checking.digests import Checked, Split, sha256
 from polyvit_fast.data.checking.findings import SPLITS, Findings, Verdict
 from polyvit_fast.data.dali import UnavailableError
+from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.media import DEFECTS, Media, MediaError, Sample, printable
 from polyvit_fast.randomness import generator
@@ -224,7 +225,7 @@ def _work(pipe: Any, task: Task, split: Split) -> None:
     torch.set_num_threads(1)
     try:
         task = replace(task, modality=task.modality.thorough())
-        decoder = _source(task, split).decoder(task, batch=1, train=False, num_threads=1)
+        decoder = build_task_decoder(_source(task, split), task, batch=1, train=False, num_threads=1)
     except Exception as error:
         return pipe.send(f"{type(error).__name__}: {error}")
     pipe.send("")

@@ -57,7 +57,7 @@ def kind_of(content: bytes) -> str:
     return next((kind for kind, signature in SIGNATURES.items() if re.match(signature, content, re.DOTALL)), "")
 
 
-def specimen(kind: str) -> bytes:
+def make_specimen(kind: str) -> bytes:
     """A picture of 8 × 8 pixels, whole and of the plainest sort: whatever cannot decode it decodes none of its kind."""
     from PIL import Image
 

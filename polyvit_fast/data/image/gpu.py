@@ -1,4 +1,4 @@
-"""Images on the GPU: nvJPEG decodes the wanted rectangle (its hardware engine where there is one), DALI resamples it, PyTorch the rest."""
+"""Images on the GPU: nvJPEG decodes the rectangle (in hardware where there is an engine), DALI resamples it, PyTorch augments it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from polyvit_fast.data.augment.colour import Colours
-from polyvit_fast.data.augment.colour_gpu import colour_map, mirrored, recolour
+from polyvit_fast.data.augment.colour_gpu import colour_map, mirror, recolour
 from polyvit_fast.data.augment.rand_augment_gpu import rand_augment
-from polyvit_fast.data.dali import Graph, new_pipeline, pieces
-from polyvit_fast.data.device import DeviceDecoder
+from polyvit_fast.data.dali import Graph, new_pipeline, split_by_size
+from polyvit_fast.data.device import GpuDecoder
+from polyvit_fast.data.image.cpu import ImageDecoder
+from polyvit_fast.data.image.crops import CHUNK_PIXELS, Augmentation, box_inputs, decode_boxes
+from polyvit_fast.data.image.file import PIXELS_FAILURE
 from polyvit_fast.data.image.jpeg import check_grey
-from polyvit_fast.data.image.modality import PIECE_PIXELS, PIXELS_FAILURE, Changes, ImageDecoder, decoded_boxes, inputs
 from polyvit_fast.media import Media
 
-# nvJPEG is told to leave nothing out of the hardware engine that the engine can decode: by default it shares a batch out by its size,
-# and a sample's pixels would depend on its neighbours. It smooths colours like the CPU's decoder, and reserves no memory beforehand.
+# All that the hardware engine can decode goes through it. By default nvJPEG divides a batch between the engine and the SMs by its size,
+# and a sample's pixels would depend on its neighbours. Colours are upsampled as the CPU's decoder does; no memory is reserved beforehand.
 OPTIONS = {
     "device": "mixed",
     "hw_decoder_load": 1.0,
@@ -31,12 +33,13 @@ OPTIONS = {
 }
 
 
-class DeviceImages(DeviceDecoder):
-    """`on_cpu`'s grids, on a device. The same rectangle, mirroring, colours and operations; resampled by DALI.
+class GpuImageDecoder(GpuDecoder):
+    """The grids of `on_cpu`, made on a GPU: the same rectangle, mirroring, colours and operations, but resampled by DALI.
 
-    From the same decoded pixels grids are 0.25 levels apart on average and 1 at most, but for the outermost rows and columns, where DALI
-    repeats the last pixel and PyTorch ignores what is missing: there 25. Colours then stretch these differences, and an operation with
-    a threshold makes much of one level. nvJPEG's rounding comes on top: tests on a GPU hold all to 2 levels on average.
+    From the same decoded pixels, grids differ by 0.25 levels on average and 1 at most, except in the outermost rows and columns, where
+    DALI repeats the last pixel and PyTorch ignores what is missing: there by up to 25. Colour changes then stretch these differences,
+    and an operation with a threshold may turn one level into many. nvJPEG rounds in its own way, too; tests on a GPU require 2 levels on
+    average at most.
     """
 
     def __init__(self, on_cpu: ImageDecoder, device: torch.device) -> None:
@@ -46,37 +49,37 @@ class DeviceImages(DeviceDecoder):
         self.graphs = [on_cpu.headers, on_cpu.pixels, self.pictures]
 
     def decode(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> UInt8[Tensor, "sample 1 1 size size 3"]:
-        """Bounded memory: the engine may decode whole pictures, of which those of one run have `PIECE_PIXELS` together.
+        """In bounded memory: the engine may decode whole pictures, so each run gets at most `CHUNK_PIXELS` of them.
 
-        Changes compute in copies of several bytes for each level, and so go through parts of the batch too.
+        Augmentation makes copies with several bytes for each level, so it goes through the batch in chunks too.
         """
-        wanted = self.images.wanted(media, rngs)
-        areas = [one.height * one.width for one in wanted]
+        requests = self.images.request_crops(media, rngs)
+        areas = [request.height * request.width for request in requests]
         outputs = []
-        for piece in pieces(areas, PIECE_PIXELS):
-            self.count(sum(len(one.content) for one in wanted[piece]), 3 * sum(areas[piece]))
-            [output] = self.pictures.run(PIXELS_FAILURE, **inputs(wanted[piece]))
+        for chunk in split_by_size(areas, CHUNK_PIXELS):
+            self.count(sum(len(request.content) for request in requests[chunk]), 3 * sum(areas[chunk]))
+            [output] = self.pictures.run(PIXELS_FAILURE, **box_inputs(requests[chunk]))
             outputs.append(self.borrow(output.as_tensor()))
-            for one, last_pixel in zip(wanted[piece], outputs[-1][:, -1, -1].tolist(), strict=True):
-                check_grey(one.content, last_pixel)
-        pictures, changes = torch.cat(outputs), [one.changes for one in wanted]
-        parts = pieces([self.images.image.size**2] * len(wanted), PIECE_PIXELS // 4)  # floats need four times the bytes
-        return torch.cat([changed(pictures[part], changes[part]) for part in parts])[:, None, None]
+            for request, last_pixel in zip(requests[chunk], outputs[-1][:, -1, -1].tolist(), strict=True):
+                check_grey(request.content, last_pixel)
+        pictures, augmentations = torch.cat(outputs), [request.augmentation for request in requests]
+        chunks = split_by_size([self.images.image.size**2] * len(requests), CHUNK_PIXELS // 4)  # floats need four times the bytes
+        return torch.cat([augment(pictures[chunk], augmentations[chunk]) for chunk in chunks])[:, None, None]
 
 
-def changed(pictures: UInt8[Tensor, "batch height width 3"], changes: Sequence[Changes]) -> UInt8[Tensor, "batch height width 3"]:
-    """Each picture after its own changes."""
-    pictures = mirrored(pictures, [one.mirrored for one in changes])
-    if any(one.colours for one in changes):
-        pictures = recolour(pictures, [colour_map(one.colours or Colours()) for one in changes])
-    return rand_augment(pictures, [one.operations for one in changes]) if any(one.operations for one in changes) else pictures
+def augment(pictures: UInt8[Tensor, "batch height width 3"], each: Sequence[Augmentation]) -> UInt8[Tensor, "batch height width 3"]:
+    """Every picture after its own augmentation."""
+    pictures = mirror(pictures, [one.mirrored for one in each])
+    if any(one.colours for one in each):
+        pictures = recolour(pictures, [colour_map(one.colours or Colours()) for one in each])
+    return rand_augment(pictures, [one.operations for one in each]) if any(one.operations for one in each) else pictures
 
 
 def _picture_pipeline(images: ImageDecoder, device: torch.device) -> Any:
     """DALI graph from files and boxes to grids."""
     pipeline, fn, types = new_pipeline(images.batch, images.num_threads, device.index)
     with pipeline:
-        crops = decoded_boxes(fn, types, **(OPTIONS if device.type == "cuda" else {}))
+        crops = decode_boxes(fn, types, **(OPTIONS if device.type == "cuda" else {}))
         size = images.image.size
         pipeline.set_outputs(fn.resize(crops, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True))
     pipeline.build()

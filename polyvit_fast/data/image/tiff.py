@@ -1,7 +1,7 @@
 """What a TIFF's strips and tiles lack, where libtiff fills the gap and Pillow shows the picture all the same.
 
 Of most codes libtiff says so (`check_complaints`); of JPEG, Deflate and blank fax codes it does not, so each strip or tile is examined
-(`check_parts`). Other bytes that happen to be valid codes remain unknown.
+(`check_strips`). Other bytes that happen to be valid codes remain unknown.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_complaints(content: bytes, lines: list[str]) -> None:
             raise MediaError(f"truncated or damaged: libtiff says: {line.strip()}")
 
 
-def check_parts(content: bytes, max_pixels: int) -> None:
+def check_strips(content: bytes, max_pixels: int) -> None:
     """Raise MediaError when a strip or tile of the first picture of this TIFF, which Pillow decodes, is damaged."""
     if not _is_tiff(content):
         return

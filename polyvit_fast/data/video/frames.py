@@ -38,7 +38,7 @@ MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the w
 
 
 @dataclass(frozen=True)
-class Header:
+class VideoHeader:
     """What a video file says of itself and of its first frame, in FFmpeg's words and numbers."""
 
     container: str
@@ -52,12 +52,12 @@ class Header:
     """Whether its k-th frame is frame k, and frames are upright, progressive and of the usual (limited) range of levels."""
 
 
-def read_header(media: Media, max_pixels: int) -> Header:
+def read_header(media: Media, max_pixels: int) -> VideoHeader:
     """Decodes the first frame only. Raises MediaError as `read_clips` does."""
     with _opened(media, max_pixels) as (container, stream, timeline):
         _, frame, orientation = _reader(container, stream, timeline).frame(0)
         _check_size(frame, max_pixels)
-        return Header(
+        return VideoHeader(
             container=container.format.name,
             codec=stream.codec_context.codec.canonical_name,
             num_frames=timeline.num_frames,

@@ -3,7 +3,7 @@ import struct
 
 import numpy as np
 import pytest
-from sounds import encode, mux, noise, write_video
+from sound_files import encode, mux, noise, write_video
 
 from polyvit_fast.data.audio.container import Part, check_container, format_cut, states_duration
 from polyvit_fast.data.audio.reader import SoundReader

@@ -4,11 +4,10 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from sounds import encode, mux, noise
+from sound_files import PLAIN, RATE, SAMPLES, WAVE, chunk, encode, mux, noise, read_waves, wav, wav_format, with_dali
 
 from polyvit_fast.data.audio.reader import read_header
 from polyvit_fast.media import Media, MediaError
-from tests.data.audio.test_reader import PLAIN, RATE, SAMPLES, WAVE, chunk, read, wav, wav_format, with_dali
 
 ELSEWHERE = {"RAW", "SD2", "MP3", "OGG"}  # without a header, with one in a second file, and FFmpeg's
 UNWRITABLE = {("AIFF", "DWVW_12"), ("WAV", "MPEG_LAYER_III")}
@@ -47,7 +46,7 @@ def test_whatever_libsndfile_reads_is_read_as_it_does(tmp_path, container, subty
         if channels == 2 and not writable_with(2, container, subtype):
             continue
         theirs, rate = written(path, container, subtype, endian, channels)
-        [wave] = read(path, sample_rate_hz=rate)
+        [wave] = read_waves(path, sample_rate_hz=rate)
         header = read_header(Media(str(path)))
         assert (header.sample_rate_hz, header.channels) == (rate, channels)
         assert abs(header.samples - len(theirs)) <= 640  # of packed ones the header tells blocks
@@ -69,7 +68,7 @@ def test_what_a_header_promises_and_the_file_does_not_hold_is_truncated(tmp_path
         path.write_bytes(content[: int(share * len(content))])
         if container == "FLAC":  # its header tells samples; where they are missing, DALI says so
             with pytest.raises(MediaError, match=r"truncated or damaged: .* cannot be decoded \(.*Requested \d+ samples but got \d+"):
-                read(path)
+                read_waves(path)
             continue
         reason = r"it ends after \d\.\d+ of the (0\.\d\d\d|\d\.\d+) seconds|it has \d+ of the \d+ bytes"  # bytes before the samples begin
         with pytest.raises(MediaError, match=rf"^truncated: ({reason}) that its header promises$"):
@@ -81,7 +80,7 @@ def test_a_format_that_promises_nothing_is_taken_as_it_is(tmp_path, container):
     path = tmp_path / "a"
     theirs, rate = written(path, container, {"XI": "DPCM_16"}.get(container, "PCM_16"))
     path.write_bytes(path.read_bytes()[: 3 * path.stat().st_size // 4])
-    [wave] = read(path, sample_rate_hz=rate)
+    [wave] = read_waves(path, sample_rate_hz=rate)
     assert np.array_equal(wave, theirs[: len(wave), 0].astype(np.float32))
     assert 0.6 * len(theirs) < len(wave) < 0.8 * len(theirs)
 
@@ -90,7 +89,7 @@ def test_a_format_that_promises_nothing_is_taken_as_it_is(tmp_path, container):
 def test_less_than_a_hundredth_may_be_missing(tmp_path, missing):
     """Some programs count their header, of 44 bytes, as sound."""
     (tmp_path / "a.wav").write_bytes(PLAIN[:-missing])
-    [wave] = read(tmp_path / "a.wav")
+    [wave] = read_waves(tmp_path / "a.wav")
     assert np.array_equal(wave, WAVE[: len(wave)].astype(np.float32) / 32768)
     assert len(wave) == len(WAVE) - (missing + 1) // 2
 
@@ -104,7 +103,7 @@ PIPED += [("caf", "pcm_s16be"), ("caf", "pcm_s16le"), ("wav", "pcm_s16le"), ("wa
 def test_a_file_that_was_written_to_a_pipe_is_whole(tmp_path, container, codec):
     (tmp_path / "a").write_bytes(mux(SHORT, RATE, container, codec, piped=True))
     (tmp_path / "b").write_bytes(mux(SHORT, RATE, container, codec))
-    piped, whole = read(tmp_path / "a", tmp_path / "b")
+    piped, whole = read_waves(tmp_path / "a", tmp_path / "b")
     assert np.array_equal(piped, whole)
     assert len(whole) == len(SHORT)
 
@@ -118,19 +117,19 @@ def test_other_codecs_in_these_containers_are_ffmpegs_but_held_to_the_header(tmp
     rate = 44_100 if codec in ("adpcm_swf", "ac3", "libmp3lame") else RATE
     content = mux(noise(2, rate)[:, 0], rate, container, codec)
     (tmp_path / "a").write_bytes(content)
-    [wave] = read(tmp_path / "a", sample_rate_hz=rate)
+    [wave] = read_waves(tmp_path / "a", sample_rate_hz=rate)
     assert abs(len(wave) - 2 * rate) <= more
     for share in (0.5, 0.9, 0.97):
         (tmp_path / "a").write_bytes(content[: int(share * len(content))])
         with pytest.raises(MediaError, match="truncated: "):
-            read(tmp_path / "a")
+            read_waves(tmp_path / "a")
 
 
 def test_a_voc_file_of_many_blocks_ends_with_the_last(tmp_path):
     content = mux(noise(2, RATE)[:, 0], RATE, "voc", "pcm_u8")
     (tmp_path / "a").write_bytes(content[:-1])
     with pytest.raises(MediaError, match="truncated: the block that ends a VOC file is missing"):
-        read(tmp_path / "a")
+        read_waves(tmp_path / "a")
 
 
 GUID = bytes.fromhex("0100000000001000800000aa00389b71")
@@ -147,7 +146,7 @@ def test_every_form_of_an_extensible_header(tmp_path):
     for guid in (GUID, bytes.fromhex("010000002107d3118644c8c1ca000000")):
         path.write_bytes(wav(extensible("<", guid), chunk(b"data", SAMPLES)))
         assert with_dali(path)
-        assert np.array_equal(read(path)[0], WAVE.astype(np.float32) / 32768)
+        assert np.array_equal(read_waves(path)[0], WAVE.astype(np.float32) / 32768)
     path.write_bytes(wav(extensible("<", GUID[:15] + b"x"), chunk(b"data", SAMPLES)))
     assert not with_dali(path)
     big = struct.pack(">IHH", *struct.unpack("<IHH", GUID[:8])) + GUID[8:]
@@ -155,8 +154,8 @@ def test_every_form_of_an_extensible_header(tmp_path):
     content = b"RIFX" + bytes(4) + b"WAVE" + extensible(">", big) + struct.pack(">4sI", b"data", len(swapped)) + swapped
     path.write_bytes(content)
     assert with_dali(path)
-    assert np.array_equal(read(path)[0], soundfile.read(path, dtype="float32")[0])
-    assert np.array_equal(read(path)[0], WAVE.astype(np.float32) / 32768)
+    assert np.array_equal(read_waves(path)[0], soundfile.read(path, dtype="float32")[0])
+    assert np.array_equal(read_waves(path)[0], WAVE.astype(np.float32) / 32768)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +168,10 @@ def test_sizes_that_a_program_could_not_know(tmp_path, sizes, kept):
     struct.pack_into("<I", content, PLAIN.index(b"data") + 4, sizes[1])
     (tmp_path / "a.wav").write_bytes(content)
     if kept:
-        assert np.array_equal(read(tmp_path / "a.wav")[0], WAVE.astype(np.float32) / 32768)
+        assert np.array_equal(read_waves(tmp_path / "a.wav")[0], WAVE.astype(np.float32) / 32768)
     else:
         with pytest.raises(MediaError, match=r"truncated: it ends after 1\.0 of the 3125\.0 seconds"):
-            read(tmp_path / "a.wav")
+            read_waves(tmp_path / "a.wav")
 
 
 def test_chunks_in_front_of_the_format_and_of_odd_sizes(tmp_path):
@@ -182,13 +181,13 @@ def test_chunks_in_front_of_the_format_and_of_odd_sizes(tmp_path):
     chunks = [(b"bext", bytes(603)), (b"LIST", b"odd"), (b"fmt ", struct.pack(">HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)), (b"data", big)]
     body = b"".join(struct.pack(">4sI", name, len(content)) + content + bytes(len(content) % 2) for name, content in chunks)
     path.write_bytes(b"RIFX" + struct.pack(">I", 4 + len(body)) + b"WAVE" + body)
-    assert np.array_equal(read(path)[0], plain)
+    assert np.array_equal(read_waves(path)[0], plain)
     comm = struct.pack(">4sIHIHHQ", b"COMM", 18, 1, len(WAVE), 16, 16_383 + 13, RATE << 50)
     ssnd = struct.pack(">4sIII", b"SSND", 8 + len(big), 0, 0) + big
     for parts in ((comm, ssnd), (ssnd, comm)):
         body = b"AIFF" + struct.pack(">4sI", b"NAME", 3) + b"odd\0" + b"".join(parts)
         path.write_bytes(b"FORM" + struct.pack(">I", len(body)) + body)
-        assert np.array_equal(read(path)[0], plain)
+        assert np.array_equal(read_waves(path)[0], plain)
 
 
 def test_what_is_refused_says_why(tmp_path):
@@ -196,18 +195,18 @@ def test_what_is_refused_says_why(tmp_path):
     written(path, "NIST", "PCM_16")
     path.write_bytes(path.read_bytes().replace(b"-s3 pcm\n", b"-s26 pcm,embedded-shorten-v2.00\n", 1))
     with pytest.raises(MediaError, match=r"its coding, pcm,embedded-shorten-v2\.00, is not supported"):
-        read(path)
+        read_waves(path)
     written(path, "SVX", "PCM_S8")
     content = bytearray(path.read_bytes())
     content[content.index(b"VHDR") + 8 + 15] = 1
     path.write_bytes(content)
     with pytest.raises(MediaError, match="its compression is not supported"):
-        read(path)
+        read_waves(path)
     for container in ("RAW", "SD2"):
         written_to = tmp_path / "b"
         soundfile.write(written_to, noise(0.5, RATE), RATE, format=container, subtype="PCM_16")
         with pytest.raises(MediaError, match="not a sound that can be decoded"):
-            read(written_to)
+            read_waves(written_to)
 
 
 JOINED = "another recording begins at byte {}, where a second file was joined to it: split it there"
@@ -221,7 +220,7 @@ def test_a_second_file_is_not_lost_silently(tmp_path, container, subtype, endian
     one = path.read_bytes()
     path.write_bytes(one + one)
     with pytest.raises(MediaError, match=JOINED.format(len(one))):
-        read(path)
+        read_waves(path)
 
 
 def test_a_second_file_is_found_behind_tags_and_where_the_size_is_unknown(tmp_path):
@@ -231,19 +230,19 @@ def test_a_second_file_is_found_behind_tags_and_where_the_size_is_unknown(tmp_pa
         piped = PLAIN[: start + 4] + struct.pack("<I", size) + SAMPLES
         path.write_bytes(piped + piped)
         with pytest.raises(MediaError, match=JOINED.format(len(piped))):
-            read(path)
+            read_waves(path)
     path.write_bytes(PLAIN + tag + PLAIN)
     with pytest.raises(MediaError, match=JOINED.format(len(PLAIN + tag))):
-        read(path)
+        read_waves(path)
     odd = wav(wav_format(bits=8), chunk(b"data", SAMPLES[:777]))
     for one in (odd, odd[:-1]):  # some programs leave the filling byte out
         path.write_bytes(one + PLAIN)
         with pytest.raises(MediaError, match=JOINED.format(len(one))):
-            read(path)
+            read_waves(path)
     flac, id3 = encode(noise(0.5, RATE), RATE, ".flac"), b"ID3\4" + bytes(6)
     path.write_bytes(id3 + flac + id3 + flac)
     with pytest.raises(MediaError, match=JOINED.format(len(id3 + flac + id3))):
-        read(path)
+        read_waves(path)
 
 
 def test_a_second_file_is_found_however_long_the_first_is(tmp_path):
@@ -251,7 +250,7 @@ def test_a_second_file_is_found_however_long_the_first_is(tmp_path):
     assert len(one) > 1 << 20
     (tmp_path / "a").write_bytes(one + one)
     with pytest.raises(MediaError, match=JOINED.format(len(one))):
-        read(tmp_path / "a")
+        read_waves(tmp_path / "a")
 
 
 TAGS = {"ID3v1": b"TAG" + bytes(125), "LIST": chunk(b"LIST", b"INFO"), "bext": chunk(b"bext", bytes(602)), "zeros": bytes(1000)}
@@ -264,7 +263,7 @@ def test_what_follows_the_samples_is_neither_a_second_file_nor_sound(tmp_path, c
     path = tmp_path / "a"
     theirs, rate = written(path, container, "ALAW" if container == "WVE" else "PCM_16")
     path.write_bytes(path.read_bytes() + TAGS[tag])
-    [wave] = read(path, sample_rate_hz=rate)
+    [wave] = read_waves(path, sample_rate_hz=rate)
     assert np.array_equal(wave, theirs[:, 0].astype(np.float32))
 
 
@@ -272,4 +271,4 @@ def test_a_variable_of_one_number_is_no_second_file(tmp_path):
     path = tmp_path / "a"
     theirs, _ = written(path, "MAT4", "PCM_16", "LITTLE")
     path.write_bytes(path.read_bytes() + struct.pack("<5I5sd", 0, 1, 1, 0, 5, b"gain\0", 1.0))
-    assert np.array_equal(read(path)[0], theirs[:, 0].astype(np.float32))
+    assert np.array_equal(read_waves(path)[0], theirs[:, 0].astype(np.float32))

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from sounds import noise, tone, write
+from generators import rngs
+from sound_files import RATE, SMALL, noise, tone, write
 
 from polyvit_fast.data.audio import gpu as module
-from polyvit_fast.data.audio.gpu import DeviceAudio
-from polyvit_fast.data.audio.modality import Audio, AudioDecoder
+from polyvit_fast.data.audio.cpu import AudioDecoder
+from polyvit_fast.data.audio.gpu import GpuAudioDecoder
+from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.media import Media, MediaError
-from tests.data.audio.test_modality import RATE, SMALL, rngs
 
 AUDIOS = [
     Audio(**SMALL),
@@ -32,9 +33,9 @@ def media(tmp_path_factory):
 @pytest.mark.parametrize("audio", AUDIOS)
 def test_a_batch_equals_the_cpu_form_sample_by_sample(media, audio, train, monkeypatch):
     on_cpu = AudioDecoder(audio, 4, train, 2)
-    decoder = DeviceAudio(on_cpu, torch.device("cpu"))
+    decoder = GpuAudioDecoder(on_cpu, torch.device("cpu"))
     for rows in (1, 100, 1 << 15):
-        monkeypatch.setattr(module, "PIECE_ROWS", rows)
+        monkeypatch.setattr(module, "CHUNK_ROWS", rows)
         grid, expected = decoder(media, rngs(4)), on_cpu(media, rngs(4))
         assert (grid.shape, grid.dtype, grid.stride()) == (expected.shape, torch.float32, expected.stride())
         assert (grid - expected).abs().max() < 2e-3
@@ -46,7 +47,7 @@ def test_a_batch_equals_the_cpu_form_sample_by_sample(media, audio, train, monke
 
 def test_masks_are_there(media):
     audio = AUDIOS[2]
-    grid = DeviceAudio(AudioDecoder(audio, 4, True, 2), torch.device("cpu"))(media, rngs(4))
+    grid = GpuAudioDecoder(AudioDecoder(audio, 4, True, 2), torch.device("cpu"))(media, rngs(4))
     masked = grid[:, 0, 0, ..., 0] == audio.mean
     assert masked.all(1).any()
     assert masked.all(2).any()
@@ -55,7 +56,7 @@ def test_masks_are_there(media):
 
 def test_a_broken_file_is_told_and_the_next_call_works(media, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"no sound at all" * 9)
-    decoder = DeviceAudio(AudioDecoder(AUDIOS[0], 4, True, 2), torch.device("cpu"))
+    decoder = GpuAudioDecoder(AudioDecoder(AUDIOS[0], 4, True, 2), torch.device("cpu"))
     assert decoder.graphs[0].pipeline is None
     before = decoder(media, rngs(4))
     with pytest.raises(MediaError):

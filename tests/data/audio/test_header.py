@@ -3,11 +3,10 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from sounds import encode, mux, noise
+from sound_files import FLAC, PLAIN, RATE, WAVE, encode, mux, noise, read_waves
 
-from polyvit_fast.data.audio.header import Header, read_header
+from polyvit_fast.data.audio.header import SoundHeader, read_header
 from polyvit_fast.media import Media, MediaError
-from tests.data.audio.test_reader import FLAC, PLAIN, RATE, WAVE, read
 
 
 def header(path, content):
@@ -21,8 +20,8 @@ def test_a_tag_in_front_is_passed_over(tmp_path, tag, kind):
     """libsndfile takes the place of the samples from the tag's start, and loses as many bytes at the end."""
     content = {"wav": PLAIN, "flac": FLAC, "aiff": encode(noise(1, RATE), RATE, ".aiff")}[kind]
     without = header(tmp_path / "a", content)
-    assert header(tmp_path / "b", tag + content) == Header(RATE, 1, without.samples, len(content), len(tag))
-    assert np.array_equal(*read(tmp_path / "a", tmp_path / "b"))
+    assert header(tmp_path / "b", tag + content) == SoundHeader(RATE, 1, without.samples, len(content), len(tag))
+    assert np.array_equal(*read_waves(tmp_path / "a", tmp_path / "b"))
     with pytest.raises(MediaError, match="truncated"):
         read_into(tmp_path / "b", tag + content[: len(content) // 2])
 
@@ -42,7 +41,7 @@ def test_numbers_that_are_none(tmp_path):
 
 def read_into(path, content):
     path.write_bytes(content)
-    return read(path)
+    return read_waves(path)
 
 
 def test_flac_of_32_bits_is_ffmpegs(tmp_path):
@@ -70,7 +69,7 @@ def test_more_samples_than_the_header_tells_are_held_to_the_limit(tmp_path):
     (tmp_path / "a").write_bytes(content)
     assert read_header(Media(str(tmp_path / "a"))).samples <= 5000
     with pytest.raises(MediaError, match="it lasts more than max_seconds = 10"):
-        read(tmp_path / "a", max_seconds=10.0)
+        read_waves(tmp_path / "a", max_seconds=10.0)
 
 
 def test_a_file_ends_where_its_header_says(tmp_path):
@@ -80,7 +79,7 @@ def test_a_file_ends_where_its_header_says(tmp_path):
     content = bytearray((tmp_path / "a").read_bytes())
     struct.pack_into("<I", content, 30, 5000)
     (tmp_path / "a").write_bytes(content)
-    [found] = read(tmp_path / "a")
+    [found] = read_waves(tmp_path / "a")
     assert len(found) == 5000
     assert np.abs(found - wave[:5000, 0]).max() < 1e-4
 

@@ -5,30 +5,30 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from sounds import amplitude, encode, noise, silent_video, tone, write
+from sound_files import (
+    FLAC,
+    PLAIN,
+    RATE,
+    SAMPLES,
+    WAVE,
+    amplitude,
+    chunk,
+    encode,
+    noise,
+    read_waves,
+    silent_video,
+    tone,
+    wav,
+    wav_format,
+    waves_of,
+    with_dali,
+    write,
+)
 
 from polyvit_fast.data import dali
 from polyvit_fast.data.audio import reader as module
 from polyvit_fast.data.audio.reader import SoundReader, read_header
 from polyvit_fast.media import Media, MediaError
-
-RATE = 16_000
-
-
-def read(*paths, sample_rate_hz=RATE, max_seconds=100.0, num_threads=2):
-    reader = SoundReader(batch=max(1, len(paths)), num_threads=num_threads, sample_rate_hz=sample_rate_hz, max_seconds=max_seconds)
-    return waves(reader, *paths)
-
-
-def waves(reader, *paths):
-    found = {}
-    reader.read([Media(str(path)) for path in paths], lambda i, wave: found.update({i: wave.copy()}))
-    return [found[i] for i in range(len(paths))]
-
-
-def with_dali(path):
-    return read_header(Media(str(path))) is not None
-
 
 KINDS = [("wav", kind) for kind in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")]
 KINDS += [("wavex", kind) for kind in ("PCM_16", "PCM_24", "FLOAT")] + [("flac", kind) for kind in ("PCM_S8", "PCM_16", "PCM_24")]
@@ -40,7 +40,7 @@ def test_what_dali_decodes_equals_libsndfile(tmp_path, container, subtype, chann
     path = tmp_path / f"a.{container}"
     soundfile.write(path, noise(0.3, RATE, channels), RATE, format=container.upper(), subtype=subtype)
     theirs, _ = soundfile.read(path, always_2d=True)
-    [wave] = read(path)
+    [wave] = read_waves(path)
     assert with_dali(path)
     assert read_header(Media(str(path))).samples == len(theirs)
     assert wave.shape == (len(theirs),)
@@ -50,7 +50,7 @@ def test_what_dali_decodes_equals_libsndfile(tmp_path, container, subtype, chann
 @pytest.mark.parametrize(("suffix", "subtype"), [(".ogg", "VORBIS"), (".mp3", None)])
 def test_what_ffmpeg_decodes_equals_libsndfile(tmp_path, suffix, subtype):
     path = write(tmp_path / f"a{suffix}", noise(3, RATE, 2), RATE, subtype)
-    [wave] = read(path)
+    [wave] = read_waves(path)
     theirs = soundfile.read(path)[0].mean(1)
     assert not with_dali(path)
     assert len(wave) == len(theirs)
@@ -61,7 +61,7 @@ def test_what_ffmpeg_decodes_equals_libsndfile(tmp_path, suffix, subtype):
 def test_a_short_vorbis_file_ends_where_it_should(tmp_path, seconds):
     """FFmpeg finds the end of one with a single page of sound at another sample, up to 256 before or after it."""
     path = write(tmp_path / "a.ogg", tone(440, seconds, RATE), RATE, "VORBIS")
-    [wave] = read(path)
+    [wave] = read_waves(path)
     theirs = soundfile.read(path)[0]
     assert with_dali(path)
     assert len(wave) == len(theirs) == round(seconds * RATE)
@@ -72,7 +72,7 @@ def test_a_short_vorbis_file_ends_where_it_should(tmp_path, seconds):
 def test_every_way_of_decoding_leads_to_resampling_without_aliases(tmp_path, suffix):
     high = write(tmp_path / f"high{suffix}", tone(10_000, 2, 44_100), 44_100)
     low = write(tmp_path / f"low{suffix}", tone(1000, 2, 44_100), 44_100)
-    wave_of_high, wave_of_low = read(high, low)
+    wave_of_high, wave_of_low = read_waves(high, low)
     assert amplitude(wave_of_high, 6000, RATE) < 0.5 * 10 ** (-75 / 20)  # what codecs add included
     assert amplitude(wave_of_low, 1000, RATE) == pytest.approx(0.5, rel=0.01)
     assert -50 < len(wave_of_low) - 2 * RATE < 1000  # AAC fills its last packet
@@ -84,25 +84,7 @@ def test_content_decides_and_not_the_name(tmp_path):
         for wrong in (".mp3", ".wav", ".flac", ""):
             named = tmp_path / f"wrong{wrong}"
             named.write_bytes(right.read_bytes())
-            assert np.array_equal(*read(right, named))
-
-
-def chunk(name, content):
-    return struct.pack("<4sI", name, len(content)) + content + bytes(len(content) % 2)
-
-
-def wav(*chunks):
-    return b"RIFF" + struct.pack("<I", 4 + sum(map(len, chunks))) + b"WAVE" + b"".join(chunks)
-
-
-def wav_format(code=1, channels=1, rate=RATE, bits=16):
-    return chunk(b"fmt ", struct.pack("<HHIIHH", code, channels, rate, rate * channels * bits // 8 % 2**32, channels * bits // 8, bits))
-
-
-WAVE = (noise(1, RATE)[:, 0] * 32767).astype("<i2")
-SAMPLES = WAVE.tobytes()
-PLAIN = wav(wav_format(), chunk(b"data", SAMPLES))
-FLAC = encode(noise(1, RATE), RATE, ".flac")
+            assert np.array_equal(*read_waves(right, named))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +100,7 @@ FLAC = encode(noise(1, RATE), RATE, ".flac")
 )
 def test_headers_of_wav_files_in_the_wild(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
-    [wave] = read(tmp_path / "a.wav")
+    [wave] = read_waves(tmp_path / "a.wav")
     assert np.array_equal(wave, WAVE.astype(np.float32) / 32768)
 
 
@@ -127,7 +109,7 @@ def test_a_piped_flac_and_one_with_other_tags(tmp_path):
     (tmp_path / "piped.flac").write_bytes(FLAC[:21] + bytes([FLAC[21] & 0xF0]) + bytes(4) + FLAC[26:])
     (tmp_path / "tagged.flac").write_bytes(b"ID3\x04" + bytes(6) + FLAC)
     (tmp_path / "appended.flac").write_bytes(FLAC + b"TAG" + bytes(125))
-    expected, *others = read(whole, *(tmp_path / f"{kind}.flac" for kind in ("piped", "tagged", "appended")))
+    expected, *others = read_waves(whole, *(tmp_path / f"{kind}.flac" for kind in ("piped", "tagged", "appended")))
     for other in others:
         assert np.array_equal(other, expected)
 
@@ -188,16 +170,16 @@ def test_bad_files_say_why_and_the_next_call_works(tmp_path, reader, kind):
     bad, good = tmp_path / "bad.wav", write(tmp_path / "good.flac", noise(0.2, RATE), RATE)
     if content is not None:
         bad.write_bytes(content)
-    [before] = waves(reader, good)
+    [before] = waves_of(reader, good)
     started, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(MediaError, match=reason) as caught:
-        waves(reader, bad)
+        waves_of(reader, bad)
     assert str(tmp_path) not in str(caught.value)
     with pytest.raises(MediaError):
-        waves(reader, good, bad, good)
+        waves_of(reader, good, bad, good)
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200 * 1024  # kB
-    [after] = waves(reader, good)
+    [after] = waves_of(reader, good)
     assert np.array_equal(after, before)
 
 
@@ -210,7 +192,7 @@ def test_a_defect_of_ours_is_no_broken_file(tmp_path, reader):
 
 def test_a_folder_is_no_file(tmp_path, reader):
     with pytest.raises(MediaError, match="not a regular file"):
-        waves(reader, tmp_path)
+        waves_of(reader, tmp_path)
 
 
 def test_a_member_of_a_tar_is_read_in_its_place(tmp_path, reader):
@@ -220,17 +202,17 @@ def test_a_member_of_a_tar_is_read_in_its_place(tmp_path, reader):
         (tmp_path / "a.tar").write_bytes(b"x" * 512 + content + content[:999])
         found = {}
         reader.read([Media(str(tmp_path / "a.tar"), 512, len(content), "a")], lambda i, wave, found=found: found.update({i: wave.copy()}))
-        assert np.array_equal(found[0], waves(reader, tmp_path / "alone")[0])
+        assert np.array_equal(found[0], waves_of(reader, tmp_path / "alone")[0])
 
 
 @pytest.mark.parametrize(("limit", "calls"), [(1, 5), (150_000, 3), (10**9, 1)])
 def test_long_files_are_decoded_in_pieces(tmp_path, monkeypatch, limit, calls):
     paths = [write(tmp_path / f"{i}.wav", noise(0.5 + 0.1 * i, RATE, seed=i), RATE) for i in range(5)]
-    whole = read(*paths)
-    monkeypatch.setattr(module, "PIECE_BYTES", limit)
+    whole = read_waves(*paths)
+    monkeypatch.setattr(module, "CHUNK_BYTES", limit)
     sizes = []
     monkeypatch.setattr(dali, "run", lambda *args, run=dali.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
-    for wave, expected in zip(read(*paths), whole, strict=True):
+    for wave, expected in zip(read_waves(*paths), whole, strict=True):
         assert np.array_equal(wave, expected)
     assert len(sizes) == calls
     assert sum(sizes) == 5

@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from sounds import amplitude, encode, mux, noise, silent_video, tone, write, write_video
+from sound_files import amplitude, encode, mux, noise, silent_video, tone, write, write_video
 
 from polyvit_fast.data.audio.waves import decode, resample
 from polyvit_fast.media import Media, MediaError

@@ -17,6 +17,7 @@ from tiny_runs import Tile, tile_task, tiny_config
 from polyvit_fast.config import Decoder, Task
 from polyvit_fast.data.checking import check
 from polyvit_fast.data.checking.check import Verdict, check_files, find_broken, scan
+from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder, Manifest
 from polyvit_fast.data.sources.synthetic import Synthetic
@@ -35,8 +36,8 @@ class Treacherous(Synthetic):
 
     build: str = ""
 
-    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int) -> Decoder:
-        inner = super().decoder(task, batch=batch, train=train, num_threads=num_threads)
+    def decoder(self, task: Task, **options) -> Decoder:
+        inner = super().decoder(task, **options)
         if self.build:
             FAULTS[self.build](None)
 
@@ -200,7 +201,7 @@ def test_a_video_is_looked_at_all_over(tmp_path):
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(content)
     video = Video(size=32, short_side=32, frames=4, tubelet_frames=2)
-    assert video.decoder(batch=1, train=False, num_threads=1)([Media(str(damaged))], [generator(0)]).shape[0] == 1
+    assert build_decoder(video, batch=1, train=False, num_threads=1)([Media(str(damaged))], [generator(0)]).shape[0] == 1
     samples = [Sample(Media(str(good)), (0,)), Sample(Media(str(damaged)), (1,))]
     verdicts = find_broken("clips", tile_task(modality=video, train=Folder(path="unread")), samples, deadline_seconds=60.0, num_workers=1)
     assert [(verdict.index, verdict.reason[:8]) for verdict in verdicts] == [(1, "damaged:")]
@@ -337,12 +338,13 @@ cli.main()
 HANGING = """
 import time
 from dataclasses import dataclass
+from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.sources.manifest import Folder
 
 @dataclass(frozen=True, kw_only=True)
 class Hanging(Folder):
     def decoder(self, task, **options):
-        decode = super().decoder(task, **options)
+        decode = build_decoder(task.modality, **options)
         def hang(media, rngs):
             if media[0].path.endswith("z.png"):
                 time.sleep(15)

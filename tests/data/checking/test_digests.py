@@ -2,7 +2,7 @@ import hashlib
 import os
 import subprocess
 
-from tars import pair, write_shard
+from tar_files import pair, write_shard
 
 from polyvit_fast.data.checking.digests import Checked, Same, find_contradictions, find_leaks, format_digests, read_digests, sha256
 from polyvit_fast.data.sources.shard_index import read_index

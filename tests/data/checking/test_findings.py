@@ -1,7 +1,7 @@
 import os
 from dataclasses import replace
 
-from tars import pair, write_shard
+from tar_files import pair, write_shard
 from tiny_runs import tile_task
 
 from polyvit_fast.data.checking.findings import Verdict, write_clean_manifest

@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from pictures import GREY, GREY_ALPHA, KINDS, LEVELS_16, RGB, saved, tiff
+from image_kinds import GREY, GREY_ALPHA, KINDS, LEVELS_16, RGB, saved, tiff
 from PIL import Image as Pillow
 
 from polyvit_fast.data.image import file as module

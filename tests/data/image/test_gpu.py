@@ -1,14 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from generators import rngs
+from image_files import BAD, photo
 from PIL import Image as Pillow
 
 from polyvit_fast.data import dali
 from polyvit_fast.data.image import gpu as module
-from polyvit_fast.data.image.gpu import DeviceImages
-from polyvit_fast.data.image.modality import Image, ImageDecoder
+from polyvit_fast.data.image.cpu import ImageDecoder
+from polyvit_fast.data.image.gpu import GpuImageDecoder
+from polyvit_fast.data.image.modality import Image
 from polyvit_fast.media import Media, MediaError
-from tests.data.image.test_modality import BAD, photo, rngs
 
 SIZES = ((300, 450), (500, 375), (100, 120), (60, 60), (1, 9), (301, 207))
 
@@ -25,7 +27,7 @@ def media(tmp_path_factory):
 def both(image, *, train):
     """The CPU form, and the GPU form's code on the CPU."""
     on_cpu = ImageDecoder(image, len(SIZES), train, 2)
-    return on_cpu, DeviceImages(on_cpu, torch.device("cpu"))
+    return on_cpu, GpuImageDecoder(on_cpu, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -45,7 +47,7 @@ def test_grids_equal_those_of_the_cpu_form(media, image, train):
 @pytest.mark.parametrize(
     ("image", "mean"), [(Image(size=64, colour_jitter=0.4, hue_jitter_degrees=30.0), 0.3), (Image(size=64, rand_augment_ops=2), 1.0)]
 )
-def test_changes_equal_those_of_the_cpu_form(media, image, mean):
+def test_augmentations_equal_those_of_the_cpu_form(media, image, mean):
     on_cpu, on_device = both(image, train=True)
     differences = [(on_cpu(media, rngs(6, seed)).int() - on_device(media, rngs(6, seed)).int()).abs() for seed in range(5)]
     per_sample = torch.stack(differences).double().mean((2, 3, 4, 5, 6)).flatten()
@@ -67,19 +69,19 @@ def test_runs_are_bounded_and_counted(media, monkeypatch):
     files = [len(one.read()) for one in media]
     assert decoder.decoded_bytes == 3 * sum(height * width for height, width in SIZES)
     assert decoder.content_bytes >= sum(files) - files[3]  # the GIF goes in as a PPM
-    monkeypatch.setattr(module, "PIECE_PIXELS", 200_000)
+    monkeypatch.setattr(module, "CHUNK_PIXELS", 200_000)
     counts = []
     monkeypatch.setattr(dali, "run", lambda *args, run=dali.run, **kw: (counts.append(len(kw["content"])), run(*args, **kw))[1])
     assert torch.equal(decoder(media, rngs(6)), whole)
     assert counts == [6, 1, 2, 3]  # headers, then pixels
 
 
-def test_changes_are_made_in_parts(media, monkeypatch):
+def test_augmentation_is_done_in_chunks(media, monkeypatch):
     _, decoder = both(Image(size=64, colour_jitter=0.4, rand_augment_ops=2), train=True)
     whole = decoder(media, rngs(6))
-    monkeypatch.setattr(module, "PIECE_PIXELS", 4 * 4 * 64 * 64)
+    monkeypatch.setattr(module, "CHUNK_PIXELS", 4 * 4 * 64 * 64)
     counts = []
-    monkeypatch.setattr(module, "changed", lambda *args, changed=module.changed: (counts.append(len(args[0])), changed(*args))[1])
+    monkeypatch.setattr(module, "augment", lambda *args, augment=module.augment: (counts.append(len(args[0])), augment(*args))[1])
     assert torch.equal(decoder(media, rngs(6)), whole)
     assert counts == [4, 2]
 

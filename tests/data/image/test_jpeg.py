@@ -6,13 +6,15 @@ from random import Random
 
 import numpy as np
 import pytest
-from pictures import KINDS, saved
+from generators import rngs
+from image_files import photo
+from image_kinds import KINDS, saved
 from PIL import Image as Pillow
 
+from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.jpeg import capture_stderr, check_codes, check_warnings, read_frame
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.media import Media, MediaError
-from tests.data.image.test_modality import photo, rngs
 
 LIMIT = 10**6
 END = b"\xff\xd9"
@@ -36,12 +38,12 @@ WHOLE = {
 
 @pytest.fixture(scope="module")
 def thorough():
-    return Image(size=32).thorough().decoder(batch=2, train=False, num_threads=1)
+    return build_decoder(Image(size=32).thorough(), batch=2, train=False, num_threads=1)
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return Image(size=32).decoder(batch=2, train=False, num_threads=1)
+    return build_decoder(Image(size=32), batch=2, train=False, num_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_the_guilty_one_of_a_batch_is_refused(tmp_path, thorough):
 @pytest.mark.parametrize("crop", ["inception", "resize_crop"])
 @pytest.mark.parametrize("name", [name for name in WHOLE if "progressive" not in name])
 def test_no_training_picture_is_partly_grey(decode, name, crop):
-    decoder = Image(size=32, crop=crop).decoder(batch=1, train=True, num_threads=1)
+    decoder = build_decoder(Image(size=32, crop=crop), batch=1, train=True, num_threads=1)
     cut = WHOLE[name][: len(WHOLE[name]) * 6 // 10] + END
     refused = 0
     for seed in range(30):

@@ -2,13 +2,15 @@ import io
 import struct
 
 import pytest
-from pictures import KINDS, saved
+from generators import rngs
+from image_files import photo
+from image_kinds import KINDS, saved
 from PIL import Image as Pillow
 
+from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.image.tiff import check_complaints, check_parts
 from polyvit_fast.media import Media, MediaError
-from tests.data.image.test_modality import photo, rngs
 
 LIMIT = 10**6
 PHOTO = photo(160, 200)
@@ -26,7 +28,7 @@ WHOLE = {
 
 @pytest.fixture(scope="module")
 def thorough():
-    return Image(size=32).thorough().decoder(batch=2, train=False, num_threads=1)
+    return build_decoder(Image(size=32).thorough(), batch=2, train=False, num_threads=1)
 
 
 def refusal(decoder, path, content):

@@ -2,7 +2,7 @@ import os
 import shutil
 
 import pytest
-from tars import pair, write_shard
+from tar_files import pair, write_shard
 from tiny_runs import tile_task
 
 from polyvit_fast.data.sources import fingerprint

@@ -4,7 +4,7 @@ import os
 import tarfile
 
 import pytest
-from tars import pair, write_shard
+from tar_files import pair, write_shard
 
 from polyvit_fast.data.sources import shard_index
 from polyvit_fast.data.sources.shard_index import read_index

@@ -2,7 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tars import pair, write_shard
+from tar_files import pair, write_shard
 from tiny_runs import tile_task
 
 from polyvit_fast.data.sources.shards import Shards

@@ -1,53 +1,23 @@
-import ctypes
-from dataclasses import replace
-
-import av
 import numpy as np
 import pytest
 import torch
+from generators import rngs
+from video_files import NUMBERED, numbered_file, write_moving
+from video_kinds import numbers_of
 
 from polyvit_fast.data import dali
 from polyvit_fast.data.device import PATIENCE
 from polyvit_fast.data.video import gpu as module
-from polyvit_fast.data.video.frames import Header, read_header
-from polyvit_fast.data.video.gpu import CODECS, DeviceVideos, can_decode, missing_nvdec
-from polyvit_fast.data.video.modality import Video, VideoDecoder
+from polyvit_fast.data.video.cpu import VideoDecoder
+from polyvit_fast.data.video.frames import read_header
+from polyvit_fast.data.video.gpu import GpuVideoDecoder
+from polyvit_fast.data.video.modality import Video
 from polyvit_fast.media import Media, MediaError
-from polyvit_fast.randomness import generator
-from tests.data.image.test_modality import photo
-from tests.data.video.test_frames import KINDS, encode, numbers_of
 
 CPU = torch.device("cpu")
 LIMIT = 10**7
 SMALL = {"size": 64, "frames": 6, "stride": 3, "short_side": 96}
 EXACT = {"scale_jitter": (0.9, 1.33)}  # sides that FFmpeg scales to are odd for some clips: there it converts colours exactly
-
-
-def write_moving(path, codec="libvpx-vp9", height=180, width=240, count=24, colorspace=None):
-    """A photograph that moves up and to the left."""
-    whole = np.asarray(
-        photo(height + count, width + 2 * count).resize((width // 4, height // 4)).resize((width + 2 * count, height + count))
-    )
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"g": "10", "b": "2M", "deadline": "realtime", "cpu-used": "8"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        if colorspace:
-            stream.codec_context.colorspace = colorspace
-        for i in range(count):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(whole[i : i + height, 2 * i : 2 * i + width]), format="rgb24")
-            if colorspace:
-                picture = picture.reformat(format="yuv420p", dst_colorspace=colorspace)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    return Media(str(path))
-
-
-def numbered_file(path, name, count=120):
-    """Square pictures whose numbers can be read, of a kind of test_frames."""
-    return Media(str(encode(path, replace(KINDS[name], size=(192, 192), count=count))))
-
-
-NUMBERED = [Video(size=192, frames=8, stride=stride, short_side=192, flip=False, eval_clips=2) for stride in (1, 5, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +32,15 @@ def media(tmp_path_factory):
     ]
 
 
-def rngs(count, seed=0):
-    return [generator(seed, "test", i) for i in range(count)]
-
-
 def both(video, *, train, batch=4):
     """The CPU form, and the GPU form's code on the CPU, where DALI decodes VP8 and VP9."""
     on_cpu = VideoDecoder(video, train, 2)
-    return on_cpu, DeviceVideos(on_cpu, batch, CPU)
+    return on_cpu, GpuVideoDecoder(on_cpu, batch, CPU)
 
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
-    "video", [Video(**SMALL), Video(**SMALL, **EXACT, colour_jitter=0.3, grey_chance=0.5), Video(**SMALL, eval_clips=2, eval_crops=3)]
+    "video", [Video(**SMALL), Video(**SMALL, **EXACT, colour_jitter=0.3, grey_prob=0.5), Video(**SMALL, eval_clips=2, eval_crops=3)]
 )
 def test_grids_equal_those_of_the_cpu_form(media, video, train):
     on_cpu, on_device = both(video, train=train)
@@ -108,7 +74,7 @@ def test_a_sample_depends_on_its_own_generator_only(media, monkeypatch):
     batch = decoder(media, rngs(4))
     assert torch.equal(torch.cat([decoder([one], [rng]) for one, rng in zip(media, rngs(4), strict=True)]), batch)
     assert not torch.equal(decoder(media, rngs(4, seed=1)), batch)
-    monkeypatch.setattr(module, "PIECE_BYTES", 3 * 14 * 180 * 240 + 100_000)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 14 * 180 * 240 + 100_000)
     sizes = []
     monkeypatch.setattr(dali, "run", lambda *args, run=dali.run, **kw: (sizes.append(len(kw["content"])), run(*args, **kw))[1])
     assert torch.equal(decoder(media, rngs(4)), batch)
@@ -117,7 +83,7 @@ def test_a_sample_depends_on_its_own_generator_only(media, monkeypatch):
 
 def test_clips_and_files_too_large_for_a_run_are_the_cpus(media, monkeypatch):
     on_cpu, decoder = both(Video(**SMALL), train=False)
-    for name in ("PIECE_BYTES", "FILE_BYTES"):
+    for name in ("CHUNK_BYTES", "FILE_BYTES"):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 1000)
             assert torch.equal(decoder(media, rngs(4)), on_cpu(media, rngs(4)))
@@ -163,7 +129,7 @@ def test_when_nvdec_refuses_all_the_cpu_decodes_and_says_so(media, monkeypatch):
     on_cpu, decoder = both(Video(**SMALL), train=True)
     refusing(monkeypatch, *media)
     assert torch.equal(decoder(media, rngs(4)), on_cpu(media, rngs(4)))
-    assert decoder.note == "a batch went through the CPU, for the GPU's decoder refused: NVDEC refuses all of a batch"
+    assert decoder.note == "a batch went through the CPU, because the GPU's decoder refused: NVDEC refuses all of a batch"
     assert decoder.squares.pipeline is None
 
 
@@ -186,17 +152,6 @@ def test_without_nvdec_the_cpu_decodes_and_says_so(media, monkeypatch):
     assert decoder.squares.pipeline is None
 
 
-def test_nvdec_is_looked_for_on_a_gpu_only(monkeypatch):
-    def absent(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", absent)
-    assert missing_nvdec(torch.device("cuda", 0)) == "libnvcuvid.so.1: cannot open shared object file"
-    assert missing_nvdec(CPU) == ""
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
-    assert missing_nvdec(torch.device("cuda", 0)) == ""
-
-
 def test_broken_files_are_told_and_the_next_batch_works(media, tmp_path):
     (tmp_path / "cut.webm").write_bytes(media[0].read()[:9000])
     _, decoder = both(Video(**SMALL), train=True)
@@ -207,36 +162,6 @@ def test_broken_files_are_told_and_the_next_batch_works(media, tmp_path):
         decoder([media[1], Media(str(tmp_path / "gone.webm"))], rngs(2))
     assert torch.equal(decoder(media, rngs(4)), before)
     assert decoder.note == ""
-
-
-GOOD = Header("mov,mp4", "h264", 100, 256, 340, "yuv420p", 2, True)
-
-
-def test_files_for_nvdec_are_told_by_their_headers():
-    assert can_decode(GOOD, CODECS["cuda"])
-    assert can_decode(replace(GOOD, codec="hevc", container="matroska,webm", colorspace=1, height=2160, width=3840), CODECS["cuda"])
-    assert not can_decode(GOOD, CODECS["cpu"])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"plain": False},
-        {"codec": "av1"},
-        {"codec": "mpeg2video"},
-        {"codec": "vp9"},
-        {"container": "avi"},
-        {"container": "mpegts"},
-        {"pixels": "yuv420p10le"},
-        {"pixels": "yuvj420p"},
-        {"colorspace": 9},
-        {"height": 143},
-        {"width": 4098},
-    ],
-    ids=str,
-)
-def test_other_files_are_the_cpus(change):
-    assert not can_decode(replace(GOOD, **change), CODECS["cuda"])
 
 
 @pytest.mark.parametrize("name", ["vp9.webm", "vp9.mp4", "vp9-hidden-frames.webm", "vp8.webm"])

@@ -5,11 +5,11 @@ import av
 import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
+from video_kinds import HEIGHT, LIMIT, WIDTH, X264, Kind, encode
 
 from polyvit_fast.data.video.frames import read_clips, read_header
 from polyvit_fast.data.video.orientation import UPRIGHT, Orientation, nearest, orientation_of
 from polyvit_fast.media import Media
-from tests.data.video.test_frames import HEIGHT, LIMIT, WIDTH, X264, Kind, encode, video  # noqa: F401
 
 MATRICES = {  # a, b, c, d: what is stored at column x and row y is shown at column a x + c y and row b x + d y
     (1, 0, 0, 1): lambda p: p,
@@ -50,26 +50,26 @@ def seen(path, stored):
 
 
 @pytest.fixture(scope="module")
-def stored(video):  # noqa: F811
+def stored(video):
     return seen(video("h264.mp4", count=10), np.empty((HEIGHT, WIDTH, 3)))
 
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
 @pytest.mark.parametrize("box", [b"tkhd", b"mvhd"])
-def test_all_eight_orientations_of_an_mp4(video, tmp_path, stored, box, matrix):  # noqa: F811
+def test_all_eight_orientations_of_an_mp4(video, tmp_path, stored, box, matrix):
     path = with_matrix(video("h264.mp4", count=10), tmp_path / "a.mp4", box, matrix)
     assert np.array_equal(seen(path, stored), MATRICES[matrix](stored))
     assert read_header(Media(str(path)), LIMIT).plain == (matrix == (1, 0, 0, 1))
 
 
-def test_the_matrices_of_movie_and_track_follow_each_other(video, tmp_path, stored):  # noqa: F811
+def test_the_matrices_of_movie_and_track_follow_each_other(video, tmp_path, stored):
     turned = with_matrix(video("h264.mp4", count=10), tmp_path / "a.mp4", b"tkhd", (0, 1, -1, 0))
     both = with_matrix(turned, tmp_path / "b.mp4", b"mvhd", (-1, 0, 0, 1))
     assert np.array_equal(seen(both, stored), np.rot90(stored, -1)[:, ::-1])
 
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
-def test_all_eight_orientations_of_a_matroska(video, tmp_path, stored, matrix):  # noqa: F811
+def test_all_eight_orientations_of_a_matroska(video, tmp_path, stored, matrix):
     """FFmpeg writes them as turns of a projection."""
     source = with_matrix(video("h264.mp4", count=10), tmp_path / "a.mp4", b"tkhd", matrix)
     with av.open(str(source)) as there, av.open(str(tmp_path / "a.mkv"), "w") as container:
@@ -124,7 +124,7 @@ def test_pictures_are_shown_as_their_matrix_says(matrix):
     assert (nearest(*matrix) == Orientation()) == (matrix == (1, 0, 0, 1))
 
 
-def test_an_orientation_lasts_until_the_next_keyframe(video):  # noqa: F811
+def test_an_orientation_lasts_until_the_next_keyframe(video):
     with av.open(str(video("h264.mp4", count=10, degrees=90))) as container:
         turned = next(container.decode(video=0))
     with av.open(str(video("h264.mp4", count=10))) as container:

@@ -5,15 +5,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import video_kinds
+from video_kinds import KINDS, LIMIT, MPEG_B, RATE, VPX, X264, assert_refused, check_numbers, encode, numbers_of, read
 
+from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.video.frames import read_header
 from polyvit_fast.data.video.modality import Video
 from polyvit_fast.media import Media
 from polyvit_fast.randomness import generator
-from tests.data.video import test_frames
-from tests.data.video.test_frames import KINDS, MPEG_B, RATE, VPX, X264, check_numbers, encode, numbers_of, read, refused, video  # noqa: F401
 
-LIMIT = test_frames.LIMIT
 RESTART = "its time stamps start anew at frame"
 SECOND_FILE = r"its time stamps start anew at byte \d+, where another file was joined to it: split it there"
 SECOND_STREAM = "its video goes on in a second stream, with time stamps of its own"
@@ -31,9 +31,9 @@ def recording(tmp_path, monkeypatch):
     """The bytes of frames `first` to `first + count` of a kind, with changes."""
 
     def record(name, first, count=40, **changes):
-        drawn = test_frames.drawn
+        drawn = video_kinds.draw_picture
         with monkeypatch.context() as patch:
-            patch.setattr(test_frames, "drawn", lambda number, kind, rng: drawn(number + first, kind, rng))
+            patch.setattr(video_kinds, "draw_picture", lambda number, kind, rng: drawn(number + first, kind, rng))
             return encode(tmp_path / "recording", replace(KINDS[name], count=count, **changes)).read_bytes()
 
     return record
@@ -117,41 +117,41 @@ def test_joined_recordings_that_differ(recording, tmp_path, name, first, second)
 def test_what_one_decoder_cannot_read_on_names_the_joint(recording, tmp_path, first, second, reason):
     path = tmp_path / "joined"
     path.write_bytes(recording(first, 0) + recording(second, 40))
-    refused(path, reason, [[20, 60]])
+    assert_refused(path, reason, [[20, 60]])
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "h264.mov", "mpeg4.avi", "h264.avi", "h264.flv"])
 def test_a_second_file_that_ffmpeg_would_not_show_is_told(recording, tmp_path, name):
     path = tmp_path / "joined"
     path.write_bytes(recording(name, 0) + recording(name, 40))
-    refused(path, SECOND_FILE, [[0]])
+    assert_refused(path, SECOND_FILE, [[0]])
 
 
 @pytest.mark.parametrize("name", ["wmv.asf", "vp8.ivf", "vp8.ogv", "animated.gif", "animated.png"])
 def test_a_second_file_of_other_containers_is_told_too(recording, tmp_path, name):
     path = tmp_path / "joined"
     path.write_bytes(recording(name, 0) + recording(name, 40))
-    refused(path, SECOND_FILE, [[0]])
+    assert_refused(path, SECOND_FILE, [[0]])
 
 
 def test_ffmpeg_reads_two_matroskas_but_not_three(recording, tmp_path):
     path = tmp_path / "joined"
     path.write_bytes(b"".join(recording("h264.mkv", number) for number in (0, 40, 80)))
-    refused(path, SECOND_FILE, [[0]])
+    assert_refused(path, SECOND_FILE, [[0]])
 
 
 def test_fragments_that_start_again_are_told(recording, tmp_path):
     first, second = recording("h264-fragments.mp4", 0), recording("h264-fragments.mp4", 40)
     path = tmp_path / "joined.mp4"
     path.write_bytes(first[: first.index(b"mfra") - 4] + second[second.index(b"moof") - 4 :])
-    refused(path, SECOND_FILE, [[0]])
+    assert_refused(path, SECOND_FILE, [[0]])
 
 
 @pytest.mark.parametrize("pids", [{"mpegts_start_pid": "0x200"}, {"mpegts_start_pid": "0x200", "mpegts_pmt_start_pid": "0x1100"}])
 def test_a_recording_that_goes_on_in_another_stream_is_told(recording, tmp_path, pids):
     path = tmp_path / "joined.ts"
     path.write_bytes(recording("h264.ts", 0) + recording("h264.ts", 40, muxing=pids))
-    refused(path, SECOND_STREAM, [[0]])
+    assert_refused(path, SECOND_STREAM, [[0]])
 
 
 @pytest.mark.parametrize("name", ["h264.ts", "h264-open-gop.ts", "hevc.ts", "mpeg2.ts"])
@@ -249,8 +249,8 @@ def test_clips_of_training_and_evaluation_go_across_joints(recording, tmp_path, 
     path = tmp_path / "joined"
     path.write_bytes(recording(name, 0, size=(96, 96)) + recording(name, 40, size=(96, 96)))
     own = Video(size=96, short_side=96, frames=16, stride=stride, eval_clips=4, flip=False)
-    clips = [*own.decoder(batch=1, train=False, num_threads=1)([Media(str(path))], [generator(0, "test")])[0]]
-    train = own.decoder(batch=1, train=True, num_threads=1)
+    clips = [*build_decoder(own, batch=1, train=False, num_threads=1)([Media(str(path))], [generator(0, "test")])[0]]
+    train = build_decoder(own, batch=1, train=True, num_threads=1)
     clips += [train([Media(str(path))], [generator(seed, "test")])[0, 0] for seed in range(6)]
     shown = numbers_of(np.stack([clip.numpy() for clip in clips]))
     assert (np.diff(shown) == stride).all()
@@ -266,7 +266,7 @@ def test_a_far_clip_of_a_joined_file_is_not_decoded_from_the_start(recording, tm
     path = tmp_path / "joined.ts"
     path.write_bytes(first + second)
     check_numbers(path, [[60, 79]], count=80)
-    refused(path, "its time stamps start anew at frame 40, as in files joined end to end, and it cannot be read on", [np.arange(80)])
+    assert_refused(path, "its time stamps start anew at frame 40, as in files joined end to end, and it cannot be read on", [np.arange(80)])
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "vp9.webm"])

@@ -24,9 +24,6 @@ class Patch(Modality):
     normalisation = ((0.0,), (1.0,))
     eval_views = 1
 
-    def decoder(self, *, batch, train, num_threads):
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Source):

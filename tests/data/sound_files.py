@@ -1,12 +1,19 @@
 """Real sound files for the tests."""
 
 import io
+import struct
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import soundfile
 
+from polyvit_fast.data.audio.reader import SoundReader, read_header
+from polyvit_fast.media import Media
+
+RATE = 16_000
+SMALL = {"clip_seconds": 0.32, "num_mel_bins": 32, "patch": 16}
+"""Fields of an `Audio` with short clips."""
 CODECS = {
     ".m4a": ("mp4", "aac"),
     ".mp4": ("mp4", "aac"),
@@ -64,8 +71,8 @@ def mux(samples, rate, container, codec, piped=False):
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), "fltp", "mono")
         frame.sample_rate, frame.pts = rate, 0
         resampler = av.AudioResampler(stream.codec_context.format.name, "mono", rate, stream.codec_context.frame_size or 1024)
-        for piece in (*resampler.resample(frame), *resampler.resample(None)):
-            output.mux(stream.encode(piece))
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            output.mux(stream.encode(part))
         output.mux(stream.encode())
     return content.getvalue()
 
@@ -103,7 +110,40 @@ def _mux_picture(output, stream, times=1):
 
 
 def amplitude(wave, hertz, rate):
-    """Of a steady tone, away from the ends."""
+    """The amplitude of a steady tone, away from the ends."""
     inner = wave[len(wave) // 5 : -len(wave) // 5].astype(float)
     window = np.hanning(len(inner))
     return 2 * abs((window * inner * np.exp(-2j * np.pi * hertz * np.arange(len(inner)) / rate)).sum()) / window.sum()
+
+
+def read_waves(*paths, sample_rate_hz=RATE, max_seconds=100.0, num_threads=2):
+    reader = SoundReader(batch=max(1, len(paths)), num_threads=num_threads, sample_rate_hz=sample_rate_hz, max_seconds=max_seconds)
+    return waves_of(reader, *paths)
+
+
+def waves_of(reader, *paths):
+    found = {}
+    reader.read_waves([Media(str(path)) for path in paths], lambda i, wave: found.update({i: wave.copy()}))
+    return [found[i] for i in range(len(paths))]
+
+
+def with_dali(path):
+    return read_header(Media(str(path))) is not None
+
+
+def chunk(name, content):
+    return struct.pack("<4sI", name, len(content)) + content + bytes(len(content) % 2)
+
+
+def wav(*chunks):
+    return b"RIFF" + struct.pack("<I", 4 + sum(map(len, chunks))) + b"WAVE" + b"".join(chunks)
+
+
+def wav_format(code=1, channels=1, rate=RATE, bits=16):
+    return chunk(b"fmt ", struct.pack("<HHIIHH", code, channels, rate, rate * channels * bits // 8 % 2**32, channels * bits // 8, bits))
+
+
+WAVE = (noise(1, RATE)[:, 0] * 32767).astype("<i2")
+SAMPLES = WAVE.tobytes()
+PLAIN = wav(wav_format(), chunk(b"data", SAMPLES))
+FLAC = encode(noise(1, RATE), RATE, ".flac")
