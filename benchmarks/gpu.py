@@ -115,7 +115,7 @@ def summarize(out: Path, ended: dict[str, str]) -> str:
     """How each part ended, and its rows or the end of its log."""
     lines = [f"{machine.find_name()}, {machine.find_versions()}"]
     for name, words in ended.items():
-        log = (out / "logs" / f"{name}.txt").read_text(errors="replace").splitlines()
+        log = path.read_text(errors="replace").splitlines() if (path := out / "logs" / f"{name}.txt").exists() else []
         shown = SHOWN_LINES if name in ("demo", "profile", "tuning") else 1
         lines += ["", f"{name}: {words}", *log[-shown:], format_rows(read_rows(out / f"{name}.jsonl"))]
     return "\n".join(lines) + "\n"
@@ -145,16 +145,19 @@ def main() -> int:
         parser.error("--out is needed")
     commands.make_folder(parser, "--out", out / "logs")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    end, ended = time.monotonic() + 60 * args.minutes - GRACE_SECONDS, dict.fromkeys((part.name for part in chosen), "no time was left")
-    for part in chosen:
-        started = time.monotonic()
-        if end > started:
-            (out / "logs" / f"{part.name}.txt").touch()
-            fault = run(part, min(end - started, part.seconds), out / "logs", is_small=args.small)
-            ended[part.name] = f"{time.monotonic() - started:.0f} s{f', NOT WELL: {fault}' if fault else ''}"
-        print(f"{part.name}: {ended[part.name]}", flush=True)
+    end, ended = time.monotonic() + 60 * args.minutes - GRACE_SECONDS, dict.fromkeys((part.name for part in chosen), "not begun")
+    try:
+        for part in chosen:
+            started, ended[part.name] = time.monotonic(), "no time was left"
+            if end > started:
+                ended[part.name] = "interrupted"
+                fault = run(part, min(end - started, part.seconds), out / "logs", is_small=args.small)
+                ended[part.name] = f"{time.monotonic() - started:.0f} s{f', NOT WELL: {fault}' if fault else ''}"
+            print(f"{part.name}: {ended[part.name]}", flush=True)
+            (out / "summary.txt").write_text(summarize(out, ended))
+    finally:
         (out / "summary.txt").write_text(summarize(out, ended))
-    print((out / "summary.txt").read_text(), end="")
+        print((out / "summary.txt").read_text(), end="")
     return int(any("NOT WELL" in words or "no time" in words for words in ended.values()))
 
 

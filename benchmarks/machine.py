@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# What lies here is measured, even where another version is installed. `tests/compare.py` judges the results, and ported models need the
-# declarations of `tests/drop_in`.
-sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "tests", "tests/drop_in")]
+# What lies here is measured, even where another version is installed or none. `tests/compare.py` judges the results, and ported models
+# need the declarations of `tests/drop_in`.
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "kernels", "tests", "tests/drop_in")]
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")

@@ -309,7 +309,7 @@ def rank(us: Mapping[str, float], in_use: str) -> list[str]:
 
 def list_excesses(row: Tile, dtype: str) -> list[str]:
     """What is beyond the budget of registers and spills in any kernel that the row stands for."""
-    from polyvit_kernels.aot.compiled_kernel import compile_kernel
+    from polyvit_kernels.aot.compile import compile_kernel
     from polyvit_kernels.aot.jobs import variants
 
     return [excess for variant in variants(row, dtype) for excess in compile_kernel(variant, tiles.architecture(DEVICE)).excesses()]
