@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polyvit_fast.config import ComputeOptions, Model, Optim, Task, Train
 from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.capture import Captured
-from polyvit_fast.train.feed import Slots
+from polyvit_fast.train.capture import CapturedStep
+from polyvit_fast.train.feed import InputBuffers
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.step import Step
 
@@ -153,11 +153,11 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     """Our step on one batch of each task of `config`, one update after each; the losses are added up."""
     step = Step(deepcopy(model).train(), config)
     batches = {name: make_batch(task) for name, task in config.tasks.items()}
-    buffers = Slots(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
-    steps = Captured(step, buffers, [(name,) for name in config.tasks]) if captured else step
+    buffers = InputBuffers(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
+    steps = CapturedStep(step, buffers, [(name,) for name in config.tasks]) if captured else step
 
     def fill(name: str) -> None:
-        inputs, (grid, labels) = buffers.inputs(name, 0), batches[name]
+        inputs, (grid, labels) = buffers.view(name, 0), batches[name]
         inputs.grid.copy_(grid)
         inputs.labels.copy_(labels)
 
@@ -166,7 +166,7 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
             if len(batches) > 1:  # the buffer holds one task's batch at a time
                 fill(name)
             steps.begin((name,), LR, 1)
-            steps.forward_backward(name, buffers.inputs(name, 0))
+            steps.forward_backward(name, buffers.view(name, 0))
             steps.update()
 
     def loss() -> float:

@@ -1,22 +1,22 @@
-"""Executes Gluon kernels for Hopper on a CPU, as plain Python on numpy arrays, and finds what would go wrong on a GPU.
+"""Executes Gluon kernels for Hopper on a CPU, as Python functions on numpy arrays, and finds errors that a GPU would hide.
 
     with executing() as report:
-        out = launcher(tensor)  # what it launches is executed, on tensors of the host
+        out = launcher(tensor)  # its launches are executed, on tensors in host memory
 
-Kernels run as they are: their code, with stand-ins for the functions of the language. Raises FaultError for
+The kernels' own code runs, with stand-ins for the functions of the language. FaultError is raised for
 
-- races on shared memory, copies and products that nobody waited for, phases, byte counts and arrivals that do not fit, deadlocks
-  (see `gluon_machine`, where partitions take turns by chance: try several seeds);
+- data races on shared memory, TMA copies and wgmmas that nobody waited for, wrong mbarrier phases, arrivals and byte counts, deadlocks
+  (see `gluon_machine`, where partitions take turns at random: try several seeds);
 - reads of shared memory that nobody wrote; a store that wgmma or TMA reads without `fence_async_shared`;
-- pointers beyond their tensor, an element that a launch writes twice or one program reads and another one writes, one that is left out in
-  a tensor that is written at all;
+- addresses outside of their tensor; elements that one launch writes twice, that one program reads and another one writes, or that are
+  left out of a tensor that is written at all;
 - integers that overflow their type, `//` and `%` of negative ones.
 
-Values are those of their types, or in fp32 throughout without `rounding`. An integer argument of 1 is a compile-time constant, as in
-Triton. What is known of the language is in `_LANGUAGE`, with the methods of `Value`, `Pointer`, `Descriptor`, `Shared` and `Barriers`;
-inline assembly is what `assembly` says of its text; the rest, such as atomics, clusters and scans, raises NotImplementedError. Not
-modelled: layouts and what else the compiler checks, lifetimes of allocations, the order in which partitions of one program access global
-memory, time.
+Values are rounded to their types, or are fp32 throughout without `rounding`. As in Triton, an integer argument of 1 is a compile-time
+constant. `_LANGUAGE` is what is known of the language, with the methods of `Value`, `Pointer`, `Descriptor`, `Shared` and `Barriers`;
+`assembly` gives inline assembly its meaning; all else, such as atomics, clusters and scans, raises NotImplementedError. Not modelled:
+layouts and what else the compiler checks, lifetimes of allocations, the order in which partitions of one program access global memory,
+time.
 """
 
 import functools
@@ -150,10 +150,10 @@ def _product_by_warps(a: Value, b: Value, acc: Value, input_precision: Any = Non
     return Value(_multiply(values_of(a), values_of(b)) + values_of(acc), acc.dtype)
 
 
-def _check_box(descriptor: Descriptor, shared: Shared) -> None:
+def _check_block(descriptor: Descriptor, shared: Shared) -> None:
     if shared.shape != descriptor.block_shape or shared.dtype != descriptor.dtype:
-        boxes = f"{descriptor.dtype}{descriptor.block_shape}"
-        raise FaultError(f"boxes of {boxes} do not fit {shared.dtype}{shared.shape} in {shared.allocation.name}")
+        block = f"{descriptor.dtype}{descriptor.block_shape}"
+        raise FaultError(f"a descriptor's block {block} is not the {shared.dtype}{shared.shape} of {shared.allocation.name}")
 
 
 def _copy_to_shared(
@@ -163,27 +163,27 @@ def _copy_to_shared(
         raise NotImplementedError("multicast")
     if not pred:
         return
-    _check_box(descriptor, result)
-    places, inside = descriptor.find(coord)
+    _check_block(descriptor, result)
+    addresses, inside = descriptor.find(coord)
     values = np.zeros(result.shape, result.values.dtype)
-    values[inside] = descriptor.span.memory.read(places[inside])
+    values[inside] = descriptor.span.memory.read(addresses[inside])
     Now.machine.load(result.allocation, result.values, result.known, values, barrier, descriptor.nbytes_per_cta)
     Now.report.copied_bytes += descriptor.nbytes_per_cta
 
 
 def _copy_from_shared(descriptor: Descriptor, coord: Any, src: Shared) -> None:
-    _check_box(descriptor, src)
-    places, inside = descriptor.find(coord)
+    _check_block(descriptor, src)
+    addresses, inside = descriptor.find(coord)
     Now.machine.store(src.allocation, src.values)
     values = src.read("a copy")
-    descriptor.span.memory.write(places[inside], values[inside], again=descriptor.span.is_rewritten)
+    descriptor.span.memory.write(addresses[inside], values[inside], again=descriptor.span.is_rewritten)
 
 
 def _describe(base: Pointer, shape: Any, strides: Any, block_shape: Any, layout: Any, padding_option: str = "zero") -> Descriptor:
     if padding_option != "zero":
         raise NotImplementedError(f"padding with {padding_option}")
     sizes = ([int(x) for x in numbers] for numbers in (shape, strides, block_shape))
-    return Descriptor(base.span, int(base.places), *sizes, layout)
+    return Descriptor(base.span, int(base.addresses), *sizes, layout)
 
 
 def _allocate_barriers(batch: int | None = None, two_ctas: bool = False) -> Barriers | Barrier:
@@ -211,11 +211,11 @@ def _range(*bounds: Any, **_: Any) -> Iterator[Value]:
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """Tells the compiler or people something."""
+    """For hints to the compiler, and printing."""
 
 
 def _same(x: Any, *_: Any, **__: Any) -> Any:
-    """Leaves values as they are."""
+    """For what changes no values."""
     return x
 
 
@@ -303,7 +303,7 @@ class _Module:
 
 
 def _translate(x: Any) -> Any:
-    """What stands in a kernel for something of Python's or of the language's."""
+    """The stand-in for a name in a kernel."""
     if id(x) in _STAND_INS:
         return _STAND_INS[id(x)]
     if isinstance(x, JITFunction | InterpretedFunction):
@@ -325,7 +325,7 @@ def _refuse(function: Any, *_: Any, **__: Any) -> None:
 
 @functools.cache
 def _executable(function: FunctionType) -> FunctionType:
-    """The same code, of which the names mean the stand-ins."""
+    """The same code with the stand-ins as its globals."""
     names: dict[str, Any] = {"range": _range}
     defaults = tuple(map(_translate, function.__defaults__ or ()))
     cells = tuple(CellType() for _ in function.__closure__ or ())
@@ -339,15 +339,15 @@ def _executable(function: FunctionType) -> FunctionType:
 
 
 class _Session:
-    """Launches that are executed one after the other."""
+    """Executes launches one after the other."""
 
-    def __init__(self, chance: random.Random, rewritten: Collection[str]) -> None:
-        self.chance, self.rewritten = chance, rewritten
+    def __init__(self, rng: random.Random, rewritten: Collection[str]) -> None:
+        self.rng, self.rewritten = rng, rewritten
         self.memories: dict[tuple[int, torch.dtype], Memory] = {}
         self.spans: list[Span] = []
 
     def launch(self, kernel: GluonJITFunction, args: tuple, grid: Any, named: dict[str, Any]) -> None:
-        """Execute all programs, in an order of chance."""
+        """Execute all programs, in random order."""
         parameters = {parameter.name: parameter for parameter in kernel.params}
         if unknown := named.keys() - parameters.keys() - _OPTIONS:
             raise TypeError(f"{kernel.fn.__name__} has no parameters {sorted(unknown)}")
@@ -363,10 +363,10 @@ class _Session:
         for memory in self.memories.values():
             memory.begin()
         programs = list(itertools.product(*map(range, Now.grid)))
-        self.chance.shuffle(programs)
+        self.rng.shuffle(programs)
         for number, program in enumerate(programs, 1):
             Now.number, Now.program, Now.allocations = number, program, []
-            Now.machine = Machine(kernel.fn.__name__, named.get("num_warps", 4), self.chance)
+            Now.machine = Machine(kernel.fn.__name__, named.get("num_warps", 4), self.rng)
             with np.errstate(all="ignore"):
                 _executable(kernel.fn)(**given)
             Now.machine.finish(Now.allocations)
@@ -407,8 +407,10 @@ def executing(
     partly: Collection[str] = (),
     assembly: Mapping[str, Callable] = ASSEMBLY,
 ) -> Iterator[Report]:
-    """Inside, launches of Gluon kernels are executed. `rewritten` and `partly` name arguments whose elements a launch may write several
-    times, and not all of them."""
+    """Executes the launches of Gluon kernels inside.
+
+    `rewritten` and `partly` name arguments whose elements a launch may write several times, or not all of.
+    """
     session = _Session(random.Random(seed), rewritten)
     Now.report, Now.assembly, Rounding.is_on = Report(), assembly, rounding
 

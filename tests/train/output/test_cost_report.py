@@ -11,7 +11,7 @@ from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.media import Sample
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.output.report import plan_report, print_plan, report_notes
+from polyvit_fast.train.output.cost_report import estimate_cost, print_cost, write_notes
 from polyvit_fast.train.step import Step
 
 GIB = 2**30
@@ -19,7 +19,7 @@ GIB = 2**30
 
 def printed(config, capsys, monkeypatch, width=100):
     monkeypatch.setenv("COLUMNS", str(width))
-    print_plan(config)
+    print_cost(config)
     return capsys.readouterr().out
 
 
@@ -36,9 +36,9 @@ def large_config(**changes):
     return tiny_config(**({"tasks": tasks, "model": MODELS["L"]} | changes))
 
 
-def test_parameters_by_part_are_those_of_the_real_model():
+def test_parameters_by_component_are_those_of_the_real_model():
     config = tiny_config(model=Model(dim=32, depth=3, num_heads=2, mlp_dim=64, num_adaptor_layers=1))
-    parts = plan_report(config).parameters
+    counts = estimate_cost(config).parameters
     names = [name for name, parameter in PolyViT.from_config(config).named_parameters() for _ in range(parameter.numel())]
     roots = {
         "trunk, shared by all tasks": ("blocks.", "norm."),
@@ -46,8 +46,8 @@ def test_parameters_by_part_are_those_of_the_real_model():
         "adaptors, tile": ("tokenizers.tile.blocks.",),
         "heads, one per task": ("heads.",),
     }
-    assert parts == {part: sum(name.startswith(root) for name in names) for part, root in roots.items()}
-    assert plan_report(config).num_parameters == len(names)
+    assert counts == {component: sum(name.startswith(root) for name in names) for component, root in roots.items()}
+    assert estimate_cost(config).num_parameters == len(names)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_parameters_by_part_are_those_of_the_real_model():
     [("weighted", 20, (12, 8)), ("uniform", 20, (10, 10)), ("accumulating", 10, (10, 10)), (lambda config: [("a",)] * 3, 3, (3, 0))],
 )
 def test_steps_and_training_flops_are_those_of_the_schedule(schedule, num_steps, steps):
-    report = plan_report(tiny_config(schedule=schedule))
+    report = estimate_cost(tiny_config(schedule=schedule))
     assert report.num_steps == num_steps
     # 5 tokens of width 32 through a block, one through the last with two heads, 4 tubelets of 8 x 8 x 3, a head: multiplications in one
     # view, by hand.
@@ -77,9 +77,9 @@ def test_tables_hold_the_numbers(capsys, monkeypatch):
 
 
 def test_evaluation_counts_every_view_and_time():
-    report = plan_report(tiny_config(tasks={"a": tile_task(steps=75, modality=Tile(views=4))}, eval_every_steps=20))
+    report = estimate_cost(tiny_config(tasks={"a": tile_task(steps=75, modality=Tile(views=4))}, eval_every_steps=20))
     # 4 evaluations of 30 samples in 4 views against 75 steps of 8 examples, each three forward passes: 480 of 1800.
-    assert any("Evaluation, 4 times, adds 26.7%" in note for note in report_notes(report))
+    assert any("Evaluation, 4 times, adds 26.7%" in note for note in write_notes(report))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_evaluation_counts_every_view_and_time():
     [("vit_b16_imagenet", "3.13 EFLOP are 8.69 hours at"), ("polyvit_b16", "23.1 EFLOP are 2.68 days at"), ("smoke", "")],
 )
 def test_time_of_long_runs(name, words):
-    [note] = [note for note in report_notes(plan_report(experiments.load(name))) if note.startswith("FLOPs")]
+    [note] = [note for note in write_notes(estimate_cost(experiments.load(name))) if note.startswith("FLOPs")]
     assert words in note
     assert ("sustained 100 TFLOP/s" in note) == bool(words)
 
@@ -98,13 +98,13 @@ def test_state_is_what_a_run_allocates(optim):
     config = tiny_config(optim=optim)
     step = Step(PolyViT.from_config(config), config)
     held = [step.parameters.values, step.parameters.grads]
-    held += [part for parts in (*step.optimizer.moments.values(), step.optimizer.ema or ()) for part in parts]
+    held += [flat for flats in (*step.optimizer.moments.values(), step.optimizer.ema or ()) for flat in flats]
     # The flat buffers pad each tensor to 64 elements.
-    assert plan_report(config).state_bytes == pytest.approx(sum(buffer.nbytes for buffer in held), rel=0.05)
+    assert estimate_cost(config).state_bytes == pytest.approx(sum(buffer.nbytes for buffer in held), rel=0.05)
 
 
 def test_a_model_of_forty_terabytes_is_planned():
-    report = plan_report(tiny_config(model=Model(dim=65536, depth=200, num_heads=512, mlp_dim=262144)))
+    report = estimate_cost(tiny_config(model=Model(dim=65536, depth=200, num_heads=512, mlp_dim=262144)))
     assert report.num_parameters > 10**13
     assert report.state_bytes == 16 * report.num_parameters
 
@@ -119,10 +119,10 @@ def test_missing_data_leaves_the_rest(tmp_path, capsys, monkeypatch):
     assert line.strip() == f"- No samples of gone: folder {tmp_path}/no[w]here: No such file or directory."
 
 
-def test_missing_validation_data_is_told_too(tmp_path):
-    report = plan_report(tiny_config(tasks={"a": tile_task(val=Folder(path=str(tmp_path / "none")))}))
+def test_missing_validation_data_is_reported_too(tmp_path):
+    report = estimate_cost(tiny_config(tasks={"a": tile_task(val=Folder(path=str(tmp_path / "none")))}))
     assert report.tasks[0].num_passes == 1.6
-    notes = report_notes(report)
+    notes = write_notes(report)
     assert any("No samples of a: folder" in note for note in notes)
     assert not any("Evaluation" in note for note in notes)
 
@@ -141,15 +141,15 @@ def test_missing_validation_data_is_told_too(tmp_path):
     ],
 )
 def test_notes_say_what_may_need_a_change(changes, words):
-    assert any(words in note for note in report_notes(plan_report(tiny_config(**changes))))
-    assert not any(words in note for note in report_notes(plan_report(tiny_config())))
+    assert any(words in note for note in write_notes(estimate_cost(tiny_config(**changes))))
+    assert not any(words in note for note in write_notes(estimate_cost(tiny_config())))
 
 
 def test_single_examples_are_sent_to_bf16():
     config = tiny_config(tasks={"a": tile_task(modality=Tile(size=256), batch=1)})
-    wide, narrow = plan_report(config), plan_report(replace(config, precision="bf16"))
-    found = re.search("most memory, (.*), with single examples; --precision bf16 lowers that to (.*)[.]", report_notes(wide)[0])
-    memory = [re.search("most memory, (.*), with single examples", report_notes(report)[0])[1] for report in (wide, narrow)]
+    wide, narrow = estimate_cost(config), estimate_cost(replace(config, precision="bf16"))
+    found = re.search("most memory, (.*), with single examples; --precision bf16 lowers that to (.*)[.]", write_notes(wide)[0])
+    memory = [re.search("most memory, (.*), with single examples", write_notes(report)[0])[1] for report in (wide, narrow)]
     assert list(found.groups()) == memory
     assert narrow.peak_bytes(narrow.tasks[0]) < 0.85 * wide.peak_bytes(wide.tasks[0])
 
@@ -157,29 +157,29 @@ def test_single_examples_are_sent_to_bf16():
 def test_single_examples_in_bf16_are_sent_to_recomputation():
     model = Model(dim=32, depth=6, num_heads=2, mlp_dim=64)
     config = tiny_config(tasks={"a": tile_task(modality=Tile(size=256), batch=1)}, precision="bf16", model=model)
-    before, after = plan_report(config), plan_report(change(config, recompute=True))
-    found = re.search("with single examples; --recompute lowers that to (.*)[.]", report_notes(before)[0])
-    assert f"most memory, {found[1]}, with single examples" in report_notes(after)[0]
+    before, after = estimate_cost(config), estimate_cost(change(config, recompute=True))
+    found = re.search("with single examples; --recompute lowers that to (.*)[.]", write_notes(before)[0])
+    assert f"most memory, {found[1]}, with single examples" in write_notes(after)[0]
     assert after.peak_bytes(after.tasks[0]) < 0.5 * before.peak_bytes(before.tasks[0])
     assert after.training_flops * 3 == before.training_flops * 4
 
 
 def test_a_residual_of_bf16_takes_less_memory():
-    wide, narrow = (plan_report(tiny_config(precision="bf16", residual=residual)) for residual in ("fp32", "bf16"))
+    wide, narrow = (estimate_cost(tiny_config(precision="bf16", residual=residual)) for residual in ("fp32", "bf16"))
     assert narrow.peak_bytes(narrow.tasks[0]) < wide.peak_bytes(wide.tasks[0])
 
 
 def test_gpus_get_the_least_micro_batches_that_fit(capsys, monkeypatch):
     config = large_config()
-    report = plan_report(config)
+    report = estimate_cost(config)
     text = printed(config, capsys, monkeypatch)
     for row in report.tasks:
         for size, cell in zip((16, 24, 40, 80), cells(text, "Memory", row.name)[-4:], strict=True):
-            pieces = [n for n in range(1, row.task.batch + 1) if row.task.batch % n == 0]
-            peaks = {n: report.state_bytes + row.activation_bytes / n for n in pieces}
+            divisors = [n for n in range(1, row.task.batch + 1) if row.task.batch % n == 0]
+            peaks = {n: report.state_bytes + row.activation_bytes / n for n in divisors}
             assert cell == str(min(n for n, peak in peaks.items() if peak <= 0.8 * size * GIB))
     assert len({row.activation_bytes for row in report.tasks}) == 2
-    assert any("big needs the most memory (like 1 more)" in note for note in report_notes(report))
+    assert any("big needs the most memory (like 1 more)" in note for note in write_notes(report))
 
 
 def test_a_gpu_that_one_example_overfills_gets_a_dash(capsys, monkeypatch):
@@ -194,11 +194,11 @@ def test_small_models_have_no_table_of_gpus(capsys, monkeypatch):
     assert "one example" not in text
 
 
-def test_a_checkpoint_is_as_large_as_told(tmp_path, capsys):
+def test_a_checkpoint_is_as_large_as_estimated(tmp_path, capsys):
     from polyvit_fast.train.loop import train
 
     config = tiny_config(out=str(tmp_path), keep=1, model=Model(dim=128, depth=2, num_heads=2, mlp_dim=512))
-    [note] = [note for note in report_notes(plan_report(config)) if "checkpoint" in note]
+    [note] = [note for note in write_notes(estimate_cost(config)) if "checkpoint" in note]
     mebibytes = float(re.search(r"takes ([\d.]+) MiB on disk; up to 2 stay", note)[1])
     train(config, "tiny", ["test"])
     [folder] = (tmp_path / "checkpoints").iterdir()
@@ -208,7 +208,7 @@ def test_a_checkpoint_is_as_large_as_told(tmp_path, capsys):
 def test_the_advice_can_be_followed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     config = experiments.load("smoke")
-    before = report_notes(plan_report(config))[0]
+    before = write_notes(estimate_cost(config))[0]
     found = re.search(r"needs the most memory, (.*?); (--tasks\.\S+ \d+) lowers that to (.*?),", before)
     assert cli.run(["plan", "smoke", *found[2].split()]) == 0
     name = re.search(r"--tasks\.(\S+)\.micro", found[2])[1]
@@ -226,9 +226,9 @@ def test_nothing_is_cut_off(width, capsys, monkeypatch):
         assert cells(text, title, "kinetics400")
 
 
-def test_a_wrong_schedule_is_told():
+def test_a_wrong_schedule_is_refused():
     with pytest.raises(ValueError, match="schedule = 'sometimes' is unknown"):
-        plan_report(tiny_config(schedule="sometimes"))
+        estimate_cost(tiny_config(schedule="sometimes"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,10 +244,10 @@ class Remarked(Synthetic):
         return [f"of {self.num_samples} samples, two are equal"]
 
 
-def test_remarks_on_the_data_are_told_once_with_their_task():
+def test_remarks_on_the_data_come_once_with_their_task():
     same, other = Remarked(num_samples=9), Remarked(num_samples=8)
     tasks = {"a": tile_task(train=same, val=same), "b": tile_task(train=same, val=other), "c": tile_task(train=Remarked(seed=1))}
-    notes = report_notes(plan_report(tiny_config(tasks=tasks)))
-    told = [note for note in notes if "are equal" in note]
-    assert told == [f"{name}: of {count} samples, two are equal." for name, count in (("a", 9), ("b", 9), ("b", 8))]
+    notes = write_notes(estimate_cost(tiny_config(tasks=tasks)))
+    equal = [note for note in notes if "are equal" in note]
+    assert equal == [f"{name}: of {count} samples, two are equal." for name, count in (("a", 9), ("b", 9), ("b", 8))]
     assert "No samples of c: it is gone." in notes

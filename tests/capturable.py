@@ -1,7 +1,7 @@
-"""What no CUDA graph records, refused without a GPU: meta tensors stand for those of a device, whose numbers nobody can ask for.
+"""Refuses, without a GPU, what no CUDA graph captures: meta tensors stand for those of a device, for the host cannot read them either.
 
-A graph records launches on the device. Whatever goes on between it and the host is lost, or spoils the recording: a copy from one to the
-other, a number that Python reads, a shape that depends on data.
+A graph captures launches on the device. Whatever happens between device and host is lost, or makes the capture fail: a copy from one to
+the other, a number that Python reads, a shape that depends on data.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,15 +39,15 @@ WRITERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor
 COPIES = (_aten.copy_.default, _aten._to_copy.default)
 
 
-class NotRecordableError(Exception):
-    """A call that cannot be recorded; the message names it and says why."""
+class NotCapturableError(Exception):
+    """A call that cannot be captured; the message names it and says why."""
 
 
 @contextmanager
-def recording(*, feeds: bool = False) -> Iterator[None]:
-    """Inside, a call on meta tensors that cannot be recorded is a NotRecordableError.
+def check_capturable(*, feeds: bool = False) -> Iterator[None]:
+    """Inside, a call on meta tensors that cannot be captured raises NotCapturableError.
 
-    With `feeds`, copies to the device may be queued, for which the host does not wait, although no graph records them.
+    With `feeds`, copies to the device may be queued, for which the host does not wait, although no graph captures them.
     """
     with _Calls(), _Operators(feeds):
         yield
@@ -79,12 +79,12 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        places = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         if kwargs.get("device") is not None:
-            places.add(torch.device(kwargs["device"]).type)
-        if len(places) > 1 and not (self.feeds and _is_queued_to_device(func, args, kwargs)):
+            devices.add(torch.device(kwargs["device"]).type)
+        if len(devices) > 1 and not (self.feeds and _is_queued_to_device(func, args, kwargs)):
             _refuse(func, "a copy between host and device" if func in COPIES else "tensors of the host among those of the device")
-        if "meta" in places and _depends_on_data(func, args):
+        if "meta" in devices and _depends_on_data(func, args):
             _refuse(func, "the host waits for data, on which the output's shape or value depends")
         return func(*args, **kwargs)
 
@@ -97,18 +97,20 @@ def _is_queued_to_device(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _has_host_index(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, list | np.ndarray) or (isinstance(part, Tensor) and not part.is_meta) for part in parts)
+    indices = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(one, list | np.ndarray) or (isinstance(one, Tensor) and not one.is_meta) for one in indices)
 
 
 def _depends_on_data(func: Any, args: Any) -> bool:
     if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default):
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])  # a mask's places are looked for
+        return any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )  # a mask's nonzero elements are counted
     return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
 
 
 def _refuse(func: Callable, reason: str) -> None:
-    raise NotRecordableError(f"{resolve_name(func) or func}: {reason}")
+    raise NotCapturableError(f"{resolve_name(func) or func}: {reason}")
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def on_meta(monkeypatch):
 
 
 def _launch(self, *args, grid, warmup, **kwargs) -> None:
-    """In the place of a kernel's launch."""
+    """Instead of a kernel's launch."""
     tensors = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in (*args, *kwargs.values())]
     if any(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in tensors):
-        raise NotRecordableError(f"{self.__name__}: a kernel takes a tensor of the host")
+        raise NotCapturableError(f"{self.__name__}: a kernel takes a tensor of the host")

@@ -49,8 +49,8 @@ class Value:
     def shape(self) -> list[int]:
         return list(self.values.shape)
 
-    def __getitem__(self, places: Any) -> "Value":
-        return Value(self.values[places], self.dtype)
+    def __getitem__(self, index: Any) -> "Value":
+        return Value(self.values[index], self.dtype)
 
     def __index__(self) -> int:
         return int(self.values)
@@ -94,7 +94,7 @@ class Product:
         """Its value, where it is among the products up to `number`, which are over."""
         return self if self.number > number else Value(self.values, self.dtype)
 
-    def __getitem__(self, places: Any) -> None:
+    def __getitem__(self, index: Any) -> None:
         raise FaultError("a product is read that was not waited for")
 
     to = reshape = permute = __getitem__

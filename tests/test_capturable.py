@@ -1,10 +1,10 @@
-"""The lint of recordings refuses what a GPU refuses, and lets the rest pass."""
+"""The check of captures refuses what a GPU refuses, and lets the rest pass."""
 
 import gluon_samples
 import pytest
 import torch
-from recordable import META, NotRecordableError, recording
-from recordable import on_meta as on_meta  # a fixture
+from capturable import META, NotCapturableError, check_capturable
+from capturable import on_meta as on_meta  # a fixture
 from torch.nn import functional
 
 REFUSED = {
@@ -54,22 +54,22 @@ class Reading(torch.autograd.Function):
 
 @pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
 def test_what_needs_the_host_is_refused(call):
-    with pytest.raises(NotRecordableError), recording():
+    with pytest.raises(NotCapturableError), check_capturable():
         call(torch.zeros(3, 4, device=META))
 
 
 @pytest.mark.usefixtures("on_meta")
 def test_a_gluon_kernel_is_not_launched_and_its_descriptors_are_of_the_device():
     x = torch.zeros(2, 70, 64, device=META, dtype=torch.bfloat16)
-    with recording():
+    with check_capturable():
         assert gluon_samples.copy(x).is_meta
-        with pytest.raises(NotRecordableError, match="copy_kernel: a kernel takes a tensor of the host"):
+        with pytest.raises(NotCapturableError, match="copy_kernel: a kernel takes a tensor of the host"):
             gluon_samples.copy(torch.zeros(2, 70, 64, dtype=torch.bfloat16))
 
 
 def test_what_stays_on_the_device_passes():
     x, weight = torch.zeros(3, 4, device=META), torch.zeros(5, 4, device=META, requires_grad=True)
-    with recording():
+    with check_capturable():
         x[0].fill_(1.0)
         x[1:] = x[:2]
         x += torch.arange(4, device=META) * 0.5
@@ -81,9 +81,9 @@ def test_what_stays_on_the_device_passes():
 
 def test_only_queued_copies_to_the_device_feed_it():
     x, host = torch.zeros(3, 4, device=META), torch.ones(3, 4)
-    with recording(feeds=True):
+    with check_capturable(feeds=True):
         x.copy_(host, non_blocking=True)
         host.to(META, non_blocking=True)
     for call in (lambda: x.copy_(host), lambda: host.to(META), lambda: host.copy_(x, non_blocking=True)):
-        with pytest.raises(NotRecordableError, match="a copy between host and device"), recording(feeds=True):
+        with pytest.raises(NotCapturableError, match="a copy between host and device"), check_capturable(feeds=True):
             call()

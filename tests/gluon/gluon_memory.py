@@ -13,7 +13,7 @@ from gluon_values import Value, rounded, values_of
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-_ALIGNMENT = 16  # bytes, of a box's first column
+_ALIGNMENT = 16  # bytes, of the first column of a TMA copy
 _DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -26,7 +26,7 @@ _DTYPES = {
 
 @dataclass
 class Report:
-    """What was executed: (kernel, grid) of each launch, bytes that TMA brought, products of wgmma."""
+    """What was executed: (kernel, grid) of each launch, bytes that TMA loaded, number of wgmmas."""
 
     launches: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     copied_bytes: int = 0
@@ -34,7 +34,7 @@ class Report:
 
 
 class Now:
-    """What is being executed: programs of a launch, one after the other, with numbers from 1."""
+    """What is being executed; the programs of a launch have numbers from 1."""
 
     report: Report
     assembly: Mapping[str, Callable]
@@ -62,27 +62,27 @@ class Memory:
 
     def end(self) -> None:
         """Put what was written into the storage."""
-        places = torch.from_numpy(np.flatnonzero(self.writer))
-        self.storage[places] = torch.from_numpy(self.values).to(self.storage.dtype)[places]
+        addresses = torch.from_numpy(np.flatnonzero(self.writer))
+        self.storage[addresses] = torch.from_numpy(self.values).to(self.storage.dtype)[addresses]
 
-    def read(self, places: np.ndarray) -> np.ndarray:
+    def read(self, addresses: np.ndarray) -> np.ndarray:
         """Of elements that no other program writes."""
         me = Now.number
-        if np.any((self.writer[places] != 0) & (self.writer[places] != me)):
+        if np.any((self.writer[addresses] != 0) & (self.writer[addresses] != me)):
             raise FaultError("a program reads what another one writes")
-        self.reader[places] = np.where(np.isin(self.reader[places], (0, me)), me, -1)
-        return self.values[places]
+        self.reader[addresses] = np.where(np.isin(self.reader[addresses], (0, me)), me, -1)
+        return self.values[addresses]
 
-    def write(self, places: np.ndarray, values: np.ndarray, *, again: bool) -> None:
+    def write(self, addresses: np.ndarray, values: np.ndarray, *, again: bool) -> None:
         """Elements that nobody else writes or reads."""
         me = Now.number
-        if not again and (np.any(self.writer[places]) or len(np.unique(places)) < places.size):
+        if not again and (np.any(self.writer[addresses]) or len(np.unique(addresses)) < addresses.size):
             raise FaultError("an element is written twice in one launch")
-        if np.any((self.reader[places] != 0) & (self.reader[places] != me)):
+        if np.any((self.reader[addresses] != 0) & (self.reader[addresses] != me)):
             raise FaultError("a program writes what another one reads")
-        self.writer[places] = me
-        self.ever_written[places] = True
-        self.values[places] = rounded(values, self.dtype)
+        self.writer[addresses] = me
+        self.ever_written[addresses] = True
+        self.values[addresses] = rounded(values, self.dtype)
 
 
 @dataclass
@@ -99,17 +99,16 @@ class Span:
         steps = ((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.stride(), strict=True))
         self.end = self.first + (1 + sum(steps) if self.tensor.numel() else 0)
 
-    def check(self, places: np.ndarray) -> None:
-        """Raise where a place is outside."""
-        if places.size and (places.min() < self.first or places.max() >= self.end):
-            raise FaultError(
-                f"{self.name} is accessed at {places.min() - self.first} to {places.max() - self.first}, but has {self.end - self.first}"
-            )
+    def check(self, addresses: np.ndarray) -> None:
+        """Raise where an address is outside."""
+        if addresses.size and (addresses.min() < self.first or addresses.max() >= self.end):
+            first, last = addresses.min() - self.first, addresses.max() - self.first
+            raise FaultError(f"{self.name} is accessed at {first} to {last}, but has {self.end - self.first}")
 
     def find_gaps(self) -> int:
         """How many elements were never written, in a tensor of which some were."""
-        places = torch.arange(len(self.memory.storage)).as_strided(self.tensor.shape, self.tensor.stride(), self.first).numpy()
-        written = self.memory.ever_written[places]
+        addresses = torch.arange(len(self.memory.storage)).as_strided(self.tensor.shape, self.tensor.stride(), self.first).numpy()
+        written = self.memory.ever_written[addresses]
         return int((~written).sum()) if written.any() else 0
 
 
@@ -118,43 +117,43 @@ class Pointer:
 
     __array_ufunc__ = None
 
-    def __init__(self, span: Span, places: Any) -> None:
-        self.span, self.places = span, np.asarray(places, np.int64)
+    def __init__(self, span: Span, addresses: Any) -> None:
+        self.span, self.addresses = span, np.asarray(addresses, np.int64)
         self.dtype = SimpleNamespace(element_ty=span.memory.dtype)
 
     def __add__(self, offset: Any) -> "Pointer":
-        return Pointer(self.span, self.places + values_of(offset))
+        return Pointer(self.span, self.addresses + values_of(offset))
 
     __radd__ = __add__
 
     def __sub__(self, offset: Any) -> "Pointer":
-        return Pointer(self.span, self.places - values_of(offset))
+        return Pointer(self.span, self.addresses - values_of(offset))
 
-    def __getitem__(self, places: Any) -> "Pointer":
-        return Pointer(self.span, self.places[places])
+    def __getitem__(self, addresses: Any) -> "Pointer":
+        return Pointer(self.span, self.addresses[addresses])
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Value:
     """gl.load; without `other`, what the mask leaves out is NaN."""
-    places, allowed = np.broadcast_arrays(pointer.places, True if mask is None else values_of(mask))
+    addresses, allowed = np.broadcast_arrays(pointer.addresses, True if mask is None else values_of(mask))
     dtype = pointer.span.memory.dtype
     nothing = np.nan if dtype.is_floating() else 0
-    values = np.full(places.shape, nothing if other is None else values_of(other), np.float32 if dtype.is_floating() else np.int64)
-    pointer.span.check(places[allowed])
-    values[allowed] = pointer.span.memory.read(places[allowed])
+    values = np.full(addresses.shape, nothing if other is None else values_of(other), np.float32 if dtype.is_floating() else np.int64)
+    pointer.span.check(addresses[allowed])
+    values[allowed] = pointer.span.memory.read(addresses[allowed])
     return Value(values, dtype)
 
 
 def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
     """gl.store."""
-    places, values, allowed = np.broadcast_arrays(pointer.places, values_of(value), True if mask is None else values_of(mask))
-    pointer.span.check(places[allowed])
-    pointer.span.memory.write(places[allowed], values[allowed], again=pointer.span.is_rewritten)
+    addresses, values, allowed = np.broadcast_arrays(pointer.addresses, values_of(value), True if mask is None else values_of(mask))
+    pointer.span.check(addresses[allowed])
+    pointer.span.memory.write(addresses[allowed], values[allowed], again=pointer.span.is_rewritten)
 
 
 @dataclass
 class Descriptor:
-    """A tensor descriptor: boxes of a tensor, zeros outside of it."""
+    """A tensor descriptor: blocks of a tensor, with zeros outside of it."""
 
     span: Span
     first: int
@@ -176,18 +175,18 @@ class Descriptor:
         return prod(self.block_shape) * self.dtype.primitive_bitwidth // 8
 
     def find(self, coordinates: list) -> tuple[np.ndarray, np.ndarray]:
-        """The places of a box in memory, and which of them are in the tensor."""
+        """The addresses of a block, and which of them are in the tensor."""
         starts = [int(values_of(x)) for x in coordinates]
         if len(starts) != len(self.block_shape):
             raise FaultError(f"{len(starts)} coordinates for a descriptor of {len(self.block_shape)} dimensions")
         if starts[-1] * self.dtype.primitive_bitwidth // 8 % _ALIGNMENT:
-            raise FaultError(f"a box begins at column {starts[-1]}, no multiple of {_ALIGNMENT} bytes")
-        places, inside = np.int64(self.first), np.bool_(True)
+            raise FaultError(f"a TMA copy begins at column {starts[-1]}, no multiple of {_ALIGNMENT} bytes")
+        addresses, inside = np.int64(self.first), np.bool_(True)
         for axis, (start, size) in enumerate(zip(starts, self.block_shape, strict=True)):
             index = (start + np.arange(size)).reshape([-1 if other == axis else 1 for other in range(len(starts))])
-            places = places + index * self.strides[axis]
+            addresses = addresses + index * self.strides[axis]
             inside = inside & (index >= 0) & (index < self.shape[axis])
-        return places, inside
+        return addresses, inside
 
 
 class Shared:
@@ -206,12 +205,12 @@ class Shared:
     def shape(self) -> list[int]:
         return list(self.values.shape)
 
-    def index(self, place: Any) -> "Shared":
-        place = _place(place, len(self.values))
-        return self._view(lambda array: array[place])
+    def index(self, index: Any) -> "Shared":
+        index = _check_index(index, len(self.values))
+        return self._view(lambda array: array[index])
 
     def slice(self, start: Any, length: int, dim: int = 0) -> "Shared":
-        first = _place(start, self.shape[dim] - length + 1)
+        first = _check_index(start, self.shape[dim] - length + 1)
         return self._view(lambda array: array[(*(slice(None),) * dim, slice(first, first + length))])
 
     def reshape(self, shape: Any) -> "Shared":
@@ -253,18 +252,19 @@ class Barriers:
     def __init__(self, barriers: list[Barrier]) -> None:
         self.barriers = barriers
 
-    def index(self, place: Any) -> Barrier:
-        return self.barriers[_place(place, len(self.barriers))]
+    def index(self, index: Any) -> Barrier:
+        return self.barriers[_check_index(index, len(self.barriers))]
 
     def slice(self, start: Any, length: int) -> "Barriers":
-        first = _place(start, len(self.barriers) - length + 1)
+        first = _check_index(start, len(self.barriers) - length + 1)
         return Barriers(self.barriers[first : first + length])
 
 
-def _place(place: Any, size: int) -> int:
-    if not 0 <= int(place) < size:
-        raise FaultError(f"place {int(place)} of {size} in shared memory")
-    return int(place)
+def _check_index(index: Any, size: int) -> int:
+    """The index as a number, when it is one of `size`."""
+    if not 0 <= int(index) < size:
+        raise FaultError(f"index {int(index)} of {size} in shared memory")
+    return int(index)
 
 
 def allocate(dtype: Any, shape: Any, layout: Any, value: Value | None = None) -> Any:
@@ -273,7 +273,7 @@ def allocate(dtype: Any, shape: Any, layout: Any, value: Value | None = None) ->
     name = f"allocation {len(Now.allocations)} of {dtype}{list(sizes)}"
     Now.machine.allocate(prod(sizes) * dtype.primitive_bitwidth // 8)
     if isinstance(layout, hopper.mbarrier.MBarrierLayout):
-        barriers = [Barrier(f"barrier {place} of {name}") for place in range(sizes[0])]
+        barriers = [Barrier(f"barrier {index} of {name}") for index in range(sizes[0])]
         return Barriers(barriers) if len(sizes) > 1 else barriers[0]
     allocation = Allocation(sizes, dtype, name)
     Now.allocations.append(allocation)

@@ -1,11 +1,11 @@
 """The part of a Hopper SM that `gluon_executor` needs: partitions, TMA, wgmma, mbarriers and shared memory, with who may see what when.
 
-One partition runs at a time. At every step that others can see, chance decides whether it goes on, another one does, or a copy of TMA
-arrives; where nothing can go on, that is a deadlock, and is told with what each partition waits for. The same seed repeats a run.
+One partition runs at a time. At every step that others can see, it is decided at random whether it goes on, another one does, or a TMA copy
+arrives; where nothing can go on, that is a deadlock, reported with what each partition waits for. The same seed repeats a run.
 
-Races do not depend on chance: every access to shared memory must be ordered after those that it conflicts with. What orders accesses is
-kept as vector clocks (Lamport's happens-before): a *lane* is a sequence of accesses in order, such as a partition's own, its products', or
-the copies to one place, and a clock says how far along each lane its owner has seen.
+Data races are found whatever the order was: every access to shared memory must be ordered after those that it conflicts with. The order is
+kept as vector clocks (Lamport's happens-before). A *timeline* is a sequence of accesses in order, such as a partition's own, its products',
+or the copies to one view of shared memory; a clock says how far along each timeline its owner has seen.
 
 - Within a partition the compiler orders the threads' accesses: it puts a barrier between two that conflict, and before an arrival.
 - Between partitions mbarriers do: who waits has seen what those who arrived had seen. `expect` is the arrival of one thread: what other
@@ -45,8 +45,8 @@ def here() -> str:
 
 
 def _join(clock: Clock, other: Clock) -> None:
-    for lane, time in other.items():
-        clock[lane] = max(time, clock.get(lane, 0))
+    for timeline, time in other.items():
+        clock[timeline] = max(time, clock.get(timeline, 0))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,8 +67,8 @@ class Partition:
 
     def settle(self) -> None:
         """A barrier of the partition's threads: what they did is done."""
-        lanes = (self.number, ("wgmma", self.number), ("store", self.number))
-        self.settled = {lane: self.clock.get(lane, 0) for lane in lanes}
+        timelines = (self.number, ("wgmma", self.number), ("store", self.number))
+        self.settled = {timeline: self.clock.get(timeline, 0) for timeline in timelines}
         self.clock[self.number] += 1
 
     def seen_by_one(self) -> Clock:
@@ -77,7 +77,7 @@ class Partition:
 
     def is_unsettled(self, access: "Access") -> bool:
         """Whether some threads may not be done with an access of this partition."""
-        return access.lane in self.settled and access.time > self.settled[access.lane]
+        return access.timeline in self.settled and access.time > self.settled[access.timeline]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,23 +90,23 @@ class Copy:
 
 @dataclass(kw_only=True)
 class Access:
-    """The latest one of its lane to a place, as those who come later see it."""
+    """The latest access on its timeline to a view of shared memory, as later ones see it."""
 
-    lane: Hashable
+    timeline: Hashable
     time: int
     writes: bool
     by_threads: int
-    place: np.ndarray
+    view: np.ndarray
     what: str
 
     @property
     def is_copy(self) -> bool:
         """Whether TMA wrote it."""
-        return isinstance(self.lane, tuple) and self.lane[0] == "copy"
+        return isinstance(self.timeline, tuple) and self.timeline[0] == "copy"
 
-    def conflicts(self, place: np.ndarray, writes: bool) -> bool:
+    def conflicts(self, view: np.ndarray, writes: bool) -> bool:
         """Whether one of the two writes what the other one touches."""
-        return (writes or self.writes) and np.may_share_memory(place, self.place) and np.shares_memory(place, self.place)
+        return (writes or self.writes) and np.may_share_memory(view, self.view) and np.shares_memory(view, self.view)
 
 
 class Allocation:
@@ -118,27 +118,27 @@ class Allocation:
         self.name = name
         self.accesses: dict[Hashable, Access] = {}
 
-    def check(self, place: np.ndarray, me: Partition, *, writes: bool, asynchronous: bool, what: str) -> None:
+    def check(self, view: np.ndarray, me: Partition, *, writes: bool, asynchronous: bool, what: str) -> None:
         """Raise where an earlier access is not over, as far as the partition knows."""
         clock = me.clock
         for access in list(self.accesses.values()):
-            if not access.conflicts(place, writes):
+            if not access.conflicts(view, writes):
                 continue
             if me.is_unsettled(access):
                 me.settle()
-            if clock.get(access.lane, 0) < access.time:
+            if clock.get(access.timeline, 0) < access.time:
                 raise FaultError(f"race on {self.name}: {what}, but nothing says that it comes after {access.what}")
-            if asynchronous and access.by_threads and access.writes and clock.get(("fence", access.lane), 0) < access.by_threads:
+            if asynchronous and access.by_threads and access.writes and clock.get(("fence", access.timeline), 0) < access.by_threads:
                 raise FaultError(f"{what} on {self.name} needs fence_async_shared after {access.what}")
 
-    def keep(self, place: np.ndarray, lane: Hashable, time: int, *, writes: bool, by_threads: int = 0, what: str) -> None:
+    def keep(self, view: np.ndarray, timeline: Hashable, time: int, *, writes: bool, by_threads: int = 0, what: str) -> None:
         """Note an access. `by_threads` counts those of a partition's threads, which its fences make visible to TMA and wgmma."""
-        access = Access(lane=lane, time=time, writes=writes, by_threads=by_threads, place=place, what=what)
-        self.accesses[lane, writes, _bounds(place)] = access
+        access = Access(timeline=timeline, time=time, writes=writes, by_threads=by_threads, view=view, what=what)
+        self.accesses[timeline, writes, _bounds(view)] = access
 
 
-def _bounds(place: np.ndarray) -> tuple[int, ...]:
-    return (*np.lib.array_utils.byte_bounds(place), *place.shape)
+def _bounds(view: np.ndarray) -> tuple[int, ...]:
+    return (*np.lib.array_utils.byte_bounds(view), *view.shape)
 
 
 class Barrier:
@@ -186,8 +186,8 @@ class Barrier:
 class Machine:
     """One program's partitions, shared memory and copies under way."""
 
-    def __init__(self, name: str, num_warps: int, chance: random.Random) -> None:
-        self.chance = chance
+    def __init__(self, name: str, num_warps: int, rng: random.Random) -> None:
+        self.rng = rng
         self.copies: list[Copy] = []
         self.failure: BaseException | None = None
         self.num_bytes = 0
@@ -198,7 +198,7 @@ class Machine:
         self.num_partitions = 1
 
     def allocate(self, num_bytes: int) -> None:
-        """Take shared memory. The compiler may put one allocation in the place of another that is no longer used; this is without."""
+        """Take shared memory. The compiler may reuse what another allocation no longer needs; this does not."""
         self.num_bytes += num_bytes
         if self.num_bytes > SHARED_BYTES:
             raise FaultError(f"{self.num_bytes} bytes of shared memory are more than the {SHARED_BYTES} that a program can have")
@@ -207,7 +207,7 @@ class Machine:
 
     def step(self) -> None:
         """Somebody else may go first."""
-        if self.chance.random() < 0.25:
+        if self.rng.random() < 0.25:
             self.wait(lambda: True, str)
 
     def wait(self, ready: Callable[[], bool], waits_for: Callable[[], str]) -> None:
@@ -220,13 +220,13 @@ class Machine:
                 raise _StoppedError
 
     def _pass_on(self) -> Partition:
-        """Who goes on; it has been told."""
+        """The partition that goes on, which is woken."""
         while True:
             able = [partition for partition in self.partitions if not partition.is_done and partition.ready()]
             choices = [*able, *self.copies]
             if not choices:
                 raise FaultError("\n".join(["deadlock:", *self._waiting()]))
-            chosen = self.chance.choice(choices)
+            chosen = self.rng.choice(choices)
             if isinstance(chosen, Partition):
                 before, self.current = self.current, chosen
                 if chosen is not before:
@@ -296,20 +296,20 @@ class Machine:
 
     # What partitions do
 
-    def read(self, allocation: Allocation, place: np.ndarray, what: str) -> None:
+    def read(self, allocation: Allocation, view: np.ndarray, what: str) -> None:
         """Threads read shared memory."""
         self.step()
         me, where = self.current, f"{what} in {here()}"
-        allocation.check(place, me, writes=False, asynchronous=False, what=where)
-        allocation.keep(place, me.number, me.clock[me.number], writes=False, what=where)
+        allocation.check(view, me, writes=False, asynchronous=False, what=where)
+        allocation.keep(view, me.number, me.clock[me.number], writes=False, what=where)
 
-    def write(self, allocation: Allocation, place: np.ndarray) -> None:
+    def write(self, allocation: Allocation, view: np.ndarray) -> None:
         """Threads write it."""
         self.step()
         me, where = self.current, f"a store in {here()}"
-        allocation.check(place, me, writes=True, asynchronous=False, what=where)
+        allocation.check(view, me, writes=True, asynchronous=False, what=where)
         me.stores += 1
-        allocation.keep(place, me.number, me.clock[me.number], writes=True, by_threads=me.stores, what=where)
+        allocation.keep(view, me.number, me.clock[me.number], writes=True, by_threads=me.stores, what=where)
 
     def fence(self) -> None:
         """TMA and wgmma will see what the partition's threads have written."""
@@ -320,9 +320,9 @@ class Machine:
         self.step()
         me, where = self.current, f"a wgmma in {here()}"
         me.products += 1
-        for allocation, place in operands:
-            allocation.check(place, me, writes=False, asynchronous=True, what=where)
-            allocation.keep(place, ("wgmma", me.number), me.products, writes=False, what=f"{where}")
+        for allocation, view in operands:
+            allocation.check(view, me, writes=False, asynchronous=True, what=where)
+            allocation.keep(view, ("wgmma", me.number), me.products, writes=False, what=where)
         return me.products
 
     def wait_products(self, outstanding: int) -> int:
@@ -332,37 +332,37 @@ class Machine:
         me.clock["wgmma", me.number] = over
         return over
 
-    def load(self, allocation: Allocation, place: np.ndarray, known: np.ndarray, values: np.ndarray, barrier: Barrier, size: int) -> None:
-        """TMA begins to copy `values` to shared memory; their arrival is told to the barrier."""
+    def load(self, allocation: Allocation, view: np.ndarray, known: np.ndarray, values: np.ndarray, barrier: Barrier, size: int) -> None:
+        """TMA begins to copy `values` to shared memory; their bytes arrive at the barrier."""
         self.step()
         where = f"a copy to shared memory in {here()}"
-        allocation.check(place, self.current, writes=True, asynchronous=True, what=where)
-        lane = ("copy", *_bounds(place))
+        allocation.check(view, self.current, writes=True, asynchronous=True, what=where)
+        timeline = ("copy", *_bounds(view))
         clock = self.current.seen_by_one()
-        time = clock[lane] = clock.get(lane, 0) + 1
-        allocation.keep(place, lane, time, writes=True, what=f"{where}")
+        time = clock[timeline] = clock.get(timeline, 0) + 1
+        allocation.keep(view, timeline, time, writes=True, what=where)
 
         def arrive() -> None:
-            place[...] = values
+            view[...] = values
             known[...] = True
             barrier.arrive(clock, copied=size)
 
         self.copies.append(Copy(name=where, arrive=arrive))
 
-    def store(self, allocation: Allocation, place: np.ndarray) -> None:
+    def store(self, allocation: Allocation, view: np.ndarray) -> None:
         """TMA begins to copy from shared memory, and reads it until that is waited for."""
         self.step()
         me, where = self.current, f"a copy from shared memory in {here()}"
-        allocation.check(place, me, writes=False, asynchronous=True, what=where)
-        lane = ("store", me.number)
+        allocation.check(view, me, writes=False, asynchronous=True, what=where)
+        timeline = ("store", me.number)
         me.clock["stores begun", me.number] = time = me.clock.get(("stores begun", me.number), 0) + 1
-        allocation.keep(place, lane, time, writes=False, what=f"{where}")
+        allocation.keep(view, timeline, time, writes=False, what=where)
 
     def wait_stores(self, outstanding: int) -> None:
-        """All but the last few copies from shared memory have read it."""
+        """All but the last `outstanding` copies from shared memory have read it."""
         me = self.current
-        lane = ("store", me.number)
-        me.clock[lane] = max(me.clock.get(lane, 0), me.clock.get(("stores begun", me.number), 0) - outstanding)
+        timeline = ("store", me.number)
+        me.clock[timeline] = max(me.clock.get(timeline, 0), me.clock.get(("stores begun", me.number), 0) - outstanding)
 
     def arrive(self, barrier: Barrier, count: int) -> None:
         """The partition arrives, all its threads having come so far."""
@@ -394,5 +394,5 @@ class Machine:
         for copy in self.copies:
             raise FaultError(f"the program ends during {copy.name}")
         for access in (access for allocation in allocations for access in allocation.accesses.values()):
-            if access.is_copy and self.root.clock.get(access.lane, 0) < access.time:
+            if access.is_copy and self.root.clock.get(access.timeline, 0) < access.time:
                 raise FaultError(f"the program ends without waiting for {access.what}")

@@ -1,4 +1,4 @@
-"""The executor of Gluon kernels: right kernels give right results, and each fault that is planted is found, whoever goes first."""
+"""The executor of Gluon kernels: correct kernels give correct results, and planted faults are found, in whatever order partitions run."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 SEEDS = range(4)
-BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @gluon.constexpr_function
@@ -22,14 +22,14 @@ def mma_layout():
 
 
 @gluon.jit
-def begin_load(d_in, i_row, i_column, ready, s_box, NUM_BYTES: gl.constexpr = 8192):
+def begin_load(d_in, i_row, i_column, ready, s_block, NUM_BYTES: gl.constexpr = 8192):
     mbarrier.expect(ready, NUM_BYTES)
-    tma.async_copy_global_to_shared(d_in, [i_row, i_column], ready, s_box)
+    tma.async_copy_global_to_shared(d_in, [i_row, i_column], ready, s_block)
 
 
 @gluon.jit
 def gram_kernel(d_in, d_out, p_out, columns, FAULT: gl.constexpr):
-    """The products of 64 rows with each other: a ring of two boxes, wgmma, the result through shared memory to TMA and by threads."""
+    """The products of 64 rows with each other: a ring of two stages, wgmma, the result through shared memory to TMA and by threads."""
     M: gl.constexpr = mma_layout()
     s_in = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], d_in.layout)
     s_out = gl.allocate_shared_memory(gl.bfloat16, [64, 64], d_out.layout)
@@ -43,16 +43,16 @@ def gram_kernel(d_in, d_out, p_out, columns, FAULT: gl.constexpr):
         begin_load(d_in, i_row, i * 64, ready.index(i), s_in.index(i), 8190 if FAULT == "bytes" else 8192)
     b_sum = gl.zeros([64, 64], gl.float32, M)
     for i in range(steps):
-        slot = i % 2
+        i_stage = i % 2
         if FAULT != "copy not waited for":
-            mbarrier.wait(ready.index(slot), (i // 2 + (1 if FAULT == "phase" else 0)) % 2)
-        b_sum = warpgroup_mma(s_in.index(slot), s_in.index(slot).permute((1, 0)), b_sum, use_acc=i > 0, is_async=True)
+            mbarrier.wait(ready.index(i_stage), (i // 2 + (1 if FAULT == "phase" else 0)) % 2)
+        b_sum = warpgroup_mma(s_in.index(i_stage), s_in.index(i_stage).permute((1, 0)), b_sum, use_acc=i > 0, is_async=True)
         if FAULT != "product not waited for before its operand is overwritten":
             b_sum = warpgroup_mma_wait(0, deps=(b_sum,))
         if i + 2 < steps:
-            begin_load(d_in, i_row, (i + 2) * 64, ready.index(slot), s_in.index(slot))
+            begin_load(d_in, i_row, (i + 2) * 64, ready.index(i_stage), s_in.index(i_stage))
         if FAULT == "never waited for" and i + 2 >= steps:
-            begin_load(d_in, i_row, 0, ready.index(slot), s_in.index(slot))
+            begin_load(d_in, i_row, 0, ready.index(i_stage), s_in.index(i_stage))
     if FAULT == "product not waited for before its operand is overwritten":
         b_sum = warpgroup_mma_wait(0, deps=(b_sum,))
     if FAULT == "unwritten":
@@ -72,7 +72,7 @@ def gram_kernel(d_in, d_out, p_out, columns, FAULT: gl.constexpr):
 
 def gram(x, fault=""):
     by_tma, by_threads = torch.empty(len(x), 64, dtype=torch.bfloat16), torch.empty(len(x), 64)
-    d_in, d_out = (TensorDescriptor.from_tensor(tensor, [64, 64], BOX) for tensor in (x, by_tma))
+    d_in, d_out = (TensorDescriptor.from_tensor(tensor, [64, 64], LAYOUT) for tensor in (x, by_tma))
     gram_kernel[(len(x) // 64,)](d_in, d_out, by_threads, x.shape[1], FAULT=fault, num_warps=4)
     return by_tma, by_threads
 
@@ -138,7 +138,7 @@ def pending_kernel(d_in, p_out, ASYNC: gl.constexpr, OUTSTANDING: gl.constexpr):
 )
 def test_a_product_is_read_after_the_right_wait_alone(is_async, outstanding, is_right):
     x, out = torch.randn(64, 64).bfloat16(), torch.empty(2, 64, 64)
-    descriptor = TensorDescriptor.from_tensor(x, [64, 64], BOX)
+    descriptor = TensorDescriptor.from_tensor(x, [64, 64], LAYOUT)
     if is_right:
         with executing():
             pending_kernel[(1,)](descriptor, out, is_async, outstanding)
@@ -149,23 +149,23 @@ def test_a_product_is_read_after_the_right_wait_alone(is_async, outstanding, is_
 
 
 @gluon.jit
-def produce(d_in, s_in, full, empty, steps, SLOTS: gl.constexpr, FAULT: gl.constexpr):
+def produce(d_in, s_in, full, empty, steps, STAGES: gl.constexpr, FAULT: gl.constexpr):
     for i in range(steps):
-        slot = i % SLOTS
+        i_stage = i % STAGES
         if FAULT != "overwritten before it is read":
-            mbarrier.wait(empty.index(slot), (i // SLOTS + 1) % 2)
-        begin_load(d_in, i * 64, 0, full.index(slot), s_in.index(slot))
+            mbarrier.wait(empty.index(i_stage), (i // STAGES + 1) % 2)
+        begin_load(d_in, i * 64, 0, full.index(i_stage), s_in.index(i_stage))
 
 
 @gluon.jit
-def double(s_in, s_out, full, empty, handed, taken, steps, SLOTS: gl.constexpr, FAULT: gl.constexpr):
+def double(s_in, s_out, full, empty, handed, taken, steps, STAGES: gl.constexpr, FAULT: gl.constexpr):
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for i in range(steps):
-        slot = i % SLOTS
-        mbarrier.wait(full.index(slot), i // SLOTS % 2)
-        b_tile = s_in.index(slot).load(B)
+        i_stage = i % STAGES
+        mbarrier.wait(full.index(i_stage), i // STAGES % 2)
+        b_tile = s_in.index(i_stage).load(B)
         if FAULT != "never released":
-            mbarrier.arrive(empty.index(slot), count=2 if FAULT == "too many arrivals" else 1)
+            mbarrier.arrive(empty.index(i_stage), count=2 if FAULT == "too many arrivals" else 1)
         mbarrier.wait(taken, (i + 1) % 2)
         s_out.store(b_tile + b_tile)
         if FAULT == "handed over too early":
@@ -193,15 +193,15 @@ def write(s_out, p_out, handed, taken, steps, FAULT: gl.constexpr):
 
 
 @gluon.jit
-def pipeline_kernel(d_in, p_out, steps, SLOTS: gl.constexpr, FAULT: gl.constexpr):
-    """Three partitions: TMA fills a ring of boxes; threads double them and hand them to those that write."""
-    s_in = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 64, 64], d_in.layout)
+def pipeline_kernel(d_in, p_out, steps, STAGES: gl.constexpr, FAULT: gl.constexpr):
+    """Three partitions: TMA fills a ring of stages; threads double them and hand them to those that write."""
+    s_in = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], d_in.layout)
     s_out = gl.allocate_shared_memory(gl.bfloat16, [64, 64], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     handed = mbarrier.allocate_mbarrier()
     taken = mbarrier.allocate_mbarrier()
-    for i in gl.static_range(SLOTS):
+    for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2 if FAULT == "too few arrivals" else 1)
     mbarrier.init(handed, count=1)
@@ -210,8 +210,8 @@ def pipeline_kernel(d_in, p_out, steps, SLOTS: gl.constexpr, FAULT: gl.constexpr
     gl.warp_specialize(
         [
             (write, (s_out, p_out, handed, taken, steps, FAULT)),
-            (double, (s_in, s_out, full, empty, handed, taken, steps, SLOTS, FAULT)),
-            (produce, (d_in, s_in, full, empty, steps, SLOTS, FAULT)),
+            (double, (s_in, s_out, full, empty, handed, taken, steps, STAGES, FAULT)),
+            (produce, (d_in, s_in, full, empty, steps, STAGES, FAULT)),
         ],
         [4, 1],
         [80, 24],
@@ -220,7 +220,7 @@ def pipeline_kernel(d_in, p_out, steps, SLOTS: gl.constexpr, FAULT: gl.constexpr
 
 def pipeline(x, fault=""):
     out = torch.empty_like(x)
-    pipeline_kernel[(1,)](TensorDescriptor.from_tensor(x, [64, 64], BOX), out, len(x) // 64, SLOTS=2, FAULT=fault)
+    pipeline_kernel[(1,)](TensorDescriptor.from_tensor(x, [64, 64], LAYOUT), out, len(x) // 64, STAGES=2, FAULT=fault)
     return out
 
 
@@ -313,40 +313,40 @@ def test_rows_beyond_a_tensor_come_as_zeros(rows):
 
 
 @gluon.jit
-def box_kernel(d_in, d_out, COORDINATES: gl.constexpr, BACK: gl.constexpr, NUM_BYTES: gl.constexpr):
-    s_box = gl.allocate_shared_memory(d_in.dtype, d_in.block_type.shape, d_in.layout)
+def block_kernel(d_in, d_out, COORDINATES: gl.constexpr, BACK: gl.constexpr, NUM_BYTES: gl.constexpr):
+    s_block = gl.allocate_shared_memory(d_in.dtype, d_in.block_type.shape, d_in.layout)
     ready = mbarrier.allocate_mbarrier()
     mbarrier.init(ready, count=1)
     mbarrier.expect(ready, NUM_BYTES)
-    tma.async_copy_global_to_shared(d_in, COORDINATES, ready, s_box)
+    tma.async_copy_global_to_shared(d_in, COORDINATES, ready, s_block)
     mbarrier.wait(ready, 0)
-    tma.async_copy_shared_to_global(d_out, BACK, s_box)
+    tma.async_copy_shared_to_global(d_out, BACK, s_block)
     tma.store_wait(0)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
-def test_boxes_of_every_rank(rank):
-    shape, box = (3, 2, 5, 9, 40)[-rank:], (1, 2, 2, 8, 32)[-rank:]
+def test_blocks_of_every_rank(rank):
+    shape, block = (3, 2, 5, 9, 40)[-rank:], (1, 2, 2, 8, 32)[-rank:]
     start = (2, -1, 4, 3, 16)[-rank:]
-    x, out = torch.randn(shape).half(), torch.ones(box).half()
+    x, out = torch.randn(shape).half(), torch.ones(block).half()
     layout = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=rank)
-    descriptors = [TensorDescriptor.from_tensor(tensor, list(box), layout) for tensor in (x, out)]
+    descriptors = [TensorDescriptor.from_tensor(tensor, list(block), layout) for tensor in (x, out)]
     with executing() as report:
-        box_kernel[(1,)](*descriptors, start, (0,) * rank, NUM_BYTES=out.nbytes)
+        block_kernel[(1,)](*descriptors, start, (0,) * rank, NUM_BYTES=out.nbytes)
     expected = torch.zeros_like(out)
-    for place in torch.cartesian_prod(*map(torch.arange, box)).tolist():
-        at = tuple(first + step for first, step in zip(start, place, strict=True))
+    for inside in torch.cartesian_prod(*map(torch.arange, block)).tolist():
+        at = tuple(first + step for first, step in zip(start, inside, strict=True))
         if all(0 <= i < size for i, size in zip(at, shape, strict=True)):
-            expected[tuple(place)] = x[at]
+            expected[tuple(inside)] = x[at]
     assert torch.equal(out, expected)
     assert report.copied_bytes == out.nbytes
 
 
-def test_a_box_begins_at_a_multiple_of_16_bytes():
+def test_a_tma_copy_begins_at_a_multiple_of_16_bytes():
     x = torch.zeros(8, 64).half()
     descriptor = TensorDescriptor.from_tensor(x, [8, 32], gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
     with pytest.raises(FaultError, match="begins at column 4, no multiple of 16 bytes"), executing():
-        box_kernel[(1,)](descriptor, descriptor, (0, 4), (0, 0), NUM_BYTES=512)
+        block_kernel[(1,)](descriptor, descriptor, (0, 4), (0, 0), NUM_BYTES=512)
 
 
 @gluon.jit
@@ -371,7 +371,7 @@ def test_arguments_are_what_triton_makes_of_them():
         number_kernel[(1,)](out, 2, 2, 0.5, num_warp=4)
 
 
-def test_what_is_not_known_is_told():
+def test_what_is_not_known_is_refused():
     with pytest.raises(NotImplementedError, match="atomic_add has no stand-in"), executing():
         atomic_kernel[(1,)](torch.zeros(1))
 
