@@ -221,7 +221,7 @@ def image_group(title: str) -> Group:
     return group_of(title, NUM_IMAGES, "images", candidates)
 
 
-# Videos: 32 frames, every second one, from a random place, cropped to 224 x 224 uint8
+# Videos: 32 frames, every second one, from a random start, cropped to 224 x 224 uint8
 
 NUM_VIDEOS, VIDEO_BATCH, NUM_FRAMES = (2, 2, 80) if machine.IS_TINY else (16, 8, 250)
 VIDEOS = {"H.264": ("mp4", "libx264"), "VP9": ("webm", "libvpx-vp9")}
@@ -291,7 +291,7 @@ def video_group(title: str) -> Group:
     return group_of(f"videos, {title}", NUM_VIDEOS, "clips", candidates)
 
 
-# Sounds: eight of ten seconds, from a random place, as 800 x 128 log-mel energies
+# Sounds: eight of ten seconds, from a random start, as 800 x 128 log-mel energies
 
 NUM_SOUNDS, SOUND_BATCH = (2, 2) if machine.IS_TINY else (128, 64)
 SOUNDS = {"WAV, 16 kHz": ("wav", 16_000), "FLAC, 16 kHz": ("flac", 16_000), "FLAC, 44.1 kHz": ("flac", 44_100)}

@@ -107,7 +107,7 @@ class Speed:
         return Speed(*(getattr(self, name) + getattr(other, name) for name in ("examples", "seconds", "waited", "flops")))
 
     def describe(self) -> dict[str, Any]:
-        """What the table says beside the rate."""
+        """What the table says after the rate."""
         note = f"waits for data {self.waited / self.seconds:.1%} of the time"
         return {"mfu": machine.compute_mfu(self.flops, self.seconds), "data_wait_ratio": self.waited / self.seconds, "note": note}
 

@@ -40,7 +40,7 @@ MEASURED = machine.ROOT / "kernels" / "polyvit_kernels" / "tiles" / "measured"
 RESULTS = machine.ROOT / "benchmarks" / "results"
 SECONDS = 300
 GAIN = 0.01
-"""By how much a candidate must be faster to take the place of the row in use."""
+"""By how much a candidate must be faster to replace the row in use."""
 WARM_UP_MS, MEASURED_MS = 5, 30
 NO_GPU = 2
 
@@ -316,7 +316,7 @@ def list_excesses(row: Tile, dtype: str) -> list[str]:
 
 
 def write(outcome: Outcome, measured: Path, results: Path, arch: int) -> None:
-    """Put an outcome into both files: its row in front of the others, in place of an earlier one for the same calls."""
+    """Put an outcome into both files: its row in front of the others, instead of an earlier one for the same calls."""
     case, row = outcome.case, outcome.new
     results.parent.mkdir(parents=True, exist_ok=True)
     if row and row.op == case.op:

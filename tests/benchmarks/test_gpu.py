@@ -1,4 +1,4 @@
-"""The one command for a machine with a GPU: its parts, what is left when one fails or the run is killed."""
+"""The one command for a machine with a GPU: its stages, what is left when one fails or the run is killed."""
 
 import os
 import signal
@@ -10,32 +10,32 @@ from pathlib import Path
 import gpu
 import machine
 import pytest
-from gpu import Part
+from gpu import Stage
 from harness import read_rows
 
 SCRIPT = Path(gpu.__file__)
 
 
-def files_of(part):
-    return [Path(word) for word in part.arguments if word.endswith(".py")]
+def files_of(stage):
+    return [Path(word) for word in stage.arguments if word.endswith(".py")]
 
 
 def test_parts_run_files_that_exist_and_every_benchmark_but_those_of_a_cpu(tmp_path):
-    parts = {part.name: part for part in gpu.list_parts(tmp_path, is_small=False)}
-    assert all(path.exists() for part in parts.values() for path in files_of(part))
-    run = {path.name for part in parts.values() for path in files_of(part) if path.name.startswith("bench_")}
+    stages = {stage.name: stage for stage in gpu.list_stages(tmp_path, is_small=False)}
+    assert all(path.exists() for stage in stages.values() for path in files_of(stage))
+    run = {path.name for stage in stages.values() for path in files_of(stage) if path.name.startswith("bench_")}
     assert run == {path.name for path in SCRIPT.parent.glob("bench_*.py")} - {"bench_data.py", "bench_schedule.py"}
-    on_gpu = {path.name for name in ("tests", "tests-training") for path in files_of(parts[name])}
+    on_gpu = {path.name for name in ("tests", "tests-training") for path in files_of(stages[name])}
     assert on_gpu >= {"test_gpu.py", "test_captured_gpu.py", "test_gpu_decoding.py", "test_model_gpu.py"}
-    assert all(path.is_relative_to(gpu.TESTS / "kernels") for path in files_of(parts["tests"]))
+    assert all(path.is_relative_to(gpu.TESTS / "kernels") for path in files_of(stages["tests"]))
 
 
 def test_a_part_that_fails_or_takes_too_long_says_so(tmp_path):
     def run(code, seconds=60.0):
-        return gpu.run(Part("part", seconds, ("-c", code)), seconds, tmp_path, is_small=True)
+        return gpu.run(Stage("stage", seconds, ("-c", code)), seconds, tmp_path, is_small=True)
 
     assert run("print('done')") == ""
-    assert (tmp_path / "part.txt").read_text() == "done\n"
+    assert (tmp_path / "stage.txt").read_text() == "done\n"
     assert run("raise SystemExit(3)") == "status 3"
     began = time.monotonic()
     assert run("import time; time.sleep(60)", 1.0) == "cut after 1 seconds"
@@ -44,7 +44,7 @@ def test_a_part_that_fails_or_takes_too_long_says_so(tmp_path):
 
 def test_the_demo_dumps_what_a_kernel_did_wrong(tmp_path):
     code = "import os; print(os.environ['CUDA_ENABLE_COREDUMP_ON_EXCEPTION'], os.environ['CUDA_COREDUMP_FILE'])"
-    assert gpu.run(Part("demo", 60, ("-c", code)), 60, tmp_path, is_small=True) == ""
+    assert gpu.run(Stage("demo", 60, ("-c", code)), 60, tmp_path, is_small=True) == ""
     assert (tmp_path / "demo.txt").read_text() == f"1 {tmp_path}/demo.%p.cudacore\n"
 
 
@@ -58,7 +58,7 @@ def test_words_that_are_no_part_and_a_machine_without_a_gpu_are_refused(monkeypa
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "ste"])
     with pytest.raises(SystemExit):
         gpu.main()
-    assert "ste is no part; there are: tests, hopper, kernels, steps, demo" in " ".join(capsys.readouterr().err.split())
+    assert "ste is no stage; there are: tests, hopper, kernels, steps, demo" in " ".join(capsys.readouterr().err.split())
     if not machine.HAS_GPU:
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "nowhere"])
         assert gpu.main() == 2
@@ -114,11 +114,11 @@ def test_a_run_that_is_asked_to_end_ends_its_part_and_tells_what_it_had(tmp_path
 
 @pytest.mark.long
 def test_every_part_runs_on_a_cpu(tmp_path):
-    parts = ("tests", "kernels", "steps", "demo", "profile", "tuning")
-    process = start("--small", "--minutes", "60", "--only", *parts, "--out", str(tmp_path))
+    stages = ("tests", "kernels", "steps", "demo", "profile", "tuning")
+    process = start("--small", "--minutes", "60", "--only", *stages, "--out", str(tmp_path))
     printed = process.communicate()[0]
     assert not process.returncode, printed
-    assert all(any(line.startswith(f"{name}: ") for line in printed.splitlines()) for name in parts)
+    assert all(any(line.startswith(f"{name}: ") for line in printed.splitlines()) for name in stages)
     assert "PolyViT-Ti, three tasks" in printed
     assert "sgd_update" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {

@@ -17,7 +17,7 @@ from tune import CASES, Case, Outcome, label
 
 from polyvit_kernels.tiles import Tile, load_rows
 
-pytestmark = pytest.mark.skipif(machine.HAS_GPU, reason="in the interpreter calls are slow enough to be told from one another")
+pytestmark = pytest.mark.skipif(machine.HAS_GPU, reason="the sizes are those of the interpreter")
 
 ALL = [case for cases in CASES.values() for case in cases]
 SGD = next(case for case in ALL if case.op == "sgd_update")
@@ -90,7 +90,7 @@ def test_the_table_gives_what_was_written(tmp_path):
     chosen = replace(SGD.row_in_use(), blocks={"BLOCK": 2048}, num_warps=8)
     us = {label(SGD.row_in_use()): 50.0, label(chosen): 40.0}
     results = tmp_path / "nvidia-new" / "tuning.json"
-    for new in (SGD.row_in_use(), chosen):  # the second takes the place of the first
+    for new in (SGD.row_in_use(), chosen):  # the second replaces the first
         tune.write(Outcome(case=SGD, old=SGD.row_in_use(), new=new, us=us, refused={"x": "spills"}), measured, results, 90)
     [row] = load_rows(measured)
     assert (row.op, row.archs, row.dtypes, row.blocks) == ("sgd_update", (90,), ("fp32",), {"BLOCK": 2048})
