@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.stream import Batch, Job
+from polyvit_fast.data.stream import Batch, BatchRequest
 
 NUM_SLOTS = 2
 ALIGNMENT = 256  # bytes: what kernels may expect of an address
@@ -82,7 +82,7 @@ class _Layout:
         return grid, buffer[self._labels_start : self.num_bytes].view(self.labels_dtype).view(self.labels)
 
 
-def pinned(jobs: Iterable[Job]) -> Iterator[Job]:
+def pinned(jobs: Iterable[BatchRequest]) -> Iterator[BatchRequest]:
     """The same batches in memory that the GPU copies from by itself; made where the batch is made, in the thread that decodes."""
     for job in jobs:
         yield replace(job, run=lambda run=job.run: _pinned(run()))

@@ -10,7 +10,7 @@ import torch
 
 from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
-from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
+from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.train.capture import Captured, capture
 from polyvit_fast.train.distributed.process_group import joined
 from polyvit_fast.train.evaluate import evaluate, on_device
@@ -103,7 +103,7 @@ def _results(run: Run) -> list[Result]:
 
 def _prepared(run: Run, stop: Stop) -> tuple[Step | Captured, Iterator[tuple[str, Inputs]]]:
     """What makes the steps, and the batches in the order of the plan, on the device, with those to come decoded ahead."""
-    config, step, jobs = run.config, run.step, training_jobs(run.loaders, run.plan, run.done)
+    config, step, jobs = run.config, run.step, request_batches(run.loaders, run.plan, run.done)
     ahead = {"depth": config.data.prefetch, "timeout_seconds": config.data.decode_timeout_seconds, "stop": lambda: stop.signal}
     if step.device.type == "cpu":
         return step, ((name, Inputs.of(batch)) for name, batch in prefetch(jobs, **ahead))
