@@ -1,6 +1,6 @@
-"""The losses, each way, eager and compiled: what a kernel of ours could gain on them at most.
+"""The losses, each way, eager and compiled: the most that a kernel of ours could gain on them.
 
-Run: pytest benchmarks/bench_cross_entropy.py. There is no kernel of ours. The best that fusion gives is torch.compile's time.
+Run: pytest benchmarks/bench_cross_entropy.py. There is no kernel of ours; torch.compile's time is the best that fusion gives.
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import peers
 import pytest
 import torch
-from card import DEVICE, HAS_GPU, Cost
-from problem import BACKWARD, EAGER, FORWARD, Contender, Problem
+from harness import BACKWARD, EAGER, FORWARD, Candidate, Problem, group_params
+from machine import DEVICE, HAS_GPU
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,27 +50,24 @@ def sigmoid_of(shape: Sequence[int]) -> Problem:
 def _problem(title: str, shape: Sequence[int], loss, label_bytes: int) -> Problem:
     batch, classes = shape
     logits = torch.randn(batch, classes, device=DEVICE)
-    read = logits.numel() * logits.element_size() + label_bytes
+    read = logits.nbytes + label_bytes
     return Problem(
-        title=f"{title} | {batch}×{classes}",
+        title=f"{title} {batch}×{classes}",
         inputs={"logits": logits},
-        contenders={EAGER: Contender(operation=loss), **peers.compiled(loss)},
-        costs={FORWARD: Cost(num_bytes=read), BACKWARD: Cost(num_bytes=read + logits.numel() * logits.element_size())},
+        candidates={EAGER: Candidate(operation=loss), **peers.compile_operation(loss)},
+        num_bytes={FORWARD: read, BACKWARD: read + logits.nbytes},
         amount=batch,
         unit="examples",
     )
 
 
-@pytest.mark.parametrize("contender", [EAGER, *peers.COMPILERS])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("problem_of", [smoothed_of, soft_of])
-def test_softmax(report, problem_of, shape, direction, contender):
-    report(direction, contender, problem_of, shape)
+@pytest.mark.parametrize("candidate", [EAGER, *peers.COMPILERS])
+@pytest.mark.parametrize("group", [*group_params(smoothed_of, SHAPES), *group_params(soft_of, SHAPES)], indirect=True)
+def test_softmax(group, candidate, benchmark):
+    group.enter(candidate, benchmark)
 
 
-@pytest.mark.parametrize("contender", [EAGER, *peers.COMPILERS])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("shape", SIGMOID_SHAPES, ids=str)
-def test_sigmoid(report, shape, direction, contender):
-    report(direction, contender, sigmoid_of, shape)
+@pytest.mark.parametrize("candidate", [EAGER, *peers.COMPILERS])
+@pytest.mark.parametrize("group", group_params(sigmoid_of, SIGMOID_SHAPES), indirect=True)
+def test_sigmoid(group, candidate, benchmark):
+    group.enter(candidate, benchmark)

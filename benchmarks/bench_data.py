@@ -1,24 +1,25 @@
 """Decoding from files to grids: our decoders on two threads against a torch DataLoader of two workers and DALI alone.
 
-Run: pytest benchmarks/bench_data.py. Each contender makes the same grids (asserted before it is timed) from the same files. The contenders
-of a group take turns, so that what the machine does meanwhile happens to all of them alike. CPU seconds are those of all threads and
-processes.
+Run: pytest benchmarks/bench_data.py. Each candidate makes the same grids (asserted before it is timed) from the same files. CPU seconds are
+those of all threads and processes.
 """
 
 import math
 import multiprocessing
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
 
 import av
+import machine
 import numpy as np
 import pytest
 import soundfile
 import torch
+from harness import OURS, Group, Runner, candidate_params, time_on_host
 from PIL import Image as Pillow
 from scipy.signal import resample_poly
 from torch.utils.data import DataLoader, Dataset
@@ -35,40 +36,34 @@ from polyvit_fast.data.video.modality import Video
 from polyvit_fast.media import Media
 from polyvit_fast.randomness import generator
 
+FILES = tempfile.TemporaryDirectory()
 NUM_THREADS = 2
-ROUNDS = 15
+TURNS = (1, 1) if machine.IS_TINY else (15, 1)
+DALI = "DALI alone"
 
-Run = Callable[[], object]
-"""Makes all batches."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What all batches took."""
-
-    seconds: float
-    own_cpu: float
-    workers_cpu: float
-    """Of other processes."""
+Decode = Callable[[], torch.Tensor]
+"""Makes all batches and gives the first."""
 
 
-def take_turns(runs: dict[str, Run]) -> dict[str, list[Turn]]:
-    """The turns of each contender, after one that is not counted. A round begins with another contender than the one before."""
-    names, turns = list(runs), {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for turn in range(ROUNDS):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            turns[name].append(watch(runs[name]))
-    return turns
+class Meter:
+    """All batches once more, and the CPU seconds that they take in this process and in the workers of DataLoaders."""
 
+    def __init__(self, decode: Decode) -> None:
+        self.decode = decode
+        self.calls, self.own, self.workers = 0, 0.0, 0.0
 
-def watch(run: Run) -> Turn:
-    """One turn."""
-    start, own, workers = time.perf_counter(), time.process_time(), workers_cpu_seconds()
-    run()
-    return Turn(seconds=time.perf_counter() - start, own_cpu=time.process_time() - own, workers_cpu=workers_cpu_seconds() - workers)
+    def __call__(self) -> None:
+        own, workers = time.process_time(), workers_cpu_seconds()
+        self.decode()
+        self.calls += 1
+        self.own += time.process_time() - own
+        self.workers += workers_cpu_seconds() - workers
+
+    def describe(self, seconds: float, *, uses_workers: bool) -> dict[str, object]:
+        """CPU seconds of a call. Raises AssertionError when workers of another candidate were busy meanwhile."""
+        own, workers = self.own / self.calls, self.workers / self.calls
+        assert uses_workers or workers < 0.02 * seconds, "a DataLoader works while others have their turn"
+        return {"cpu_seconds": own + workers, "note": f"{own + workers:.2f} CPU seconds"}
 
 
 def workers_cpu_seconds() -> float:
@@ -77,48 +72,34 @@ def workers_cpu_seconds() -> float:
     return sum(time.clock_gettime((~child.pid << 3) | 2) for child in multiprocessing.active_children() if child.pid)
 
 
-@pytest.fixture(scope="session")
-def turns_of(request) -> Callable[..., dict[str, list[Turn]]]:
-    """The turns of a group, which are taken on the first question about it."""
-    known = {}
-
-    def find(contest: Callable[..., dict[str, Run]], group: str, files: str) -> dict[str, list[Turn]]:
-        if group not in known:
-            known[group] = take_turns(contest(group, request.getfixturevalue(files)))
-            for name, turns in known[group].items():
-                idle = [turn.workers_cpu / turn.seconds for turn in turns]
-                assert "DataLoader" in name or median(idle) < 0.02, "a DataLoader works while others have their turn"
-        return known[group]
-
-    return find
+def build(name: str, make: Callable[[], Decode], expected: torch.Tensor, distance: Callable[[torch.Tensor], torch.Tensor], most: float) -> Runner:
+    """A candidate whose first batch is as near to what is expected as it has to be: `distance` of the difference is at most `most`."""
+    meter = Meter(make())
+    found = meter.decode()
+    assert distance(found.reshape(expected.shape).double() - expected.double()) <= most
+    return Runner(run=meter, describe=partial(meter.describe, uses_workers="DataLoader" in name))
 
 
-@pytest.fixture
-def report(play, turns_of) -> Callable[..., None]:
-    """Gives the times of one contender to pytest-benchmark; the table at the end shows units per second."""
-
-    def run(contest, group, files, contender, title, amount, unit):
-        turns = turns_of(contest, group, files)[contender]
-        cpu = median(turn.own_cpu + turn.workers_cpu for turn in turns)
-        info = {"contender": contender, "amount": amount, "unit": unit, "cpu_seconds": cpu, "note": f"{cpu:.2f} CPU seconds"}
-        play(title, info, [turn.seconds for turn in turns])
-
-    return run
+def largest(difference: torch.Tensor) -> torch.Tensor:
+    return difference.abs().max()
 
 
-def load(dataset: Dataset, batch: int) -> Run:
+def mean(difference: torch.Tensor) -> torch.Tensor:
+    return difference.abs().mean()
+
+
+def group_of(title: str, amount: float, unit: str, candidates: dict[str, Callable[[], Runner]]) -> Group:
+    return Group(title=title, amount=amount, unit=unit, candidates=candidates, timer=time_on_host, turns=TURNS)
+
+
+def load(dataset: Dataset, batch: int) -> Decode:
     """A DataLoader that reads all of it, and nothing ahead of what it is asked for: its workers then wait."""
     loader = DataLoader(dataset, batch, num_workers=NUM_THREADS, persistent_workers=True)
-    return lambda: list(loader)
+    return lambda: list(loader)[0]
 
 
-def with_all(contenders: Sequence[str], groups: Sequence[str]) -> list[tuple[str, str]]:
-    """(group, contender) of each."""
-    return [(group, contender) for group in groups for contender in contenders]
-
-
-def decode_all(modality: Modality, paths: list[str], batch: int) -> Callable[[], torch.Tensor]:
-    """A function that makes all training batches and gives the first."""
+def decode_all(modality: Modality, paths: list[str], batch: int) -> Decode:
+    """All training batches by ours."""
     decoder = build_decoder(modality, batch=batch, train=True, num_threads=NUM_THREADS)
 
     def run() -> torch.Tensor:
@@ -133,14 +114,14 @@ def decode_all(modality: Modality, paths: list[str], batch: int) -> Callable[[],
 
 # Images: the Inception crop and flip of ImageNet training, 224 x 224 uint8
 
-NUM_IMAGES, IMAGE_BATCH = 256, 64
+NUM_IMAGES, IMAGE_BATCH = (4, 2) if machine.IS_TINY else (256, 64)
 IMAGES = {"images": Image(), "images, colours": Image(colour_jitter=0.4), "images, RandAugment": Image(rand_augment_ops=2)}
 
 
-@pytest.fixture(scope="session")
-def image_files(tmp_path_factory) -> list[str]:
+@cache
+def write_images() -> list[str]:
     """JPEGs of 500 x 375 pixels and about 85 kB, as ImageNet's: smooth shapes, edges and grain."""
-    folder, paths = tmp_path_factory.mktemp("images"), []
+    folder, paths = Path(FILES.name), []
     y, x = np.mgrid[:375, :500]
     for i in range(NUM_IMAGES):
         rng = generator("bench image", i)
@@ -218,44 +199,36 @@ def dali_images(image: Image, paths: list[str]) -> Callable[[], torch.Tensor]:
     return run
 
 
-def image_contest(group: str, paths: list[str]) -> dict[str, Run]:
-    """Ours and others, after a look at what they make."""
-    image, dataset = IMAGES[group], PillowImages(IMAGES[group], paths)
-    ours, dali, loader = decode_all(image, paths, IMAGE_BATCH), dali_images(image, paths), load(dataset, IMAGE_BATCH)
+def image_group(title: str) -> Group:
+    image, paths = IMAGES[title], write_images()
+    dataset = PillowImages(image, paths)
     expected = torch.stack([dataset[i] for i in range(IMAGE_BATCH)])
-    assert torch.equal(loader()[0], expected)
     # One level apart before RandAugment may be several after it, where that stretches the contrast or inverts.
-    assert (ours().squeeze((1, 2)).double() - expected).abs().mean() < (3 if image.rand_augment_ops else 0.3)
-    if group == "images":
-        assert (dali().double() - expected).abs().mean() < 0.5
-    return {"ours": ours, "DataLoader, Pillow": loader, "DALI alone": dali}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # DALI's RandAugment uses names that DALI has given up
-@pytest.mark.parametrize(("group", "contender"), with_all(["ours", "DataLoader, Pillow", "DALI alone"], list(IMAGES)))
-def test_images(report, group, contender):
-    report(image_contest, group, "image_files", contender, group, NUM_IMAGES, "images")
+    ours = 3 if image.rand_augment_ops else 0.3
+    dali = 0.5 if title == "images" else math.inf  # DALI's own operators change colours otherwise
+    makers = {
+        OURS: (partial(decode_all, image, paths, IMAGE_BATCH), mean, ours),
+        "DataLoader, Pillow": (partial(load, dataset, IMAGE_BATCH), largest, 0),
+        DALI: (partial(dali_images, image, paths), mean, dali),
+    }
+    candidates = {name: partial(build, name, make, expected, *rule) for name, (make, *rule) in makers.items()}
+    return group_of(title, NUM_IMAGES, "images", candidates)
 
 
 # Videos: 32 frames, every second one, from a random place, cropped to 224 x 224 uint8
 
-NUM_VIDEOS, VIDEO_BATCH = 16, 8
+NUM_VIDEOS, VIDEO_BATCH, NUM_FRAMES = (2, 2, 80) if machine.IS_TINY else (16, 8, 250)
 VIDEOS = {"H.264": ("mp4", "libx264"), "VP9": ("webm", "libvpx-vp9")}
 VIDEO = Video()
 
 
-@pytest.fixture(scope="session")
-def video_files(tmp_path_factory) -> dict[str, list[str]]:
+def write_videos(kind: str, codec: str) -> list[str]:
     """Ten seconds of 340 x 256 pixels at 25 frames a second, as Kinetics' are: a drifting pattern with grain."""
-    folder = tmp_path_factory.mktemp("videos")
     rng = generator("bench video")
     y, x = np.mgrid[:320, :420]
     pattern = 127 + 60 * np.stack([np.sin(x / 9 + y / 23), np.cos(x / 31) * np.sin(y / 7), np.sign(np.sin((x - y) / 19))], -1)
-    frames = [(pattern[i // 4 :][:256, i // 5 :][:, :340] + rng.normal(0, 6, (256, 340, 1))).clip(0, 255) for i in range(250)]
-    return {
-        codec: [_write_video(folder / f"{i}.{kind}", codec, frames) for i in range(2)] * (NUM_VIDEOS // 2)
-        for kind, codec in VIDEOS.values()
-    }
+    frames = [(pattern[i // 4 :][:256, i // 5 :][:, :340] + rng.normal(0, 6, (256, 340, 1))).clip(0, 255) for i in range(NUM_FRAMES)]
+    return [_write_video(Path(FILES.name) / f"{i}.{kind}", codec, frames) for i in range(2)] * (NUM_VIDEOS // 2)
 
 
 def _write_video(path: Path, codec: str, frames: list[np.ndarray]) -> str:
@@ -285,7 +258,7 @@ class PyAVVideos(Dataset):
         with av.open(self.paths[index]) as container:
             stream = container.streams.video[0]
             assert stream.time_base
-            first = int(start * (250 - 62))
+            first = int(start * (NUM_FRAMES - 62))
             wanted = set(range(first, first + 64, 2))
             container.seek(round(first / 25 / stream.time_base), stream=stream)
             clip = []
@@ -300,41 +273,34 @@ class PyAVVideos(Dataset):
         return torch.from_numpy(frames[:, :, ::-1].copy() if rng.random() < 0.5 else np.ascontiguousarray(frames))
 
 
-def video_contest(group: str, files: dict[str, list[str]]) -> dict[str, Run]:
-    """As those of images."""
-    paths = files[VIDEOS[group][1]]
-    dataset, ours = PyAVVideos(paths), decode_all(VIDEO, paths, VIDEO_BATCH)
-    loader = load(dataset, VIDEO_BATCH)
+def video_group(title: str) -> Group:
+    paths = write_videos(*VIDEOS[title])
+    dataset = PyAVVideos(paths)
     expected = torch.stack([dataset[i] for i in range(VIDEO_BATCH)])
-    assert torch.equal(loader()[0], expected)
-    assert (ours().squeeze(1).int() - expected.int()).abs().max() <= 1
-    return {"ours": ours, "DataLoader, PyAV": loader}
-
-
-@pytest.mark.parametrize(("group", "contender"), with_all(["ours", "DataLoader, PyAV"], list(VIDEOS)))
-def test_videos(report, group, contender):
-    report(video_contest, group, "video_files", contender, f"videos, {group}", NUM_VIDEOS, "clips")
+    makers = {
+        OURS: (partial(decode_all, VIDEO, paths, VIDEO_BATCH), 1),
+        "DataLoader, PyAV": (partial(load, dataset, VIDEO_BATCH), 0),
+    }
+    candidates = {name: partial(build, name, make, expected, largest, most) for name, (make, most) in makers.items()}
+    return group_of(f"videos, {title}", NUM_VIDEOS, "clips", candidates)
 
 
 # Sounds: eight of ten seconds, from a random place, as 800 x 128 log-mel energies
 
-NUM_SOUNDS, SOUND_BATCH = 128, 64
+NUM_SOUNDS, SOUND_BATCH = (2, 2) if machine.IS_TINY else (128, 64)
 SOUNDS = {"WAV, 16 kHz": ("wav", 16_000), "FLAC, 16 kHz": ("flac", 16_000), "FLAC, 44.1 kHz": ("flac", 44_100)}
 AUDIO = Audio(spectrogram="mbt", channels=1)
 
 
-@pytest.fixture(scope="session")
-def sound_files(tmp_path_factory) -> dict[str, list[str]]:
+def write_sounds(kind: str, rate: int) -> list[str]:
     """Tones that glide, with noise: FLAC packs them to about half, as music."""
-    folder, files = tmp_path_factory.mktemp("sounds"), {}
-    for group, (kind, rate) in SOUNDS.items():
-        time, files[group] = np.arange(10 * rate) / rate, []
-        for i in range(NUM_SOUNDS):
-            rng = generator("bench sound", i)
-            tones = sum(np.sin(2 * np.pi * hz * (time + 0.02 * time**2)) for hz in rng.uniform(100, 3000, 3))
-            files[group].append(str(folder / f"{rate}-{i}.{kind}"))
-            soundfile.write(files[group][-1], 0.1 * tones + rng.normal(0, 0.01, len(time)), rate)
-    return files
+    time, paths = np.arange(10 * rate) / rate, []
+    for i in range(NUM_SOUNDS):
+        rng = generator("bench sound", i)
+        tones = sum(np.sin(2 * np.pi * hz * (time + 0.02 * time**2)) for hz in rng.uniform(100, 3000, 3))
+        paths.append(str(Path(FILES.name) / f"{rate}-{i}.{kind}"))
+        soundfile.write(paths[-1], 0.1 * tones + rng.normal(0, 0.01, len(time)), rate)
+    return paths
 
 
 class SoundfileSounds(Dataset):
@@ -394,25 +360,28 @@ def dali_sounds(paths: list[str]) -> Callable[[], torch.Tensor]:
     return run
 
 
-def sound_contest(group: str, files: dict[str, list[str]]) -> dict[str, Run]:
-    """As those of images. DALI's resampler lets high tones come back as low ones: it has no turn where the rate changes."""
-    dataset, ours = SoundfileSounds(files[group]), decode_all(AUDIO, files[group], SOUND_BATCH)
-    loader = load(dataset, SOUND_BATCH)
+def sound_group(title: str) -> Group:
+    """DALI's resampler lets high tones come back as low ones: it has no turn where the rate changes."""
+    paths, changes_rate = write_sounds(*SOUNDS[title]), "44.1" in title
+    dataset = SoundfileSounds(paths)
     expected = torch.stack([dataset[i] for i in range(SOUND_BATCH)])
-    assert (loader()[0] - expected).abs().max() < 1e-2  # a process of one thread adds in another order
-    # Two resamplers differ at the end of the spectrum.
-    assert (ours().squeeze((1, 2, 5)) - expected).abs().mean() < (0.05 if "44.1" in group else 1e-4)
-    runs: dict[str, Run] = {"ours": ours, "DataLoader, soundfile": loader}
-    if "44.1" not in group:
-        dali = dali_sounds(files[group])
-        assert (dali() - expected).abs().mean() < 1e-4
-        runs["DALI alone"] = dali
-    return runs
+    makers = {
+        OURS: (partial(decode_all, AUDIO, paths, SOUND_BATCH), mean, 0.05 if changes_rate else 1e-4),  # resamplers differ at the end
+        "DataLoader, soundfile": (partial(load, dataset, SOUND_BATCH), largest, 1e-2),  # a process of one thread adds in another order
+        DALI: (partial(dali_sounds, paths), mean, 1e-4),
+    }
+    candidates = {name: partial(build, name, make, expected, *rule) for name, (make, *rule) in makers.items()}
+    return group_of(f"sounds, {title}", 10 * NUM_SOUNDS, "seconds", candidates)
 
 
-@pytest.mark.parametrize(
-    ("group", "contender"),
-    with_all(["ours", "DataLoader, soundfile"], list(SOUNDS)) + with_all(["DALI alone"], ["WAV, 16 kHz", "FLAC, 16 kHz"]),
-)
-def test_sounds(report, group, contender):
-    report(sound_contest, group, "sound_files", contender, f"sounds, {group}", 10 * NUM_SOUNDS, "seconds")
+GROUPS = {
+    **{title: (partial(image_group, title), [OURS, "DataLoader, Pillow", DALI]) for title in IMAGES},
+    **{title: (partial(video_group, title), [OURS, "DataLoader, PyAV"]) for title in VIDEOS},
+    **{title: (partial(sound_group, title), [OURS, "DataLoader, soundfile", *([] if "44.1" in title else [DALI])]) for title in SOUNDS},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # DALI's RandAugment uses names that DALI has given up
+@pytest.mark.parametrize(("group", "candidate"), candidate_params(GROUPS), indirect=["group"])
+def test_data(group, candidate, benchmark):
+    group.enter(candidate, benchmark)

@@ -10,8 +10,8 @@ import compare
 import peers
 import pytest
 import torch
-from card import DEVICE, DTYPE, HAS_GPU, Cost
-from problem import BACKWARD, EAGER, FORWARD, OURS, Contender, Inputs, Operation, Problem
+from harness import BACKWARD, EAGER, FORWARD, OURS, Candidate, Inputs, Operation, Problem, group_params
+from machine import DEVICE, DTYPE, HAS_GPU
 from torch import Tensor
 from torch.nn import functional
 
@@ -41,11 +41,11 @@ def true_add_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> 
     return x + residual, reference.layer_norm(x + residual, weight, bias, EPS)
 
 
-def problem_of(shape: Sequence[int]) -> Problem:
+def norm_of(shape: Sequence[int]) -> Problem:
     return _problem("LayerNorm", shape, {}, polyvit_kernels.layer_norm, eager_norm, reference.layer_norm)
 
 
-def problem_with_residual_of(shape: Sequence[int]) -> Problem:
+def add_norm_of(shape: Sequence[int]) -> Problem:
     residual = {"residual": torch.randn(*shape, device=DEVICE, dtype=DTYPE)}
     return _problem("add + LayerNorm", shape, residual, our_add_norm, eager_add_norm, true_add_norm)
 
@@ -55,27 +55,25 @@ def _problem(title: str, shape: Sequence[int], residual: Inputs, ours: Operation
     inputs = {"x": torch.randn(rows, dim, device=DEVICE, dtype=DTYPE)}
     inputs |= {"weight": torch.randn(dim, device=DEVICE, dtype=DTYPE), "bias": torch.randn(dim, device=DEVICE, dtype=DTYPE)} | residual
     sample = {name: tensor[:SAMPLE] for name, tensor in inputs.items()}
-    one = rows * dim * inputs["x"].element_size()
-    parts = len(residual)
+    one, more = inputs["x"].nbytes, len(residual)
     return Problem(
-        title=f"{title} | {rows}×{dim}",
+        title=f"{title} {rows}×{dim}",
         inputs=inputs,
-        check=partial(compare.assert_as_exact_as_torch, _joined(ours), _joined(eager), _joined(true), sample, DTYPE),
-        contenders={
-            OURS: Contender(operation=ours),
-            EAGER: Contender(operation=eager),
-            **peers.compiled(eager),
-            **peers.liger_layer_norm(),
+        check=partial(compare.assert_as_exact_as_torch, _stack(ours), _stack(eager), _stack(true), sample, DTYPE),
+        candidates={
+            OURS: Candidate(operation=ours),
+            EAGER: Candidate(operation=eager),
+            **peers.compile_operation(eager),
+            **peers.find_liger(),
         },
         # In: x, the residual; out: the sum, the normalised. Backward in: dy, x (the sum), the sum's gradient; out: dx.
-        costs={FORWARD: Cost(num_bytes=(2 + 2 * parts) * one), BACKWARD: Cost(num_bytes=(3 + parts) * one)},
+        num_bytes={FORWARD: (2 + 2 * more) * one, BACKWARD: (3 + more) * one},
         amount=rows,
         unit="rows",
-        rows={direction: ((f"layer_norm_{direction}", 1, dim),) for direction in (FORWARD, BACKWARD)},
     )
 
 
-def _joined(operation: Operation) -> Operation:
+def _stack(operation: Operation) -> Operation:
     """All results in one tensor, as the comparison takes one."""
 
     def run(**inputs: Tensor) -> Tensor:
@@ -85,15 +83,7 @@ def _joined(operation: Operation) -> Operation:
     return run
 
 
-@pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LIGER])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_add_layer_norm(report, shape, direction, contender):
-    report(direction, contender, problem_with_residual_of, shape)
-
-
-@pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LIGER])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
-def test_layer_norm(report, shape, direction, contender):
-    report(direction, contender, problem_of, shape)
+@pytest.mark.parametrize("candidate", [OURS, EAGER, *peers.COMPILERS, *peers.LIGER])
+@pytest.mark.parametrize("group", [*group_params(add_norm_of, SHAPES), *group_params(norm_of, SHAPES[:1])], indirect=True)
+def test_layer_norm(group, candidate, benchmark):
+    group.enter(candidate, benchmark)

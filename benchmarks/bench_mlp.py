@@ -10,8 +10,8 @@ import compare
 import peers
 import pytest
 import torch
-from card import DEVICE, DTYPE, HAS_GPU, Cost
-from problem import BACKWARD, EAGER, FORWARD, OURS, Contender, Inputs, Problem
+from harness import BACKWARD, EAGER, FORWARD, OURS, Candidate, Inputs, Problem, group_params
+from machine import DEVICE, DTYPE, HAS_GPU
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ from polyvit_kernels import reference
 
 # (rows, dim, hidden): ViT-B/16 on 128 images; ViT-S/16 on 256.
 SHAPES = [(25_216, 768, 3072), (50_432, 384, 1536)] if HAS_GPU else [(394, 64, 256)]
-SAMPLE = 2_000  # rows that are held to the truth: as many as take the same row of the table, with a part of a tile
+SAMPLE = 2_000  # rows that are held to the truth: as many as take the same row of the tile table, the last tile in part
 
 
 def eager_mlp(
@@ -38,11 +38,11 @@ def true_mlp(**inputs: Tensor) -> Tensor:
     return reference.mlp(kind="erf", **inputs)
 
 
-def problem_of(shape: Sequence[int]) -> Problem:
+def mlp_of(shape: Sequence[int]) -> Problem:
     return _problem(shape, {})
 
 
-def problem_with_residual_of(shape: Sequence[int]) -> Problem:
+def mlp_with_residual_of(shape: Sequence[int]) -> Problem:
     rows, dim, _ = shape
     return _problem(shape, {"residual": torch.randn(rows, dim, device=DEVICE, dtype=DTYPE)})
 
@@ -54,39 +54,28 @@ def _problem(shape: Sequence[int], residual: Inputs) -> Problem:
     inputs["x"] *= dim**0.5
     inputs |= residual
     sample = {name: tensor[:SAMPLE] if name in ("x", "residual") else tensor for name, tensor in inputs.items()}
-    size, parts = inputs["x"].element_size(), len(residual)
-    weights, product = 2 * dim * hidden, 2 * rows * dim * hidden
-    # In: x, the residual, the weights; out: y, the activation, GELU's slope. Backward in: dy, x, those two, the weights; out: dx, dw.
-    costs = {
-        FORWARD: Cost(num_bytes=size * ((2 + parts) * rows * dim + 2 * rows * hidden + weights), flops=2 * product),
-        BACKWARD: Cost(num_bytes=size * (3 * rows * dim + 2 * rows * hidden + 2 * weights), flops=4 * product),
-    }
+    size, more, weights = DTYPE.itemsize, len(residual), 2 * dim * hidden
     return Problem(
-        title=f"MLP{' + residual' * parts} | {rows}×{dim}→{hidden}→{dim}",
+        title=f"MLP{' + residual' * more} {rows}×{dim}→{hidden}→{dim}",
         inputs=inputs,
         check=partial(compare.assert_as_exact_as_torch, our_mlp, eager_mlp, true_mlp, sample, DTYPE),
-        contenders={
-            OURS: Contender(operation=our_mlp),
-            EAGER: Contender(operation=eager_mlp),
-            **peers.compiled(eager_mlp),
-            **peers.cublaslt_gelu(),
+        candidates={
+            OURS: Candidate(operation=our_mlp),
+            EAGER: Candidate(operation=eager_mlp),
+            **peers.compile_operation(eager_mlp),
+            **peers.find_cublaslt(),
         },
-        costs=costs,
+        # In: x, the residual, the weights; out: y, the activation, GELU's slope. Backward in: dy, x, those two, the weights; out: dx, dw.
+        num_bytes={
+            FORWARD: size * ((2 + more) * rows * dim + 2 * rows * hidden + weights),
+            BACKWARD: size * (3 * rows * dim + 2 * rows * hidden + 2 * weights),
+        },
         amount=rows,
         unit="rows",
-        rows={
-            FORWARD: (("linear_gelu_forward", rows, dim), *[("linear_add_forward", rows, hidden)] * parts),
-            BACKWARD: (("dgelu_backward", rows, dim),),
-        },
     )
 
 
-@pytest.mark.parametrize("contender", [OURS, EAGER, *peers.COMPILERS, peers.LINEAR_GELU])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-@pytest.mark.parametrize(
-    ("problem_of", "shape"),
-    [(problem_of, SHAPES[0]), (problem_with_residual_of, SHAPES[0]), *((problem_of, shape) for shape in SHAPES[1:])],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_mlp(report, problem_of, shape, direction, contender):
-    report(direction, contender, problem_of, shape)
+@pytest.mark.parametrize("candidate", [OURS, EAGER, *peers.COMPILERS, *peers.CUBLASLT])
+@pytest.mark.parametrize("group", [*group_params(mlp_with_residual_of, SHAPES[:1]), *group_params(mlp_of, SHAPES)], indirect=True)
+def test_mlp(group, candidate, benchmark):
+    group.enter(candidate, benchmark)

@@ -10,8 +10,8 @@ import compare
 import peers
 import pytest
 import torch
-from card import DEVICE, DTYPE, HAS_GPU, Cost
-from problem import BACKWARD, EAGER, FORWARD, OURS, Contender, Operation, Problem
+from harness import BACKWARD, EAGER, FORWARD, OURS, Candidate, Operation, Problem, group_params
+from machine import DEVICE, DTYPE, HAS_GPU
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,7 +44,7 @@ def convolution(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, p
     return torch.cat([cls_token.expand(len(grid), -1, -1), embedded], 1) + pos_embed
 
 
-def problem_of(shape: Sequence[int]) -> Problem:
+def patch_embed_of(shape: Sequence[int]) -> Problem:
     batch, frames, size, tubelet_frames, dim = shape
     tokens = frames // tubelet_frames * (size // TUBELET[0]) * (size // TUBELET[1]) + 1
     grid = torch.randint(256, (batch, frames, size, size, 3), device=DEVICE, dtype=torch.uint8)
@@ -53,31 +53,27 @@ def problem_of(shape: Sequence[int]) -> Problem:
     depth = parameters["weight"][0].numel()
     parameters["weight"] /= depth**0.5
     inputs = {"grid": grid} | parameters
-    element = parameters["weight"].element_size()
-    out, product = batch * tokens * dim * element, 2 * batch * (tokens - 1) * dim * depth
-    small = sum(tensor.numel() for tensor in parameters.values()) * element
-    forms = (_normalising(form) for form in (polyvit_kernels.patch_embed, eager_patch_embed, reference.patch_embed))
-    rows = {direction: ((f"patch_embed_{direction}", 1, depth),) for direction in (FORWARD, BACKWARD)}
+    small = sum(tensor.nbytes for tensor in parameters.values())
+    forms = (_normalise(form) for form in (polyvit_kernels.patch_embed, eager_patch_embed, reference.patch_embed))
     return Problem(
-        title=f"patch embed | {batch}×{frames}×{size}×{size}×3→{tokens}×{dim}",
+        title=f"patch embed {batch}×{frames}×{size}×{size}×3→{tokens}×{dim}",
         inputs=inputs,
         check=partial(compare.assert_as_exact_as_torch, *forms, inputs | {"grid": grid[:SAMPLE]}, DTYPE),
-        contenders={
-            OURS: Contender(operation=_normalising(polyvit_kernels.patch_embed)),
-            EAGER: Contender(operation=_normalising(eager_patch_embed)),
-            CONVOLUTION: Contender(operation=_normalising(convolution)),
-            **peers.compiled(_normalising(eager_patch_embed)),
+        candidates={
+            OURS: Candidate(operation=_normalise(polyvit_kernels.patch_embed)),
+            EAGER: Candidate(operation=_normalise(eager_patch_embed)),
+            CONVOLUTION: Candidate(operation=_normalise(convolution)),
+            **peers.compile_operation(_normalise(eager_patch_embed)),
         },
         # In: the grid and the parameters; out: the tokens, or the parameters' gradients from those of the tokens.
-        costs=dict.fromkeys((FORWARD, BACKWARD), Cost(num_bytes=grid.numel() + out + small, flops=product)),
+        num_bytes=dict.fromkeys((FORWARD, BACKWARD), grid.nbytes + batch * tokens * dim * DTYPE.itemsize + small),
         amount=batch,
         unit="examples",
-        rows=rows,
     )
 
 
-def _normalising(operation: Operation) -> Operation:
-    """With ImageNet's mean and deviation."""
+def _normalise(operation: Operation) -> Operation:
+    """With ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(values, device=DEVICE) for values in (MEAN, STD))
 
     def run(grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
@@ -86,8 +82,7 @@ def _normalising(operation: Operation) -> Operation:
     return run
 
 
-@pytest.mark.parametrize("contender", [OURS, EAGER, CONVOLUTION, *peers.COMPILERS])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_patch_embed(report, shape, direction, contender):
-    report(direction, contender, problem_of, shape)
+@pytest.mark.parametrize("candidate", [OURS, EAGER, CONVOLUTION, *peers.COMPILERS])
+@pytest.mark.parametrize("group", group_params(patch_embed_of, SHAPES), indirect=True)
+def test_patch_embed(group, candidate, benchmark):
+    group.enter(candidate, benchmark)

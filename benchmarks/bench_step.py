@@ -1,12 +1,12 @@
 """A whole training step on one batch: forward, loss, backward, update; ours against timm's ViT and Hugging Face's ViT, ViViT and AST.
 
 Run: pytest benchmarks/bench_step.py. All start from the same weights (asserted: logits, and the losses of two steps), have AdamW and no
-clipping, and get their batch on the device: ours as bytes, the others normalised. Peers have torch's fused AdamW and SDPA with the
-backend pinned that is fastest for this attention. Ours is recorded as a CUDA graph unless it is called eager, and so is the model of a peer
-that is compiled to reduce overhead, which the smallest models, whose launches take as long as their kernels, are held against; on a CPU all
-run eagerly. A residual stream of bf16 is held against a peer that is all in bf16: its weights and moments too, and so it loses updates that
-are smaller than a weight's rounding. MFU counts what is computed: ours computes the last block for the class token alone, which is all that
-the head reads. Memory is what the process takes from the device.
+clipping, and get their batch on the device: ours as bytes, the others normalised. Peers have torch's fused AdamW and SDPA with the backend
+pinned that is fastest for this attention. Ours is captured as CUDA graphs unless it is called eager, and so is a peer that is compiled to
+reduce overhead, for the smallest models, whose launches take as long as their kernels; on a CPU all run eagerly. The peer of a bf16
+residual stream is all in bf16: its weights and moments too, and so it loses updates that are smaller than a weight's rounding. MFU counts
+what is computed: ours computes the last block for the class token alone, which is all that the head reads. Memory is what the process takes
+from the device.
 """
 
 import math
@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import machine
 import peers
+import ported
 import pytest
-import twins
-from card import DEVICE, HAS_GPU
-from problem import OURS, STEP
-from steps import FURTHEST_LOSS, Case, Contest, Trainer, apart, fastest_backend, our_trainer, peer_trainer, run_of
-from twins import Build
+from harness import OURS, Group, candidate_params
+from machine import DEVICE, HAS_GPU
+from ported import Build
+from steps import LOSS_TOLERANCE, Case, Trainer, config_of, fastest_backend, group_of, our_trainer, our_trainers_apart, peer_trainer
 
 from polyvit_fast.config import MODELS, Modality, Model, Task
 from polyvit_fast.data.audio.modality import Audio
@@ -30,16 +31,15 @@ from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.video.modality import Video
 from polyvit_fast.model.polyvit import PolyViT
 
-OURS_EAGER = "ours eager"
-TIMM, VIT, VIVIT, AST, APART = "timm", "HF ViT", "HF ViViT", "HF AST", "each task alone"
+OURS_EAGER, APART = "ours eager", "each task apart"
+TIMM, VIT, VIVIT, AST = "timm", "HF ViT", "HF ViViT", "HF AST"
 PURE = "all in bf16"
 BUILDS: dict[str, Build] = {
-    TIMM: twins.timm_vit,
-    VIT: twins.hugging_face_vit,
-    VIVIT: twins.hugging_face_vivit,
-    AST: twins.hugging_face_ast,
+    TIMM: ported.timm_vit,
+    VIT: ported.hugging_face_vit,
+    VIVIT: ported.hugging_face_vivit,
+    AST: ported.hugging_face_ast,
 }
-NOT_ON_A_CPU = "left out on a CPU"
 
 
 def task_of(modality: Modality, batch: int, num_classes: int = 1000, **changes) -> Task:
@@ -48,7 +48,13 @@ def task_of(modality: Modality, batch: int, num_classes: int = 1000, **changes) 
 
 
 def vit(size: str, batch: int, residual: Literal["fp32", "bf16"] = "fp32") -> Case:
-    return Case(model=replace(MODELS[size], gelu="erf"), task=task_of(Image(size=224), batch), residual=residual)
+    model = replace(MODELS[size], gelu="erf", depth=2 if machine.IS_TINY else MODELS[size].depth)
+    return Case(model=model, task=task_of(Image(size=224), batch), residual=residual)
+
+
+def vit_with_drop_path() -> Case:
+    case = vit("B", 256)
+    return replace(case, model=replace(case.model, rescale_drop_path=True), task=replace(case.task, drop_path_rate=0.1))
 
 
 def vivit_b() -> Case:
@@ -62,38 +68,36 @@ def ast_b() -> Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rivals:
-    """A model, and who is compared, in the order in which they begin, should time run out."""
+class SingleTask:
+    """A model on one task, and the candidates in the order in which they begin, should time run out."""
 
     title: str
     case: Callable[[], Case]
-    contenders: tuple[str, ...]
+    candidates: tuple[str, ...]
     unit: str
-    furthest: float = FURTHEST_LOSS
+    tolerance: float = LOSS_TOLERANCE
 
-    def contest(self) -> Contest:
+    def group(self) -> Group:
         """All of them on one batch and from one model's weights."""
         case = self.case()
-        ways = ways_of(case, PolyViT.from_config(case.config).to(DEVICE))
-        chosen = {name: ways[name] if HAS_GPU or name in (OURS, *BUILDS) else NOT_ON_A_CPU for name in self.contenders}
-        amount = case.task.batch
-        return Contest(title=self.title, amount=amount, unit=self.unit, contenders=chosen, furthest=self.furthest)
+        trainers = find_trainers(case, PolyViT.from_config(case.config).to(DEVICE))
+        return group_of(self.title, case.task.batch, self.unit, {name: trainers[name] for name in self.candidates}, self.tolerance)
 
 
-def ways_of(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
+def find_trainers(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
     """All ways to make the step, should the libraries have this model."""
     ours, backend = partial(our_trainer, case.config, model), fastest_backend(case.model, case.task)
-    ways: dict[str, Callable[[], Trainer]] = {
+    found: dict[str, Callable[[], Trainer]] = {
         OURS: partial(ours, captured=HAS_GPU),
         OURS_EAGER: partial(ours, captured=False),
     }
     for library, build in BUILDS.items():
         for name, pure in ((library, False), (f"{library} {PURE}", True)):
             peer = partial(peer_trainer, case, build, model, backend=backend, pure=pure)
-            ways[name] = partial(peer, compiled=False)
-            ways[f"{name} {peers.COMPILED}"] = partial(peer, compiled=True)
-            ways[f"{name} {peers.RECORDED}"] = partial(peer, compiled=True, recorded=True)
-    return ways
+            found[name] = peer
+            found[f"{name} {peers.COMPILED}"] = partial(peer, compiled=True)
+            found[f"{name} {peers.REDUCED}"] = partial(peer, compiled=True, captured=True)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,27 +107,23 @@ class CoTraining:
     title: str
     model: Model
     tasks: Callable[[], dict[str, Task]]
-    contenders = (OURS, APART)
+    candidates = (OURS, APART)
 
-    def contest(self) -> Contest:
+    def group(self) -> Group:
         """Both on the same batches and from the same weights."""
         tasks = self.tasks()
-        config = run_of(self.model, tasks)
+        config = config_of(self.model, tasks)
         shared = PolyViT.from_config(config).to(DEVICE)
-        return Contest(
-            title=self.title,
-            amount=sum(task.batch for task in tasks.values()),
-            unit="examples",
-            contenders={
-                OURS: partial(our_trainer, config, shared, captured=HAS_GPU),
-                APART: partial(apart, config, shared, captured=HAS_GPU),
-            },
-            furthest=math.inf,  # here a task's step changes the weights for the next
-        )
+        trainers = {
+            OURS: partial(our_trainer, config, shared, captured=HAS_GPU),
+            APART: partial(our_trainers_apart, config, shared, captured=HAS_GPU),
+        }
+        # A task's step changes the shared weights for the next, so that losses differ.
+        return group_of(self.title, sum(task.batch for task in tasks.values()), "examples", trainers, math.inf)
 
 
 def nine_tasks() -> dict[str, Task]:
-    """Those of PolyViT's nine datasets, with batches so small that a model for each fits beside the others."""
+    """Those of PolyViT's nine datasets, with batches so small that a model for each fits into memory with the others."""
     from polyvit_fast.experiments.polyvit_b16 import config
 
     return {name: replace(task, batch=task.batch // task.micro_batches // 2, micro_batches=1) for name, task in config.tasks.items()}
@@ -141,50 +141,31 @@ def usual(library: str, *more: str) -> tuple[str, ...]:
     return (OURS, f"{library} {peers.COMPILED}", *more, library, OURS_EAGER)
 
 
-def vits(size: str, batch: int, contenders: tuple[str, ...]) -> Rivals:
-    title = f"ViT-{size}/16 224, batch {batch}"
-    return Rivals(title=title, case=partial(vit, size, batch), contenders=contenders, unit="images")
+def images(title: str, case: Callable[[], Case], candidates: tuple[str, ...], tolerance: float = LOSS_TOLERANCE) -> SingleTask:
+    return SingleTask(title=title, case=case, candidates=candidates, unit="images", tolerance=tolerance)
 
 
-def narrow_vit() -> Rivals:
-    title, library = "ViT-B/16 224, batch 256, bf16 residual", f"{TIMM} {PURE}"
-    case = partial(vit, "B", 256, "bf16")
-    return Rivals(title=title, case=case, contenders=usual(library), unit="images", furthest=math.inf)  # the peer's weights hardly move
-
-
-def dropping_vit() -> Rivals:
-    def case() -> Case:
-        usual_case = vit("B", 256)
-        model, task = replace(usual_case.model, rescale_drop_path=True), replace(usual_case.task, drop_path_rate=0.1)
-        return replace(usual_case, model=model, task=task)
-
-    contenders = (OURS, f"{TIMM} {peers.COMPILED}")
-    # Each drops other branches, so losses differ.
-    return Rivals(title="ViT-B/16 224, batch 256, drop path 0.1", case=case, contenders=contenders, unit="images", furthest=math.inf)
-
-
-ON_A_GPU: tuple[Rivals | CoTraining, ...] = (  # in the order in which they begin, should time run out
-    vits("B", 256, usual(TIMM)),
-    narrow_vit(),
-    vits("S", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),
-    vits("L", 128, usual(TIMM)),
-    Rivals(title="ViViT-B 32×224, batch 16", case=vivit_b, contenders=usual(VIVIT), unit="clips"),
-    Rivals(title="AST-B 1212, batch 64", case=ast_b, contenders=usual(AST), unit="sounds"),
-    dropping_vit(),
+VIT_B = "ViT-B/16 224, batch 256"
+CASES: tuple[SingleTask | CoTraining, ...] = (  # in the order in which they begin, should time run out
+    images(VIT_B, partial(vit, "B", 256), usual(TIMM)),
+    images(f"{VIT_B}, bf16 residual", partial(vit, "B", 256, "bf16"), usual(f"{TIMM} {PURE}"), math.inf),  # that peer's weights hardly move
+    images("ViT-S/16 224, batch 256", partial(vit, "S", 256), usual(TIMM, f"{TIMM} {peers.REDUCED}")),
+    images("ViT-L/16 224, batch 128", partial(vit, "L", 128), usual(TIMM)),
+    SingleTask(title="ViViT-B 32×224, batch 16", case=vivit_b, candidates=usual(VIVIT), unit="clips"),
+    SingleTask(title="AST-B 1212, batch 64", case=ast_b, candidates=usual(AST), unit="sounds"),
+    images(f"{VIT_B}, drop path 0.1", vit_with_drop_path, (OURS, f"{TIMM} {peers.COMPILED}"), math.inf),  # each drops other branches
     CoTraining(title="PolyViT-B, nine tasks", model=MODELS["B"], tasks=nine_tasks),
-    vits("Ti", 256, usual(TIMM, f"{TIMM} {peers.RECORDED}")),
+    images("ViT-Ti/16 224, batch 256", partial(vit, "Ti", 256), usual(TIMM, f"{TIMM} {peers.REDUCED}")),
 )
-ON_A_CPU: tuple[Rivals | CoTraining, ...] = (
-    vits("Ti", 4, (OURS, VIT, TIMM)),
-    CoTraining(title="PolyViT-Ti, three tasks", model=MODELS["Ti"], tasks=three_small_tasks),
+ON_A_CPU: tuple[SingleTask | CoTraining, ...] = (
+    images("ViT-Ti/16 224, batch 4", partial(vit, "Ti", 4), (OURS, VIT, TIMM)),
+    CoTraining(title="PolyViT-Ti, three tasks", model=replace(MODELS["Ti"], depth=2) if machine.IS_TINY else MODELS["Ti"], tasks=three_small_tasks),
 )
-ENTRIES = [
-    pytest.param(rivals, contender, id=f"{rivals.title}, {contender}")
-    for rivals in (ON_A_GPU if HAS_GPU else ON_A_CPU)
-    for contender in rivals.contenders
-]
 
 
-@pytest.mark.parametrize(("rivals", "contender"), ENTRIES)
-def test_step(report, rivals, contender):
-    report(STEP, contender, rivals.contest)
+GROUPS = {case.title: (case.group, case.candidates) for case in (CASES if HAS_GPU else ON_A_CPU)}
+
+
+@pytest.mark.parametrize(("group", "candidate"), candidate_params(GROUPS), indirect=["group"])
+def test_step(group, candidate, benchmark):
+    group.enter(candidate, benchmark)

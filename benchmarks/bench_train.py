@@ -1,4 +1,4 @@
-"""The whole training loop with its data: examples a second, MFU, and the share of the time that the device waits for data.
+"""The whole training loop with its data: examples a second, MFU, and how much of the time the device waits for data.
 
 Run: pytest benchmarks/bench_train.py. Each task alone, and all of them mixed in one run; from the demo's files, and from batches that were
 made once, which shows what the loop itself costs. The numbers are those of the run's own metrics.jsonl, without its first line.
@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import card
+import machine
 import numpy as np
 import pytest
 import torch
-from card import DEVICE, HAS_GPU
+from harness import OURS, Row
+from machine import DEVICE, HAS_GPU
 from torch import Tensor
 
 from polyvit_fast.config import MODELS, DataOptions, Decoder, LogOptions, Modality, Source, Task, Train
@@ -28,8 +29,9 @@ from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.train.loop import train
 
 MIXED, FILES, MADE = "mixed", "files", "made once"
-STEPS, LOG_EVERY_STEPS = (40, 10) if HAS_GPU else (30, 5)
+STEPS, LOG_EVERY_STEPS = (40, 10) if HAS_GPU else (4, 2) if machine.IS_TINY else (30, 5)
 NUM_FILES = 1024 if HAS_GPU else 64
+NUM_VAL_FILES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def config_of(tasks: Mapping[str, Task], data: str, folder: Path, files: Path) -
     def source(of: Source, num_samples: int) -> Source:
         return Made(num_samples=num_samples) if data == MADE else replace(of, num_samples=num_samples, root=str(files))  # pyright: ignore[reportCallIssue]
 
-    made = {name: replace(task, steps=STEPS, train=source(task.train, NUM_FILES), val=source(task.val, 12)) for name, task in tasks.items()}
+    made = {name: replace(task, steps=STEPS, train=source(task.train, NUM_FILES), val=source(task.val, NUM_VAL_FILES)) for name, task in tasks.items()}
     return Train(
         tasks=made,
         model=MODELS["B"] if HAS_GPU else demo.config.model,
@@ -101,15 +103,13 @@ class Speed:
     def __add__(self, other: "Speed") -> "Speed":
         return Speed(*(getattr(self, name) + getattr(other, name) for name in ("examples", "seconds", "waited", "flops")))
 
-    @property
-    def note(self) -> str:
+    def describe(self) -> dict[str, Any]:
         """What the table says beside the rate."""
-        peak = card.peak_flops(card.name())
-        mfu = f"MFU {self.flops / self.seconds / peak:.1%}, " if peak else ""
-        return f"{mfu}waits for data {self.waited / self.seconds:.1%} of the time"
+        note = f"waits for data {self.waited / self.seconds:.1%} of the time"
+        return {"mfu": machine.compute_mfu(self.flops, self.seconds), "data_wait_ratio": self.waited / self.seconds, "note": note}
 
 
-def speeds(config: Train, lines: Sequence[Mapping[str, Any]]) -> list[Speed]:
+def read_speeds(config: Train, lines: Sequence[Mapping[str, Any]]) -> list[Speed]:
     """Of each line of training in a run's metrics.jsonl but the first, in which everything starts."""
     found = []
     for line in [line for line in lines if line["kind"] == "train"][1:]:
@@ -127,6 +127,7 @@ def speeds(config: Train, lines: Sequence[Mapping[str, Any]]) -> list[Speed]:
 TASKS: Callable[[], dict[str, Task]] = large_tasks if HAS_GPU else (lambda: demo.config.tasks)
 ALONE = ["shapes", "motion", "tones"]
 CASES = [(name, data) for data in (MADE, FILES) for name in (MIXED, *ALONE)]  # in the order in which they begin, should time run out
+CASES = CASES[:1] if machine.IS_TINY else CASES
 
 
 @pytest.fixture(scope="session")
@@ -135,15 +136,17 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "data"), CASES)
-def test_train(play, files, tmp_path, name, data):
-    if data == FILES and not card.is_installed("nvidia.dali"):
+def test_train(benchmark, keep, files, tmp_path, name, data):
+    if data == FILES and not machine.is_installed("nvidia.dali"):
         pytest.skip("nvidia.dali is not installed")
     tasks = TASKS()
     config = config_of(tasks if name == MIXED else {name: tasks[name]}, data, tmp_path / "run", files)
+    benchmark.group = f"{name}, {data}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train(config, "benchmark", [])
-    found = speeds(config, [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()])
-    total = sum(found, Speed())
-    info = {"contender": "ours", "amount": 1, "unit": "examples", "note": total.note, "card": card.name(), "versions": card.versions()}
-    play(f"{name}, {data}", info, [one.seconds / one.examples for one in found])
+        benchmark.pedantic(train, (config, "benchmark", []))
+    found = read_speeds(config, [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()])
+    info = sum(found, Speed()).describe() | {"device": machine.find_name(), "versions": machine.find_versions()}
+    benchmark.extra_info.update(candidate=OURS, **info)
+    seconds = [one.seconds / one.examples for one in found]
+    keep([Row(group=benchmark.group, candidate=OURS, amount=1, unit="examples", seconds=seconds, info=info)])

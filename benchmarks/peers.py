@@ -1,12 +1,11 @@
-"""Other libraries' ways, each where it can be had; where not, a sentence says why."""
+"""Other libraries' ways, each where it can be had; where not, a sentence says why. A CPU has none of them."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from card import HAS_GPU, is_installed
-from problem import BACKWARD, FORWARD, Contender, Inputs, Operation
-from race import PEER_COMPILERS
+from harness import BACKWARD, FORWARD, Candidate, Inputs, Operation
+from machine import HAS_GPU, is_installed
 from torch import Tensor
 from torch._functorch import config as graphs
 from torch.nn import functional
@@ -15,88 +14,87 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polyvit_kernels import attention
 from polyvit_kernels.ops import xformers_attention
 
-COMPILED, AUTOTUNED, RECORDED = PEER_COMPILERS
-COMPILERS = (COMPILED, AUTOTUNED)
-_MODES = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}
-_ON_A_CPU = "left out on a CPU"
-
+COMPILED, AUTOTUNED, REDUCED = "torch.compile", "torch.compile max-autotune", "reduce-overhead"
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
-APART = ", q k v apart"
-ATTENTIONS = (*BACKENDS, *(name + APART for name in BACKENDS), "xformers", "flash-attn 2", "flash-attn 3")
-LIGER = "Liger"
-LINEAR_GELU = "cuBLASLt GELU"
+UNPACKED = ", q k v unpacked"
+
+# The names of what the functions below find. Compiling takes minutes on a CPU.
+COMPILERS = (COMPILED, AUTOTUNED) if HAS_GPU else ()
+ATTENTIONS = (*BACKENDS, *(name + UNPACKED for name in BACKENDS), "xformers", "flash-attn 2", "flash-attn 3") if HAS_GPU else ()
+LIGER = ("Liger",) if HAS_GPU else ()
+CUBLASLT = ("cuBLASLt GELU",) if HAS_GPU else ()
+
+_NOT_INSTALLED = "not installed"
 
 
-def compiled(operation: Operation, **rest) -> dict[str, Contender | str]:
-    """`operation` by torch.compile's default and by max-autotune, without CUDA graphs, as the card's time is what is measured."""
-    # A graph that stays for several backwards cannot give its buffers away.
+def compile_operation(operation: Operation, take: Callable[[Inputs], Inputs] = dict) -> dict[str, Candidate]:
+    """`operation` by torch.compile's default and by max-autotune, without CUDA graphs, as the GPU's time is what is measured."""
+    # Private, and without a public form: a graph that stays for several backward passes cannot give its buffers away.
     graphs.donated_buffer = False
-    made = {
-        name: Contender(operation=torch.compile(operation, mode=mode, fullgraph=True, dynamic=False), **rest)
-        for name, mode in _MODES.items()
+    modes = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}
+    return {
+        name: Candidate(operation=torch.compile(operation, mode=modes[name], fullgraph=True, dynamic=False), take=take)
+        for name in COMPILERS
     }
-    return made if HAS_GPU else made | {AUTOTUNED: _ON_A_CPU}
 
 
-def attentions() -> dict[str, Contender | str]:
+def find_attentions() -> dict[str, Candidate | str]:
     """Attention by torch's backends, each pinned, and by packages.
 
-    Ours writes the packed gradient that the projection before it needs; so do these, but for those that are `APART`: they get and give
-    queries, keys and values as three tensors, which a model with one projection would have to join.
+    Ours writes the packed gradient that the projection before it needs; so do these, but for the `UNPACKED`: they get and give queries,
+    keys and values as three tensors, which a model with one projection would have to concatenate.
     """
     if not HAS_GPU:
-        return dict.fromkeys(ATTENTIONS, _ON_A_CPU)
-    found: dict[str, Contender | str] = {}
+        return {}
+    found: dict[str, Candidate | str] = {}
     for name, backend in BACKENDS.items():
-        found[name] = Contender(operation=_packed(_pinned(backend)))
-        found[name + APART] = Contender(operation=_pinned(backend), take=_apart, directions=(BACKWARD,), alike=False)
-    found["xformers"] = (
-        Contender(operation=partial(attention, backend="xformers")) if xformers_attention.is_installed() else "not installed"
-    )
-    found["flash-attn 2"] = _from_package("flash_attn", _flash_attn_2)
-    found["flash-attn 3"] = _from_package("flash_attn_interface", _flash_attn_3)
+        found[name] = Candidate(operation=_pack(_pin(backend)))
+        found[name + UNPACKED] = Candidate(operation=_pin(backend), take=_unpack, directions=(BACKWARD,), comparable=False)
+    by_xformers = Candidate(operation=partial(attention, backend="xformers"))
+    found["xformers"] = by_xformers if xformers_attention.is_installed() else _NOT_INSTALLED
+    found["flash-attn 2"] = _import_peer("flash_attn", _flash_attn_2)
+    found["flash-attn 3"] = _import_peer("flash_attn_interface", _flash_attn_3)
     return found
 
 
-def liger_layer_norm() -> dict[str, Contender | str]:
-    """Liger's LayerNorm of the sum that torch makes."""
-    return {LIGER: _from_package("liger_kernel", _liger) if HAS_GPU else _ON_A_CPU}
+def find_liger() -> dict[str, Candidate | str]:
+    """Liger's LayerNorm, after an addition by torch."""
+    return {name: _import_peer("liger_kernel", _liger) for name in LIGER}
 
 
-def cublaslt_gelu() -> dict[str, Contender | str]:
-    """cuBLASLt's GELU, by tanh, in the first product; it has no gradient, so nothing is kept for one."""
+def find_cublaslt() -> dict[str, Candidate]:
+    """An MLP with cuBLASLt's GELU, by tanh, in the first product. It has no gradient and keeps nothing for one."""
 
     @torch.no_grad()
-    def run(
-        x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
+    def run(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None = None):
+        # Private: torch shows this epilogue in no public function.
         hidden = torch._addmm_activation(fc1_bias, x, fc1_weight.t(), use_gelu=True)
         y = torch.addmm(fc2_bias, hidden, fc2_weight.t())
         return y if residual is None else y + residual
 
-    return {LINEAR_GELU: Contender(operation=run, directions=(FORWARD,), alike=False) if HAS_GPU else _ON_A_CPU}
+    return {name: Candidate(operation=run, directions=(FORWARD,), comparable=False) for name in CUBLASLT}
 
 
-def backend_name(backend: SDPBackend) -> str:
+def name_backend(backend: SDPBackend) -> str:
     """As tables have it."""
     return next(name for name, other in BACKENDS.items() if other == backend)
 
 
-def _from_package(module: str, build: Callable[[], Contender]) -> Contender | str:
+def _import_peer(module: str, build: Callable[[], Candidate]) -> Candidate | str:
     """What `build` makes, which imports `module`."""
     if not is_installed(module):
-        return "not installed"
+        return _NOT_INSTALLED
     try:
         return build()
     except Exception as error:
         return f"cannot be imported: {type(error).__name__}"
 
 
-def _pinned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _pin(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -105,31 +103,31 @@ def _pinned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attend
 
 
-def _packed(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Operation:
+def _pack(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Operation:
     return lambda qkv: attend(*qkv.unbind(2))
 
 
-def _apart(inputs: Inputs) -> Inputs:
-    return {name: part.contiguous() for name, part in zip("qkv", inputs["qkv"].unbind(2), strict=True)}
+def _unpack(inputs: Inputs) -> Inputs:
+    return {name: tensor.contiguous() for name, tensor in zip("qkv", inputs["qkv"].unbind(2), strict=True)}
 
 
-def _flash_attn_2() -> Contender:
+def _flash_attn_2() -> Candidate:
     from flash_attn import flash_attn_qkvpacked_func
 
-    return Contender(operation=lambda qkv: flash_attn_qkvpacked_func(qkv))
+    return Candidate(operation=lambda qkv: flash_attn_qkvpacked_func(qkv))
 
 
-def _flash_attn_3() -> Contender:
+def _flash_attn_3() -> Candidate:
     from flash_attn_interface import flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = flash_attn_func(q, k, v)
         return found[0] if isinstance(found, tuple) else found
 
-    return Contender(operation=_packed(attend))
+    return Candidate(operation=_pack(attend))
 
 
-def _liger() -> Contender:
+def _liger() -> Candidate:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -137,4 +135,4 @@ def _liger() -> Contender:
         normal = LigerLayerNormFunction.apply(total, weight, bias, 1e-6)
         return normal if residual is None else (total, normal)
 
-    return Contender(operation=run)
+    return Candidate(operation=run)

@@ -13,21 +13,20 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import card
+import machine
 import torch
 from bench_step import vit
-from race import Lane, time_steps, told
+from harness import TIME_STEPS, format_error
+from ported import timm_vit
 from steps import Trainer, fastest_backend, our_trainer, peer_trainer
 from torch.profiler import ProfilerActivity, profile
-from twins import timm_vit
 
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_kernels.aot import commands
 
 STEPS = 5
 KERNELS_SHOWN = 4
-KERNEL = "    "
-"""How the line of a kernel begins, below its family's."""
+KERNEL = "    "  # how the line of a kernel begins, below its family's
 OTHER = "other"
 # The first that is found in a kernel's name, or on a CPU in an operator's, names its family.
 FAMILIES = {
@@ -47,13 +46,13 @@ FAMILIES = {
 }
 
 
-def family(name: str) -> str:
+def find_family(name: str) -> str:
     """Which part of a step a kernel belongs to, by its name."""
     return next((key for key, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 @dataclass
-class Share:
+class FamilyTime:
     """What a family takes in a step: microseconds, launches, and microseconds of each kernel."""
 
     us: float = 0.0
@@ -61,59 +60,53 @@ class Share:
     kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def shares(events: Iterable[tuple[str, float, int]], steps: int) -> dict[str, Share]:
+def sum_families(events: Iterable[tuple[str, float, int]], steps: int) -> dict[str, FamilyTime]:
     """Of (kernel, microseconds, launches) in so many steps, the largest first."""
-    found: dict[str, Share] = defaultdict(Share)
+    found: dict[str, FamilyTime] = defaultdict(FamilyTime)
     for name, us, launches in events:
-        share = found[family(name)]
-        share.us += us / steps
-        share.launches += launches / steps
-        share.kernels[name] += us / steps
+        time = found[find_family(name)]
+        time.us += us / steps
+        time.launches += launches / steps
+        time.kernels[name] += us / steps
     return dict(sorted(found.items(), key=lambda item: -item[1].us))
 
 
-def lines(title: str, found: dict[str, Share], seconds: float) -> list[str]:
-    """A table: a line for each family, and under it the kernels that take most. `seconds` is a step by the clock, unobserved."""
-    total = sum(share.us for share in found.values())
-    table = [f"{title}: {seconds * 1e3:.2f} ms a step; its kernels take {total / 1e3:.2f} ms"]
-    for name, share in found.items():
-        table.append(f"  {name:18} {share.us / 1e3:9.3f} ms {share.us / max(total, 1e-9):6.1%} {share.launches:7.0f} launches")
-        most = sorted(share.kernels.items(), key=lambda item: -item[1])[:KERNELS_SHOWN]
-        table += [f"{KERNEL}{us / 1e3:9.3f} ms  {kernel[:100]}" for kernel, us in most]
-    return table
+def format_families(title: str, found: dict[str, FamilyTime], seconds: float) -> list[str]:
+    """A line for each family, and under it the kernels that take most. `seconds` is a step by the clock, without the profiler."""
+    total = sum(time.us for time in found.values())
+    lines = [f"{title}: {seconds * 1e3:.2f} ms a step; its kernels take {total / 1e3:.2f} ms"]
+    for name, time in found.items():
+        lines.append(f"  {name:18} {time.us / 1e3:9.3f} ms {time.us / max(total, 1e-9):6.1%} {time.launches:7.0f} launches")
+        most = sorted(time.kernels.items(), key=lambda item: -item[1])[:KERNELS_SHOWN]
+        lines += [f"{KERNEL}{us / 1e3:9.3f} ms  {kernel[:100]}" for kernel, us in most]
+    return lines
 
 
-def observed(trainer: Trainer) -> list[tuple[str, float, int]]:
+def profile_steps(trainer: Trainer) -> list[tuple[str, float, int]]:
     """(kernel, microseconds, launches) of `STEPS` steps; on a CPU of operators."""
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if card.HAS_GPU else [ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if machine.HAS_GPU else [ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         for _ in range(STEPS):
             trainer.step()
-        if card.HAS_GPU:
+        if machine.HAS_GPU:
             torch.cuda.synchronize()
     rows = profiler.key_averages()
-    if not card.HAS_GPU:
+    if not machine.HAS_GPU:
         return [(row.key, row.self_cpu_time_total, row.count) for row in rows]
     # A range that somebody marked holds the kernels in it once more.
-    on_card = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA and not getattr(row, "is_user_annotation", False)]
-    return [(row.key, row.self_device_time_total, row.count) for row in on_card]
-
-
-def step_seconds(trainer: Trainer) -> float:
-    """The time of a step, after a few."""
-    lane = Lane(name="", run=trainer.step)
-    time_steps(lane, 3)
-    return median(time_steps(lane, STEPS))
+    on_gpu = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA and not getattr(row, "is_user_annotation", False)]
+    return [(row.key, row.self_device_time_total, row.count) for row in on_gpu]
 
 
 def report(title: str, build: Callable[[], Trainer]) -> list[str]:
-    """The table of one contender, or why there is none."""
+    """The table of one trainer, or why there is none."""
     try:
         trainer = build()
-        seconds = step_seconds(trainer)
-        return lines(title, shares(observed(trainer), STEPS), seconds)
+        TIME_STEPS(trainer.step, 3)
+        seconds = median(TIME_STEPS(trainer.step, STEPS))
+        return format_families(title, sum_families(profile_steps(trainer), STEPS), seconds)
     except Exception as error:
-        return [f"{title}: {told(error)}"]
+        return [f"{title}: {format_error(error)}"]
 
 
 def main() -> int:
@@ -124,15 +117,14 @@ def main() -> int:
     args = parser.parse_args()
     case = vit("Ti", 1) if args.small else vit("B", 256)
     case = replace(case, model=replace(case.model, depth=1)) if args.small else case
-    model = PolyViT.from_config(case.config).to(card.DEVICE)
     narrow = replace(case, residual="bf16")
-    narrow_model = PolyViT.from_config(narrow.config).to(card.DEVICE)
+    model, narrow_model = (PolyViT.from_config(each.config).to(machine.DEVICE) for each in (case, narrow))
     backend = fastest_backend(case.model, case.task)
     tables = [
-        f"{card.name()}, {'ViT-Ti of one block' if args.small else 'ViT-B/16'}, batch {case.task.batch}, 224 × 224",
+        f"{machine.find_name()}, {'ViT-Ti of one block' if args.small else 'ViT-B/16'}, batch {case.task.batch}, 224 × 224",
         *report("ours, eager", partial(our_trainer, case.config, model, captured=False)),
         *report("ours, eager, bf16 residual", partial(our_trainer, narrow.config, narrow_model, captured=False)),
-        *report("timm, eager", partial(peer_trainer, case, timm_vit, model, compiled=False, backend=backend)),
+        *report("timm, eager", partial(peer_trainer, case, timm_vit, model, backend=backend)),
     ]
     args.out.write_text("\n".join(tables) + "\n")
     print("\n".join(line for line in tables if not line.startswith(KERNEL)))

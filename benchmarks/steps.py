@@ -1,39 +1,39 @@
-"""Whole training steps: forward, loss, backward and update, by ours and by others, raced against one another."""
+"""Whole training steps, forward, loss, backward and update, by ours and by other libraries, as groups of the harness."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
-import card
 import peers
 import torch
-from card import DEVICE, HAS_GPU
-from race import Group, Lane, release, time_steps, told
+from harness import TIME_STEPS, Group, Runner, count_flops, release_memory
+from machine import DEVICE, HAS_GPU
+from ported import Build, PortedModel, port
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from twins import Build, Twin, twin_of
 
 from polyvit_fast.config import ComputeOptions, Model, Optim, Task, Train
 from polyvit_fast.model.cost import forward_flops
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.capture import Captured
-from polyvit_fast.train.feed import Slots
+from polyvit_fast.train.capture import CapturedStep
+from polyvit_fast.train.feed import InputBuffers
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.step import Step
 
 LR = 1e-4
-FURTHEST_LOSS = 0.02
-"""How far a contender's losses in its first two steps may be from ours, relatively: bf16 is within 0.01."""
+LOSS_TOLERANCE = 0.02
+"""How far a candidate's losses in its first two steps may be from ours, relatively: bf16 stays within 0.01."""
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """A model in training. `step` is one whole step; `loss` reads the loss of the last one; `flops` are those that a step computes."""
+    """A model in training. `step` is one whole step, in which it computes `flops`; `loss` reads the loss of the last one."""
 
     step: Callable[[], object]
     loss: Callable[[], float]
@@ -44,45 +44,53 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """A step and who makes it; one that is a string is not there, for that reason. The first is ours.
+class Case:
+    """A model on one task's batch; the dtype of our residual stream on a GPU."""
 
-    A step handles `amount` `unit`s.
-    """
+    model: Model
+    task: Task
+    residual: Literal["fp32", "bf16"] = "fp32"
 
-    title: str
-    amount: float
-    unit: str
-    contenders: Mapping[str, Callable[[], Trainer] | str]
-    furthest: float = FURTHEST_LOSS
-    """How far losses may be from those of the first, relatively."""
+    @property
+    def config(self) -> Train:
+        """A run of this task alone."""
+        found = config_of(self.model, {"task": self.task})
+        return replace(found, compute=ComputeOptions(residual=self.residual)) if HAS_GPU else found
 
-    def enter(self, direction: str, names: set[str]) -> Group:
-        """Of `names`, those that run and have the losses of the first in their first two steps."""
-        trainers, absent = train_two_steps({name: way for name, way in self.contenders.items() if name in names}, self.furthest)
-        lanes = [Lane(name=name, run=trainer.step) for name, trainer in trainers.items()]
-        return Group(
-            title=self.title, lanes=lanes, absent=absent, watch=time_steps, info=lambda lane: self._info(lane, trainers[lane.name])
-        )
 
-    def _info(self, lane: Lane, trainer: Trainer) -> dict[str, object]:
-        seconds, host, peak = median(lane.seconds), seconds_on_host(lane.run) if HAS_GPU else None, card.peak_flops(card.name())
-        return {
-            "kind": "step",
-            "amount": self.amount,
-            "unit": self.unit,
-            "flops": trainer.flops,
-            "tflops": trainer.flops / seconds / 1e12,
-            "mfu": peak and trainer.flops / seconds / peak,
-            "peak_gib": trainer.peak_gib,
-            "note": trainer.note,
-            "host_seconds": host,
-            "host_share": host and host / seconds,
-        }
+def config_of(model: Model, tasks: dict[str, Task]) -> Train:
+    """A run as it is compared: AdamW without decay, no clipping, bf16 on a GPU."""
+    optim = Optim(name="adamw", lr=LR, clip_norm=0.0)
+    return Train(tasks=tasks, model=model, optim=optim, device=DEVICE.type, precision="bf16" if HAS_GPU else "fp32")
+
+
+def group_of(
+    title: str, amount: float, unit: str, trainers: Mapping[str, Callable[[], Trainer] | str], tolerance: float = LOSS_TOLERANCE
+) -> Group:
+    """Steps that handle `amount` `unit`s each. Whose first two losses are not those of the first to enter is refused."""
+    expected: list[float] = []
+
+    def build(make: Callable[[], Trainer]) -> Runner:
+        with Footprint() as footprint:
+            trainer = make()
+            losses = first_losses(trainer)
+        expected.extend([] if expected else losses)
+        assert_equal_losses(losses, expected, tolerance)
+        peak = footprint.gib if trainer.peak_gib is None else trainer.peak_gib
+        return Runner(run=trainer.step, flops=trainer.flops, describe=partial(_describe, trainer, peak))
+
+    builders = {name: make if isinstance(make, str) else partial(build, make) for name, make in trainers.items()}
+    return Group(title=title, amount=amount, unit=unit, candidates=builders, timer=TIME_STEPS)
+
+
+def _describe(trainer: Trainer, peak_gib: float | None, seconds: float) -> dict[str, Any]:
+    """Memory, and the ratio of a step that Python takes to queue it."""
+    host = seconds_on_host(trainer.step) if HAS_GPU else None
+    return {"note": trainer.note, "peak_gib": peak_gib, "host_ratio": host and host / seconds}
 
 
 def seconds_on_host(run: Callable[[], object]) -> float:
-    """How long Python needs to queue a step on a card that has nothing else to do."""
+    """How long Python needs to queue a step on a GPU that has nothing else to do."""
     times = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -91,30 +99,6 @@ def seconds_on_host(run: Callable[[], object]) -> float:
         times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
     return median(times)
-
-
-def train_two_steps(ways: Mapping[str, Callable[[], Trainer] | str], furthest: float) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """The trainers whose losses in their first two steps are those of the first, and why the others are absent."""
-    trainers: dict[str, Trainer] = {}
-    absent: dict[str, str] = {}
-    expected: list[float] = []
-    for name, way in ways.items():
-        if isinstance(way, str):
-            absent[name] = way
-            continue
-        try:
-            with Footprint() as footprint:
-                trainer = way()
-                losses = first_losses(trainer)
-            expected = expected or losses
-            assert_equal_losses(losses, expected, furthest)
-        except Exception as error:
-            absent[name] = told(error)
-            trainer = None  # its memory is for the next
-            continue
-        trainer.peak_gib = footprint.gib if trainer.peak_gib is None else trainer.peak_gib
-        trainers[name] = trainer
-    return trainers, absent
 
 
 def first_losses(trainer: Trainer) -> list[float]:
@@ -126,15 +110,11 @@ def first_losses(trainer: Trainer) -> list[float]:
     return losses
 
 
-def assert_equal_losses(found: Sequence[float], expected: Sequence[float], furthest: float = FURTHEST_LOSS) -> None:
+def assert_equal_losses(found: Sequence[float], expected: Sequence[float], tolerance: float = LOSS_TOLERANCE) -> None:
     """ValueError unless each loss is as near to the expected one as that, relatively."""
-    # A NaN is not near.
-    if not all(abs(a - b) <= furthest * abs(b) for a, b in zip(found, expected, strict=True)):
-        raise ValueError(f"its losses are {_told(found)}, those of the first contender {_told(expected)}")
-
-
-def _told(losses: Sequence[float]) -> str:
-    return " and ".join(f"{loss:.4g}" for loss in losses)
+    if not all(abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):  # nor is a NaN near
+        texts = [" and ".join(f"{loss:.4g}" for loss in losses) for losses in (found, expected)]
+        raise ValueError(f"its losses are {texts[0]}, those of the first candidate {texts[1]}")
 
 
 class Footprint:
@@ -144,7 +124,7 @@ class Footprint:
 
     def __enter__(self) -> "Footprint":
         if HAS_GPU:
-            release()
+            release_memory()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_reserved()
         return self
@@ -155,46 +135,9 @@ class Footprint:
             self.gib = (torch.cuda.max_memory_reserved() - self._before) / 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model on one task's batch."""
-
-    model: Model
-    task: Task
-    seed: int = 0
-    residual: Literal["fp32", "bf16"] = "fp32"
-    """Of ours, on a GPU."""
-
-    @property
-    def config(self) -> Train:
-        """A run of this task alone. Nothing is clipped, as the others clip nothing."""
-        found = run_of(self.model, {"task": self.task})
-        return replace(found, compute=ComputeOptions(residual=self.residual)) if HAS_GPU else found
-
-    @property
-    def nominal_flops(self) -> float:
-        """Of a step of the whole model, all tokens through all blocks."""
-        return 3 * self.task.batch * nominal_flops(self.model, self.task)
-
-
-def run_of(model: Model, tasks: dict[str, Task]) -> Train:
-    """A run as it is compared: AdamW without decay, no clipping, bf16 on a GPU."""
-    optim = Optim(name="adamw", lr=LR, clip_norm=0.0)
-    return Train(tasks=tasks, model=model, optim=optim, device=DEVICE.type, precision="bf16" if HAS_GPU else "fp32")
-
-
-def nominal_flops(model: Model, task: Task) -> float:
-    """Operations of one example's forward pass when every token goes through every block, as in all other libraries."""
-    tokens = task.modality.num_tokens
-    frames, rows, columns = task.modality.tubelet
-    block = tokens * model.dim * (4 * model.dim + 2 * model.mlp_dim) + 2 * tokens**2 * model.dim
-    patches = (tokens - 1) * frames * rows * columns * task.modality.grid[3] * model.dim
-    return 2.0 * (model.depth * block + patches + model.dim * task.num_classes)
-
-
-def batch_of(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A grid and labels on the device: bytes for colours, numbers of the given mean and deviation for spectrograms."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+def make_batch(task: Task) -> tuple[Tensor, Tensor]:
+    """A grid and labels on the device: bytes for colours, numbers of the given mean and standard deviation for spectrograms."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
     shape, common = (task.batch, *task.modality.grid), {"generator": generator, "device": DEVICE}
     mean, std = (torch.tensor(values, device=DEVICE) for values in task.modality.normalisation)
     if task.modality.name == "audio":
@@ -208,23 +151,22 @@ def batch_of(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     """Our step on one batch of each task of `config`, one update after each; the losses are added up."""
-    model = deepcopy(model).train()
-    step = Step(model, config)
-    batches = {name: batch_of(task) for name, task in config.tasks.items()}
-    slots = Slots(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
-    steps = Captured(step, slots, [(name,) for name in config.tasks]) if captured else step
+    step = Step(deepcopy(model).train(), config)
+    batches = {name: make_batch(task) for name, task in config.tasks.items()}
+    buffers = InputBuffers(config, {name: grid.dtype for name, (grid, _) in batches.items()}, DEVICE)
+    steps = CapturedStep(step, buffers, [(name,) for name in config.tasks]) if captured else step
 
     def fill(name: str) -> None:
-        inputs, (grid, labels) = slots.inputs(name, 0), batches[name]
+        inputs, (grid, labels) = buffers.view(name, 0), batches[name]
         inputs.grid.copy_(grid)
         inputs.labels.copy_(labels)
 
     def run() -> None:
         for name in batches:
-            if len(batches) > 1:  # the slot holds one task's batch at a time
+            if len(batches) > 1:  # the buffer holds one task's batch at a time
                 fill(name)
             steps.begin((name,), LR, 1)
-            steps.forward_backward(name, slots.inputs(name, 0))
+            steps.forward_backward(name, buffers.view(name, 0))
             steps.update()
 
     def loss() -> float:
@@ -237,37 +179,66 @@ def our_trainer(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
     return Trainer(step=run, loss=loss, flops=flops)
 
 
+def our_trainers_apart(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
+    """Each task of `config` by a model of its own, one step of each after the other; the memory is that of the largest."""
+    trainers, peaks = [], []
+    for name, task in config.tasks.items():
+        with Footprint() as footprint:
+            own = PolyViT.from_config(replace(config, tasks={name: task}))
+            own.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in own.state_dict()})
+            trainers.append(our_trainer(replace(config, tasks={name: task}), own.to(DEVICE), captured=captured))
+            first_losses(trainers[-1])
+        peaks.append(footprint.gib)
+    return Trainer(
+        step=lambda: [trainer.step() for trainer in trainers],
+        loss=lambda: sum(trainer.loss() for trainer in trainers),
+        flops=sum(trainer.flops for trainer in trainers),
+        peak_gib=max(peaks) if HAS_GPU else None,
+    )
+
+
 def peer_trainer(
-    case: Case, build: Build, ours: PolyViT, *, compiled: bool, backend: SDPBackend | None, recorded: bool = False, pure: bool = False
+    case: Case,
+    build: Build,
+    ours: PolyViT,
+    *,
+    backend: SDPBackend | None,
+    compiled: bool = False,
+    captured: bool = False,
+    pure: bool = False,
 ) -> Trainer:
     """Another library's model with our weights, torch's fused AdamW, SDPA's backend pinned.
 
-    With `recorded`, what is compiled is replayed from CUDA graphs, as ours is. A `pure` one is all in bf16, its weights and their moments
+    With `captured`, what is compiled is replayed from CUDA graphs, as ours is. A `pure` one is all in bf16, its weights and their moments
     too, without autocast.
     """
-    grid, labels = batch_of(case.task)
-    twin = twin_of(build, ours, case.model, case.task, grid)
+    grid, labels = make_batch(case.task)
+    ported = port(build, ours, case.model, case.task, grid)
     if pure:
-        twin = Twin(twin.module.bfloat16(), twin.pixels.bfloat16())
-    mode = "reduce-overhead" if recorded else None
-    call = torch.compile(twin.module, dynamic=False, mode=mode) if compiled else twin.module
-    optimizer = torch.optim.AdamW(twin.module.parameters(), lr=LR, weight_decay=0.0, fused=True)
+        ported = PortedModel(ported.module.bfloat16(), ported.pixels.bfloat16())
+    mode = "reduce-overhead" if captured else None
+    call = torch.compile(ported.module, dynamic=False, mode=mode) if compiled else ported.module
+    optimizer = torch.optim.AdamW(ported.module.parameters(), lr=LR, weight_decay=0.0, fused=True)
     last = torch.zeros((), device=DEVICE)
 
+    def forward(call: Callable[[Tensor], object], pixels: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU and not pure):
+            return ported.logits(call, pixels)
+
     def run() -> None:
-        if recorded:
+        if captured:
             torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any more
         with nullcontext() if backend is None else sdpa_kernel(backend):
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU and not pure):
-                logits = twin.logits(call, twin.pixels)
-            loss = LOSSES[case.task.loss](logits, labels, case.task.label_smoothing)
+            loss = LOSSES[case.task.loss](forward(call, ported.pixels), labels, case.task.label_smoothing)
             loss.backward()
             optimizer.step()
             last.copy_(loss.detach())
 
-    note = "" if backend is None else peers.backend_name(backend)
-    return Trainer(step=run, loss=last.item, flops=case.nominal_flops, note=note)
+    with torch.no_grad():
+        example_flops = count_flops(lambda: forward(ported.module, ported.pixels[:1]))
+    note = "" if backend is None else peers.name_backend(backend)
+    return Trainer(step=run, loss=last.item, flops=3 * case.task.batch * example_flops, note=note)
 
 
 def fastest_backend(model: Model, task: Task) -> SDPBackend | None:
@@ -284,28 +255,9 @@ def fastest_backend(model: Model, task: Task) -> SDPBackend | None:
     def seconds(backend: SDPBackend) -> float:
         try:
             with sdpa_kernel(backend):
-                lane = Lane(name="", run=run)
-                time_steps(lane, 3)
-                return median(time_steps(lane, 7))
+                TIME_STEPS(run, 3)
+                return median(TIME_STEPS(run, 7))
         except RuntimeError:  # it has no kernel for this
             return float("inf")
 
     return min(peers.BACKENDS.values(), key=seconds)
-
-
-def apart(config: Train, model: PolyViT, *, captured: bool) -> Trainer:
-    """Each task of `config` by a model of its own, one step of each after the other; the memory is that of the largest."""
-    trainers, peaks = [], []
-    for name, task in config.tasks.items():
-        with Footprint() as footprint:
-            own = PolyViT.from_config(replace(config, tasks={name: task}))
-            own.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in own.state_dict()})
-            trainers.append(our_trainer(replace(config, tasks={name: task}), own.to(DEVICE), captured=captured))
-            first_losses(trainers[-1])
-        peaks.append(footprint.gib)
-    return Trainer(
-        step=lambda: [trainer.step() for trainer in trainers],
-        loss=lambda: sum(trainer.loss() for trainer in trainers),
-        flops=sum(trainer.flops for trainer in trainers),
-        peak_gib=max(peaks) if HAS_GPU else None,
-    )

@@ -1,4 +1,7 @@
-"""`polyvit-fast`, and `python -m polyvit_fast`: the command line, which hears signals from here on, for its imports take seconds."""
+"""Entry point of `polyvit-fast` and `python -m polyvit_fast`.
+
+Signals are handled from here on, before the imports of the command line, which take seconds.
+"""
 
 import sys
 

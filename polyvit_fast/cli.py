@@ -23,24 +23,30 @@ if TYPE_CHECKING:
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
 
-  polyvit-fast train EXPERIMENT [--field value ...]   train; the same command resumes a stopped run
-  polyvit-fast eval RUN                               evaluate a run's newest (or best) checkpoint
-  polyvit-fast plot RUN                               draw its loss and metric curves to PNG
-  polyvit-fast plot schedule EXPERIMENT               draw which task is trained when, and the learning rate
-  polyvit-fast plan EXPERIMENT                        parameters, tokens, FLOPs, memory, passes; trains nothing
-  polyvit-fast check EXPERIMENT                       decode every file, name the broken ones, write clean manifests
-  polyvit-fast list                                   the experiments that come with the package
+  polyvit-fast train EXPERIMENT [--field value ...]   train; the same command again resumes a stopped run
+  polyvit-fast eval RUN                               evaluate a checkpoint of a run: the newest, the best or a step
+  polyvit-fast plot RUN                               draw its loss and metric curves as PNG
+  polyvit-fast plot schedule EXPERIMENT               draw which task each step trains, and the learning rate
+  polyvit-fast plan EXPERIMENT                        print what a run will cost: parameters, FLOPs, memory, passes over the data
+  polyvit-fast check EXPERIMENT                       decode every file, list the broken ones, write manifests without them
+  polyvit-fast list                                   list the experiments that come with the package
 
-EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file; RUN is a run folder such as runs/demo.
-Start here:           polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
-Fields of a run:      polyvit-fast train demo --help
-Override any of them: polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
-Several GPUs:         torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
-Add --traceback to any command to see where in the code an error came from.
+EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. RUN is a run folder such as runs/demo.
 
-Exit codes: 0 done · 2 wrong input · 65 too many broken files or a hung decoder · 69 another process of the run was lost ·
-            70 loss not finite · 74 checkpoint could not be written · 75 stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU ·
-            130 stopped by Ctrl-C (both saved, resumable)"""
+First run:        polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
+All settings:     polyvit-fast train demo --help
+Change settings:  polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
+Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
+Any command with --traceback shows the traceback of an error instead of its message alone.
+
+Exit codes:   0  success
+              2  wrong input
+             65  too many broken files, or a decoder hangs
+             69  another process of the run was lost
+             70  the loss stayed non-finite
+             74  a checkpoint could not be written
+             75  stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU; `train` has saved a checkpoint and can resume
+            130  stopped by Ctrl-C; `train` has saved a checkpoint as well"""
 
 Options = TypeVar("Options")
 
@@ -48,17 +54,17 @@ Options = TypeVar("Options")
 def main() -> None:
     """Run the command of the process's arguments and end the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a terminal without a character must not stop a run
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it any more; Python would try again at its end, and give 120 for that
+    except OSError:  # the reader is gone; Python would flush again at exit and then return 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
-    """Run one command and give its exit code; errors of the user's making are told in a sentence, without a traceback."""
+    """Run one command and return its exit code. Expected errors are printed as one sentence, without a traceback."""
     show_traceback = "--traceback" in argv
     arguments = [argument for argument in argv if argument != "--traceback"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -73,10 +79,10 @@ def run(argv: list[str]) -> int:
         with stop_on_signals():
             return COMMANDS[arguments[0]](arguments[1:])
     except Stopped as stopped:
-        _tell(f"polyvit-fast {arguments[0]}: stopped by {stopped}{' before its first step' if arguments[0] == 'train' else ''}")
+        _print_error(f"polyvit-fast {arguments[0]}: stopped by {stopped}{' before its first step' if arguments[0] == 'train' else ''}")
         return exit_code(stopped.number)
     except KeyboardInterrupt:
-        _tell(f"polyvit-fast {arguments[0]}: stopped")
+        _print_error(f"polyvit-fast {arguments[0]}: stopped")
         return 130
     except Exception as error:
         if show_traceback:
@@ -85,17 +91,17 @@ def run(argv: list[str]) -> int:
         if code is None:
             traceback.print_exc()
             return 1
-        _tell(f"polyvit-fast {arguments[0]}: {error}")
+        _print_error(f"polyvit-fast {arguments[0]}: {error}")
         return code
 
 
-def _tell(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone; the exit code says it too
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone; the exit code remains
         print(text, file=sys.stderr)
 
 
 def _exit_code(error: Exception) -> int | None:
-    """The documented code of an expected error; None for a defect, which deserves its traceback."""
+    """The documented exit code of an expected error; None for a bug, which is printed with its traceback."""
     from polyvit_fast.data.stream import DataError
     from polyvit_fast.train.distributed.process_group import PeerLost
     from polyvit_fast.train.run import NonFiniteError
@@ -109,8 +115,8 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _train(arguments: list[str]) -> int:
-    name, flags = _subject(arguments, "train EXPERIMENT")
-    config = _configured(name, flags, "train")
+    name, flags = _split_subject(arguments, "train EXPERIMENT")
+    config = _load_config(name, flags, "train")
     from polyvit_fast.train.loop import train
     from polyvit_fast.train.output.log import print_results
 
@@ -118,7 +124,7 @@ def _train(arguments: list[str]) -> int:
     if outcome.signal:
         return exit_code(outcome.signal)
     if outcome.rank:
-        return 0  # the first process tells
+        return 0  # the first process prints the results
     print_results(outcome.results)
     _plot_curves(config.folder)
     return 0
@@ -126,25 +132,25 @@ def _train(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Evaluate a run's checkpoint on the validation files of its tasks."""
+    """Evaluate a checkpoint of a run on the validation files of its tasks."""
 
     checkpoint: str = "newest"
-    """newest, best, or a step."""
+    """newest, best, or the step of a checkpoint."""
     tasks: tuple[str, ...] = ()
-    """Only these tasks; none: all."""
+    """Names of the tasks to evaluate. Default: all."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
-    """Where the model computes."""
+    """Where to evaluate. Default: where the run was trained."""
 
 
 def _eval(arguments: list[str]) -> int:
-    folder, flags = _subject(arguments, "eval RUN")
+    folder, flags = _split_subject(arguments, "eval RUN")
     options = _parse(EvalOptions, flags, "eval RUN")
-    config = _recorded(folder).config
+    config = _load_run(folder).config
     config = config if options.device == "as trained" else replace(config, device=options.device)
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.output.log import evaluation_progress, print_evaluation
+    from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
 
-    with evaluation_progress() as progress:
+    with show_evaluation_progress() as progress:
         rows = evaluate_run(Path(folder), config, options.checkpoint, options.tasks, progress)
     if rows:  # under torchrun the first process has them
         print_evaluation(config, rows)
@@ -154,17 +160,17 @@ def _eval(arguments: list[str]) -> int:
 def _plot(arguments: list[str]) -> int:
     if arguments[:1] == ["schedule"]:
         return _plot_schedule(arguments[1:])
-    folder, flags = _subject(arguments, "plot RUN")
+    folder, flags = _split_subject(arguments, "plot RUN")
     if flags:
         raise ValueError(f"plot RUN takes no flags, but got {' '.join(flags)}")
-    _recorded(folder)
+    _load_run(folder)
     _plot_curves(Path(folder))
     return 0
 
 
 def _plot_schedule(arguments: list[str]) -> int:
-    name, flags = _subject(arguments, "plot schedule EXPERIMENT")
-    config = _configured(name, flags, "plot schedule")
+    name, flags = _split_subject(arguments, "plot schedule EXPERIMENT")
+    config = _load_config(name, flags, "plot schedule")
     from polyvit_fast.train.output.plot import plot_schedule, print_schedule
     from polyvit_fast.train.schedule import learning_rate, make_step_plan
 
@@ -187,24 +193,24 @@ def _plot_curves(folder: Path) -> None:
 
 
 def _plan(arguments: list[str]) -> int:
-    name, flags = _subject(arguments, "plan EXPERIMENT")
-    config = _configured(name, flags, "plan")
-    from polyvit_fast.train.output.report import print_plan
+    name, flags = _split_subject(arguments, "plan EXPERIMENT")
+    config = _load_config(name, flags, "plan")
+    from polyvit_fast.train.output.cost_report import print_cost
 
-    print_plan(config)
+    print_cost(config)
     return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Decode every file of every task (of a video eight clips), in parallel, and name the broken ones. Other flags are those of train."""
+    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed as well."""
 
     manifests: str = "clean-manifests"
-    """Folder for one clean manifest per task and split, and for broken.tsv."""
+    """Folder to write to: for each task and split a manifest without the broken files, and broken.tsv."""
     num_workers: int = 2
-    """Processes that decode."""
+    """Number of processes that decode."""
     deadline_seconds: float = 30.0
-    """A file that takes longer counts as broken."""
+    """Seconds to decode one file. A file that takes longer is reported as broken."""
 
     def __post_init__(self) -> None:
         if self.num_workers <= 0 or self.deadline_seconds <= 0:
@@ -212,9 +218,9 @@ class CheckOptions:
 
 
 def _check(arguments: list[str]) -> int:
-    name, flags = _subject(arguments, "check EXPERIMENT")
+    name, flags = _split_subject(arguments, "check EXPERIMENT")
     options, flags = tyro.cli(CheckOptions, args=flags, prog=f"polyvit-fast check {name}", return_unknown_args=True)
-    config = _configured(name, flags, "check")
+    config = _load_config(name, flags, "check")
     from polyvit_fast.data.checking.check import check_files
 
     num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds)
@@ -237,14 +243,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """The experiment or run folder, which comes first, and the flags behind it."""
+def _split_subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    """The first argument, an experiment or a run folder, and the flags after it."""
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"usage: polyvit-fast {usage} [--field value ...]; `polyvit-fast --help` tells more")
+        raise ValueError(f"usage: polyvit-fast {usage} [--field value ...]; see `polyvit-fast --help`")
     return arguments[0], arguments[1:]
 
 
-def _configured(name: str, flags: list[str], command: str) -> Train:
+def _load_config(name: str, flags: list[str], command: str) -> Train:
     config = experiments.load(name)
     return tyro.cli(Train, default=config, args=flags, prog=f"polyvit-fast {command} {name}")
 
@@ -253,7 +259,7 @@ def _parse(kind: type[Options], flags: list[str], command: str) -> Options:
     return tyro.cli(kind, args=flags, prog=f"polyvit-fast {command}")
 
 
-def _recorded(folder: str) -> RecordedRun:
+def _load_run(folder: str) -> RecordedRun:
     from polyvit_fast.train.run_folder.record import load_run
 
     return load_run(Path(folder), experiments.load)

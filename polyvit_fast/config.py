@@ -1,7 +1,7 @@
-"""The vocabulary of a run: `Modality`, `Source`, `Task`, `Model`, `Optim` and `Train`, as frozen dataclasses.
+"""The configuration of a run: `Train`, its `Task`s with their `Modality` and `Source`s, `Model`, `Optim` and four groups of options.
 
-A record only states what is wanted. `__post_init__` checks and never changes; numbers that follow from others are properties.
-A field's docstring is its line in `polyvit-fast train NAME --help`.
+All are frozen dataclasses. `__post_init__` checks values and never changes them; numbers that follow from others are properties.
+A field's docstring is its text in `polyvit-fast train NAME --help`, where a new line in the docstring begins a new line.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from polyvit_fast.media import Media, Sample
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Turns media into grids; built once per task and split, called with at most its batch size of samples.
+    """Turns the media of a batch into grids. One is built for each task and split, for a largest batch size.
 
-    The result for one sample depends on that sample and its generator alone, never on its neighbours in the batch.
+    The grid of a sample depends only on that sample and its random generator, never on the rest of the batch.
     """
 
     def __call__(self, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> Tensor:
-        """Grids `[sample, view, frames, rows, columns, channels]`, uint8 or float32. Raises on a broken file."""
+        """Grids `[sample, view, frames, rows, columns, channels]`, uint8 or float32. Raises MediaError for a broken file."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modality(ABC):
-    """A kind of input: the grid that a sample becomes, how it is cut into tokens, how files are decoded into it."""
+    """A kind of input: the grid that a sample is decoded to, and how the grid is cut into tokens."""
 
     name: ClassVar[str]
 
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int, int, int]:
-        """(frames, rows, columns, channels) of one view. An image has one frame; a spectrogram is a picture."""
+        """(frames, rows, columns, channels) of one view. Images and spectrograms have one frame."""
 
     @property
     @abstractmethod
@@ -54,7 +54,7 @@ class Modality(ABC):
 
     @property
     def shared_settings(self) -> dict[str, object]:
-        """Beside grid and tubelet, the fields that say what a token's place means: tasks that share a tokenizer must have them equal."""
+        """Further fields, besides grid and tubelet, that tasks with the same tokenizer must have in common."""
         return {}
 
     @property
@@ -63,12 +63,12 @@ class Modality(ABC):
         """Evenly spaced views of one sample whose logits are averaged in evaluation."""
 
     def thorough(self) -> Modality:
-        """The same, but evaluation sees as much of every file as it can: for checks. This one, when it does so already."""
+        """This modality with evaluation views that cover as much of every file as possible, for `polyvit-fast check`."""
         return self
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one view, class token included."""
+        """Number of tokens of one view, including the class token."""
         counts = [size // step for size, step in zip(self.grid, self.tubelet, strict=False)]
         return counts[0] * counts[1] * counts[2] + 1
 
@@ -88,59 +88,61 @@ class Source(ABC):
         """Every sample, in an order that is the same on every machine. Raises ValueError or OSError with the cause."""
 
     def count(self, task: Task) -> int:
-        """How many samples there are, for a plan: a source that makes its files makes none for it. Raises as `samples`."""
+        """Number of samples. A source that generates its files generates none for this. Raises as `samples`."""
         return len(self.samples(task))
 
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder | None:
-        """A decoder of the source's own, for media that are no files; None: the modality's decoder reads them."""
+        """The decoder of a source whose media are not files; None: use the modality's decoder."""
         return None
 
     def class_names(self, task: Task) -> tuple[str, ...] | None:
-        """The names of classes that this source knows by itself, in the order of their numbers; None: it knows numbers alone."""
+        """Names of the classes, in the order of their numbers, if the source itself has them; None if it has numbers only."""
         return None
 
     def describe_classes(self, names: Sequence[str]) -> str:
-        """What a message says of `class_names`: where they stand, and how many there are."""
+        """Where `class_names` come from and how many there are, for messages."""
         return f"{self}: it names {len(names)} classes"
 
     def remarks(self, task: Task) -> list[str]:
-        """A sentence for each oddity that is no error but may be a mistake, such as files that were left out; for `check` and `plan`."""
+        """Warnings for `check` and `plan`: a sentence for each thing that may be a mistake, such as files that are left out."""
         return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that is particular to one dataset. No fact about it stands anywhere else."""
+    """One dataset: its samples, and how the model is trained and evaluated on it."""
 
     modality: Modality
     train: Source
     val: Source
     num_classes: int
-    """Outputs of this task's head."""
+    """Number of classes: outputs of the task's head."""
     steps: int
-    """U_j: steps that this task has alone; the schedule's weight (the paper's tuned hyper-parameter)."""
+    """The paper's U_j: steps on this task with the schedules weighted and task-by-task. Their sum over all tasks is the run's length."""
     batch: int = 64
-    """Examples per step."""
+    """Examples per step, over all processes and micro-batches together."""
     micro_batches: int = 1
-    """Pieces that a batch is computed in, one after the other, to fit memory; the gradient is the same mean."""
+    """Compute the batch in this many equal parts, one after the other, to fit into memory. The gradient is that of the whole batch."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: cross-entropy, mean over the batch. sigmoid: binary cross-entropy, summed over classes, mean over the batch."""
+    """softmax: cross-entropy, averaged over the batch.
+    sigmoid: binary cross-entropy, summed over the classes and averaged over the batch."""
     multi_label: bool = False
-    """Whether an example may have any number of classes; then the metric is mAP instead of accuracy."""
+    """An example may have any number of classes. The metric is then mAP instead of top-1 accuracy. Needs the sigmoid loss."""
     lr_scale: float = 1.0
-    """c_j: multiplies the learning rate on this task's steps."""
+    """Factor on the learning rate in this task's steps."""
     mixup: float = 0.0
-    """Alpha of the Beta distribution that mixes each example with another one of the batch; 0 switches it off."""
+    """Mixup: alpha of the Beta distribution of the weight with which two examples of a batch are mixed. 0: off."""
     mixup_pairs: Literal["neighbours", "reversed"] = "neighbours"
-    """Which: neighbours: 0 with 1, 2 with 3 …, the same pairs on any number of processes; reversed: the first with the last …, each process
-    within its own part of the batch, as the paper's code does on each device. Micro-batches change no pair."""
+    """Which two examples are mixed. Micro-batches do not matter.
+    neighbours: 0 with 1, 2 with 3 and so on. The pairs do not depend on the number of processes.
+    reversed: the first with the last and so on, within the part of the batch that a process has, as in the paper's code."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread evenly over all classes."""
+    """Fraction of each target that is spread evenly over all classes."""
     drop_path_rate: float = 0.0
-    """Chance to skip a residual branch in the last block; falls linearly to 0 in the first."""
+    """Stochastic depth: probability of skipping a residual branch of the last block. It falls linearly to 0 at the first block."""
     zero_head: bool = False
-    """Start this task's head at zero, as the paper's code does for videos and sounds, whose trunk is trained before; else by LeCun's normal
-    law, as there for images, and by which the demo, whose trunk is not, learns faster."""
+    """Initialise the task's head with zeros, as the paper's code does for videos and sounds, which start from a pretrained model.
+    Otherwise LeCun's normal distribution, as in the paper's code for images: training from random weights is faster with it."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "steps", "batch", "micro_batches"):
@@ -159,30 +161,30 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """Name of the number that this task is judged by."""
+        """Name of the metric: top1 or mAP."""
         return "mAP" if self.multi_label else "top1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The shared Vision Transformer."""
+    """The Vision Transformer that all tasks train."""
 
     dim: int = 768
-    """Width of a token."""
+    """Width of the tokens (embedding dimension)."""
     depth: int = 12
-    """Transformer blocks that an input passes, adaptors included."""
+    """Number of transformer blocks that an input passes through, including adaptor layers."""
     num_heads: int = 12
-    """Attention heads."""
+    """Number of attention heads. Must divide dim."""
     mlp_dim: int = 3072
     """Width of the MLP's hidden layer."""
     num_adaptor_layers: int = 0
-    """L_adapt: how many of the blocks belong to each modality alone, before the shared ones."""
+    """The first so many blocks are separate for each modality; the others are common to all (the paper's L_adapt)."""
     gelu: Literal["tanh", "erf"] = "tanh"
-    """tanh: as the paper's JAX code; erf: exact, as timm and Hugging Face ViT."""
+    """tanh: the approximation of the paper's JAX code. erf: exact, as in timm and in Hugging Face's ViT."""
     dropout: float = 0.0
-    """After the positions, the attention projection and both MLP layers."""
+    """Dropout probability after the position embedding, the attention projection and both layers of the MLP."""
     rescale_drop_path: bool = False
-    """Divide kept residual branches by their chance to be kept (timm does, the paper's code does not)."""
+    """Divide the residual branches that drop path keeps by their probability of being kept, as timm does. The paper's code does not."""
 
     def __post_init__(self) -> None:
         if min(self.dim, self.depth, self.num_heads, self.mlp_dim) <= 0:
@@ -210,38 +212,42 @@ MODELS: dict[str, Model] = {  # arXiv 2010.11929, table 1; Ti and S from arXiv 2
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """One optimizer over all tasks."""
+    """The optimizer, one for the parameters of all tasks."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    """sgd: momentum, as in the paper; adamw: for training from scratch."""
+    """sgd: SGD with momentum, as in the paper, for fine-tuning. adamw: for training from random weights."""
     lr: float = 1.0
-    """Peak learning rate, before a task's lr_scale."""
+    """Peak learning rate. A task's lr_scale multiplies it."""
     warmup_steps: int = 0
-    """Steps, of the sum of all tasks' steps, over which the rate rises linearly; then a cosine lowers it to the end of the run. A schedule
-    with fewer updates, such as accumulating, has the same share of them."""
+    """Steps over which the learning rate rises linearly; after them a cosine lowers it to 0 at the end of the run.
+    They are counted in the sum of all tasks' steps. A schedule with fewer updates, such as accumulating, warms up for the same fraction."""
     momentum: float = 0.9
-    """Of sgd."""
+    """Momentum of sgd."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of adamw."""
+    """Decay rates of adamw's two moments."""
     eps: float = 1e-8
-    """Of adamw."""
+    """Added to adamw's denominator."""
     weight_decay: float = 0.0
-    """Decoupled for adamw, added to the gradient for sgd; weight matrices only, not biases, norms, positions, class tokens."""
+    """Weight decay of the weight matrices, not of biases, norms, position embeddings and class tokens.
+    Decoupled from the gradient with adamw, added to it with sgd."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient over all parameters; 0 switches clipping off."""
+    """Clip the gradient to this global norm over all parameters. 0: off."""
     clip: Literal["mean", "process"] = "mean"
-    """Which gradient is clipped under torchrun. mean: that of the whole batch; process: each process's own before they are averaged, as the
-    paper's code does for videos and sounds; then the result depends on the number of processes. One process: the same."""
+    """Which gradient is clipped under torchrun. With one process both are the same.
+    mean: the mean over all processes, which is the gradient of the whole batch.
+    process: each process's own gradient before the mean, as the paper's code does for videos and sounds."""
     accumulate: Literal["mean", "sum"] = "mean"
-    """How an update from several tasks joins their gradients. mean: as if one task had them all, so that rate and clip_norm mean what they
-    mean for one; sum: as many times larger as there are tasks. Where clipping acts, sgd moves alike by both; adamw always nearly does."""
+    """How an update over several tasks (schedule accumulating) combines their gradients.
+    mean: learning rate and clip_norm then mean the same as for one task.
+    sum: larger by the number of tasks. That changes little with adamw, and nothing with sgd in steps whose gradient is clipped."""
     absent: Literal["auto", "coast", "rest"] = "auto"
-    """What heads and tokenizers do in an update that has no gradient for them. coast: theirs is zero, so that their moments fade and still
-    move them, and weight decay goes on, as in the paper's code; rest: nothing of them changes, as if their tasks were trained alone. auto:
-    coast with sgd, rest with adamw, which else moves the head of a task that has one of N updates sqrt(N) times as far for each of them,
-    decays it N times as much, and learned a third of the demo worse."""
+    """How an update treats parameters of tasks that are not in the step (heads, tokenizers, adaptors).
+    coast: their gradient is zero. Momentum still moves them and weight decay goes on, as in the paper's code.
+    rest: neither they nor their moments change, as if each task were trained alone.
+    auto: coast with sgd, rest with adamw. If it coasted, adamw would move a head that is in one of N updates about sqrt(N) times too far
+    for each of them, and decay it N times as much."""
     ema_decay: float = 0.0
-    """Keep an exponential moving average of the weights and evaluate that; 0 switches it off."""
+    """Decay of an exponential moving average of the weights, which is evaluated in their stead. 0: off."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -254,14 +260,14 @@ class Optim:
 
     @property
     def rests(self) -> bool:
-        """Whether absent parameters rest."""
+        """Whether parameters without a gradient rest: `absent` with auto resolved."""
         return self.absent == "rest" or (self.absent == "auto" and self.name == "adamw")
 
 
 StepPlan = list[tuple[str, ...]]
-"""The tasks of every step, known before step 0: one name, or several whose gradients are averaged."""
+"""The tasks of every step of a run: one name, or several that make one update together."""
 Schedule = Callable[["Train"], StepPlan]
-"""A rule that turns a configuration into a step plan."""
+"""Makes the step plan of a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +344,7 @@ class DistributedOptions:
     """How the processes of torchrun work together."""
 
     sharded: bool = False
-    """Split parameters, gradients and optimizer state over the processes (FSDP2), for models too large for one GPU. Excludes --capture."""
+    """Split parameters, gradients and optimizer state over the processes (FSDP2), for models too large for one GPU. Turns --capture off."""
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are all-reduced. bf16 halves the traffic."""
 
@@ -388,9 +394,9 @@ class Train:
             raise ValueError("--residual bf16 needs --precision bf16; leave it fp32")
         if self.distributed.sharded and self.optim.clip == "process":
             raise ValueError("--optim.clip process needs each process's whole gradient, which --sharded never has; leave one of them off")
-        self._check_shared_modalities()
+        self._check_tokenizers()
 
-    def _check_shared_modalities(self) -> None:
+    def _check_tokenizers(self) -> None:
         first: dict[str, str] = {}
         for name, task in self.tasks.items():
             other = first.setdefault(task.modality.name, name)
@@ -398,13 +404,13 @@ class Train:
             for setting in theirs | ours:
                 if ours.get(setting) != theirs.get(setting):
                     raise ValueError(
-                        f"tasks {other} and {name} share the modality {task.modality.name}, hence one tokenizer, but {other} has "
+                        f"tasks {other} and {name} have the same modality {task.modality.name}, hence one tokenizer, but {other} has "
                         f"{setting} = {theirs.get(setting)} and {name} has {ours.get(setting)}; make them equal"
                     )
 
     @property
     def modalities(self) -> dict[str, Modality]:
-        """The modalities in use, each once, by name: the record of the first task that has it."""
+        """The modalities in use by name, each as its first task has it."""
         found: dict[str, Modality] = {}
         for task in self.tasks.values():
             found.setdefault(task.modality.name, task.modality)
@@ -412,7 +418,7 @@ class Train:
 
     @property
     def keeps_rounded(self) -> bool:
-        """Whether each update writes the parameters in bf16 too. A CPU rounds them at each use, and FSDP gathers them in fp32."""
+        """Whether each update also writes the parameters in bf16. A CPU rounds them at each use instead; FSDP gathers them in fp32."""
         return self.precision == "bf16" and self.device != "cpu" and not self.distributed.sharded
 
     @property
@@ -422,5 +428,5 @@ class Train:
 
 
 def _tokenizer_settings(modality: Modality) -> dict[str, object]:
-    """What tasks of one tokenizer must have equal: their mean and std may differ."""
+    """What tasks with the same tokenizer must have in common. Their mean and std may differ."""
     return {"grid": modality.grid, "tubelet": modality.tubelet} | modality.shared_settings

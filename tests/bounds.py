@@ -1,7 +1,7 @@
-"""Bounds for Triton's interpreter: a kernel fails that reads or writes beside the tensor that the address was computed from.
+"""Bounds checks in Triton's interpreter: a kernel fails that reads or writes outside of the tensor that the address was computed from.
 
-A GPU seldom tells: beside a tensor there mostly lies another. Here every argument has a range of addresses of its own, far from those of
-the others, also where two arguments are neighbours in one buffer.
+A GPU seldom notices, as the memory next to a tensor mostly belongs to another. Here every argument has a range of addresses of its own, far
+from those of the others, even where two arguments are neighbours in one buffer.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ class OutOfBoundsError(Exception):
 
 
 class Bounds:
-    """What the interpreter's loads and stores are held to."""
+    """The arguments of the current launch, which the interpreter's loads and stores are checked against."""
 
     def __init__(self) -> None:
         self.num_checked: Counter[str] = Counter()
@@ -30,16 +30,16 @@ class Bounds:
         self._arguments: list[Tensor] = []
 
     def begin(self, kernel: str) -> None:
-        """A launch, which knows nothing of the arguments of the one before."""
+        """A launch begins, with no arguments yet."""
         self._kernel, self._arguments = kernel, []
 
     def address(self, tensor: Tensor) -> int:
-        """Where the kernel is told that an argument lies; aligned as where it does."""
+        """The address that the kernel gets for an argument, aligned as its true one."""
         self._arguments.append(tensor)
         return self._begin(len(self._arguments) - 1)
 
     def translate(self, addresses: np.ndarray, mask: np.ndarray, num_bytes: int) -> np.ndarray:
-        """Where elements of `num_bytes` each lie. Raises OutOfBoundsError when there is none for one that the mask lets through."""
+        """The true addresses of elements of `num_bytes` each. Raises OutOfBoundsError for an address under the mask that has no element."""
         addresses = addresses.astype(np.int64)
         found, inside = np.zeros_like(addresses), ~mask
         for number, tensor in enumerate(self._arguments):
@@ -47,14 +47,14 @@ class Bounds:
             own = mask & (offsets >= 0) & (offsets + num_bytes <= _extent(tensor))
             found[own], inside = offsets[own] + tensor.data_ptr(), inside | own
         if not inside.all():
-            raise OutOfBoundsError(f"{self._kernel}: {(~inside).sum()} elements, the first of them {self._place(addresses[~inside][0])}")
+            raise OutOfBoundsError(f"{self._kernel}: {(~inside).sum()} elements, the first of them {self._describe(addresses[~inside][0])}")
         self.num_checked[self._kernel] += int(mask.sum())
         return found.astype(np.uint64)
 
     def _begin(self, number: int) -> int:
         return (number + 1) * SPACING + self._arguments[number].data_ptr() % 4096
 
-    def _place(self, address: int) -> str:
+    def _describe(self, address: int) -> str:
         number = min(max(1, (address + SPACING // 2) // SPACING), len(self._arguments)) - 1
         tensor = self._arguments[number]
         kind = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
@@ -69,7 +69,7 @@ def _extent(tensor: Tensor) -> int:
 
 @pytest.fixture
 def bounds(monkeypatch) -> Bounds:
-    """Kernels in the interpreter keep to their tensors, or fail."""
+    """Kernels in the interpreter fail when they access memory outside of their tensors."""
     found, builder = Bounds(), interpreter.InterpreterBuilder
     run, convert, load, store = (
         interpreter.GridExecutor.__call__,

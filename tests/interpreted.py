@@ -1,4 +1,4 @@
-"""The public operations as on a GPU where there is none."""
+"""Fixtures that run the public operations as on a GPU, where there is none."""
 
 from collections.abc import Callable
 
@@ -15,20 +15,20 @@ from polyvit_kernels.tiles import lookup
 from polyvit_kernels.triton_kernels import linear
 
 ENOUGH_ROWS = 2048
-"""For the table to choose a linear layer for Hopper; they must be right of fewer too."""
+"""Enough for the table to choose Hopper's linear layer; the kernels must be right for fewer too."""
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The public operations call what is registered with torch.library, on a CPU too."""
+    """The public operations call what is registered with torch.library on a CPU too."""
     monkeypatch.setattr(dtypes, "runs_registered", lambda x: True)
 
 
 @pytest.fixture
 def on_kernels(monkeypatch, registered):
-    """The public operations as on a GPU: what is registered for CUDA runs, here in Triton's interpreter with an H100's portable rows.
+    """The public operations as on a GPU: what is registered for CUDA runs in Triton's interpreter, with an H100's portable tiles.
 
-    The interpreter multiplies no bf16, so tensors are fp32 and take the rows of bf16. It does not run Gluon.
+    The interpreter cannot multiply bf16, so tensors are fp32 and take bf16's tiles. It does not run Gluon.
     """
     if DEVICE.type == "cuda":
         return
@@ -38,7 +38,7 @@ def on_kernels(monkeypatch, registered):
 
 @pytest.fixture
 def on_hopper(monkeypatch, registered):
-    """Attention and linear layers as on an H100, by the kernels for Hopper alone, which are executed on a CPU. Norms are torch's there."""
+    """Attention and linear layers as on an H100, by the kernels for Hopper alone, executed on the CPU. Norms are torch's there."""
     if DEVICE.type == "cuda":
         if tiles.architecture(DEVICE) != 90:
             pytest.skip("these kernels run on compute capability 9.0 alone")
@@ -54,7 +54,7 @@ def on_hopper(monkeypatch, registered):
     monkeypatch.setattr(lookup, "pick", pick_hoppers)
     _run_as_on_cuda(monkeypatch, lambda name: "norm" not in name)
     monkeypatch.setattr(hopper_linear, "num_sms", lambda device: 3)
-    # The last sums are Triton's, whose interpreter does not round to bf16 but cuts off.
+    # The last sums are a portable kernel's, and Triton's interpreter truncates to bf16 instead of rounding.
     monkeypatch.setattr(linear, "sum_partials", lambda partials, dtype: partials.sum(0).to(dtype))
     with executing() as report:
         yield
@@ -68,7 +68,7 @@ def _run_as_on_cuda(monkeypatch, chooses: Callable[[str], bool]) -> None:
 
 
 def choose_an_h100s_rows(monkeypatch, *, portable: bool) -> None:
-    """For fp32, where there are none, bf16's portable ones; with `portable`, Hopper's own kernels are passed over for every dtype."""
+    """An H100's tiles; fp32, which has none, takes bf16's portable ones. With `portable`, no dtype takes Hopper's own kernels."""
     real = lookup.pick
 
     def pick(op, arch, dtype, **sizes):

@@ -1,6 +1,6 @@
-"""A CUDA error loses the context of its process: the test that lost it is told, and no later test fails for it.
+"""A CUDA error loses the context of its process: the test that lost it fails and says so, and no later test fails for it.
 
-A worker of pytest-xdist ends, and another takes its place; without workers the session stops.
+A worker of pytest-xdist ends, and another one starts; without workers the session stops.
 """
 
 import os
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 LOST = "lost the CUDA context"
-# As they are now: the test whose report is made may have others in their place.
+# As they are now: the test whose report is made may have patched them.
 _is_initialized, _synchronize = torch.cuda.is_initialized, getattr(torch._C, "_cuda_synchronize", None)
 _LOSER = pytest.StashKey[str]()
-_TOLD: set[str] = set()  # the tests whose own reports say so
+_REPORTED: set[str] = set()  # the tests whose own reports say so
 
 
 def find_cuda_error() -> str:
@@ -51,7 +51,7 @@ def pytest_runtest_protocol(item):
     done = yield
     loser = item.session.stash.get(_LOSER, "")
     if loser and hasattr(item.config, "workerinput"):
-        # Before xdist is told that the test is done: so it takes this very test for the one that crashed its worker, and no other.
+        # Before xdist hears that the test is done, so that it takes this very test for the one that crashed its worker.
         os._exit(1)
     if loser:
         item.session.shouldfail = f"{loser} {LOST}; no other test can run in this process"
@@ -61,11 +61,11 @@ def pytest_runtest_protocol(item):
 def pytest_runtest_logreport(report):
     """Where workers send theirs to: who lost it."""
     if report.failed and LOST in str(report.longrepr):
-        _TOLD.add(report.nodeid)
+        _REPORTED.add(report.nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem, report):
-    """What xdist says of the end of a worker is no second failure of the test that has told it."""
-    if crashitem in _TOLD:
+    """What xdist reports of the end of a worker is no second failure of the test that caused it."""
+    if crashitem in _REPORTED:
         report.outcome, report.when = "passed", "teardown"

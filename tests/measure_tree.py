@@ -152,7 +152,7 @@ def describe(root: Path) -> str:
         f"longest function                {host[0]} lines, {host[1]}",
         f"longest kernel                  {on_gpu[0]} lines, {on_gpu[1]}",
         f"comments per hundred lines      {comment_ratio(kernels):.1f} in the {len(kernels)} files with kernels",
-        f"classes that share a name       {len(find_repeated_classes(read_files(root, 'polyvit_fast', 'kernels', 'benchmarks')))}",
+        f"classes of the same name        {len(find_repeated_classes(read_files(root, 'polyvit_fast', 'kernels', 'benchmarks')))}",
         "",
         *_describe_rooms(root, files),
         "",

@@ -22,7 +22,7 @@ PACKAGES = ("polyvit_fast", "kernels/polyvit_kernels")
 FILES = read_files(ROOT, *PACKAGES)
 NAMES = [file.name for file in FILES]
 NO_MEANING = {"utils", "common", "core", "base", "types", "constants", "registry", "helpers", "misc"}
-OWN_FOLDERS_OF_TESTS = {"tests", "tests/benchmarks", "tests/files", "tests/kernels"}
+OWN_FOLDERS_OF_TESTS = {"tests", "tests/benchmarks", "tests/files", "tests/gluon", "tests/kernels"}
 
 
 def folders_of(name: str) -> tuple[str, ...]:

@@ -23,18 +23,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(capsys):
+def printed(capsys):
     captured = capsys.readouterr()
     return " ".join((captured.out + captured.err).split())
 
 
 def test_help_and_version(capsys):
     assert cli.run(["--help"]) == 0
-    text = told(capsys)
+    text = printed(capsys)
     for command in cli.COMMANDS:
         assert f"polyvit-fast {command}" in text
     assert cli.run(["--version"]) == 0
-    assert told(capsys) == "0.5.0"
+    assert printed(capsys) == "0.5.0"
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_help_and_version(capsys):
         ("plot runs/nothing", "runs/nothing"),
     ],
 )
-def test_wrong_commands_are_told_with_exit_code_2(here, capsys, command, words):
+def test_wrong_commands_end_with_a_message_and_exit_code_2(here, capsys, command, words):
     assert cli.run(command.split()) == 2
-    text = told(capsys)
+    text = printed(capsys)
     assert words in text
     assert "Traceback" not in text
 
@@ -64,16 +64,16 @@ def test_wrong_commands_are_told_with_exit_code_2(here, capsys, command, words):
         ("x = 1\n\nimport no_such_package", "line 3: ModuleNotFoundError: No module named 'no_such_package'"),
     ],
 )
-def test_a_wrong_experiment_file_is_told_with_its_line(here, capsys, text, words):
+def test_an_error_in_an_experiment_file_is_reported_with_its_line(here, capsys, text, words):
     (here / "mine.py").write_text(text)
     assert cli.run(["train", "mine.py"]) == 2
-    assert words in told(capsys)
+    assert words in printed(capsys)
 
 
-def test_train_eval_plot_plan_of_ones_own_file(here, capsys):
+def test_train_eval_and_plot_of_a_users_own_file(here, capsys):
     (here / "mine.py").write_text(EXPERIMENT)
     assert cli.run(["train", "mine.py", "--log-every-steps", "2"]) == 0
-    text = told(capsys)
+    text = printed(capsys)
     assert "pictures" in text
     assert "top1" in text
     assert "mAP" in text
@@ -85,29 +85,29 @@ def test_train_eval_plot_plan_of_ones_own_file(here, capsys):
     assert trained[-1]["step"] == 8
     (here / "mine.py").unlink()  # the run folder is enough from here on
     assert cli.run(["eval", "runs/mine"]) == 0
-    value = re.search(r"sounds .*?mAP .*?([01]\.\d+|\d+\.\d %)", told(capsys))
+    value = re.search(r"sounds .*?mAP .*?([01]\.\d+|\d+\.\d %)", printed(capsys))
     assert value
     assert cli.run(["eval", "runs/mine", "--checkpoint", "5"]) == 2
-    assert "there are newest, best and the steps 8" in told(capsys)
+    assert "there are newest, best and the steps 8" in printed(capsys)
     assert cli.run(["plot", "runs/mine"]) == 0
 
 
 def test_plot_schedule_draws_and_prints(here, capsys):
     assert cli.run(["plot", "schedule", "smoke", "--schedule", "alternating"]) == 0
-    assert "drawn: runs/smoke/schedule.png" in told(capsys)
+    assert "drawn: runs/smoke/schedule.png" in printed(capsys)
     assert (here / "runs" / "smoke" / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plan_says_what_a_run_costs(here, capsys):
     assert cli.run(["plan", "smoke"]) == 0
-    text = told(capsys)
+    text = printed(capsys)
     assert "pictures" in text
     assert f"{sum(t.steps for t in experiments.load('smoke').tasks.values())} steps" in text
 
 
-def test_what_plans_lists_and_helps_makes_no_data(here, capsys):
+def test_plan_list_and_help_make_no_data(here, capsys):
     assert cli.run(["plan", "demo"]) == 0
-    assert "2,000" in told(capsys)  # pictures of shapes, none of which is there
+    assert "2,000" in printed(capsys)  # pictures of shapes, none of which is there
     assert cli.run(["list"]) == 0
     with pytest.raises(SystemExit, match="0"):
         cli.run(["train", "demo", "--help"])
@@ -140,7 +140,7 @@ def test_check_names_broken_files_and_writes_clean_manifests(here, capsys):
         "num_classes=2, steps=3)})\n"
     )
     assert cli.run(["check", "mine.py"]) == 65
-    text = told(capsys)
+    text = printed(capsys)
     assert "train/red/1.png" in text
     assert "the file is empty" in text
     clean = (here / "clean-manifests" / "colours-train.csv").read_text()
@@ -148,7 +148,7 @@ def test_check_names_broken_files_and_writes_clean_manifests(here, capsys):
     assert "train/red/1.png" not in clean
 
 
-def test_defects_keep_their_traceback(monkeypatch, capsys):
+def test_bugs_are_printed_with_their_traceback(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "list", lambda arguments: tiny_config().nonsense)
     assert cli.run(["list"]) == 1
-    assert "Traceback" in told(capsys)
+    assert "Traceback" in printed(capsys)

@@ -5,7 +5,7 @@ import pytest
 import tyro
 from tiny_runs import Tile, tile_task, tiny_config
 
-from polyvit_fast import config as vocabulary
+from polyvit_fast import config as config_module
 from polyvit_fast.config import MODELS, ComputeOptions, DataOptions, DistributedOptions, LogOptions, Model, Optim, Task, Train
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.sources.synthetic import Synthetic
@@ -36,13 +36,13 @@ from polyvit_fast.data.sources.synthetic import Synthetic
         (lambda: tiny_config(sharded=True, optim=Optim(clip="process")), "--optim.clip process needs each process's whole gradient"),
     ],
 )
-def test_wrong_values_are_told(make, message):
+def test_wrong_values_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_tasks_of_one_modality_must_have_one_grid():
-    with pytest.raises(ValueError, match=r"tasks a and b share the modality tile.*make them equal"):
+    with pytest.raises(ValueError, match=r"tasks a and b have the same modality tile.*make them equal"):
         tiny_config(tasks={"a": tile_task(), "b": tile_task(modality=Tile(size=24))})
 
 
@@ -53,9 +53,10 @@ def test_model_table_is_that_of_the_papers():
 
 def test_any_field_can_be_set_on_the_command_line(config):
     flags = "--tasks.a.steps 5 --tasks.b.modality.size 16 --optim.lr 0.5 --schedule uniform --model.depth 3 --no-resume"
-    flags += " --precision bf16 --residual bf16"
+    flags += " --precision bf16 --residual bf16 --num-threads 5 --keep 7 --grad-reduce bf16"
     changed = tyro.cli(Train, default=config, args=flags.split())
-    assert (changed.precision, changed.compute.residual) == ("bf16", "bf16")
+    assert (changed.precision, changed.compute.residual, changed.data.num_threads) == ("bf16", "bf16", 5)
+    assert (changed.log, changed.distributed.grad_reduce) == (replace(config.log, keep=7), "bf16")
     assert (changed.tasks["a"].steps, changed.optim.lr, changed.schedule, changed.model.depth, changed.resume) == (
         5,
         0.5,
@@ -72,23 +73,38 @@ def test_any_field_can_be_set_on_the_command_line(config):
         ("--tasks.a.step 5", ["Unrecognized", "Perhaps you meant", "--tasks.a.steps"]),
         ("--tasks.a.steps five", ["tasks.a.steps", "INT"]),
         ("--tasks.a.steps 0", ["tasks.a", "steps = 0 must be at least 1"]),
+        ("--data.num-threads 5", ["Unrecognized", "Perhaps you meant", "--num-threads INT"]),
+        ("--num-threads 0", ["data", "num_threads = 0 must be at least 1"]),
+        ("--residual bf16", ["--residual bf16 needs --precision bf16"]),
     ],
 )
-def test_wrong_flags_are_told(config, capsys, flags, words):
+def test_wrong_flags_are_named(config, capsys, flags, words):
     with pytest.raises(SystemExit):
         tyro.cli(Train, default=config, args=flags.split())
-    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert all(word in told for word in words)
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert all(word in printed for word in words)
 
 
-def test_every_field_has_its_line_of_help():
-    source = Path(vocabulary.__file__).read_text().splitlines()
+def test_help_has_a_box_for_each_group_with_short_flags(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # one column of boxes
+    with pytest.raises(SystemExit, match="0"):
+        tyro.cli(Train, default=config, args=["--help"])
+    boxes = {text.split(" options")[0]: text for text in capsys.readouterr().out.split("╭─ ")}
+    for group in ("data", "compute", "log", "distributed"):
+        options = getattr(config, group)
+        assert type(options).__doc__.split()[0] in boxes[group]
+        for field in fields(options):
+            assert f"│ --{field.name.replace('_', '-')}" in boxes[group]
+
+
+def test_every_field_has_its_help():
+    source = Path(config_module.__file__).read_text().splitlines()
     for record in (Model, Optim, DataOptions, ComputeOptions, LogOptions, DistributedOptions, Train, Task):
         for field in fields(record):
             if field.name in {"tasks", "model", "optim", "data", "compute", "log", "distributed", "modality", "train", "val"}:
                 continue
-            places = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
-            assert any(source[i + 1].startswith('    """') for i in places), f"{record.__name__}.{field.name}"
+            lines = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
+            assert any(source[i + 1].startswith('    """') for i in lines), f"{record.__name__}.{field.name}"
 
 
 def test_records_cannot_be_changed(config):
@@ -104,11 +120,11 @@ def test_token_count_includes_the_class_token():
 @pytest.mark.parametrize(
     ("field", "first", "second"), [("spectrogram", "kaldi", "mbt"), ("sample_rate_hz", 16_000, 8_000), ("num_mel_bins", 128, 64)]
 )
-def test_sounds_whose_spectrograms_mean_other_things_share_no_tokenizer(field, first, second):
+def test_sounds_with_different_spectrograms_cannot_have_one_tokenizer(field, first, second):
     tasks = {
         name: Task(modality=Audio(**{field: value}), train=Synthetic(), val=Synthetic(), num_classes=2, steps=1)
         for name, value in (("a", first), ("b", second))
     }
     named = "grid" if field == "num_mel_bins" else f"{field} = {first} and b has {second}"
-    with pytest.raises(ValueError, match=f"tasks a and b share the modality audio, hence one tokenizer, but a has {named}"):
+    with pytest.raises(ValueError, match=f"tasks a and b have the same modality audio, hence one tokenizer, but a has {named}"):
         Train(tasks=tasks)

@@ -1,4 +1,4 @@
-"""A test that loses its CUDA context is told, and costs no other test its truth: with workers and without.
+"""A test that loses its CUDA context says so, and no other test fails for it: with workers and without.
 
 No CPU can lose one. In the child, what the GPU would answer is a file that a test writes, for the process that wrote it alone.
 """
@@ -47,7 +47,7 @@ def run_child(folder, then, *options):
     return done, {outcome: {int(number) for kind, number in lines if kind == outcome} for outcome in ("PASSED", "FAILED", "ERROR")}
 
 
-@pytest.mark.parametrize("then", ["pass", "raise RuntimeError('CUDA error: misaligned address')"], ids=["told later", "raised"])
+@pytest.mark.parametrize("then", ["pass", "raise RuntimeError('CUDA error: misaligned address')"], ids=["found later", "raised"])
 def test_without_workers_the_session_stops_at_the_test_that_lost_it(tmp_path, then):
     done, found = run_child(tmp_path, then)
     assert done.returncode == 1

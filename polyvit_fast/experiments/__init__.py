@@ -1,4 +1,4 @@
-"""What is wanted: one file per experiment, each with a `config` (a `Train` record); its docstring says command, cost and result."""
+"""Experiments: one file each, with a `config` of type `Train`. The docstring of the file states command, cost and result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyvit_fast.config import Train
 
 
 def names() -> list[str]:
-    """The experiments that come with the package."""
+    """Names of the experiments that come with the package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -25,9 +25,9 @@ def describe(name: str) -> str:
 
 
 def load(name: str) -> Train:
-    """The `config` of an experiment, by its name or the path of a file; `out` is runs/NAME unless it is set.
+    """The `config` of an experiment, given its name or the path of its file; `out` is runs/NAME unless the experiment sets it.
 
-    Raises ValueError that says what is wrong: unknown name, missing file, an error in the file (with its line), no `config` in it.
+    Raises ValueError with the cause: an unknown name, a missing file, an error in the file (with its line), no `config` in it.
     """
     config = getattr(_module(name), "config", None)
     if not isinstance(config, Train):

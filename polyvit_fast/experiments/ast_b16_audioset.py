@@ -2,14 +2,15 @@
 
 Command: polyvit-fast train ast_b16_audioset --device cuda
 
-Files: data/audioset/train.csv and data/audioset/val.csv, with the columns path and labels (0 to 526, separated by ;; paths start beside the
-CSV), or where --tasks.audioset.train.path and --tasks.audioset.val.path say. The released code takes 20,361 and 18,589 clips.
+Files: data/audioset/train.csv and data/audioset/val.csv with the columns path and labels, or the files that --tasks.audioset.train.path and
+--tasks.audioset.val.path name. Labels are class numbers from 0 to 526, separated by semicolons; paths are relative to the CSV's folder. The
+released code uses 20,361 and 18,589 clips.
 
-Cost, computed and not measured: 86,360,591 parameters, 15,900 steps (50 epochs), 0.209 EFLOP.
+Cost (computed, not measured): 86,360,591 parameters, 15,900 steps (50 epochs), 0.209 EFLOP.
 
-Result: none; we have not run it. For scale, on the same training set: 0.309 mAP of MBT-B with audio alone, which is nearest to this (README
-of MBT in google-research/scenic); 0.347 mAP of AST (README of YuanGongND/ast), whose patches overlap. Both start from ImageNet; here
-weights are random, because this version cannot read theirs; the rates are for fine-tuning.
+Result: not run yet. For comparison, on the same training set: 0.309 mAP for MBT-B with audio alone, the most similar model (README of MBT
+in google-research/scenic), and 0.347 mAP for AST, whose patches overlap (README of YuanGongND/ast). Both start from ImageNet weights. This
+experiment starts from random weights, because this version cannot read theirs, while its learning rates are meant for fine-tuning.
 """
 
 from dataclasses import replace

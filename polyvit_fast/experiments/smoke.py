@@ -1,8 +1,8 @@
-"""Forty steps of a tiny PolyViT on synthetic images, videos and audio: does everything work here?
+"""Forty steps of a tiny PolyViT on synthetic images, videos and audio, to check that everything works.
 
 Command: polyvit-fast train smoke
 Cost: about 10 seconds on two CPU cores. No files are read; the samples are patterns with noise.
-Result: the loss of every task falls by far more than 30 % (a test holds it to that).
+Result: the loss of every task falls by more than 30 % (tests/train/test_loop.py checks that).
 """
 
 from polyvit_fast.config import LogOptions, Model, Optim, Task, Train

@@ -2,14 +2,15 @@
 
 Command: polyvit-fast train vit_b16_imagenet --device cuda
 
-Files: data/imagenet/train/ and data/imagenet/val/, a folder per class, or where --tasks.imagenet.train.path and
---tasks.imagenet.val.path say. The released code takes 99 % of ILSVRC 2012's training pictures and the other 1 %.
+Files: data/imagenet/train/ and data/imagenet/val/ with a folder per class, or the folders that --tasks.imagenet.train.path and
+--tasks.imagenet.val.path name. The released code trains on 99 % of ILSVRC 2012's training images and validates on the other 1 %.
 
-Cost, computed and not measured: 86,859,496 parameters, 20,000 steps, 3.13 EFLOP.
+Cost (computed, not measured): 86,859,496 parameters, 20,000 steps, 3.13 EFLOP.
 
-Result: none; we have not run it. For scale: a ViT-B/16 of ImageNet-21K, fine-tuned at 384 pixels, has 84.53 % top-1 (README of
-google-research/vision_transformer). Here weights are random, because this version cannot read those; the rates are for fine-tuning.
-Its loss is sigmoid cross-entropy, as in PolyViT; ViT's own fine-tuning has softmax (--tasks.imagenet.loss softmax).
+Result: not run yet. For comparison: a ViT-B/16 pretrained on ImageNet-21K and fine-tuned at 384 pixels reaches 84.53 % top-1 (README of
+google-research/vision_transformer). This experiment starts from random weights, because this version cannot read those, while its learning
+rates are meant for fine-tuning. The loss is sigmoid cross-entropy as in PolyViT; ViT's fine-tuning uses softmax cross-entropy
+(--tasks.imagenet.loss softmax).
 """
 
 from dataclasses import replace

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Span:
-    """A minibatch on the device: `before` is the end of the one before it, `ready` when its data was there, `end` its own end."""
+    """A minibatch on the device: `before` is the end of the one before it, `ready` the time when its data was there, `end` its own end."""
 
     task: str
     before: Any
@@ -22,32 +22,32 @@ class Span:
 
 @dataclass
 class TaskTime:
-    """Seconds of a task: in all, and of these without work for lack of data."""
+    """Seconds of a task in all, and those of them in which the device waited for data."""
 
     seconds: float = 0.0
     waited: float = 0.0
 
 
 class Clock:
-    """Marks on the device's own time line: events of its stream on a GPU, the host's time on a CPU."""
+    """Time stamps of the device itself: events of its stream on a GPU, the host's time on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
         self.spans: list[Span] = []
-        self.last = self.opened = self._mark()
+        self.last = self.ready = self._mark()
 
     def restart(self) -> None:
-        """Begin anew after other work, such as an evaluation: what lies between belongs to no task."""
+        """Start again after other work, such as an evaluation, whose time belongs to no task."""
         self.last = self._mark()
 
-    def data_is_there(self) -> None:
+    def mark_data_ready(self) -> None:
         """From here on the device computes: call it when the work that waits for the data has been queued."""
-        self.opened = self._mark()
+        self.ready = self._mark()
 
     def end(self, task: str) -> None:
         """The task's minibatch ends here."""
         end = self._mark()
-        self.spans.append(Span(task, self.last, self.opened, end))
+        self.spans.append(Span(task, self.last, self.ready, end))
         self.last = end
 
     def lap(self) -> list[Span]:
@@ -55,7 +55,7 @@ class Clock:
         spans, self.spans = self.spans, []
         return spans
 
-    def total(self, spans: Iterable[Span], tasks: Iterable[str]) -> dict[str, TaskTime]:
+    def add_up(self, spans: Iterable[Span], tasks: Iterable[str]) -> dict[str, TaskTime]:
         """The time of each task in `spans`, which must have ended on the device."""
         times = {task: TaskTime() for task in tasks}
         for span in spans:

@@ -17,7 +17,7 @@ from polyvit_fast.config import Train
 from polyvit_fast.data.sources.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, request_validation_batches
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.distributed.process_group import ALONE, World, joined
+from polyvit_fast.train.distributed.process_group import ALONE, World, process_group
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_kernels.ops.attention import check_backend
@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def on_device(config: Train, world: World = ALONE) -> Iterator[None]:
+def use_device(config: Train, world: World = ALONE) -> Iterator[None]:
     """Inside, PyTorch computes with the configuration's number of threads. Raises ValueError when its device or library is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or look at what nvidia-smi says")
@@ -40,7 +40,7 @@ def on_device(config: Train, world: World = ALONE) -> Iterator[None]:
 
 
 @torch.no_grad()
-def view_logits(model: PolyViT, task: str, grid: Tensor, precision: str) -> Tensor:
+def average_logits(model: PolyViT, task: str, grid: Tensor, precision: str) -> Tensor:
     """Logits `[batch, num_classes]` of `[batch, views, frames, rows, columns, channels]`, averaged over views (scenic's rule)."""
     batch, views = grid.shape[:2]
     with torch.autocast(grid.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -53,8 +53,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task in `loaders`, with `num_examples`, `num_broken` files left out and `examples_per_second`.
 
-    The processes of `world` share the batches and all get the metrics of one process. `progress(task, done, total)` is called after every
-    round of them, equally often on each process.
+    The processes of `world` divide the batches, and all get the metrics that one process would compute. `progress(task, done, total)` is
+    called after every round of batches, equally often on each process.
     """
     was_training = model.training
     model.eval()
@@ -66,23 +66,23 @@ def evaluate(
 
 def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World) -> dict[str, float]:
     started, metrics, total = time.monotonic(), Metrics(loader.task), len(loader.samples)
-    jobs = request_validation_batches(loader, world.rank, world.size)
-    batches = prefetch(jobs, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
-    for number, batch in enumerate(_in_step(batches, world), 1):
-        logits = _logits(model, config, loader, batch)
+    requests = request_validation_batches(loader, world.rank, world.size)
+    batches = prefetch(requests, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
+    for number, batch in enumerate(_iterate_together(batches, world), 1):
+        logits = _compute_logits(model, config, loader, batch)
         for answers in world.gather((logits, batch.labels)):
             metrics.update(*answers)
         progress(loader.name, min(number * world.size * loader.size, total), total)
     loader.release()
     num_broken = sum(world.gather(len(loader.broken)))
     count, seconds = metrics.num_examples, time.monotonic() - started
-    row = world.from_first(metrics.compute() | {"num_examples": count, "num_broken": num_broken, "examples_per_second": count / seconds})
+    row = world.broadcast(metrics.compute() | {"num_examples": count, "num_broken": num_broken, "examples_per_second": count / seconds})
     if not row["num_examples"]:
         raise ValueError(f"task {loader.name}: no validation file could be read")
     return row
 
 
-def _in_step(batches: Iterator[tuple[str, Batch]], world: World) -> Iterator[Batch]:
+def _iterate_together(batches: Iterator[tuple[str, Batch]], world: World) -> Iterator[Batch]:
     """This process's batches, each when every process has its own. Raises DataError on all of them when one has none."""
     while True:
         error = found = None
@@ -90,42 +90,41 @@ def _in_step(batches: Iterator[tuple[str, Batch]], world: World) -> Iterator[Bat
             found = next(batches, None)
         except DataError as failure:
             error = failure
-        if world.agree(error is not None):
-            reasons = world.from_first(world.gather(error and str(error)))
+        if world.all_reduce_max(error is not None):
+            reasons = world.broadcast(world.gather(error and str(error)))
             raise error or DataError(next(f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
         if found is None:
             return
         yield found[1]
 
 
-def _logits(model: PolyViT, config: Train, loader: Loader, batch: Batch) -> Tensor:
-    """The logits of a batch, on the CPU; of an empty one as well, for all processes have to run a sharded model together."""
+def _compute_logits(model: PolyViT, config: Train, loader: Loader, batch: Batch) -> Tensor:
+    """The logits of a batch, on the CPU. An empty batch runs the model too: all processes must run a sharded model together."""
     grid, count = batch.grid, len(batch.labels)
     if grid.is_cuda:
-        grid.record_stream(torch.cuda.current_stream())  # it was made on another one
+        grid.record_stream(torch.cuda.current_stream())  # another stream made it
     if not count:
         grid = torch.zeros(1, *grid.shape[1:])
-    return view_logits(model, loader.name, grid.to(config.device), config.precision)[:count].cpu()
+    return average_logits(model, loader.name, grid.to(config.device), config.precision)[:count].cpu()
 
 
 def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], progress: Progress) -> dict[str, dict[str, float]]:
     """The metrics of a run's checkpoint: its newest, its best, or that of a step; they are added to the run's evaluations.jsonl too.
 
-    Under torchrun the processes share the work, and only the first one gets the metrics. Raises ValueError when there is no such checkpoint
-    or task.
+    Under torchrun the processes divide the work, and only rank 0 gets the metrics. Raises ValueError when there is no such checkpoint or
+    task.
     """
     unknown = sorted(set(tasks) - config.tasks.keys())
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
-    with joined(config.device) as world, on_device(config, world):
+    with process_group(config.device) as world, use_device(config, world):
         found, weights = _load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
-        config = _with_stored_classes(config, found)
+        config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
-        with world.first_first():
+        with world.rank0_first():
             loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks or config.tasks}
-        shown = progress if world.rank == 0 else _unseen
-        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, shown, world)
+        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress if world.rank == 0 else _ignore, world)
         if world.rank:
             return {}
     with open(folder / "evaluations.jsonl", "a") as file:
@@ -133,10 +132,10 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     return rows
 
 
-def _with_stored_classes(config: Train, found: checkpoint.Checkpoint) -> Train:
+def _recall_classes(config: Train, found: checkpoint.Checkpoint, report: Callable[[str], None]) -> Train:
     """The configuration with the class lists that the checkpoint was trained on.
 
-    0.4.1 and earlier stored none: then the training source is asked, or where that is gone the validation source alone.
+    0.4.1 and earlier stored none: then they are those of the training source, or where that is gone of the validation source alone.
     """
     stored, tasks = found.state.get("classes", {}), dict(config.tasks)
     for name, task in tasks.items():
@@ -146,17 +145,17 @@ def _with_stored_classes(config: Train, found: checkpoint.Checkpoint) -> Train:
         try:
             task.train.class_names(task)
         except (ValueError, OSError) as error:
-            print(f"task {name}: {error}; the order of its classes is that of the validation files")
+            report(f"task {name}: {error}; the order of its classes is that of the validation files")
             tasks[name] = replace(task, train=task.val)
     return replace(config, tasks=tasks)
 
 
-def _unseen(task: str, done: int, total: int) -> None:
-    """The first process shows the progress."""
+def _ignore(*_: object) -> None:
+    """For the processes that print nothing: rank 0 does."""
 
 
 def _load_weights(folder: Path, which: str, group: str, world: World) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
-    """A checkpoint and its weights, of the same step on all processes, though a run that goes on may save and delete some meanwhile."""
+    """A checkpoint and its weights, of the same step on all processes, even while a run saves new ones and deletes old ones."""
     while True:
         found, weights = find_checkpoint(folder, which), None
         try:
@@ -164,14 +163,14 @@ def _load_weights(folder: Path, which: str, group: str, world: World) -> tuple[c
         except checkpoint.CheckpointError:
             if found.path.exists():
                 raise
-        other = world.from_first(found.step) != found.step
-        if not world.agree(other or weights is None) and weights is not None:
+        other = world.broadcast(found.step) != found.step
+        if not world.all_reduce_max(other or weights is None) and weights is not None:
             return found, weights
 
 
 def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
     """The checkpoint called "newest", "best" or by its step. Raises ValueError that names those which are there."""
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.find_newest(folder)
     if newest is None:
         raise ValueError(f"{folder} holds no whole checkpoint yet")
     if which == "newest":
@@ -179,8 +178,8 @@ def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
     step = newest.state["best_step"] if which == "best" else which
     if step is None:
         raise ValueError(f"{folder} was never evaluated, so no checkpoint of it is the best; take newest")
-    for found in checkpoint.every(folder):
+    for found in checkpoint.iterate(folder):
         if str(found.step) == str(step):
             return found
-    there = ", ".join(sorted((str(found.step) for found in checkpoint.every(folder)), key=int))
+    there = ", ".join(sorted((str(found.step) for found in checkpoint.iterate(folder)), key=int))
     raise ValueError(f"{folder} holds no checkpoint {which!r}; there are newest, best and the steps {there}")

@@ -11,22 +11,22 @@ import torch
 from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
-from polyvit_fast.train.capture import Captured, capture
-from polyvit_fast.train.distributed.process_group import joined
-from polyvit_fast.train.evaluate import evaluate, on_device
-from polyvit_fast.train.feed import Inputs, Slots, feed, pinned
+from polyvit_fast.train.capture import CapturedStep, capture
+from polyvit_fast.train.distributed.process_group import process_group
+from polyvit_fast.train.evaluate import evaluate, use_device
+from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
 from polyvit_fast.train.output.log import Result
-from polyvit_fast.train.run import Interval, NonFiniteError, Run, opened, save
+from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
 from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
 GIB = 1 << 30
 FAILED = 1000
-"""What a process tells the others instead of a signal's number, all of which are smaller, when its data failed."""
+"""What a process sends to the others when its data failed; the numbers of signals, which it sends too, are smaller."""
 
 
-class _Stopped(Exception):  # noqa: N818 - no error
+class _EvaluationStopped(Exception):  # noqa: N818 - no error
     """Leaves an evaluation that a signal cut short."""
 
 
@@ -41,11 +41,11 @@ class Outcome:
     results: list[Result]
     """The same as the lines of a table."""
     rank: int = 0
-    """Which of the run's processes this is."""
+    """Of this process."""
 
 
 def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
-    """Train `config` in its run folder, from the newest checkpoint there when it agrees. Under torchrun, all processes do so together.
+    """Train `config` in its run folder, from the newest checkpoint there if it fits. Under torchrun, all processes train together.
 
     Raises ValueError for a configuration or data list that cannot work or a run folder in use, DataError, NonFiniteError, CheckpointError,
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
@@ -53,16 +53,16 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     plan = make_step_plan(config)
     with (
         stop_on_signals() as stop,
-        joined(config.device) as world,
-        on_device(config, world),
-        opened(config, plan, world, experiment, argv) as run,
+        process_group(config.device) as world,
+        use_device(config, world),
+        open_run(config, plan, world, experiment, argv) as run,
     ):
-        stop.at_once = False  # from here on the step at hand ends and a checkpoint is written
-        step, arrivals = _prepared(run, stop)
+        stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
+        step, batches = _prepare(run, stop)
         run.clock.restart()
         while run.done < len(plan):
             try:
-                _one_step(run, step, arrivals, stop)
+                _train_step(run, step, batches, stop)
             except Interrupted:
                 break
             if run.done % config.log.log_every_steps == 0 or run.done == len(plan):
@@ -73,74 +73,56 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
                 _save(run)
         if run.saved < run.done:
             _save(run, must=True)
-        if run.metrics_step < run.done and not _all_stop(run, stop) and _evaluate(run, stop):
+        if run.metrics_step < run.done and not _check_all(run, stop) and _evaluate(run, stop):
             _save(run, must=True)
         if run.step.device.type == "cuda":
-            _tell_memory(run)
+            _log_memory(run)
         if stop.signal:
             run.log.message(f"stopped by {stop.name} after step {run.done}; the checkpoint is saved, the same command goes on from there")
-        del step, arrivals  # recordings that processes share must be gone before their transport is: NCCL waits for that
-        return Outcome(run.done, stop.signal, run.metrics, _results(run), world.rank)
+        del step, batches  # NCCL waits until no captured graph needs it any more
+        return Outcome(run.done, stop.signal, run.metrics, _list_results(run), world.rank)
 
 
-def _tell_memory(run: Run) -> None:
-    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, GpuDecoder)]
-    held = max((decoder.memory_bytes()[1] for decoder in decoders), default=0)
-    run.log.message(
-        f"peak GPU memory {torch.cuda.max_memory_reserved() / GIB:.1f} GiB by PyTorch; the decoder that needs the most takes "
-        f"{held / GIB:.1f} GiB"
-    )
-
-
-def _results(run: Run) -> list[Result]:
-    steps, results = count_steps(run.plan[: run.done]), []
-    for name, row in run.metrics.items():
-        task = run.config.tasks[name]
-        speed = steps[name] * task.batch / run.seconds[name] if run.seconds[name] else float("nan")
-        results.append(Result(name, task.modality.name, task.metric, row[task.metric], steps[name], speed))
-    return results
-
-
-def _prepared(run: Run, stop: Stop) -> tuple[Step | Captured, Iterator[tuple[str, Inputs]]]:
-    """What makes the steps, and the batches in the order of the plan, on the device, with those to come decoded ahead."""
-    config, step, jobs = run.config, run.step, request_batches(run.loaders, run.plan, run.done)
+def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[str, Inputs]]]:
+    """The step, captured where that is possible, and the batches of the plan on the device, the next ones decoded ahead."""
+    config, step, requests = run.config, run.step, request_batches(run.loaders, run.plan, run.done)
     ahead = {"depth": config.data.prefetch, "timeout_seconds": config.data.decode_timeout_seconds, "stop": lambda: stop.signal}
     if step.device.type == "cpu":
-        return step, ((name, Inputs.of(batch)) for name, batch in prefetch(jobs, **ahead))
-    slots = Slots(config, {name: loader.grid_dtype() for name, loader in run.loaders.items()}, step.device, run.world.size)
-    steps = step
+        return step, ((name, Inputs.from_batch(batch)) for name, batch in prefetch(requests, **ahead))
+    dtypes = {name: loader.grid_dtype() for name, loader in run.loaders.items()}
+    buffers, captured = InputBuffers(config, dtypes, step.device, run.world.size), step
     if config.compute.capture and not config.distributed.sharded and run.done < len(run.plan):
-        run.log.message("recording the steps as CUDA graphs")
-        steps = capture(step, slots, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
-    return steps, feed(prefetch(pinned(jobs), **ahead), slots)
+        run.log.message("capturing the steps as CUDA graphs")
+        captured = capture(step, buffers, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
+    return captured, feed(prefetch(pin(requests), **ahead), buffers)
 
 
-def _one_step(run: Run, step: Step | Captured, arrivals: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
+def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
     names, clock = run.plan[run.done], run.clock
     step.begin(names, learning_rate(run.config, run.plan, run.done), run.done)
-    for place, _ in enumerate(names, 1):
-        name, inputs = _next_inputs(run, arrivals, stop)
-        clock.data_is_there()
-        step.forward_backward(name, inputs, last=place == len(names))
-        if place == len(names):
+    for number, _ in enumerate(names, 1):
+        name, inputs = _next_inputs(run, batches, stop)
+        clock.mark_data_ready()
+        step.forward_backward(name, inputs, last=number == len(names))
+        if number == len(names):
             step.update()
         clock.end(name)
     run.done += 1
     run.log.tick(run.done, names)
 
 
-def _next_inputs(run: Run, arrivals: Iterator[tuple[str, Inputs]], stop: Stop) -> tuple[str, Inputs]:
+def _next_inputs(run: Run, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> tuple[str, Inputs]:
     """The next batch, when every process has its own. Raises Interrupted when one was asked to stop, DataError when one has none."""
     error, found = None, None
     try:
-        found = next(arrivals)
+        found = next(batches)
     except DataError as failure:
         error = failure
     except Interrupted:
         pass
-    stopped = _all_stop(run, stop, FAILED if error else 0)
+    stopped = _check_all(run, stop, FAILED if error else 0)
     if stopped == FAILED:
-        reasons = run.world.from_first(run.world.gather(error and str(error)))
+        reasons = run.world.broadcast(run.world.gather(error and str(error)))
         rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
         raise error or DataError(f"process {rank}: {reason}")
     if stopped or found is None:
@@ -148,12 +130,12 @@ def _next_inputs(run: Run, arrivals: Iterator[tuple[str, Inputs]], stop: Stop) -
     return found
 
 
-def _all_stop(run: Run, stop: Stop, status: int = 0) -> int:
-    """The signal that one of the processes got, or a larger `status` that one of them has; 0: go on. All processes call it."""
-    agreed = run.world.agree(max(status, stop.signal))
-    if 0 < agreed < FAILED:
-        stop.signal = agreed
-    return agreed
+def _check_all(run: Run, stop: Stop, status: int = 0) -> int:
+    """The signal that any process got, or a larger `status` of one of them; 0: go on. All processes call it."""
+    largest = run.world.all_reduce_max(max(status, stop.signal))
+    if 0 < largest < FAILED:
+        stop.signal = largest
+    return largest
 
 
 def _begin_interval(run: Run) -> None:
@@ -162,23 +144,31 @@ def _begin_interval(run: Run) -> None:
 
 
 def _log_intervals(run: Run, *, wait: bool) -> None:
-    """Log what the devices of all processes have finished; with `wait`, all."""
-    while run.intervals and (wait or not run.world.agree(int(not run.intervals[0].reading.is_there()))):
+    """Log the intervals that the devices of all processes have finished; with `wait`, all of them."""
+    while run.intervals and (wait or not run.world.all_reduce_max(int(not run.intervals[0].counters.is_ready()))):
         interval = run.intervals.popleft()
-        counters = interval.reading.counters()
+        counters = interval.counters.wait()
         run.count_time(interval.spans)
-        rows = {}
-        for name, row in counters.items():
-            if row.steps:
-                time = run.interval_times[name]
-                seconds = max(time.seconds, 1e-9)
-                rows[name] = {"loss": row.loss, "accuracy": row.matches, "steps": row.steps}
-                rows[name] |= {"examples_per_second": row.steps * run.config.tasks[name].batch / seconds}
-                rows[name] |= {"data_wait_ratio": time.waited / seconds, "skipped": row.skipped}
-                rows[name] |= {"broken_files": len(run.loaders[name].broken)}
-                time.seconds = time.waited = 0.0
-        run.log.interval(interval.step, interval.lr, rows)
+        rows = {name: _summarise(run, name, row) for name, row in counters.items() if row.steps}
+        run.log.log_interval(interval.step, interval.lr, rows)
         _check_patience(run, counters)
+
+
+def _summarise(run: Run, name: str, counters: TaskCounters) -> dict[str, int | float]:
+    """A task's line of the log; its times start again."""
+    times = run.interval_times[name]
+    seconds = max(times.seconds, 1e-9)
+    row = {
+        "loss": counters.loss,
+        "accuracy": counters.matches,
+        "steps": counters.steps,
+        "examples_per_second": counters.steps * run.config.tasks[name].batch / seconds,
+        "data_wait_ratio": times.waited / seconds,
+        "skipped": counters.skipped,
+        "broken_files": len(run.loaders[name].broken),
+    }
+    times.seconds = times.waited = 0.0
+    return row
 
 
 def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
@@ -199,22 +189,42 @@ def _save(run: Run, *, must: bool = False) -> None:
 
 
 def _evaluate(run: Run, stop: Stop) -> bool:
+    """Evaluate all tasks; False when a signal cut it short."""
+
     def progress(task: str, done: int, total: int) -> None:
-        if _all_stop(run, stop):
-            raise _Stopped
-        run.log.evaluating(task, done, total)
+        if _check_all(run, stop):
+            raise _EvaluationStopped
+        run.log.show_evaluation(task, done, total)
 
     _log_intervals(run, wait=True)
     try:
-        with run.step.optimizer.averaged():
+        with run.step.optimizer.use_ema():
             run.metrics = evaluate(run.step.model, run.config, run.validation, progress, run.world)
-    except _Stopped:
+    except _EvaluationStopped:
         return False
     run.metrics_step = run.done
-    run.log.evaluation(run.done, run.metrics)
+    run.log.log_evaluation(run.done, run.metrics)
     values = [run.metrics[name][task.metric] for name, task in run.config.tasks.items()]
     score = sum(value for value in values if not math.isnan(value)) / len(values)
     if score > run.best_score:
         run.best_step, run.best_score = run.done, score
     run.clock.restart()
     return True
+
+
+def _log_memory(run: Run) -> None:
+    decoders = [loader.decoder for loader in run.loaders.values() if isinstance(loader.decoder, GpuDecoder)]
+    held = max((decoder.memory_bytes()[1] for decoder in decoders), default=0)
+    run.log.message(
+        f"peak GPU memory {torch.cuda.max_memory_reserved() / GIB:.1f} GiB by PyTorch; the decoder that needs the most takes "
+        f"{held / GIB:.1f} GiB"
+    )
+
+
+def _list_results(run: Run) -> list[Result]:
+    steps, results = count_steps(run.plan[: run.done]), []
+    for name, row in run.metrics.items():
+        task = run.config.tasks[name]
+        speed = steps[name] * task.batch / run.seconds[name] if run.seconds[name] else float("nan")
+        results.append(Result(name, task.modality.name, task.metric, row[task.metric], steps[name], speed))
+    return results

@@ -37,6 +37,6 @@ def mixed_loss(loss: Loss, logits: Tensor, labels: Labels, partners: Labels, rat
 
 
 def matches(logits: Float[Tensor, "batch classes"], labels: Labels) -> Float[Tensor, ""]:
-    """Share of right answers: of top-1 classes, or of all yes/no decisions of a multi-label task."""
+    """Fraction of right answers: of top-1 classes, or of all yes/no decisions of a multi-label task."""
     right = (logits > 0) == (labels > 0.5) if labels.is_floating_point() else logits.argmax(1) == labels
     return right.float().mean()

@@ -48,10 +48,10 @@ class Metrics:
         if self.task.multi_label:
             self.answers.append((logits, labels))
         for accuracy in self.accuracies.values():
-            accuracy.update(F.pad(_places(logits), (0, self.padding), value=-1.0), labels)
+            accuracy.update(F.pad(_order_by_logit(logits), (0, self.padding), value=-1.0), labels)
 
     def compute(self) -> dict[str, float]:
-        """The metrics so far, the task's own one first; NaN where no example tells."""
+        """The metrics so far, the task's own one first; NaN without examples."""
         names = ["mAP"] if self.task.multi_label else list(self.accuracies)
         if not self.num_examples or self.has_nan:
             return dict.fromkeys([*names, "loss"], float("nan"))
@@ -67,18 +67,18 @@ class Metrics:
         logits, labels = (F.pad(torch.cat(batches), (0, self.padding)) for batches in zip(*self.answers, strict=True))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No positive samples found in target")  # torchmetrics gives such a class 0
-            precisions = multilabel_average_precision(_ranks(logits), labels.long(), labels.shape[1], average=None)
+            precisions = multilabel_average_precision(_rank_by_logit(logits), labels.long(), labels.shape[1], average=None)
         return float(precisions[labels.sum(0) > 0].double().mean())
 
 
-def _places(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+def _order_by_logit(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
     """Numbers in the order of each example's logits, no two equal: torch.topk takes any of equal ones, not the first as argmax does."""
     order = torch.sort(logits, dim=1, descending=True, stable=True).indices
     falling = torch.arange(logits.shape[1] - 1, -1, -1.0, device=logits.device)
     return torch.zeros(logits.shape, device=logits.device).scatter_(1, order, falling.expand(logits.shape))
 
 
-def _ranks(logits: Float[Tensor, "examples classes"]) -> Float[Tensor, "examples classes"]:
+def _rank_by_logit(logits: Float[Tensor, "examples classes"]) -> Float[Tensor, "examples classes"]:
     """Numbers in [0, 1) in the order of each class's logits, equal where those are.
 
     torchmetrics would take logits in [0, 1] for probabilities, and of others the sigmoid, which makes one of all large ones.

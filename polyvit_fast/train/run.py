@@ -1,4 +1,4 @@
-"""A run with all that it holds on to: opened fresh or from its newest checkpoint, and saved."""
+"""A run with everything that it holds: opened fresh or from its newest checkpoint, and saved."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.config_json import to_json
+from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.lock import hold
-from polyvit_fast.train.run_folder.record import describe_run, is_of_earlier_version, record_classes, resume_differences, to_json
-from polyvit_fast.train.schedule import count_steps, warmup_length, warmup_note
-from polyvit_fast.train.step import Reading, Step
+from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
+from polyvit_fast.train.schedule import check_warmup, compute_warmup_steps, count_steps
+from polyvit_fast.train.step import PendingCounters, Step
 
-RNG_LAW = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
-
+RANDOM_NUMBERS = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
 
 STUCK_SECONDS = 30.0
 
@@ -42,13 +43,13 @@ class Interval:
 
     step: int
     lr: float
-    reading: Reading
+    counters: PendingCounters
     spans: list[Span]
 
 
 @dataclass
 class Run:
-    """Everything that a run holds on to."""
+    """Everything that a run holds."""
 
     config: Train
     plan: StepPlan
@@ -59,14 +60,14 @@ class Run:
     log: Log | PeerLog
     clock: Clock
     fingerprints: dict[str, Fingerprint]
-    """Of the training files when the run was opened, as the first process saw them."""
+    """Of the training files when the run was opened, as rank 0 saw them."""
     validation_fingerprints: dict[str, Fingerprint]
     done: int = 0
-    """Steps behind us."""
+    """Steps done so far."""
     metrics_step: int = -1
-    """Steps that were behind us at the last evaluation."""
+    """Steps done at the last evaluation."""
     saved: int = -1
-    """Steps that were behind us at the last checkpoint."""
+    """Steps done at the last checkpoint."""
     best_step: int | None = None
     best_score: float = float("-inf")
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -79,26 +80,40 @@ class Run:
 
     def count_time(self, spans: list[Span]) -> None:
         """Add minibatches that have ended on the device to the tasks' times."""
-        for name, taken in self.clock.total(spans, self.config.tasks).items():
-            self.interval_times[name].seconds += taken.seconds
-            self.interval_times[name].waited += taken.waited
-            self.seconds[name] += taken.seconds
+        for name, time_taken in self.clock.add_up(spans, self.config.tasks).items():
+            self.interval_times[name].seconds += time_taken.seconds
+            self.interval_times[name].waited += time_taken.waited
+            self.seconds[name] += time_taken.seconds
 
 
 @contextmanager
-def opened(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
+def open_run(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
     """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used."""
     if not config.out:
         raise ValueError("out is empty: it must name the run folder")
-    with _own_folder(config, world), _opened(config, plan, world, experiment, argv) as run:
-        yield run
+    with _hold_folder(config, world):
+        found = _find_checkpoint(config, world)
+        _check_resume(config, found)
+        step = Step(PolyViT.from_config(config).train(), config, world)
+        if world.rank == 0:
+            describe_run(config.folder, experiment, argv, config)
+        with _open_log(config, plan, world, found) as log:
+            _log_start(log, config, plan, step, experiment)
+            run = _build_run(config, plan, step, log)
+            if found:
+                _restore(run, found)
+                log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
+            if world.rank == 0:
+                record_classes(config.folder, {name: loader.classes for name, loader in run.validation.items()})
+            with _save_on_error(run):
+                yield run
 
 
 @contextmanager
-def _own_folder(config: Train, world: World) -> Iterator[None]:
-    """Inside, the run folder is there and no other run writes to it: its first process, which alone writes, holds it."""
+def _hold_folder(config: Train, world: World) -> Iterator[None]:
+    """Inside, the run folder exists and no other run writes to it: rank 0, which alone writes, holds its lock."""
     with ExitStack() as stack:
-        with world.first_first():
+        with world.rank0_first():
             try:
                 config.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -108,68 +123,69 @@ def _own_folder(config: Train, world: World) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _opened(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
-    found = _newest_checkpoint(config, world)
-    _check_resume(config, found)
-    model = PolyViT.from_config(config).train()
-    step = Step(model, config, world)
+def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Checkpoint | None) -> Log | PeerLog:
+    if world.rank:
+        return PeerLog(world.rank)
     first_step = found.step if found else 0
-    totals = dict(count_steps(plan))
-    if world.rank == 0:
-        describe_run(config.folder, experiment, argv, config)
-        log = Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step]))
-    else:
-        log = PeerLog(world.rank)
-    with log:
-        shares = f", {world.size} processes" if world.size > 1 else ""
-        log.message(
-            f"{experiment}: {_size(model)} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{shares}; "
-            f"run folder {config.folder}"
-        )
-        endless = warmup_note(config, len(plan))
-        if endless and world.rank == 0:
-            log.message(endless, "warning")
-        report = log.message if world.rank == 0 else partial(log.message, level="warning")
-        place = {"report": report, "rank": world.rank, "world_size": world.size}
-        with world.first_first():  # files that the demo makes, indexes of shards: one process makes them
-            loaders = {name: Loader(name, config, train=True, **place) for name in totals}
-            validation = {name: Loader(name, config, train=False, **place) for name in config.tasks}
-        times = {name: TaskTime() for name in config.tasks}
-        seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
-        trained, held_out = world.from_first(seen)
-        run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), trained, held_out, interval_times=times)
-        run.seconds = dict.fromkeys(config.tasks, 0.0)
-        if found:
-            _restore(run, found)
-            log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
-        if world.rank == 0:
-            record_classes(config.folder, {name: loader.classes for name, loader in validation.items()})
-        try:
-            yield run
-        except (DataError, NonFiniteError, PeerLost, torch.OutOfMemoryError) as error:
-            # Where a process is lost, its shards are needed, or sums that wait for it may hold the GPU.
-            lost = isinstance(error, PeerLost) and (config.distributed.sharded or _is_stuck(step))
-            if run.saved < run.done and not lost:
-                with suppress(checkpoint.CheckpointError):  # the error at hand is the one to tell
-                    _write(run)
-            log.note(f"error: {error}")  # who catches it tells it on the terminal
-            if isinstance(error, PeerLost):
-                raise PeerLost(f"{_place(run)}: {error}. The same command goes on from the newest checkpoint") from error
-            if isinstance(error, torch.OutOfMemoryError):
-                reason = str(error).partition(". ")[0]
-                raise ValueError(
-                    f"the GPU's memory is too small ({reason}): give the largest task more micro_batches, or set --recompute; "
-                    "`polyvit-fast plan` estimates what fits"
-                ) from error
-            raise
+    return Log(config.folder, dict(count_steps(plan)), len(plan), first_step, done=count_steps(plan[:first_step]))
+
+
+def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
+    world = step.world
+    num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    log.message(
+        f"{experiment}: {num_parameters:,} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
+        f"run folder {config.folder}"
+    )
+    warning = check_warmup(config, len(plan))
+    if warning and world.rank == 0:
+        log.message(warning, "warning")
+
+
+def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) -> Run:
+    world = step.world
+    report = log.message if world.rank == 0 else partial(log.message, level="warning")
+    process = {"report": report, "rank": world.rank, "world_size": world.size}
+    with world.rank0_first():  # only one process makes the demo's files and the indexes of shards
+        loaders = {name: Loader(name, config, train=True, **process) for name in dict(count_steps(plan))}
+        validation = {name: Loader(name, config, train=False, **process) for name in config.tasks}
+    seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
+    fingerprints, validation_fingerprints = world.broadcast(seen)
+    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints)
+    run.interval_times = {name: TaskTime() for name in config.tasks}
+    run.seconds = dict.fromkeys(config.tasks, 0.0)
+    return run
 
 
 def _take_fingerprints(loaders: dict[str, Loader]) -> dict[str, Fingerprint]:
     return {name: loader.fingerprint() for name, loader in loaders.items()}
 
 
-def _place(run: Run) -> str:
+@contextmanager
+def _save_on_error(run: Run) -> Iterator[None]:
+    """Inside, an error that the run foresees saves a checkpoint where that is possible, and goes on with advice."""
+    try:
+        yield
+    except (DataError, NonFiniteError, PeerLost, torch.OutOfMemoryError) as error:
+        # Without that process, its shards are missing, or all-reduces that wait for it may hold the GPU.
+        lost = isinstance(error, PeerLost) and (run.config.distributed.sharded or _is_stuck(run.step))
+        if run.saved < run.done and not lost:
+            with suppress(checkpoint.CheckpointError):  # the first error is the one to report
+                _write_checkpoint(run)
+        run.log.note(f"error: {error}")  # whoever catches it prints it
+        if isinstance(error, PeerLost):
+            raise PeerLost(f"{_describe_position(run)}: {error}. The same command goes on from the newest checkpoint") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = str(error).partition(". ")[0]
+            raise ValueError(
+                f"the GPU's memory is too small ({reason}): give the largest task more micro_batches, or set --recompute; "
+                "`polyvit-fast plan` estimates what fits"
+            ) from error
+        raise
+
+
+def _describe_position(run: Run) -> str:
     tasks = ", ".join(run.plan[run.done]) if run.done < len(run.plan) else "none left"
     return f"process {run.world.rank}, step {run.done} (task {tasks})"
 
@@ -188,39 +204,41 @@ def save(run: Run, *, must: bool = False) -> None:
     """Save a checkpoint. When that fails, training goes on after a message, or with `must` CheckpointError is raised, in all processes."""
     error = None
     try:
-        _write(run)
+        _write_checkpoint(run)
     except checkpoint.CheckpointError as failure:
         error = failure
-    failed = run.world.agree(int(error is not None))
+    failed = run.world.all_reduce_max(int(error is not None))
     run.saved = -1 if failed else run.done
     if failed and must:
-        raise error or checkpoint.CheckpointError(f"step {run.done}: the first process could not write the checkpoint")
+        raise error or checkpoint.CheckpointError(f"step {run.done}: process 0 could not write the checkpoint")
     if error:
         run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
     run.clock.restart()
 
 
-def _write(run: Run) -> None:
-    """Write a checkpoint in the first process; the others give it their parts of what is sharded."""
+def _write_checkpoint(run: Run) -> None:
+    """Write a checkpoint on rank 0, to which the other processes send their shards."""
     step, done = run.step, run.done
-    run.count_time(_ended(run.clock.lap(), step))
-    tensors = {"model": step.parameters.tensors(), "optimizer": step.optimizer.tensors()}
-    average = step.optimizer.average_tensors()
-    if average is not None:
-        tensors["ema"] = average
+    if step.device.type == "cuda":
+        torch.cuda.synchronize()
+    run.count_time(run.clock.lap())
+    tensors = {"model": step.parameters.state_dict(), "optimizer": step.optimizer.state_dict()}
+    ema = step.optimizer.ema_state_dict()
+    if ema is not None:
+        tensors["ema"] = ema
     if run.world.rank:
         return
     state = {
         "step": done,
         "counters": step.counters.tolist(),
-        "rng": {"seed": run.config.seed, "law": RNG_LAW},
-        "warmup_steps": warmup_length(run.config, len(run.plan)),
+        "rng": {"seed": run.config.seed, "rule": RANDOM_NUMBERS},
+        "warmup_steps": compute_warmup_steps(run.config, len(run.plan)),
         "best_step": run.best_step,
         "best_score": None if run.best_step is None else run.best_score,
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
-        "interval_times": {name: (taken.seconds, taken.waited) for name, taken in run.interval_times.items()},
+        "interval_times": {name: (times.seconds, times.waited) for name, times in run.interval_times.items()},
         "samples": run.fingerprints,
         "validation_samples": run.validation_fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
@@ -229,34 +247,29 @@ def _write(run: Run) -> None:
     checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
 
 
-def _ended(spans: list[Span], step: Step) -> list[Span]:
-    if step.device.type == "cuda":
-        torch.cuda.synchronize()
-    return spans
-
-
-def _newest_checkpoint(config: Train, world: World) -> checkpoint.Checkpoint | None:
-    """That of all processes. Raises ValueError where this one does not see the first one's."""
-    found = checkpoint.newest(config.folder)
-    step, first = found.step if found else None, world.from_first(found.step if found else None)
-    if world.agree(step != first):
+def _find_checkpoint(config: Train, world: World) -> checkpoint.Checkpoint | None:
+    """The newest one. Raises ValueError where this process does not see the one that rank 0 sees."""
+    found = checkpoint.find_newest(config.folder)
+    step = found.step if found else None
+    first = world.broadcast(step)
+    if world.all_reduce_max(step != first):
         raise ValueError(
-            f"process {world.rank} sees the checkpoint of step {step} in {config.folder}, the first process that of step {first}; "
-            "the run folder must be one that all of them share"
+            f"process {world.rank} sees the checkpoint of step {step} in {config.folder}, process 0 that of step {first}; "
+            "the run folder must be one that all processes see"
         )
     return found
 
 
 def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
     if found is None:
-        if checkpoint.any_left(config.folder):
+        if checkpoint.has_any(config.folder):
             raise ValueError(f"{config.folder} holds checkpoints, but not a single whole one; move it away, or choose another --out")
         return
     if not config.resume:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
     different = resume_differences(found.config, to_json(config))
     if different:
-        since = " (it is of an earlier version, whose defaults were other ones)" if is_of_earlier_version(found.config) else ""
+        since = " (written before version 0.5, whose defaults changed)" if is_older_than_0_5(found.config) else ""
         raise ValueError(
             f"{config.folder} holds a checkpoint of another configuration{since}; it differs in: {'; '.join(different)}. "
             "Choose another --out, or set these fields back to resume"
@@ -264,50 +277,34 @@ def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
 
 
 def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
-    step = run.step
+    """Continue from a checkpoint. Raises ValueError when its classes or training files are not those of now."""
+    _compare_classes(run, found)
+    for name, loader in run.loaders.items():
+        _compare_files(run, found, name, loader)
+    if run.world.rank == 0:
+        _warn_of_changes(run, found)
+    step, state = run.step, found.state
+    step.parameters.load_state_dict(found.load_tensors("model"))
+    step.optimizer.load_state_dict(found.load_tensors("optimizer"))
+    if run.config.optim.ema_decay:
+        step.optimizer.load_ema(found.load_tensors("ema"))
+    step.counters.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+    run.done = run.saved = found.step
+    run.metrics_step = state["metrics_step"]
+    run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
+    run.seconds.update(state["seconds"])
+    run.interval_times.update({name: TaskTime(*times) for name, times in state.get("interval_times", {}).items()})
+    if state["best_step"] is not None:
+        run.best_step, run.best_score = state["best_step"], state["best_score"]
+
+
+def _compare_classes(run: Run, found: checkpoint.Checkpoint) -> None:
     for name, names in found.state.get("classes", {}).items():
         difference = first_difference(names, run.validation[name].classes)
         if difference:
             raise ValueError(
                 f"task {name}: its classes are not those of {found.path}: {difference}. Put them back to resume, or choose another --out"
             )
-    for name, loader in run.loaders.items():
-        _compare_files(run, found, name, loader)
-    for name, loader in run.validation.items():
-        before = found.state.get("validation_samples", {}).get(name)
-        changes = find_changes(before, run.validation_fingerprints[name], loader.samples)[0] if before else ""
-        if changes and run.world.rank == 0:
-            told = f"task {name}: its validation files are not those of {found.path} ({changes}): its metrics are those of other files now"
-            run.log.message(told, "warning")
-    if run.world.rank == 0 and _had_other_rates(run, found):
-        run.log.message(
-            f"{found.path} is of an earlier version, whose warm-up began at a rate of 0 and took {run.config.optim.warmup_steps:,} steps "
-            "in every schedule. The steps left have the rates that `polyvit-fast plot schedule` draws",
-            "warning",
-        )
-    step.parameters.load(found.load_tensors("model"))
-    step.optimizer.load(found.load_tensors("optimizer"))
-    if run.config.optim.ema_decay:
-        step.optimizer.load_average(found.load_tensors("ema"))
-    step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
-    run.done, run.metrics_step = found.step, found.state["metrics_step"]
-    run.metrics = {name: _without_null(row) for name, row in found.state["metrics"].items()}
-    run.saved = run.done
-    run.seconds.update(found.state["seconds"])
-    run.interval_times.update({name: TaskTime(*times) for name, times in found.state.get("interval_times", {}).items()})
-    if found.state["best_step"] is not None:
-        run.best_step, run.best_score = found.state["best_step"], found.state["best_score"]
-
-
-def _had_other_rates(run: Run, found: checkpoint.Checkpoint) -> bool:
-    """Whether the version that wrote this checkpoint would have given steps that are left another rate."""
-    before = run.config.optim.warmup_steps
-    return "warmup_steps" not in found.state and (found.step < before or warmup_length(run.config, len(run.plan)) != before)
-
-
-def _without_null(row: dict[str, float | None]) -> dict[str, float]:
-    """A task's metrics as they were before JSON, which has no NaN."""
-    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Loader) -> None:
@@ -315,13 +312,13 @@ def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Lo
     before = found.state["samples"].get(name, "")
     now = run.fingerprints[name] | {"names": fingerprint_names(loader.samples)}
     changes, same_list = find_changes(before, now, loader.samples)
-    told = f"task {name}: its training files are not those of {found.path} ({changes})"
+    difference = f"task {name}: its training files are not those of {found.path} ({changes})"
     if not same_list:
-        raise ValueError(f"{told}, so their order would change. Put them back to resume, or choose another --out")
+        raise ValueError(f"{difference}, so their order would change. Put them back to resume, or choose another --out")
     if changes and run.config.data.changed_files == "refuse":
-        raise ValueError(f"{told}. Put them back to resume, allow the change with --changed-files allow, or choose another --out")
+        raise ValueError(f"{difference}. Put them back to resume, allow the change with --changed-files allow, or choose another --out")
     if changes:
-        run.log.message(f"{told}; the run goes on with them as they are now")
+        run.log.message(f"{difference}; the run goes on with them as they are now")
     elif isinstance(before, str):
         run.log.message(f"task {name}: {found.path} is of an earlier version, which kept the names of training files but not their sizes")
     elif before["times"] != now["times"]:
@@ -331,5 +328,24 @@ def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Lo
         )
 
 
-def _size(model: PolyViT) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+def _warn_of_changes(run: Run, found: checkpoint.Checkpoint) -> None:
+    """Changes that a run may resume with, but that its numbers will show: other validation files, other learning rates."""
+    for name, loader in run.validation.items():
+        before = found.state.get("validation_samples", {}).get(name)
+        changes = find_changes(before, run.validation_fingerprints[name], loader.samples)[0] if before else ""
+        if changes:
+            difference = f"its validation files are not those of {found.path} ({changes})"
+            run.log.message(f"task {name}: {difference}: its metrics are those of other files now", "warning")
+    before = run.config.optim.warmup_steps
+    is_older = "warmup_steps" not in found.state
+    if is_older and (found.step < before or compute_warmup_steps(run.config, len(run.plan)) != before):
+        run.log.message(
+            f"{found.path} is of an earlier version, whose warm-up began at a rate of 0 and took {before:,} steps "
+            "in every schedule. The steps left have the rates that `polyvit-fast plot schedule` draws",
+            "warning",
+        )
+
+
+def _restore_nan(row: dict[str, float | None]) -> dict[str, float]:
+    """A task's metrics as they were before JSON, which has no NaN."""
+    return {name: math.nan if value is None else value for name, value in row.items()}

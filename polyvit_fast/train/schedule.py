@@ -1,4 +1,4 @@
-"""The schedules of PolyViT (arXiv 2111.12993, section 3.2): the tasks of every step, known before step 0; and the learning rate."""
+"""The schedules of PolyViT (arXiv 2111.12993, section 3.2), which plan the tasks of every step before step 0; and the learning rate."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from polyvit_fast.randomness import permutation
 def task_by_task(config: Train) -> StepPlan:
     """All U_j steps of one task, then all of the next; the order of the tasks is drawn by the seed."""
     order = permutation(len(config.tasks), config.seed, "task-by-task")
-    return _one_a_step(config, np.repeat(order, np.array(_steps(config))[order]))
+    return _build_plan(config, np.repeat(order, np.array(_list_steps(config))[order]))
 
 
 def alternating(config: Train) -> StepPlan:
     """The tasks in turn, one step each, ΣU_j steps in all."""
-    return _one_a_step(config, np.resize(np.arange(len(config.tasks)), sum(_steps(config))))
+    return _build_plan(config, np.resize(np.arange(len(config.tasks)), sum(_list_steps(config))))
 
 
 def uniform(config: Train) -> StepPlan:
     """An equal number of steps for each task, ΣU_j in all (the first tasks get one more when it does not divide), permuted."""
-    share, rest = divmod(sum(_steps(config)), len(config.tasks))
-    return _permuted(config, [share + (j < rest) for j in range(len(config.tasks))])
+    steps, rest = divmod(sum(_list_steps(config)), len(config.tasks))
+    return _permute(config, [steps + (j < rest) for j in range(len(config.tasks))])
 
 
 def weighted(config: Train) -> StepPlan:
     """Exactly U_j steps for task j, permuted by the seed: the paper's best."""
-    return _permuted(config, _steps(config))
+    return _permute(config, _list_steps(config))
 
 
 def accumulating(config: Train) -> StepPlan:
     """Every update from the mean of all T tasks' gradients; ΣU_j / T updates, rounded down."""
-    return [tuple(config.tasks)] * (sum(_steps(config)) // len(config.tasks))
+    return [tuple(config.tasks)] * (sum(_list_steps(config)) // len(config.tasks))
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -56,29 +56,29 @@ def make_step_plan(config: Train) -> StepPlan:
     plan = (SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule)(config)
     if not plan:
         raise ValueError(f"schedule = {config.schedule!r} plans no step; give the tasks more steps")
-    for names in _kinds(plan):
+    for names in _find_distinct_steps(plan):
         if not isinstance(names, tuple) or not names or not set(names) <= config.tasks.keys():
             step = plan.index(names)
             raise ValueError(f"schedule: step {step} is {names!r}; it must name tasks among {', '.join(config.tasks)}, as a tuple")
     return plan
 
 
-def _kinds(plan: list[Any]) -> Iterable[Any]:
-    """Each different step once, of which there are few among millions, in the order of their first; lists, where there are any."""
+def _find_distinct_steps(plan: list[Any]) -> Iterable[Any]:
+    """Each distinct step once, in order of first appearance: few among millions. If there are lists, which are wrong, only those."""
     try:
         return dict.fromkeys(plan)
     except TypeError:
         return [names for names in plan if isinstance(names, list)]
 
 
-def warmup_length(config: Train, num_steps: int) -> float:
-    """Steps over which the rate rises in a plan of `num_steps`: its share of them is that of `warmup_steps` in ΣU_j."""
-    return config.optim.warmup_steps * num_steps / sum(_steps(config))
+def compute_warmup_steps(config: Train, num_steps: int) -> float:
+    """Steps over which the rate rises in a plan of `num_steps`: the same fraction of them as `warmup_steps` is of ΣU_j."""
+    return config.optim.warmup_steps * num_steps / sum(_list_steps(config))
 
 
-def warmup_note(config: Train, num_steps: int) -> str | None:
-    """What is wrong with a warm-up that leaves a plan of `num_steps` nothing of the cosine; None when it does."""
-    warmup = warmup_length(config, num_steps)
+def check_warmup(config: Train, num_steps: int) -> str | None:
+    """What is wrong with a warm-up that leaves no step of a plan of `num_steps` to the cosine; None when nothing is."""
+    warmup = compute_warmup_steps(config, num_steps)
     if warmup < num_steps:
         return None
     return f"The warm-up of {warmup:,.0f} steps does not end within the run of {num_steps:,}: lower --optim.warmup-steps."
@@ -91,7 +91,7 @@ def learning_rate(config: Train, plan: StepPlan, step: int) -> float:
     does not. An update from several tasks has one rate for all of them, hence the mean.
     """
     total = len(plan)
-    warmup = warmup_length(config, total)
+    warmup = compute_warmup_steps(config, total)
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     progress = min(1.0, max(0, step - warmup) / max(1, total - warmup))
     scale = sum(config.tasks[name].lr_scale for name in plan[step]) / len(plan[step])
@@ -107,16 +107,16 @@ def count_steps(plan: Iterable[tuple[str, ...]]) -> Counter[str]:
     return counts
 
 
-def _steps(config: Train) -> list[int]:
+def _list_steps(config: Train) -> list[int]:
     return [task.steps for task in config.tasks.values()]
 
 
-def _permuted(config: Train, counts: list[int]) -> StepPlan:
+def _permute(config: Train, counts: list[int]) -> StepPlan:
     tasks = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-    return _one_a_step(config, tasks[permutation(len(tasks), config.seed, "schedule")])
+    return _build_plan(config, tasks[permutation(len(tasks), config.seed, "schedule")])
 
 
-def _one_a_step(config: Train, tasks: np.ndarray) -> StepPlan:
-    """The plan of one task a step, from their numbers. All steps of a task are the same tuple: eight bytes a step."""
+def _build_plan(config: Train, tasks: np.ndarray) -> StepPlan:
+    """The plan of one task per step, from the indices of the tasks. All steps of a task are one and the same tuple: eight bytes a step."""
     single = [(name,) for name in config.tasks]
     return list(map(single.__getitem__, tasks.data))

@@ -1,7 +1,7 @@
 """One training step: forward and backward of a task's batch, then one update for all tasks.
 
-Both parts are functions of device tensors only, so that a GPU can record them once (`capture`). The host sends a batch, a learning rate and
-a step number, and reads the counters at intervals.
+Both are functions of device tensors only, so that a GPU can capture them once (`capture`). The host sends a batch, a learning rate and a
+step number, and reads the counters at intervals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polyvit_fast.train.distributed.process_group import ALONE, World
 from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
-from polyvit_fast.train.optim import FlatParameters, Optimizer, component_of
+from polyvit_fast.train.optim import FlatParameters, Optimizer, find_component
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TaskCounters:
     last_skipped_step: int
 
 
-class Reading:
+class PendingCounters:
     """The counters of every task, on their way from the device to the host."""
 
     def __init__(self, values: Tensor, rows: dict[str, int]) -> None:
@@ -48,55 +48,54 @@ class Reading:
         else:
             self.values = values.clone()
 
-    def is_there(self) -> bool:
-        """Whether the device has come that far."""
+    def is_ready(self) -> bool:
+        """Whether they have arrived."""
         return self.event is None or self.event.query()
 
-    def counters(self) -> dict[str, TaskCounters]:
-        """Waits for the device when it has not come that far."""
+    def wait(self) -> dict[str, TaskCounters]:
+        """The counters by task, as soon as they have arrived."""
         if self.event is not None:
             self.event.synchronize()
-        return {name: _task_counters(*self.values[row].tolist()) for name, row in self.rows.items()}
+        return {name: _make_counters(*self.values[row].tolist()) for name, row in self.rows.items()}
 
 
 class Step:
-    """The model, its optimizer and the counters on the device; with several processes, this one's share of them."""
+    """The model, its optimizer and the counters on the device of this process."""
 
     def __init__(self, model: PolyViT, config: Train, world: World = ALONE) -> None:
         self.model, self.config, self.world = model, config, world
-        self.used = {name: parameters_of(model, name) for name in config.tasks}
-        rest = config.optim.rests
+        self.used = {name: find_parameters(model, name) for name in config.tasks}
+        rest, precision, self.reducer = config.optim.rests, config.distributed.grad_reduce, None
         if config.distributed.sharded:
-            self.parameters, self.reducer = (
-                ShardedParameters(model, world, config.device, config.distributed.grad_reduce, by_component=rest),
-                None,
-            )
+            self.parameters = ShardedParameters(model, world, config.device, precision, by_component=rest)
         else:
             rounded = torch.bfloat16 if config.keeps_rounded else None
             self.parameters = FlatParameters(model.to(config.device), rounded, by_component=rest)
             own_clip_norm = config.optim.clip_norm / world.size if config.optim.clip == "process" else 0.0
-            self.reducer = Reducer(self.parameters, config.distributed.grad_reduce, own_clip_norm) if world.size > 1 else None
+            if world.size > 1:
+                self.reducer = Reducer(self.parameters, precision, own_clip_norm)
         self.optimizer = Optimizer(self.parameters, config.optim)
-        self.device = self.parameters.taint.device
+        self.device = self.parameters.found_inf.device
         self.rows = {name: row for row, name in enumerate(config.tasks)}
         self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
-        has_component = [[component in components_of(model, name) for name in config.tasks] for component in self.optimizer.components]
+        has_component = [[component in find_components(model, name) for name in config.tasks] for component in self.optimizer.components]
         self.has_component = torch.tensor(has_component, device=self.device) if rest else None
-        self.lr, self.share, self.number = (torch.zeros((), device=self.device, dtype=dtype) for dtype in (None, None, torch.float64))
+        self.lr, self.loss_weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.number = torch.zeros((), device=self.device, dtype=torch.float64)
 
     def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
-        """Say what comes: the tasks of step number `step`, whose gradients are joined, and its learning rate."""
+        """Begin step number `step`, an update from the gradients of the tasks `names` at the learning rate `lr`."""
         self.parameters.refresh()
         self.lr.fill_(lr)
         self.number.fill_(step)
         num_tasks = len(names) if self.config.optim.accumulate == "mean" else 1
-        self.share.fill_(1 / num_tasks if self.parameters.is_averaged else 1 / (num_tasks * self.world.size))
+        self.loss_weight.fill_(1 / num_tasks if self.parameters.averages_grads else 1 / (num_tasks * self.world.size))
         rank = (self.world.rank,) if self.world.rank else ()  # dropout differs between processes
         torch.manual_seed(key(self.config.seed, "step", step, *rank) >> 1)
 
     def forward_backward(self, name: str, inputs: Inputs, last: bool = True) -> None:
-        """Add the gradient of the task's mean loss over the batch, times its share of the step, to the flat gradient.
+        """Add the gradient of the task's mean loss over the batch, times its weight in the step, to the flat gradient.
 
         `last`: nothing is added to it after this in this step, so that the processes may sum theirs.
         """
@@ -107,22 +106,22 @@ class Step:
             # lerp in the grid's own units: the tokenizer normalises afterwards, and both are linear.
             grid = grid.float().lerp(partners_of(grid).float(), 1 - inputs.mixup_ratio)
         row = self.counters[self.rows[name]]
-        pieces = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
-        for number, piece in enumerate(pieces, 1):
-            loss, right = self._loss(name, piece, inputs.mixup_ratio)
+        micro_batches = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
+        for number, micro_batch in enumerate(micro_batches, 1):
+            loss, right = self._forward(name, micro_batch, inputs.mixup_ratio)
             with torch.no_grad():
-                self.parameters.taint.add_(loss, alpha=0)  # NaN unless the loss is finite: then nobody updates
+                self.parameters.found_inf.add_(loss, alpha=0)  # NaN unless the loss is finite: then every process skips the update
                 row[0].add_(loss.nan_to_num(0.0, 0.0, 0.0), alpha=1 / task.micro_batches)
                 row[1].add_(right, alpha=1 / task.micro_batches)
-            with self._summed(name, last and number == len(pieces)):
-                loss.backward(self.share / task.micro_batches)
+            with self._reduce(name, last and number == len(micro_batches)):
+                loss.backward(self.loss_weight / task.micro_batches)
         row[2].add_(1)
-        self.took_part[self.rows[name]].fill_(True)  # an assignment would copy the number from the host, which no graph records
+        self.took_part[self.rows[name]].fill_(True)  # an assignment would copy the number from the host, which no graph captures
 
-    def _loss(self, name: str, piece: tuple[Tensor, ...], ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a piece's (grid, labels, partners' labels), and the share of right answers."""
-        task, (grid, labels, partners) = self.config.tasks[name], piece
-        # Without autocast's cache: what it keeps in a recorded graph would lie in the graph's memory.
+    def _forward(self, name: str, micro_batch: tuple[Tensor, ...], ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, fraction of right answers) of a micro-batch's grid, labels and partners' labels."""
+        task, (grid, labels, partners) = self.config.tasks[name], micro_batch
+        # Without autocast's cache: what it keeps during a capture would lie in the graph's memory.
         with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False):
             logits = self.model(grid, name, task.drop_path_rate, self.config.compute.recompute)
         loss = LOSSES[task.loss]
@@ -132,12 +131,13 @@ class Step:
             value = loss(logits, labels, task.label_smoothing)
         return value, matches(logits.detach(), labels)
 
-    def _summed(self, name: str, last: bool) -> AbstractContextManager[None]:
-        return self.reducer.overlapped(self.used[name]) if self.reducer and last else nullcontext()
+    def _reduce(self, name: str, last: bool) -> AbstractContextManager[None]:
+        """For the last backward pass of a step: inside, the gradients of all processes are summed as they come."""
+        return self.reducer.overlap(self.used[name]) if self.reducer and last else nullcontext()
 
     @torch.no_grad()
     def update(self) -> None:
-        """One update from the gathered gradient; left out, and counted for the step's tasks, when anything is not finite."""
+        """One update from the accumulated gradient; skipped, and counted for the step's tasks, when anything is not finite."""
         active = None if self.has_component is None else (self.has_component & self.took_part).any(1)
         _, done = self.optimizer.update(self.lr, active)
         skipped = self.took_part & ~done
@@ -147,23 +147,23 @@ class Step:
         last.copy_(torch.where(skipped, self.number, last))
         self.took_part.zero_()
 
-    def refuse(self) -> None:
+    def skip_update(self) -> None:
         """An update that changes nothing but the counters: its gradient is not finite."""
-        self.parameters.taint.fill_(torch.nan)
+        self.parameters.found_inf.fill_(torch.nan)
         self.update()
 
-    def read_counters(self) -> Reading:
+    def read_counters(self) -> PendingCounters:
         """Send the counters of every task to the host, means over all processes; sums of the interval start again."""
         values = self.counters.clone()
         means = values[:, :2].contiguous()
-        self.world.sum_(means)
+        self.world.all_reduce_sum_(means)
         values[:, :2] = means / self.world.size
         self.counters[:, :3].zero_()
-        return Reading(values, self.rows)
+        return PendingCounters(values, self.rows)
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Inside, forwards, backwards and refused updates may be tried out: afterwards the counters are as before, the gradient is zero."""
+    def rehearse(self) -> Iterator[None]:
+        """Inside, forward, backward and skipped updates may be tried out; then the counters are restored and the gradient is zeroed."""
         counters = self.counters.clone()
         try:
             yield
@@ -173,20 +173,20 @@ class Step:
             self.parameters.zero_grads()
 
 
-def components_of(model: PolyViT, task: str) -> tuple[str, str, str]:
-    """The components of the model (see `optim.component_of`) that a step of `task` has gradients for."""
+def find_components(model: PolyViT, task: str) -> tuple[str, str, str]:
+    """The components of the model (see `optim.find_component`) that a step of `task` has gradients for."""
     return "", f"tokenizers.{model.modality_of[task]}", f"heads.{task}"
 
 
-def parameters_of(model: PolyViT, task: str) -> list[str]:
+def find_parameters(model: PolyViT, task: str) -> list[str]:
     """Names of the parameters that a step of `task` has gradients for: all but other modalities' tokenizers and other tasks' heads."""
-    return [name for name, _ in model.named_parameters() if component_of(name) in components_of(model, task)]
+    return [name for name, _ in model.named_parameters() if find_component(name) in find_components(model, task)]
 
 
-def neighbours(x: Tensor) -> Tensor:
-    """The examples of a batch in other places: 0 and 1 swap, 2 and 3, and so on; an odd last one stays.
+def swap_neighbours(x: Tensor) -> Tensor:
+    """The batch with examples 0 and 1 swapped, 2 and 3, and so on; an odd last one stays.
 
-    Unlike a reversed batch's, these pairs are the same when several processes share the batch.
+    Unlike a reversed batch's, these pairs are the same when several processes divide the batch.
     """
     even = len(x) // 2 * 2
     swapped = x[:even].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -198,9 +198,9 @@ def reverse(x: Tensor) -> Tensor:
     return x.flip(0)
 
 
-MIXUP_PAIRS = {"neighbours": neighbours, "reversed": reverse}
-"""The batch of those that its examples are mixed with."""
+MIXUP_PAIRS = {"neighbours": swap_neighbours, "reversed": reverse}
+"""How the examples of a batch are ordered in the one that they are mixed with."""
 
 
-def _task_counters(loss: float, matches: float, steps: float, *counts: float) -> TaskCounters:
+def _make_counters(loss: float, matches: float, steps: float, *counts: float) -> TaskCounters:
     return TaskCounters(loss / max(steps, 1), matches / max(steps, 1), int(steps), *map(int, counts))

@@ -13,7 +13,7 @@ KERNELS = {
     ],
     "attention backward": [
         "attention_short_bwd_kernel",
-        "attention_long_bwd_kernel_keys",
+        "attention_long_bwd_kernel_dkv",
         "attention_long_bwd_queries_kernel",
         "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::bfloat16_t>",
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1_cga1x1x1_kernel0_0",

@@ -139,11 +139,11 @@ def test_a_broken_file_is_replaced_by_its_own_task_with_its_own_label(tmp_path, 
         assert torch.equal(again.load(step).grid, after[step].grid)  # the stand-in does not depend on what was loaded before
 
 
-def test_a_broken_stand_in_has_one_too_whenever_it_is_found(tmp_path):
+def test_a_broken_substitute_is_replaced_too_whenever_it_is_found(tmp_path):
     config = colour_config(colour_folders(tmp_path), max_bad_ratio=0.5)
     forward, backward = Loader("colours", config, train=True), Loader("colours", config, train=True)
     first = 5
-    for index in (first, forward._stand_in(first, 1)):
+    for index in (first, forward._choose_substitute(first, 1)):
         Path(forward.samples[index].media.path).write_bytes(b"broken")
     batches = [forward.load(step) for step in range(4)]
     for step in reversed(range(4)):

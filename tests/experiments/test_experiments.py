@@ -15,7 +15,7 @@ from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.model.cost import num_parameters
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.loop import train
-from polyvit_fast.train.output.report import plan_report, report_notes
+from polyvit_fast.train.output.cost_report import estimate_cost, write_notes
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
 
@@ -61,7 +61,7 @@ def test_every_experiment_trains_and_evaluates(name, tmp_path):
         assert row["num_examples"] == 2
         assert 0 <= row[config.tasks[task].metric] <= 1
         assert math.isfinite(row["loss"])
-    before, after = PolyViT.from_config(config).state_dict(), checkpoint.newest(tmp_path).load_tensors("model")
+    before, after = PolyViT.from_config(config).state_dict(), checkpoint.find_newest(tmp_path).load_tensors("model")
     assert {task for task in config.tasks if not torch.equal(before[f"heads.{task}.weight"], after[f"heads.{task}.weight"])} == set(
         config.tasks
     )
@@ -128,7 +128,7 @@ def test_polyvit_s_schedule():
     [("vit_b16_imagenet", 86_859_496, 500), ("vivit_b16_kinetics400", 88_929_424, 8_390), ("ast_b16_audioset", 86_360_591, 795)],
 )
 def test_single_task_baselines_are_polyvit_s_tasks_alone(name, count, warmup_steps):
-    # 86,859,496 is also timm's vit_base_patch16_384; the others are sums of the parts of the paper's model.
+    # 86,859,496 is also timm's vit_base_patch16_384; the others are sums over the layers of the paper's model.
     config, polyvit = experiments.load(name), experiments.load("polyvit_b16")
     assert config.tasks == {SINGLE[name]: polyvit.tasks[SINGLE[name]]}
     assert on_meta(config.model, config) == count
@@ -139,10 +139,10 @@ def test_single_task_baselines_are_polyvit_s_tasks_alone(name, count, warmup_ste
 @pytest.mark.parametrize("name", ["polyvit_b16", *SINGLE])
 def test_costs_in_the_docstring_are_those_of_the_plan(name):
     text = importlib.import_module(f"polyvit_fast.experiments.{name}").__doc__
-    report = plan_report(experiments.load(name))
+    report = estimate_cost(experiments.load(name))
     assert f"{report.num_parameters:,} parameters" in text
     assert f"{report.num_steps:,} steps" in text
     assert f"{report.training_flops / 1e18:.3g} EFLOP" in text
     assert max(report.peak_bytes(row) for row in report.tasks) <= 0.8 * 24 * 2**30
     # Nobody has the files here: every task says so.
-    assert sum("No samples of" in note for note in report_notes(report)) == len(report.tasks)
+    assert sum("No samples of" in note for note in write_notes(report)) == len(report.tasks)

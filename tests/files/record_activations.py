@@ -23,7 +23,7 @@ def record(folder: Path) -> dict[str, Tensor]:
     """`<task>.<what>` and `<task>.<what>.grad`: inputs of norms and MLP, packed projection, attention's and the block's output."""
     config = experiments.load("demo")
     model = PolyViT.from_config(config)
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.find_newest(folder)
     assert newest, f"{folder} holds no checkpoint"
     model.load_state_dict(newest.load_tensors("model"))
     block, found = model.blocks[-1], {}

@@ -11,7 +11,7 @@ from polyvit_kernels import reference, tiles
 from polyvit_kernels.hopper import attention_short
 
 IS_HOPPER = DEVICE.type == "cuda" and tiles.architecture(DEVICE) == 90
-on_a_card = pytest.mark.skipif(not IS_HOPPER, reason="these kernels run on compute capability 9.0 alone")
+needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="these kernels run on compute capability 9.0 alone")
 
 
 def hopper_row(op, qkv):

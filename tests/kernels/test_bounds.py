@@ -11,7 +11,7 @@ from triton.runtime.errors import InterpreterError
 
 from polyvit_fast.experiments.demo import config as demo
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.feed import Slots
+from polyvit_fast.train.feed import InputBuffers
 from polyvit_fast.train.step import Step
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="the bounds are the interpreter's")
@@ -67,7 +67,7 @@ def test_strides_count(bounds):
 def test_a_step_of_the_demo(name, batch, bounds):
     config = replace(demo, tasks={name: replace(demo.tasks[name], batch=batch)}, model=replace(demo.model, depth=2), device="cpu")
     step = Step(PolyViT.from_config(config).train(), config)
-    inputs = Slots(config, {name: torch.float32 if name == "chords" else torch.uint8}, torch.device("cpu")).inputs(name, 0)
+    inputs = InputBuffers(config, {name: torch.float32 if name == "chords" else torch.uint8}, torch.device("cpu")).view(name, 0)
     step.begin((name,), 0.1, 0)
     step.forward_backward(name, inputs)
     step.update()

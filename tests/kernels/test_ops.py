@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from capturable import META, check_capturable
+from capturable import on_meta as on_meta  # a fixture
 from compare import DEVICE, outputs_and_gradients
-from recordable import META, recording
-from recordable import on_meta as on_meta  # a fixture
 from samples import normal
 
 from polyvit_kernels import ops
@@ -142,7 +142,7 @@ RECORDED = CALLS | {
 def test_an_operation_can_be_recorded(name, dtype):
     call, tensors = RECORDED[name]
     leaves = [tensor.to(META, dtype).requires_grad_() for tensor in tensors]
-    with recording():
+    with check_capturable():
         gradients = torch.autograd.grad(call(*leaves).sum(), leaves)
     assert all(gradient.is_meta for gradient in gradients)
 
@@ -153,7 +153,7 @@ def test_an_update_can_be_recorded(more):
     buffers = [torch.zeros(300, device=META) for _ in range(4)]
     extra = {name: torch.zeros(300, device=META, dtype=torch.bfloat16 if name == "copy" else None) for name in more}
     numbers = {name: torch.ones((), device=META, dtype=torch.bool if name == "ok" else None) for name in ("lr", "scale", "ok")}
-    with recording():
+    with check_capturable():
         ops.sgd_(*buffers[:3], **numbers, **extra, momentum=0.9, weight_decay=0.1, ema_decay=0.9)
         ops.adamw_(*buffers, numbers["lr"], **numbers, **extra, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, ema_decay=0.9)
 

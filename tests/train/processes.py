@@ -1,5 +1,6 @@
-"""Several real processes of one run, as torchrun would start them, for tests."""
+"""Real processes of one run, as torchrun would start them, for tests. Two of them are started once, for all tests of a session."""
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
@@ -16,45 +17,100 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from polyvit_fast.train.distributed.process_group import joined
+from polyvit_fast.train.distributed.process_group import process_group
 
 SECONDS = 120.0  # many times what any of these tests takes
 
 # Processes are copies of one that has imported all this once: an import takes seconds.
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(
-    ["polyvit_fast.train.evaluate", "polyvit_fast.train.distributed.fsdp", "torchmetrics.classification", "torch._dynamo"]
+    ["polyvit_fast.cli", "polyvit_fast.train.loop", "polyvit_fast.train.distributed.fsdp", "torchmetrics.classification", "torch._dynamo"]
+    + ["torch.utils.tensorboard"]
 )
 
 
-def together(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(world, *arguments)` gives on each of `size` processes that have joined, in the order of ranks; as `started`."""
-    return started(size, _join, function, *arguments)
+class Processes:
+    """Processes that run one function after another, each time with the environment of a new torchrun."""
 
+    def __init__(self, size: int) -> None:
+        self.pipes = [_START.Pipe() for _ in range(size)]
+        threads = torch.get_num_threads()
+        self.processes = [
+            _START.Process(target=_serve, args=(rank, size, threads, self.pipes[rank][1]), daemon=True) for rank in range(size)
+        ]
+        with _own_path():
+            for process in self.processes:
+                process.start()
+        self.deadline = 0.0
 
-def started(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` gives on each of `size` processes, in the order of ranks.
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Let all of them call `function(*arguments)`, and do not wait."""
+        message = pickle.dumps((free_port(), function, arguments))
+        for pipe, _ in self.pipes:
+            pipe.send_bytes(message)
+        self.deadline = time.monotonic() + SECONDS
 
-    Fails with a process's traceback when one has an error, and when they have not ended in time.
-    """
-    deadline, port, threads = time.monotonic() + SECONDS, free_port(), torch.get_num_threads()
-    pipes = [_START.Pipe(duplex=False) for _ in range(size)]
-    processes = [
-        _START.Process(target=_work, args=(rank, size, port, threads, pipes[rank][1], function, arguments)) for rank in range(size)
-    ]
-    with _own_path():
-        for process in processes:
-            process.start()
-    try:
-        answers = [_answer(rank, pipe, deadline) for rank, (pipe, _) in enumerate(pipes)]
-    finally:
-        for process in processes:
-            process.join(max(0.0, min(5.0, deadline - time.monotonic())))
+    def wait(self) -> list[Any]:
+        """What they gave back, in the order of ranks; None from a process that was killed.
+
+        Fails with a process's traceback when one has an error, and when they are not done in time.
+        """
+        answers = [self._receive(rank) for rank in range(len(self.processes))]
+        failed = [answer for good, answer in answers if not good]
+        assert not failed, "\n".join(failed)
+        return [answer for _, answer in answers]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        pipe, process = self.pipes[rank][0], self.processes[rank]
+        while not pipe.poll(0.05):
+            if not process.is_alive() and not pipe.poll():
+                return True, None
+            if time.monotonic() > self.deadline:
+                return False, f"process {rank} was not done in time"
+        return pickle.loads(pipe.recv_bytes())
+
+    def kill(self) -> None:
+        """End all of them."""
+        for process in self.processes:
             process.kill()
-    failed = [answer for good, answer in answers if not good]
-    assert not failed, "\n".join(failed)
-    return [answer for _, answer in answers]
+            process.join()
+
+
+_shared: list[Processes] = []
+"""The two processes of the session, while no test uses them."""
+
+
+@contextmanager
+def start_processes(size: int) -> Iterator[Processes]:
+    """`size` processes; of two, those of the session. After a failure they are ended, for they may wait for each other."""
+    processes = _shared.pop() if size == 2 and _shared else Processes(size)
+    try:
+        yield processes
+        if size == 2 and all(process.is_alive() for process in processes.processes):
+            _shared.append(processes)
+    finally:
+        if processes not in _shared:
+            processes.kill()
+
+
+def run_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` gives on each of `size` processes, in the order of ranks."""
+    with start_processes(size) as processes:
+        processes.submit(function, *arguments)
+        return processes.wait()
+
+
+def run_together(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(world, *arguments)` gives on each of `size` processes of one process group, in the order of ranks."""
+    return run_processes(size, _call_with_world, function, *arguments)
+
+
+@atexit.register
+def _end_shared() -> None:
+    for processes in _shared:
+        processes.kill()
 
 
 @contextmanager
@@ -68,30 +124,28 @@ def _own_path() -> Iterator[None]:
         sys.path[:] = path
 
 
-def _answer(rank: int, pipe: Connection, deadline: float) -> tuple[bool, Any]:
-    if not pipe.poll(max(0.0, deadline - time.monotonic())):
-        return False, f"process {rank} did not end in time"
-    return pickle.loads(pipe.recv_bytes())
-
-
-def _work(
-    rank: int, size: int, port: int, threads: int, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _serve(rank: int, size: int, threads: int, pipe: Connection) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(threads)  # as many as here: their number is in the last digits
-    faulthandler.dump_traceback_later(SECONDS - 5)  # where it hangs
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    try:
-        answer = True, function(*arguments)
-    except BaseException:
-        answer = False, f"process {rank}: {traceback.format_exc()}"
-    # Not by the pipe's own way with tensors, which needs this process to stay.
-    pipe.send_bytes(pickle.dumps(answer))
+    good = True
+    while good:  # after an error the process ends, as a real one does, so that the others do not wait for it
+        port, function, arguments = pickle.loads(pipe.recv_bytes())
+        environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        faulthandler.dump_traceback_later(SECONDS - 5)  # where it hangs
+        try:
+            answer = function(*arguments)
+        except BaseException:
+            good, answer = False, f"process {rank}: {traceback.format_exc()}"
+        faulthandler.cancel_dump_traceback_later()
+        if good and dist.is_initialized():  # the function caught an error that left its process group open
+            dist.destroy_process_group()
+        # Not by the pipe's own way with tensors, which needs this process to stay.
+        pipe.send_bytes(pickle.dumps((good, answer)))
 
 
-def _join(function: Callable[..., Any], *arguments: Any) -> Any:
-    with joined("cpu") as world:
+def _call_with_world(function: Callable[..., Any], *arguments: Any) -> Any:
+    with process_group("cpu") as world:
         return function(world, *arguments)
 
 

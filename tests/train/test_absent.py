@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import together
+from processes import run_together
 from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
@@ -36,7 +36,7 @@ def config(**optim):
 
 
 def inputs(number: int, world: World = ALONE) -> Inputs:
-    """This process's share of a batch."""
+    """This process's examples of a batch."""
     generator = torch.Generator().manual_seed(number)
     grid, labels = torch.randn(4, 1, 16, 16, 3, generator=generator), torch.randint(3, (4,), generator=generator)
     grid, labels = (whole.chunk(world.size)[world.rank] for whole in (grid, labels))
@@ -50,7 +50,7 @@ def train(of, plan=PLAN, world: World = ALONE) -> Step:
         for name in names:
             step.forward_backward(name, inputs(number, world), last=name == names[-1])
         if number == 4:
-            step.parameters.taint.fill_(torch.nan)  # an update that is skipped rests as a whole
+            step.parameters.found_inf.fill_(torch.nan)  # an update that is skipped rests as a whole
         step.update()
     return step
 
@@ -117,7 +117,7 @@ def test_fifty_steps_of_two_tasks_follow_the_recurrence_of_the_papers_code():
 def test_what_rests_keeps_every_bit_of_its_state(name):
     of = config(**vars(OPTIMIZERS[name]) | {"absent": "rest", "ema_decay": 0.9})
     step = train(of)
-    state = step.parameters.tensors(), step.optimizer.tensors(), step.optimizer.average_tensors()
+    state = step.parameters.state_dict(), step.optimizer.state_dict(), step.optimizer.ema_state_dict()
     before = [{key: tensor.clone() for key, tensor in tensors.items()} for tensors in state]
     step.begin(("a",), 0.01, 99)
     step.forward_backward("a", inputs(99))
@@ -131,7 +131,7 @@ def test_what_rests_keeps_every_bit_of_its_state(name):
 
 def test_each_component_counts_its_own_updates_and_restores_them():
     step = train(config(absent="rest"))
-    saved = {name: tensor.clone() for name, tensor in step.optimizer.tensors().items()}
+    saved = {name: tensor.clone() for name, tensor in step.optimizer.state_dict().items()}
     counts = {name: int(tensor) for name, tensor in saved.items() if name.startswith("count")}
     assert counts == {
         "count": 23,  # of 24, one was skipped
@@ -142,15 +142,15 @@ def test_each_component_counts_its_own_updates_and_restores_them():
         "count.heads.c": 5,
     }
     fresh = Step(PolyViT.from_config(step.config), step.config)
-    fresh.optimizer.load(saved)
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in fresh.optimizer.tensors().items())
+    fresh.optimizer.load_state_dict(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in fresh.optimizer.state_dict().items())
     with pytest.raises(
         ValueError, match=r"the checkpoint counts the updates of other components, by another optim\.absent: count\.heads\.a, count"
     ):
-        Step(PolyViT.from_config(config()), config(absent="coast")).optimizer.load(saved)
+        Step(PolyViT.from_config(config()), config(absent="coast")).optimizer.load_state_dict(saved)
 
 
-def test_sgd_coasts_and_adamw_rests_unless_told_otherwise():
+def test_sgd_coasts_and_adamw_rests_by_default():
     assert {(name, absent): Optim(name=name, absent=absent).rests for name in OPTIMIZERS for absent in ("auto", "coast", "rest")} == {
         ("sgd", "auto"): False,
         ("sgd", "coast"): False,
@@ -165,8 +165,8 @@ def test_sgd_coasts_and_adamw_rests_unless_told_otherwise():
 
 def test_one_count_is_all_where_nothing_rests():
     step = train(config(absent="coast"))
-    assert [name for name in step.optimizer.tensors() if name.startswith("count")] == ["count"]
-    assert len(step.parameters.pieces) == 2
+    assert [name for name in step.optimizer.state_dict() if name.startswith("count")] == ["count"]
+    assert len(step.parameters.groups) == 2
 
 
 def movement(absent: str, num_tasks: int, weight_decay: float = 0.0, lr: float = 1e-3) -> float:
@@ -177,17 +177,17 @@ def movement(absent: str, num_tasks: int, weight_decay: float = 0.0, lr: float =
     tasks = {"rare": tile_task(), "other": tile_task()}
     of = tiny_config(tasks=tasks, model=Model(dim=8, depth=1, num_heads=1, mlp_dim=8))
     of = replace(of, optim=Optim(name="adamw", absent=absent, clip_norm=0.0, weight_decay=weight_decay))
-    step, places = Step(PolyViT.from_config(of), of), []
+    step, weights = Step(PolyViT.from_config(of), of), []
     weight = step.model.heads["rare"].weight
     weight.data.fill_(1.0)
     for number in range(num_tasks * (OWN + 1)):
         step.begin(("rare" if number % num_tasks == 0 else "other",), lr, number)
         if number % num_tasks == 0:
-            places.append(float(weight[0, 0].detach()))
+            weights.append(float(weight[0, 0].detach()))
             weight.grad.fill_(0.0 if weight_decay else -1.0)
         step.took_part[min(number % num_tasks, 1)] = True
         step.update()
-    return (places[OWN] - places[OWN // 2]) / (OWN - OWN // 2) / lr
+    return (weights[OWN] - weights[OWN // 2]) / (OWN - OWN // 2) / lr
 
 
 OWN = 6
@@ -208,12 +208,12 @@ def test_a_rare_head_decays_in_every_update_or_in_its_own(num_tasks):
 
 def of_processes(world: World, changes: dict) -> dict[str, torch.Tensor]:
     step = train(change(config(absent="rest", clip_norm=0.3), **changes), world=world)
-    return {**step.parameters.tensors(), **{f"state.{name}": tensor for name, tensor in step.optimizer.tensors().items()}}
+    return {**step.parameters.state_dict(), **{f"state.{name}": tensor for name, tensor in step.optimizer.state_dict().items()}}
 
 
 @pytest.mark.parametrize("changes", [{}, {"sharded": True}], ids=["whole", "sharded"])
 def test_several_processes_rest_as_one(changes):
-    found, expected = together(2, of_processes, changes)[0], of_processes(ALONE, {})
+    found, expected = run_together(2, of_processes, changes)[0], of_processes(ALONE, {})
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

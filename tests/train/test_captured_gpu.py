@@ -18,9 +18,9 @@ from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import Loader, prefetch, request_batches
 from polyvit_fast.data.video.modality import Video
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.capture import Captured, capture
+from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.reducer import Reducer
-from polyvit_fast.train.feed import Slots, feed, pinned
+from polyvit_fast.train.feed import InputBuffers, feed, pin
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import Log
 from polyvit_fast.train.run_folder import checkpoint
@@ -48,25 +48,25 @@ def config(**changes) -> Train:
 
 
 class Trained:
-    """A run's parts without its folder: `go` makes the plan's steps from `done` on."""
+    """A run without its folder: `go` makes the plan's steps from `done` on."""
 
     def __init__(self, run: Train, *, captured: bool) -> None:
         self.config, self.plan, self.done = run, make_step_plan(run), 0
         self.step = Step(PolyViT.from_config(run).cuda().train(), run)
         self.loaders = {name: Loader(name, run, train=True) for name in run.tasks}
         dtypes = {name: loader.grid_dtype() for name, loader in self.loaders.items()}
-        self.slots = Slots(run, dtypes, CUDA)
-        self.steps = Captured(self.step, self.slots, self.plan) if captured else self.step
+        self.buffers = InputBuffers(run, dtypes, CUDA)
+        self.steps = CapturedStep(self.step, self.buffers, self.plan) if captured else self.step
         jobs = request_batches(self.loaders, self.plan, 0)
-        self.inputs = feed(prefetch(pinned(jobs), depth=4, timeout_seconds=60), self.slots)
+        self.inputs = feed(prefetch(pin(jobs), depth=4, timeout_seconds=60), self.buffers)
 
     def go(self, num_steps: int) -> None:
         for number in range(self.done, self.done + num_steps):
             names = self.plan[number]
             self.steps.begin(names, learning_rate(self.config, self.plan, number), number)
-            for place, _ in enumerate(names, 1):
+            for number, _ in enumerate(names, 1):
                 name, inputs = next(self.inputs)
-                self.steps.forward_backward(name, inputs, last=place == len(names))
+                self.steps.forward_backward(name, inputs, last=number == len(names))
             self.steps.update()
         self.done += num_steps
 
@@ -101,10 +101,10 @@ def test_captured_and_eager_have_the_same_weights_after_fifty_steps(changes):
     eager.go(num_steps)
     captured.go(num_steps)
     start = PolyViT.from_config(run).state_dict()
-    for name, ours in captured.step.parameters.tensors().items():
-        assert torch.equal(ours, eager.step.parameters.tensors()[name]), name
+    for name, ours in captured.step.parameters.state_dict().items():
+        assert torch.equal(ours, eager.step.parameters.state_dict()[name]), name
         assert name not in start or not torch.equal(ours.cpu(), start[name]), name
-    ours, theirs = (made.step.read_counters().counters() for made in (captured, eager))
+    ours, theirs = (made.step.read_counters().wait() for made in (captured, eager))
     assert ours == theirs
 
 
@@ -117,17 +117,17 @@ def test_ten_steps_wait_for_nothing(captured):
         made.go(10)
         reading = made.step.read_counters()
         made.go(2)
-        reading.is_there()
+        reading.is_ready()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert reading.counters()["pictures"].steps > 0
+    assert reading.wait()["pictures"].steps > 0
 
 
 def test_a_non_finite_batch_is_skipped_inside_the_graph_and_counted():
     made = Trained(config(), captured=True)
     made.go(3)
     before = made.step.parameters.values.clone()
-    inputs = made.slots.inputs("pictures", 0)
+    inputs = made.buffers.view("pictures", 0)
     inputs.grid.fill_(torch.nan)
     inputs.labels.zero_()  # for another task's batch may lie there, with classes that this one does not have
     for number in (3, 4):
@@ -136,7 +136,7 @@ def test_a_non_finite_batch_is_skipped_inside_the_graph_and_counted():
         made.steps.update()
     assert torch.equal(made.step.parameters.values, before)
     assert not made.step.parameters.grads.any()
-    row = made.step.read_counters().counters()["pictures"]
+    row = made.step.read_counters().wait()["pictures"]
     assert (row.skipped, row.skipped_in_a_row, row.last_skipped_step) == (2, 2, 4)
     made.go(2)
     assert not torch.equal(made.step.parameters.values, before)
@@ -144,7 +144,7 @@ def test_a_non_finite_batch_is_skipped_inside_the_graph_and_counted():
 
 
 class Asking(nn.Module):
-    """A head that asks the device for a number, as no recorded step may."""
+    """A head that asks the device for a number, as no captured step may."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -154,20 +154,20 @@ class Asking(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias) * (1.0 if x.sum().item() else 0.5)
 
 
-def test_what_cannot_be_recorded_runs_eagerly_after_one_report():
+def test_what_cannot_be_captured_runs_eagerly_after_one_report():
     run = config(model=replace(MODEL, dropout=0.1))
     model = PolyViT.from_config(run)
     model.heads["clips"] = Asking(model.heads["clips"])
     step, said = Step(model.cuda().train(), run), []
-    slots = Slots(run, dict.fromkeys(run.tasks, torch.float32), CUDA)
+    buffers = InputBuffers(run, dict.fromkeys(run.tasks, torch.float32), CUDA)
     before = step.parameters.values.clone()
-    assert capture(step, slots, make_step_plan(run), said.append) is step
+    assert capture(step, buffers, make_step_plan(run), said.append) is step
     assert len(said) == 1
     assert "task clips" in said[0]
     assert torch.equal(step.parameters.values, before)
     for name in run.tasks:
         step.begin((name,), 1e-3, 0)
-        step.forward_backward(name, slots.inputs(name, 0))
+        step.forward_backward(name, buffers.view(name, 0))
         step.update()
     assert not torch.equal(step.parameters.values, before)
     assert step.parameters.values.isfinite().all()
@@ -181,7 +181,7 @@ def test_a_whole_run_is_the_same_with_and_without_capture(tmp_path):
     run = config(log_every_steps=10, save_every_steps=20)
     for name, changes in {"captured": {}, "eager": {"capture": False}}.items():
         assert run_folder(run, tmp_path / name, **changes).step == 50
-    folders = [checkpoint.newest(tmp_path / name) for name in ("captured", "eager")]
+    folders = [checkpoint.find_newest(tmp_path / name) for name in ("captured", "eager")]
     captured, eager = (found.load_tensors("model") for found in folders if found)
     assert all(torch.equal(captured[name], eager[name]) for name in eager)
     rows = [json.loads(line) for line in (tmp_path / "captured" / "metrics.jsonl").read_text().splitlines()]
@@ -204,7 +204,7 @@ def test_a_captured_run_resumes_as_if_it_had_not_been_stopped(tmp_path, monkeypa
     assert run_folder(run, tmp_path / "resumed").step == 20
     monkeypatch.setattr(Log, "tick", tick)
     assert run_folder(run, tmp_path / "resumed").step == 50
-    straight, resumed = (checkpoint.newest(tmp_path / name) for name in ("straight", "resumed"))
+    straight, resumed = (checkpoint.find_newest(tmp_path / name) for name in ("straight", "resumed"))
     for kind in ("model", "optimizer", "ema"):
         ours, theirs = resumed.load_tensors(kind), straight.load_tensors(kind)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
@@ -237,7 +237,7 @@ def transport():
         "nccl", init_method="tcp://127.0.0.1:29531", rank=0, world_size=1, device_id=torch.device("cuda", 0)
     )
     yield
-    # NCCL waits for recordings with its work in them, which a failed test's traceback would keep.
+    # NCCL waits for captured graphs with its work in them, which a failed test's traceback would keep.
     for name in ("last_traceback", "last_value", "last_exc", "last_type"):
         vars(sys).pop(name, None)
     gc.collect()
@@ -245,11 +245,11 @@ def transport():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sums_over_processes_can_be_recorded(transport, precision):
+def test_sums_over_processes_can_be_captured(transport, precision):
     run = config(schedule="accumulating")
     alone, made = (Trained(run, captured=False) for _ in range(2))
     made.step.reducer = Reducer(made.step.parameters, precision)
-    made.steps = Captured(made.step, made.slots, made.plan)
+    made.steps = CapturedStep(made.step, made.buffers, made.plan)
     for trained in (alone, made):
         trained.go(3)
     difference = (made.step.parameters.values - alone.step.parameters.values).abs().max()

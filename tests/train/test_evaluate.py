@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image as Pillow
-from processes import started, together
+from processes import run_processes, run_together
 from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast.config import Train
@@ -18,7 +18,7 @@ from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import generator
 from polyvit_fast.train.distributed.process_group import World
-from polyvit_fast.train.evaluate import evaluate, evaluate_run, find_checkpoint, view_logits
+from polyvit_fast.train.evaluate import average_logits, evaluate, evaluate_run, find_checkpoint
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def test_logits_are_averaged_over_views():
     model = untrained(config)
     grid = torch.randn(5, 3, 1, 16, 16, 3)
     by_hand = torch.stack([model(grid[:, view], "a") for view in range(3)]).mean(0)
-    torch.testing.assert_close(view_logits(model, "a", grid, "fp32"), by_hand)
+    torch.testing.assert_close(average_logits(model, "a", grid, "fp32"), by_hand)
 
 
 @pytest.mark.parametrize(("batch", "views"), [(8, 1), (7, 1), (64, 1), (8, 3)])
@@ -54,7 +54,7 @@ def test_every_sample_counts_once_whatever_the_batch(batch, views):
     grids = loader.decoder(media, [generator(i) for i in range(len(media))])
     assert grids.shape[:2] == (min(loader.size, 30), views)
     whole = Loader("a", replace(config, tasks={"a": replace(config.tasks["a"], batch=30 * views)}), train=False).load_validation(0)
-    right = view_logits(model, "a", whole.grid, "fp32").argmax(1) == whole.labels
+    right = average_logits(model, "a", whole.grid, "fp32").argmax(1) == whole.labels
     assert row["top1"] == pytest.approx(right.float().mean().item())
     assert row["num_examples"] == 30
 
@@ -68,7 +68,7 @@ def test_evaluation_leaves_the_model_in_its_mode(config):
 def test_a_runs_checkpoints_are_found_by_newest_best_and_step(tmp_path, config):
     config = change(config, out=str(tmp_path), eval_every_steps=5, save_every_steps=5, keep=4)
     outcome = train(config, "test", ["test"])
-    newest = checkpoint.newest(tmp_path)
+    newest = checkpoint.find_newest(tmp_path)
     assert newest
     assert find_checkpoint(tmp_path, "newest").step == 20
     assert find_checkpoint(tmp_path, "best").step == newest.state["best_step"]
@@ -124,7 +124,7 @@ def test_a_checkpoints_classes_rule_its_evaluation(tmp_path):
         evaluate_run(tmp_path / "run", config, "newest", (), quiet)
 
 
-def test_a_folder_without_a_checkpoint_is_told(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no whole checkpoint yet"):
         find_checkpoint(tmp_path, "newest")
 
@@ -158,15 +158,15 @@ def uneven_config(**changes) -> Train:
 
 
 def evaluated(world: World) -> dict[str, object]:
-    """Both evaluations of a run, of which the second knows the broken files, and what was told of the first."""
-    config, told = uneven_config(), []
+    """Both evaluations of a run, of which the second knows the broken files, and the progress of the first."""
+    config, progress = uneven_config(), []
     loaders = {name: Loader(name, config, train=False, rank=world.rank, world_size=world.size) for name in config.tasks}
     model = untrained(config)
-    rows = evaluate(model, config, loaders, lambda *place: told.append(place), world)
+    rows = evaluate(model, config, loaders, lambda *done: progress.append(done), world)
     again = evaluate(model, config, loaders, quiet, world)
     for row in (*rows.values(), *again.values()):
         assert row.pop("examples_per_second") > 0
-    return {"rows": rows, "again": again, "told": told}
+    return {"rows": rows, "again": again, "progress": progress}
 
 
 def test_processes_evaluate_as_one():
@@ -178,11 +178,13 @@ def test_processes_evaluate_as_one():
     }
     assert 0 < alone["rows"]["b"]["mAP"] < 1
     for size in (2, 4):
-        found = together(size, evaluated)
+        found = run_together(size, evaluated)
         assert all(one["rows"] == one["again"] == alone["rows"] for one in found)  # to the last digit
-        assert all(one["told"] == found[0]["told"] for one in found)
-        assert found[0]["told"] == [
-            place for place in alone["told"] if place[1] == place[2] or place[1] % (4 // (2 if place[0] == "b" else 1) * size) == 0
+        assert all(one["progress"] == found[0]["progress"] for one in found)
+        assert found[0]["progress"] == [
+            (task, done, total)
+            for task, done, total in alone["progress"]
+            if done == total or done % (4 // (2 if task == "b" else 1) * size) == 0
         ]
 
 
@@ -197,9 +199,9 @@ def broken_on_one(world: World) -> str:
 
 
 def test_a_process_that_cannot_go_on_stops_all():
-    told = together(2, broken_on_one)
-    assert told[0].startswith("task c: 2 of 14 files are broken")
-    assert told[1] == f"process 0: {told[0]}"
+    first, second = run_together(2, broken_on_one)
+    assert first.startswith("task c: 2 of 14 files are broken")
+    assert second == f"process 0: {first}"
 
 
 def test_a_run_is_evaluated_by_several_processes(tmp_path):
@@ -207,7 +209,7 @@ def test_a_run_is_evaluated_by_several_processes(tmp_path):
     checkpoint.save(tmp_path, 3, {"model": untrained(config).state_dict()}, {"best_step": None}, {}, keep=1)
     expected = evaluate_run(tmp_path, config, "newest", (), quiet)
     started_at = time.time()
-    first, other = started(2, evaluate_run, tmp_path, config, "newest", ("a", "c"), quiet)
+    first, other = run_processes(2, evaluate_run, tmp_path, config, "newest", ("a", "c"), quiet)
     lines = [json.loads(line) for line in Path(tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert other == {}
     assert first.keys() == {"a", "c"}

@@ -4,15 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+from capturable import META
 from launches import PRODUCTS, Launch, Launches
 from launches import h100_on_meta as h100_on_meta  # a fixture
 from launches import on_meta as on_meta  # another
-from recordable import META
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.feed import Slots
+from polyvit_fast.train.feed import InputBuffers
 from polyvit_fast.train.step import Step
 
 BATCH, TOKENS, DIM = 8, 65, 128
@@ -26,10 +26,10 @@ def launches(monkeypatch, depth=3, drop_path_rate=0.0, **changes) -> list[Launch
     model = Model(dim=DIM, depth=depth, num_heads=2, mlp_dim=256)
     run = tiny_config(tasks={"a": task}, model=model, precision="bf16", optim=Optim(name="adamw", lr=0.1), **changes)
     object.__setattr__(run, "device", "meta")
-    step, slots = Step(PolyViT.from_config(run).train(), run), Slots(run, {"a": torch.uint8}, META)
+    step, buffers = Step(PolyViT.from_config(run).train(), run), InputBuffers(run, {"a": torch.uint8}, META)
     step.begin(("a",), 0.1, 0)
     with Launches(monkeypatch) as mode:
-        step.forward_backward("a", slots.inputs("a", 0))
+        step.forward_backward("a", buffers.view("a", 0))
         step.update()
     assert "attention_short_bwd_kernel" in {launch.name for launch in mode.found}
     return [launch for launch in mode.found if not launch.ours and launch.name not in PRODUCTS]

@@ -60,7 +60,7 @@ def run_until(config: Train, folder: Path, step: int, number: int = signal.SIGTE
 
 
 def tensors(folder: Path):
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.find_newest(folder)
     assert newest
     return {name: load_file(newest.path / f"{name}.safetensors") for name in ("model", "optimizer")}
 
@@ -150,7 +150,7 @@ def test_fields_that_change_no_number_may_differ(tmp_path, config):
 class Poisoned(Synthetic):
     """Synthetic samples of which some have no finite pixel."""
 
-    share: float = 1.0
+    bad_ratio: float = 1.0
 
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: str = "cpu") -> Decoder:
         inner = super().decoder(task, batch=batch, train=train, num_threads=num_threads)
@@ -158,7 +158,7 @@ class Poisoned(Synthetic):
         def decode(media, rngs):
             numbers = [int("".join(c for c in m.name if c.isdigit())) for m in media]
             grid = inner(media, rngs).float()
-            bad = torch.tensor([number < self.share * self.num_samples for number in numbers])
+            bad = torch.tensor([number < self.bad_ratio * self.num_samples for number in numbers])
             return torch.where(bad.view(-1, 1, 1, 1, 1, 1), float("nan"), grid)
 
         return decode
@@ -171,7 +171,7 @@ def test_endless_non_finite_losses_stop_with_task_step_and_files(tmp_path):
 
 
 def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
-    config = tiny_config(tasks={"a": tile_task(steps=30, batch=2, train=Poisoned(num_samples=50, share=0.1))})
+    config = tiny_config(tasks={"a": tile_task(steps=30, batch=2, train=Poisoned(num_samples=50, bad_ratio=0.1))})
     outcome = run(config, tmp_path)
     assert outcome.step == 30
     last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
@@ -193,7 +193,7 @@ def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeyp
 
     monkeypatch.setattr(Log, "evaluating", signal_and_show)
     assert run(config, tmp_path / "stopped").signal == signal.SIGTERM
-    newest = checkpoint.newest(tmp_path / "stopped")
+    newest = checkpoint.find_newest(tmp_path / "stopped")
     assert newest
     assert newest.step == 20
     monkeypatch.setattr(Log, "evaluating", evaluating)
@@ -224,7 +224,7 @@ def json_values(folder: Path) -> Iterator[tuple[Path, object]]:
 
 def write_as_before(folder: Path) -> Path:
     """Put NaN back into the newest checkpoint's state.json, as versions up to 0.4 wrote it; gives that checkpoint's folder."""
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.find_newest(folder)
     assert newest
     path = newest.path / "state.json"
     content = path.read_text()
@@ -253,11 +253,11 @@ def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(t
         [value] = [result.value for result in found.results if result.task == "b"]
         assert math.isnan(value)
     print_results(again.results)
-    newest = checkpoint.newest(tmp_path)
+    newest = checkpoint.find_newest(tmp_path)
     assert newest
     assert newest.state["metrics"]["b"]["mAP"] is None
     assert newest.state["best_score"] == pytest.approx(max(best_scores(tmp_path)))
-    print_evaluation(config, evaluate_run(tmp_path, config, "best", (), lambda *place: None))
+    print_evaluation(config, evaluate_run(tmp_path, config, "best", (), lambda *done: None))
     plot_run(tmp_path, tmp_path / "curves.png")
     if old:
         shutil.rmtree(old)
@@ -272,7 +272,7 @@ def best_scores(folder: Path) -> list[float]:
 
 def test_best_checkpoint_stays(tmp_path, config):
     run(config, tmp_path, eval_every_steps=4, save_every_steps=4, keep=1)
-    newest = checkpoint.newest(tmp_path)
+    newest = checkpoint.find_newest(tmp_path)
     assert newest
     steps = {int(path.name.split("_")[1]) for path in (tmp_path / "checkpoints").iterdir()}
     assert steps == {20, newest.state["best_step"]}
@@ -292,10 +292,10 @@ def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch):
     outcome = run(config, tmp_path, save_every_steps=5)
     assert outcome.step == 20
     assert "Training goes on" in (tmp_path / "log.txt").read_text()
-    assert checkpoint.newest(tmp_path)
+    assert checkpoint.find_newest(tmp_path)
 
 
-def test_unwritable_run_folder_is_told(tmp_path, config):
+def test_unwritable_run_folder_is_refused(tmp_path, config):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"the run folder .*file/run cannot be made: Not a directory; choose another with --out"):
         run(config, tmp_path / "file" / "run")
@@ -314,7 +314,7 @@ def test_sigterm_to_a_real_process_saves_and_resumes(tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 75, output
     watchdog.cancel()
-    newest = checkpoint.newest(tmp_path / "run")
+    newest = checkpoint.find_newest(tmp_path / "run")
     assert newest
     assert 0 < newest.step < 2024
     assert "stopped by SIGTERM" in output
@@ -362,14 +362,14 @@ def test_a_copy_of_the_training_files_resumes_bitwise_with_a_word(tmp_path, pict
         os.utime(file, (1, 1))
     capsys.readouterr()
     run(pictures, tmp_path / "run")
-    told = capsys.readouterr().out.replace("\n", "")
-    assert "task p: some of its training files were written or copied since" in told
-    assert f"but have the sizes of then: {tmp_path / 'files' / 'blue' / '0.bmp'}" in told
-    assert "and 9 more" in told
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "task p: some of its training files were written or copied since" in printed
+    assert f"but have the sizes of then: {tmp_path / 'files' / 'blue' / '0.bmp'}" in printed
+    assert "and 9 more" in printed
     assert_equal_weights(tmp_path / "straight", tmp_path / "run")
 
 
-def test_changed_validation_files_are_told_on_resume(tmp_path, pictures, capsys):
+def test_changed_validation_files_are_reported_on_resume(tmp_path, pictures, capsys):
     shutil.copytree(tmp_path / "files", tmp_path / "val")
     task = replace(pictures.tasks["p"], val=Folder(path=str(tmp_path / "val")))
     config = replace(pictures, tasks={"p": task})
@@ -378,8 +378,8 @@ def test_changed_validation_files_are_told_on_resume(tmp_path, pictures, capsys)
     Pillow.new("RGB", (30, 30), "green").save(changed)
     capsys.readouterr()
     assert run(config, tmp_path / "run").results
-    told = capsys.readouterr().out.replace("\n", "")
-    assert f"(contents of {changed}): its metrics are those of other files now" in told
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert f"(contents of {changed}): its metrics are those of other files now" in printed
 
 
 def test_a_checkpoint_that_knows_names_alone_resumes_with_a_word(tmp_path, pictures, capsys, monkeypatch):
@@ -391,7 +391,7 @@ def test_a_checkpoint_that_knows_names_alone_resumes_with_a_word(tmp_path, pictu
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save)
         run_until(pictures, tmp_path / "run", 7)
-    newest = checkpoint.newest(tmp_path / "run")
+    newest = checkpoint.find_newest(tmp_path / "run")
     assert newest
     assert newest.state["samples"]["p"].startswith("12 files, ")
     (tmp_path / "files" / "red" / "9.bmp").write_bytes(b"")
@@ -408,7 +408,7 @@ def test_other_class_names_are_refused_on_resume(tmp_path):
     classes.write_text("dog\ncat\nemu\n")
     config = tiny_config(tasks={"a": tile_task(val=NamedTiles(num_samples=9, classes=str(classes)))})
     run_until(config, tmp_path / "run", 5)
-    newest = checkpoint.newest(tmp_path / "run")
+    newest = checkpoint.find_newest(tmp_path / "run")
     assert newest
     assert newest.state["classes"] == {"a": ["dog", "cat", "emu"]}
     classes.write_text("dog\nemu\ncat\n")
@@ -450,7 +450,7 @@ def test_too_many_broken_files_save_what_is_done(tmp_path):
     config = tiny_config(tasks={"a": tile_task(steps=40, train=Failing(num_samples=50))}, save_every_steps=1000, prefetch=1)
     with pytest.raises(DataError, match="more than max_bad_ratio"):
         run(config, tmp_path)
-    newest = checkpoint.newest(tmp_path)
+    newest = checkpoint.find_newest(tmp_path)
     assert newest
     assert newest.step > 0
 

@@ -150,11 +150,11 @@ def test_map_ranks_the_logits_whatever_they_are(name, batch):
     assert found == pytest.approx(mean_average_precision(logits, labels), abs=1e-6)
 
 
-@pytest.mark.parametrize("deviation", [1, 1000])
-def test_map_of_as_many_examples_as_audioset_has(deviation):
+@pytest.mark.parametrize("std", [1, 1000])
+def test_map_of_as_many_examples_as_audioset_has(std):
     torch.manual_seed(6)
     labels = (torch.rand(18_589, 3) < torch.tensor([0.003, 0.1, 0.6])).float()
-    logits = (torch.randn(18_589, 3) + labels) * deviation
+    logits = (torch.randn(18_589, 3) + labels) * std
     columns = [sorted_average_precision(*(t[:, j].double().numpy() for t in (logits, labels))) for j in range(3)]
     assert columns[0] == pytest.approx(average_precision(*(t[:, 0].double().numpy() for t in (logits, labels))), abs=1e-12)
     assert computed(multi_label(3), logits, labels, 1000)["mAP"] == pytest.approx(float(np.mean(columns)), abs=1e-6)
@@ -170,11 +170,11 @@ def test_of_equal_logits_the_first_class_comes_first(form):
     logits, labels = form(torch.randint(4, (300, 9))), torch.randint(9, (300,))
     earlier = torch.arange(9) < labels[:, None]
     right = logits.gather(1, labels[:, None])
-    places = ((logits > right) | ((logits == right) & earlier)).sum(1)
+    ranks = ((logits > right) | ((logits == right) & earlier)).sum(1)
     found = computed(task(9), logits, labels, 64)
-    assert found["top1"] == pytest.approx((places < 1).double().mean().item(), abs=1e-6)
+    assert found["top1"] == pytest.approx((ranks < 1).double().mean().item(), abs=1e-6)
     assert found["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-6)
-    assert found["top5"] == pytest.approx((places < 5).double().mean().item(), abs=1e-6)
+    assert found["top5"] == pytest.approx((ranks < 5).double().mean().item(), abs=1e-6)
 
 
 def test_accuracies_of_infinite_and_huge_logits():

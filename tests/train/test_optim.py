@@ -16,7 +16,7 @@ def small_net():
 
 
 def run(config, steps=50, finite=lambda step: True):
-    """Our optimizer and torch's own on twin nets, with the same gradients and rates; gives both nets."""
+    """Our optimizer and torch's own on equal nets, with the same gradients and rates; gives both nets."""
     ours, theirs = small_net(), small_net()
     flat = FlatParameters(ours)
     optimizer = Optimizer(flat, config)
@@ -32,7 +32,7 @@ def run(config, steps=50, finite=lambda step: True):
         lr = 0.1 / (1 + step)
         loss = (ours(x) ** 2).mean()
         loss.backward()
-        flat.taint.add_(loss.detach() * (0.0 if finite(step) else torch.nan))
+        flat.found_inf.add_(loss.detach() * (0.0 if finite(step) else torch.nan))
         optimizer.update(torch.tensor(lr))
         if finite(step):
             (theirs(x) ** 2).mean().backward()
@@ -64,19 +64,19 @@ def test_non_finite_steps_leave_no_trace(name):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [5, -1], ids=["gradient", "taint"])
-def test_what_is_not_finite_changes_nothing(name, poison, place):
+@pytest.mark.parametrize("index", [5, -1], ids=["gradient", "found_inf"])
+def test_what_is_not_finite_changes_nothing(name, poison, index):
     _, _, optimizer = run(Optim(name=name, ema_decay=0.9), steps=3)
     flat = optimizer.parameters
-    buffers = [flat.values, *(part for parts in optimizer.moments.values() for part in parts), optimizer.count, *optimizer.ema]
+    buffers = [flat.values, *(flat for flats in optimizer.moments.values() for flat in flats), optimizer.count, *optimizer.ema]
     before = [buffer.clone() for buffer in buffers]
-    (flat.taint if place == -1 else flat.grads[place]).fill_(poison)
+    (flat.found_inf if index == -1 else flat.grads[index]).fill_(poison)
     norm, done = optimizer.update(torch.tensor(0.1))
     assert not norm.isfinite()
     assert not done
     assert all(torch.equal(a, b) for a, b in zip(before, buffers, strict=True))
     assert not flat.grads.any()
-    assert flat.taint == 0
+    assert flat.found_inf == 0
 
 
 def test_the_norm_is_that_of_all_gradients():
@@ -84,34 +84,34 @@ def test_the_norm_is_that_of_all_gradients():
     flat = FlatParameters(net)
     (net(torch.randn(16, 5, generator=torch.Generator().manual_seed(0))) ** 2).mean().backward()
     expected = torch.stack([p.grad.norm() for p in net.parameters()]).norm()
-    torch.testing.assert_close(flat.norm(), expected)
+    torch.testing.assert_close(flat.compute_grad_norm(), expected)
     flat.zero_grads()
-    assert flat.norm() == 0
+    assert flat.compute_grad_norm() == 0
 
 
 def test_moving_average():
     ours, _, optimizer = run(Optim(name="sgd", ema_decay=0.5), steps=1)
     flat = optimizer.parameters
-    average, start = optimizer.average_tensors(), dict(small_net().named_parameters())
-    for name, value in flat.tensors().items():
+    average, start = optimizer.ema_state_dict(), dict(small_net().named_parameters())
+    for name, value in flat.state_dict().items():
         torch.testing.assert_close(average[name], 0.5 * start[name] + 0.5 * value)
     now = ours[0].weight.detach().clone()
-    with optimizer.averaged():
+    with optimizer.use_ema():
         assert torch.equal(ours[0].weight, average["0.weight"])
         assert not torch.equal(ours[0].weight, now)
     assert torch.equal(ours[0].weight, now)
     fresh = Optimizer(FlatParameters(small_net()), optimizer.config)
-    fresh.load_average(average)
-    assert all(torch.equal(t, average[name]) for name, t in fresh.average_tensors().items())
+    fresh.load_ema(average)
+    assert all(torch.equal(t, average[name]) for name, t in fresh.ema_state_dict().items())
 
 
 def test_without_a_moving_average_there_is_none_to_save_or_restore():
     optimizer = Optimizer(FlatParameters(small_net()), Optim())
-    assert optimizer.average_tensors() is None
-    with optimizer.averaged():
+    assert optimizer.ema_state_dict() is None
+    with optimizer.use_ema():
         pass
     with pytest.raises(ValueError, match="ema_decay = 0"):
-        optimizer.load_average({})
+        optimizer.load_ema({})
 
 
 def test_heads_of_absent_tasks_coast_on_their_momentum():
@@ -140,9 +140,9 @@ def test_flat_parameters_are_the_models_own_and_aligned():
     assert all(p.data_ptr() % 256 == flat.values.data_ptr() % 256 for p in model.parameters())
     flat.values.fill_(7)
     assert all((p == 7).all() for p in model.parameters())
-    assert flat.taint.data_ptr() not in {p.grad.data_ptr() for p in model.parameters()}
-    flat.taint.fill_(3)
-    assert flat.norm() == 3
+    assert flat.found_inf.data_ptr() not in {p.grad.data_ptr() for p in model.parameters()}
+    flat.found_inf.fill_(3)
+    assert flat.compute_grad_norm() == 3
     assert all(not p.grad.any() for p in model.parameters())
 
 
@@ -150,18 +150,18 @@ def test_weights_are_loaded_by_name():
     flat, other = FlatParameters(small_net()), small_net()
     for p in other.parameters():
         torch.nn.init.normal_(p)
-    flat.load(dict(other.state_dict()))
-    assert all(torch.equal(t, other.state_dict()[name]) for name, t in flat.tensors().items())
+    flat.load_state_dict(dict(other.state_dict()))
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in flat.state_dict().items())
     with pytest.raises(ValueError, match=r"0.bias, 0.weight, 1.bias"):
-        flat.load(dict(nn.Sequential(nn.Linear(5, 8)).state_dict()))
+        flat.load_state_dict(dict(nn.Sequential(nn.Linear(5, 8)).state_dict()))
 
 
 def test_saved_tensors_restore_and_foreign_ones_are_refused():
     _, _, optimizer = run(Optim(name="adamw"), steps=4)
-    saved = {name: t.clone() for name, t in optimizer.tensors().items()}
+    saved = {name: t.clone() for name, t in optimizer.state_dict().items()}
     fresh = Optimizer(FlatParameters(small_net()), optimizer.config)
-    fresh.load(saved)
-    assert all(torch.equal(t, saved[name]) for name, t in fresh.tensors().items())
+    fresh.load_state_dict(saved)
+    assert all(torch.equal(t, saved[name]) for name, t in fresh.state_dict().items())
     other = Optimizer(FlatParameters(nn.Sequential(nn.Linear(5, 8))), replace(optimizer.config))
     with pytest.raises(ValueError, match=r"0.bias, 0.weight, 1.bias"):
-        other.load(saved)
+        other.load_state_dict(saved)

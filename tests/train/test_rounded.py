@@ -9,7 +9,7 @@ from polyvit_fast.config import Optim, Train
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.reducer import Reducer
-from polyvit_fast.train.evaluate import view_logits
+from polyvit_fast.train.evaluate import average_logits
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.step import Step
 from polyvit_kernels.ops import weights
@@ -37,9 +37,9 @@ def train(step: Step, steps=range(STEPS), meanwhile=lambda step, number: None) -
         meanwhile(step, number)
         name = names[number % len(names)]
         step.begin((name,), 1e-2, number)
-        step.forward_backward(name, Inputs.of(loaders[name].load(number)))
+        step.forward_backward(name, Inputs.from_batch(loaders[name].load(number)))
         step.update()
-        losses.append(step.read_counters().counters()[name].loss)
+        losses.append(step.read_counters().wait()[name].loss)
     return losses
 
 
@@ -88,29 +88,29 @@ def load_state(step, number):
 
 def load_checkpoint(step, number):
     if number == 3:
-        step.parameters.load({name: 0.5 * tensor for name, tensor in step.parameters.tensors().items()})
+        step.parameters.load_state_dict({name: 0.5 * tensor for name, tensor in step.parameters.state_dict().items()})
 
 
 def restore_everything(step, number):
     if number == 3:
-        saved = {name: tensor.clone() for name, tensor in step.optimizer.tensors().items()}
-        step.optimizer.load(saved)
+        saved = {name: tensor.clone() for name, tensor in step.optimizer.state_dict().items()}
+        step.optimizer.load_state_dict(saved)
         load_checkpoint(step, number)
 
 
 def skip_a_step(step, number):
     if number == 3:
-        step.refuse()
+        step.skip_update()
 
 
 def look_at_the_average(step, number):
     if number == 3:
-        with step.optimizer.averaged():
+        with step.optimizer.use_ema():
             logits(step.model, step.config)
 
 
 def logits(model, config):
-    return view_logits(model, "a", Loader("a", config, train=False).load(0).grid[:, None], "bf16")
+    return average_logits(model, "a", Loader("a", config, train=False).load(0).grid[:, None], "bf16")
 
 
 MEANWHILE = [write_directly, load_state, load_checkpoint, restore_everything, skip_a_step, look_at_the_average]
@@ -131,25 +131,25 @@ def test_whoever_writes_to_the_parameters_is_heeded(meanwhile, request):
 def test_the_average_is_evaluated_and_then_the_parameters_again():
     step = rounding_step(optim=Optim(name="adamw", lr=0.1, ema_decay=0.5))
     train(step, range(4))
-    twin = PolyViT.from_config(step.config)
-    for now in (step.optimizer.averaged(), step.rehearsal()):
+    other = PolyViT.from_config(step.config)
+    for now in (step.optimizer.use_ema(), step.rehearse()):
         with now:
-            twin.load_state_dict({name: tensor.clone() for name, tensor in step.model.state_dict().items()})
-            assert torch.equal(logits(step.model, step.config), logits(twin, step.config))
-    assert not torch.equal(step.optimizer.ema[0], step.parameters.pieces[0].values)
+            other.load_state_dict({name: tensor.clone() for name, tensor in step.model.state_dict().items()})
+            assert torch.equal(logits(step.model, step.config), logits(other, step.config))
+    assert not torch.equal(step.optimizer.ema[0], step.parameters.groups[0].values)
 
 
 @pytest.mark.usefixtures("kept")
 def test_the_model_is_saved_without_them():
     step, plain = rounding_step(), PolyViT.from_config(tiny_config())
     assert step.model.state_dict().keys() == rounding_step(precision="fp32").model.state_dict().keys()
-    assert step.parameters.tensors().keys() == dict(step.model.named_parameters()).keys()
+    assert step.parameters.state_dict().keys() == dict(step.model.named_parameters()).keys()
     assert not any(weights.is_attached(parameter) for parameter in plain.parameters())
 
 
 def test_a_cpu_keeps_none():
     assert rounding_step().parameters.rounded is None
-    assert all(piece.rounded is None for piece in rounding_step().parameters.pieces)
+    assert all(group.rounded is None for group in rounding_step().parameters.groups)
 
 
 def test_where_they_are_kept():

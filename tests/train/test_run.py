@@ -1,4 +1,4 @@
-"""What `test_loop.py` does not tell of a run: its ledger of time, its folder beside other processes, and what it warns of."""
+"""What `test_loop.py` leaves out: the times of a run, its folder among other processes, and its warnings."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import PeerLog
 from polyvit_fast.train.run import Run
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.run_folder.lock import LOCK, RECORD
+from polyvit_fast.train.run_folder.lock import LOCK, RUNNING
 from polyvit_fast.train.schedule import make_step_plan
 from polyvit_fast.train.step import Step
 
@@ -43,7 +43,7 @@ def test_time_is_counted_for_the_interval_and_for_the_whole_run(run, monkeypatch
     for _ in range(2):
         for name, seconds in (("a", 0.01), ("b", 0.02)):
             now[0] += seconds
-            run.clock.data_is_there()
+            run.clock.mark_data_ready()
             run.clock.end(name)
         run.count_time(run.clock.lap())
         if run.seconds["a"] < 0.015:
@@ -81,7 +81,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
     kept = {"config.json", "command.txt", "versions.json", LOCK}
     kept |= {str(path.relative_to(folder)) for path in folder.glob("checkpoints/.tmp-*-of-the-other")}
     found = {name: (folder / name).stat() for name in kept}
-    grown = {name: (folder / name).stat().st_ino for name in ("log.txt", "metrics.jsonl", RECORD)}
+    grown = {name: (folder / name).stat().st_ino for name in ("log.txt", "metrics.jsonl", RUNNING)}
     return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()} | {name: (ino, 0) for name, ino in grown.items()}
 
 
@@ -91,8 +91,8 @@ def test_a_second_run_is_refused_before_it_touches_anything_and_readers_are_not(
     before = files(folder)
     for flags in ([], ["--seed", "3"], ["--no-resume"]):  # whatever else is wrong, this comes first
         assert cli.run([*SMOKE, str(folder), *flags]) == 2
-        told = capsys.readouterr().err
-        assert f"the run folder {folder} is in use: process {process.pid} on " in told
+        printed = capsys.readouterr().err
+        assert f"the run folder {folder} is in use: process {process.pid} on " in printed
     assert files(folder) == before
     assert cli.run(["eval", str(folder)]) == 0
     assert cli.run(["plot", str(folder)]) == 0
@@ -105,13 +105,13 @@ def test_a_second_run_is_refused_before_it_touches_anything_and_readers_are_not(
 def test_a_run_goes_on_at_once_after_the_kill_of_the_one_before(tmp_path, living):
     folder = tmp_path / "run"
     living().kill()
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.find_newest(folder)
     assert newest
     again = living()
     assert again.poll() is None
     log = (folder / "log.txt").read_text()
     assert "resumed from step" in log
-    assert json.loads((folder / RECORD).read_text())["pid"] == again.pid
+    assert json.loads((folder / RUNNING).read_text())["pid"] == again.pid
 
 
 def test_a_warmup_that_never_ends_is_warned_of(tmp_path):
@@ -122,7 +122,7 @@ def test_a_warmup_that_never_ends_is_warned_of(tmp_path):
 
 def forget_warmup(folder: Path) -> None:
     """Make the newest checkpoint one of a version that did not note its warm-up."""
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.find_newest(folder)
     assert newest
     text = json.dumps({key: value for key, value in newest.state.items() if key != "warmup_steps"}).encode()
     (newest.path / "state.json").write_bytes(text)
@@ -132,18 +132,18 @@ def forget_warmup(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup_steps", "is_told"),
+    ("schedule", "warmup_steps", "is_warned_of"),
     [("weighted", 0, False), ("weighted", 7, False), ("weighted", 8, True), ("accumulating", 0, False), ("accumulating", 4, True)],
 )
-def test_an_earlier_versions_run_whose_rates_were_others_is_told_so(tmp_path, schedule, warmup_steps, is_told):
+def test_an_earlier_versions_run_whose_rates_were_others_is_warned_of(tmp_path, schedule, warmup_steps, is_warned_of):
     optim = Optim(warmup_steps=warmup_steps)
     config = tiny_config(schedule=schedule, optim=optim, save_every_steps=7, keep=9, out=str(tmp_path))
     train(config, "test", ["test"])
-    for found in checkpoint.every(tmp_path):
+    for found in checkpoint.iterate(tmp_path):
         if found.step > 7:
             shutil.rmtree(found.path)
     forget_warmup(tmp_path)
     train(config, "test", ["test"])
     log = (tmp_path / "log.txt").read_text()
     assert "resumed from step 7" in log
-    assert ("is of an earlier version, whose warm-up began at a rate of 0" in log) == is_told
+    assert ("is of an earlier version, whose warm-up began at a rate of 0" in log) == is_warned_of

@@ -10,7 +10,7 @@ from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Optim
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_step_plan, warmup_length, warmup_note
+from polyvit_fast.train.schedule import SCHEDULES, check_warmup, compute_warmup_steps, count_steps, learning_rate, make_step_plan
 
 STEPS = {"a": 7, "b": 20, "c": 4}
 
@@ -110,8 +110,8 @@ def test_every_schedule_has_the_same_share_of_warmup_and_no_step_without_a_rate(
     assert max(rate) == pytest.approx(2.0, rel=1e-3)
     assert rate[0] == pytest.approx(2.0 / (0.1 * total))
     assert rate[-1] == pytest.approx(2.0 * math.sin(math.pi / 2 / (0.9 * total)) ** 2)
-    assert warmup_length(config, total) == pytest.approx(0.1 * total)
-    assert warmup_note(config, total) is None
+    assert compute_warmup_steps(config, total) == pytest.approx(0.1 * total)
+    assert check_warmup(config, total) is None
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
@@ -119,18 +119,18 @@ def test_the_rate_of_the_papers_nine_tasks_decays_in_every_schedule(schedule):
     """The accumulating schedule has 46,435 updates, fewer than the 47,330 steps of warm-up that the 417,920 of the others have."""
     config = replace(experiments.load("polyvit_b16"), schedule=schedule)
     plan = make_step_plan(config)
-    marks = {share: learning_rate(config, plan, int(share * len(plan))) for share in (0.05, 0.9)}
-    scales = {share: sum(config.tasks[n].lr_scale for n in plan[int(share * len(plan))]) / len(plan[0]) for share in marks}
-    share = 47_330 / 417_920
-    assert marks[0.05] == pytest.approx(scales[0.05] * 0.05 / share, rel=1e-3)
-    assert marks[0.9] == pytest.approx(scales[0.9] * 0.5 * (1 + math.cos(math.pi * (0.9 - share) / (1 - share))), rel=1e-3)
-    assert warmup_note(config, len(plan)) is None
+    marks = {at: learning_rate(config, plan, int(at * len(plan))) for at in (0.05, 0.9)}
+    scales = {at: sum(config.tasks[n].lr_scale for n in plan[int(at * len(plan))]) / len(plan[0]) for at in marks}
+    warmup = 47_330 / 417_920
+    assert marks[0.05] == pytest.approx(scales[0.05] * 0.05 / warmup, rel=1e-3)
+    assert marks[0.9] == pytest.approx(scales[0.9] * 0.5 * (1 + math.cos(math.pi * (0.9 - warmup) / (1 - warmup))), rel=1e-3)
+    assert check_warmup(config, len(plan)) is None
 
 
 def test_a_warmup_of_the_whole_run_is_told():
     config = three_tasks("accumulating", optim=Optim(warmup_steps=31))
-    assert warmup_note(config, 10) == "The warm-up of 10 steps does not end within the run of 10: lower --optim.warmup-steps."
-    assert warmup_note(replace(config, optim=Optim(warmup_steps=30)), 10) is None
+    assert check_warmup(config, 10) == "The warm-up of 10 steps does not end within the run of 10: lower --optim.warmup-steps."
+    assert check_warmup(replace(config, optim=Optim(warmup_steps=30)), 10) is None
 
 
 def test_learning_rate_is_scaled_by_the_task():

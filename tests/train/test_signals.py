@@ -95,7 +95,7 @@ def num_lines(folder: Path) -> int:
 
 
 def saved_step(folder: Path) -> int:
-    newest = checkpoint.newest(folder / "run", pytest.fail)
+    newest = checkpoint.find_newest(folder / "run", pytest.fail)
     assert newest
     return newest.step
 
@@ -202,7 +202,7 @@ def test_the_first_signal_counts_and_raises_once_until_there_is_something_to_sav
     assert [exit_code(number) for number in (signal.SIGINT, signal.SIGHUP)] == [130, 75]
 
 
-def test_handlers_are_shared_inside_and_put_back_after():
+def test_handlers_are_the_same_inside_and_restored_after():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)}
     with stop_on_signals() as stop:
         with stop_on_signals() as inner:

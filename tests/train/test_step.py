@@ -10,7 +10,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.optim import FlatParameters
-from polyvit_fast.train.step import Step, neighbours, parameters_of, reverse
+from polyvit_fast.train.step import Step, find_parameters, reverse, swap_neighbours
 
 
 def fresh(config):
@@ -20,7 +20,7 @@ def fresh(config):
 def one_step(step, names, batches, lr=1e-3, number=0):
     step.begin(names, lr, number)
     for name, batch in zip(names, batches, strict=True):
-        step.forward_backward(name, Inputs.of(batch))
+        step.forward_backward(name, Inputs.from_batch(batch))
     step.update()
 
 
@@ -62,8 +62,8 @@ def test_gradient_is_that_of_the_mean_or_sum_over_tasks_and_micro_batches(change
     step = fresh(config)
     step.begin(tuple(config.tasks), 0.0, 0)
     for name, batch in batches:
-        step.forward_backward(name, Inputs.of(batch))
-    for name, gradient in step.parameters.whole([piece.grads for piece in step.parameters.pieces]).items():
+        step.forward_backward(name, Inputs.from_batch(batch))
+    for name, gradient in step.parameters.unflatten([group.grads for group in step.parameters.groups]).items():
         torch.testing.assert_close(gradient, gradient_by_autograd(config, batches)[name], rtol=1e-4, atol=1e-6)
 
 
@@ -86,8 +86,8 @@ def accumulated_by_torch(config, steps=4):
         for name, loader in loaders.items():
             batch = loader.load(number)
             losses.append(LOSSES[config.tasks[name].loss](model(batch.grid, name), batch.labels, 0.0))
-        joined = torch.stack(losses)
-        (joined.mean() if config.optim.accumulate == "mean" else joined.sum()).backward()
+        stacked = torch.stack(losses)
+        (stacked.mean() if config.optim.accumulate == "mean" else stacked.sum()).backward()
         if config.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
@@ -139,10 +139,10 @@ def test_counters_are_means_since_the_last_reading(config):
         with torch.no_grad():
             losses.append(LOSSES["softmax"](step.model(batch.grid, "a"), batch.labels, 0.0).item())
         one_step(step, ("a",), [batch], number=i)
-    counters = step.read_counters().counters()
+    counters = step.read_counters().wait()
     assert counters["a"].loss == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert (counters["a"].steps, counters["b"].steps, counters["a"].skipped) == (3, 0, 0)
-    assert step.read_counters().counters()["a"].steps == 0
+    assert step.read_counters().wait()["a"].steps == 0
 
 
 def test_a_non_finite_batch_is_skipped_and_counted(config):
@@ -154,7 +154,7 @@ def test_a_non_finite_batch_is_skipped_and_counted(config):
         one_step(step, ("a",), [b], 0.1 if b is poisoned else 0.0, i)
         assert torch.equal(step.parameters.values, before)
         assert not step.parameters.grads.any()
-    row = step.read_counters().counters()["a"]
+    row = step.read_counters().wait()["a"]
     assert (row.skipped, row.skipped_in_a_row, row.last_skipped_step) == (3, 1, 3)
 
 
@@ -163,7 +163,7 @@ def test_bf16_autocast_stays_close_and_keeps_fp32_parameters(config):
     exact, rounded = fresh(config), fresh(replace(config, precision="bf16"))
     for step in (exact, rounded):
         step.begin(("a",), 0.0, 0)
-        step.forward_backward("a", Inputs.of(batch))
+        step.forward_backward("a", Inputs.from_batch(batch))
     cosine = torch.nn.functional.cosine_similarity(exact.parameters.grads, rounded.parameters.grads, dim=0)
     assert cosine > 0.98
     assert not torch.equal(exact.parameters.grads, rounded.parameters.grads)
@@ -176,7 +176,7 @@ def test_an_accumulating_step_counts_its_skipped_tasks_only(config):
     poisoned = Batch(torch.full_like(batches["b"].grid, float("inf")), batches["b"].labels)
     one_step(step, ("a", "b"), [batches["a"], poisoned], number=3)
     one_step(step, ("a",), [batches["a"]], number=4)
-    rows = step.read_counters().counters()
+    rows = step.read_counters().wait()
     assert [(row.skipped, row.skipped_in_a_row, row.last_skipped_step) for row in rows.values()] == [(1, 0, 3), (1, 1, 3)]
 
 
@@ -188,24 +188,26 @@ def test_a_rehearsal_changes_nothing(config, optim):
     batch = Loader("a", config, train=True).load(0)
     one_step(step, ("a",), [batch])
     state = (
-        {"values": step.parameters.values, "counters": step.counters} | step.optimizer.tensors() | (step.optimizer.average_tensors() or {})
+        {"values": step.parameters.values, "counters": step.counters}
+        | step.optimizer.state_dict()
+        | (step.optimizer.ema_state_dict() or {})
     )
     before = {name: tensor.clone() for name, tensor in state.items()}
-    with step.rehearsal():
+    with step.rehearse():
         step.begin(("a",), 0.1, 7)
-        step.forward_backward("a", Inputs.of(batch))
+        step.forward_backward("a", Inputs.from_batch(batch))
         for _ in range(3):  # an update clears the gradient, and what forbids it with it
-            step.refuse()
-        step.forward_backward("a", Inputs.of(batch))
+            step.skip_update()
+        step.forward_backward("a", Inputs.from_batch(batch))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
     assert not step.parameters.grads.any()
 
 
 def test_neighbours_swap_in_pairs():
-    assert neighbours(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
-    assert neighbours(torch.arange(5)).tolist() == [1, 0, 3, 2, 4]
-    assert neighbours(torch.arange(1)).tolist() == [0]
-    assert neighbours(torch.arange(8).view(4, 2)).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
+    assert swap_neighbours(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert swap_neighbours(torch.arange(5)).tolist() == [1, 0, 3, 2, 4]
+    assert swap_neighbours(torch.arange(1)).tolist() == [0]
+    assert swap_neighbours(torch.arange(8).view(4, 2)).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
 
 
 def test_a_reversed_batch_pairs_the_first_with_the_last():
@@ -217,4 +219,4 @@ def test_a_reversed_batch_pairs_the_first_with_the_last():
 def test_the_parameters_of_a_task_are_those_that_get_a_gradient(config):
     model = PolyViT.from_config(config)
     model(Loader("a", config, train=True).load(0).grid, "a").sum().backward()
-    assert parameters_of(model, "a") == [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert find_parameters(model, "a") == [name for name, parameter in model.named_parameters() if parameter.grad is not None]

@@ -210,7 +210,7 @@ _MLP = tuple(
         archs=archs,
         tokens=tokens,
         features=features,
-        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "PARTS": parts},
+        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "EPILOGUE_SUBTILES": parts},
         num_warps=warps,
         num_stages=stages,
     )

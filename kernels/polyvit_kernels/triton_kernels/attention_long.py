@@ -1,14 +1,19 @@
 # A launch is not the call that its signature says, to a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Attention of any number of tokens, of equal sequences or of sequences packed one after the other: online softmax, two-phase backward.
+"""Attention of any number of tokens: online softmax forward, two-pass backward (FlashAttention-2, arXiv 2307.08691).
 
-Reads the packed projection `[batch, tokens, 3, heads, head_dim]`, or `[total, 3, heads, head_dim]` with the first row of every sequence
-in `cu_tokens` (`VARLEN`), and writes the same without the 3. The backward computes the scores twice, once for dK and dV with a block of
-keys staying, once for dQ with a block of queries staying: no atomics, so runs repeat bit for bit.
+Reads packed QKV `[batch, tokens, 3, heads, head_dim]` and writes O `[batch, tokens, heads, head_dim]` and the log-sum-exp in base 2,
+`[batch, heads, tokens]`. With VARLEN there is no batch: sequences lie one after the other, `[total, 3, heads, head_dim]`, the i-th from row
+`cu_tokens[i]` on, and the log-sum-exp is `[heads, total]`.
+
+Forward: a program has a block of queries of one head and walks over the keys with a running maximum and sum, so that scores never reach
+memory. Backward: the first programs of a head each have a block of keys (dK, dV), the others a block of queries (dQ). That computes the
+scores twice, but no two programs add to one element: no atomics, runs repeat bit for bit.
 
 - BLOCK_M, BLOCK_N: queries of a program and keys of an iteration (forward, dQ)
 - KEYS_M, KEYS_N: queries of an iteration and keys of a program (dK and dV)
 - HEAD_DIM, BLOCK_D: a head's width and the power of two that holds it
+- scale: log2(e) / √head_dim, as all exponentials are powers of two
 """
 
 from collections.abc import Iterator
@@ -22,56 +27,64 @@ from polyvit_kernels.tiles import Tile, Variant
 from polyvit_kernels.triton_kernels.attention_short import LN_2, scale_of
 from polyvit_kernels.triton_kernels.rows import load_rows, store_rows
 
-_DELTA_ROWS = 64
+_DELTA_BLOCK_M = 64
 
 
 @triton.jit
-def _sequence(p_cu_tokens, i_sequence, tokens, VARLEN: tl.constexpr):
-    """(first row, number of rows) of a sequence."""
+def _locate_sequence(p_cu_tokens, i_sequence, tokens, VARLEN: tl.constexpr):
+    """(index of its first row, its length)"""
     if VARLEN:
         i_first = tl.load(p_cu_tokens + i_sequence)
-        count = tl.load(p_cu_tokens + i_sequence + 1) - i_first
+        length = tl.load(p_cu_tokens + i_sequence + 1) - i_first
         i_first = i_first.to(tl.int64)
     else:
         i_first = i_sequence.to(tl.int64) * tokens
-        count = tokens
-    return i_first, count
+        length = tokens
+    return i_first, length
 
 
 @triton.jit
-def _first_element(i_first, i_sequence, stride_batch, stride_token, VARLEN: tl.constexpr):
-    """Offset of a sequence's first row in a tensor with such strides."""
+def _sequence_offset(i_first, i_sequence, stride_batch, stride_token, VARLEN: tl.constexpr):
+    """Of a sequence's first row in a tensor with these strides."""
     if VARLEN:
         return i_first * stride_token
     return i_sequence.to(tl.int64) * stride_batch
 
 
 @triton.jit
-def _first_sum(i_first, i_sequence, i_head, tokens, heads, VARLEN: tl.constexpr):
-    """Offset of a sequence's first log-sum in `[batch, heads, tokens]`, or in `[heads, total]`."""
+def _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN: tl.constexpr):
+    """Of a sequence's first log-sum-exp in `[batch, heads, tokens]`, or in `[heads, total]`."""
     if VARLEN:
         return i_head.to(tl.int64) * tokens + i_first
     return (i_sequence.to(tl.int64) * heads + i_head) * tokens
 
 
 @triton.jit
-def _absorb(
-    b_q, p_k, p_v, b_max, b_sum, b_out, i_start, stride, count, scale,
+def _online_softmax_update(
+    b_q, p_k, p_v, b_max, b_sum, b_out, i_start, stride, length, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys more in the running maximum, sum and output (arXiv 2205.14135, algorithm 1)."""
+    """The running maximum, sum and output after one more block of keys."""
+    # [BLOCK_N]
     i_key = i_start + tl.arange(0, BLOCK_N)
-    b_k = load_rows(p_k, i_key, stride, count, HEAD_DIM, BLOCK_D, MASKED)
+    # [BLOCK_N, BLOCK_D]
+    b_k = load_rows(p_k, i_key, stride, length, HEAD_DIM, BLOCK_D, MASKED)
+    # [BLOCK_M, BLOCK_N]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED:
-        b_s = tl.where(i_key[None, :] < count, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-    b_p = tl.exp2(b_s * scale - b_new[:, None])
-    b_alpha = tl.exp2(b_max - b_new)
+        b_s = tl.where(i_key[None, :] < length, b_s, float("-inf"))
+    # [BLOCK_M]
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+    # [BLOCK_M, BLOCK_N]
+    b_p = tl.exp2(b_s * scale - b_new_max[:, None])
+    # [BLOCK_M]; rescales what was summed with the old maximum
+    b_alpha = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-    b_v = load_rows(p_v, i_key, stride, count, HEAD_DIM, BLOCK_D, MASKED)
+    # [BLOCK_N, BLOCK_D]
+    b_v = load_rows(p_v, i_key, stride, length, HEAD_DIM, BLOCK_D, MASKED)
+    # [BLOCK_M, BLOCK_D]
     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")
-    return b_new, b_sum, b_out
+    return b_new_max, b_sum, b_out
 
 
 @triton.jit
@@ -93,32 +106,38 @@ def attention_long_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head. Blocks of a head are neighbours, so that its keys and values are read from L2."""
+    """One block of queries of one head. Programs of a head are neighbours in the grid, so that its keys and values are read from L2."""
     i_head, i_sequence = tl.program_id(1), tl.program_id(2)
-    i_first, count = _sequence(p_cu_tokens, i_sequence, tokens, VARLEN)
-    if tl.program_id(0) * BLOCK_M >= count:
+    i_first, length = _locate_sequence(p_cu_tokens, i_sequence, tokens, VARLEN)
+    # The grid is as long as the longest sequence.
+    if tl.program_id(0) * BLOCK_M >= length:
         return
+    # [BLOCK_M]
     i_query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_q = p_qkv + _first_element(i_first, i_sequence, stride_batch, stride_token, VARLEN) + i_head.to(tl.int64) * stride_head
+    p_q = p_qkv + _sequence_offset(i_first, i_sequence, stride_batch, stride_token, VARLEN) + i_head.to(tl.int64) * stride_head
     p_k = p_q + stride_part
     p_v = p_k + stride_part
-    b_q = load_rows(p_q, i_query, stride_token, count, HEAD_DIM, BLOCK_D, True)
+    # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(p_q, i_query, stride_token, length, HEAD_DIM, BLOCK_D, True)
+    # [BLOCK_M]
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
+    # [BLOCK_M, BLOCK_D]
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = count // BLOCK_N * BLOCK_N
-    for i_start in range(0, whole, BLOCK_N):
-        b_max, b_sum, b_out = _absorb(
-            b_q, p_k, p_v, b_max, b_sum, b_out, i_start, stride_token, count, scale, HEAD_DIM, BLOCK_D, BLOCK_N, False
+    # Only the last block of keys may need a mask.
+    unmasked = length // BLOCK_N * BLOCK_N
+    for i_start in range(0, unmasked, BLOCK_N):
+        b_max, b_sum, b_out = _online_softmax_update(
+            b_q, p_k, p_v, b_max, b_sum, b_out, i_start, stride_token, length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, False
         )  # fmt: skip
-    if whole < count:
-        b_max, b_sum, b_out = _absorb(
-            b_q, p_k, p_v, b_max, b_sum, b_out, whole, stride_token, count, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True
+    if unmasked < length:
+        b_max, b_sum, b_out = _online_softmax_update(
+            b_q, p_k, p_v, b_max, b_sum, b_out, unmasked, stride_token, length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True
         )  # fmt: skip
     p_head = p_out + (i_first * heads + i_head) * HEAD_DIM
-    store_rows(p_head, b_out / b_sum[:, None], i_query, heads * HEAD_DIM, count, HEAD_DIM, BLOCK_D)
-    p_row = p_lse + _first_sum(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
-    tl.store(p_row, b_max + tl.log2(b_sum), mask=i_query < count)
+    store_rows(p_head, b_out / b_sum[:, None], i_query, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    p_row = p_lse + _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
+    tl.store(p_row, b_max + tl.log2(b_sum), mask=i_query < length)
 
 
 @triton.jit
@@ -137,66 +156,84 @@ def attention_long_bwd_kernel_delta(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """rowsum(dO · O), which equals rowsum(dP · P), laid out as the log-sums."""
+    """rowsum(dO · O), which equals rowsum(dP · P), laid out as the log-sum-exp."""
     i_head, i_sequence = tl.program_id(1), tl.program_id(2)
-    i_first, count = _sequence(p_cu_tokens, i_sequence, tokens, VARLEN)
+    i_first, length = _locate_sequence(p_cu_tokens, i_sequence, tokens, VARLEN)
+    # [BLOCK_M]
     i_query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_do = p_grad + _first_element(i_first, i_sequence, grad_batch, grad_token, VARLEN) + i_head.to(tl.int64) * grad_head
-    b_do = load_rows(p_do, i_query, grad_token, count, HEAD_DIM, BLOCK_D, True)
-    b_o = load_rows(p_out + (i_first * heads + i_head) * HEAD_DIM, i_query, heads * HEAD_DIM, count, HEAD_DIM, BLOCK_D, True)
-    p_row = p_delta + _first_sum(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
-    tl.store(p_row, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1), mask=i_query < count)
+    p_do = p_grad + _sequence_offset(i_first, i_sequence, grad_batch, grad_token, VARLEN) + i_head.to(tl.int64) * grad_head
+    # [BLOCK_M, BLOCK_D]
+    b_do = load_rows(p_do, i_query, grad_token, length, HEAD_DIM, BLOCK_D, True)
+    b_o = load_rows(p_out + (i_first * heads + i_head) * HEAD_DIM, i_query, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D, True)
+    p_row = p_delta + _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
+    tl.store(p_row, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1), mask=i_query < length)
 
 
 @triton.jit
-def _d_keys(
-    p_q, p_do, p_row, p_delta, p_dq, i_start, count, stride_token, stride_part, grad_token, stride_d, part_d, scale,
+def _compute_dkv(
+    p_q, p_do, p_lse, p_delta, p_dq, i_start, length, stride_token, stride_part, grad_token, stride_d, part_d, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS_M: tl.constexpr, KEYS_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of keys. Scores are transposed: their rows are keys, so that P and dS need not change hands."""
+    """dK and dV of one block of keys. Scores are transposed, a row a key, so that P and dS are left operands as they come."""
+    # [KEYS_N]
     i_key = i_start + tl.arange(0, KEYS_N)
-    b_k = load_rows(p_q + stride_part, i_key, stride_token, count, HEAD_DIM, BLOCK_D, True)
-    b_v = load_rows(p_q + 2 * stride_part, i_key, stride_token, count, HEAD_DIM, BLOCK_D, True)
+    # [KEYS_N, BLOCK_D]
+    b_k = load_rows(p_q + stride_part, i_key, stride_token, length, HEAD_DIM, BLOCK_D, True)
+    b_v = load_rows(p_q + 2 * stride_part, i_key, stride_token, length, HEAD_DIM, BLOCK_D, True)
     b_dk = tl.zeros([KEYS_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([KEYS_N, BLOCK_D], tl.float32)
-    for i_query_start in range(0, count, KEYS_M):
+    for i_query_start in range(0, length, KEYS_M):
+        # [KEYS_M]
         i_query = i_query_start + tl.arange(0, KEYS_M)
-        b_q = load_rows(p_q, i_query, stride_token, count, HEAD_DIM, BLOCK_D, True)
-        b_do = load_rows(p_do, i_query, grad_token, count, HEAD_DIM, BLOCK_D, True)
-        # An infinite log-sum makes the probabilities of rows beyond the end zero.
-        b_lse = tl.load(p_row + i_query, mask=i_query < count, other=float("inf"))
-        b_delta = tl.load(p_delta + i_query, mask=i_query < count, other=0.0)
+        # [KEYS_M, BLOCK_D]
+        b_q = load_rows(p_q, i_query, stride_token, length, HEAD_DIM, BLOCK_D, True)
+        b_do = load_rows(p_do, i_query, grad_token, length, HEAD_DIM, BLOCK_D, True)
+        # [KEYS_M]; an infinite log-sum-exp makes the probabilities of rows beyond the end zero
+        b_lse = tl.load(p_lse + i_query, mask=i_query < length, other=float("inf"))
+        b_delta = tl.load(p_delta + i_query, mask=i_query < length, other=0.0)
+        # [KEYS_N, KEYS_M]
         b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :])
+        # [KEYS_N, BLOCK_D]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        # [KEYS_N, KEYS_M]
         b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :])
+        # [KEYS_N, BLOCK_D]
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    store_rows(p_dq + part_d, b_dk * (scale * LN_2), i_key, stride_d, count, HEAD_DIM, BLOCK_D)
-    store_rows(p_dq + 2 * part_d, b_dv, i_key, stride_d, count, HEAD_DIM, BLOCK_D)
+    store_rows(p_dq + part_d, b_dk * (scale * LN_2), i_key, stride_d, length, HEAD_DIM, BLOCK_D)
+    store_rows(p_dq + 2 * part_d, b_dv, i_key, stride_d, length, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def _d_queries(
-    p_q, p_do, p_row, p_delta, p_dq, i_start, count, stride_token, stride_part, grad_token, stride_d, scale,
+def _compute_dq(
+    p_q, p_do, p_lse, p_delta, p_dq, i_start, length, stride_token, stride_part, grad_token, stride_d, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries."""
+    # [BLOCK_M]
     i_query = i_start + tl.arange(0, BLOCK_M)
-    b_q = load_rows(p_q, i_query, stride_token, count, HEAD_DIM, BLOCK_D, True)
-    b_do = load_rows(p_do, i_query, grad_token, count, HEAD_DIM, BLOCK_D, True)
-    b_lse = tl.load(p_row + i_query, mask=i_query < count, other=float("inf"))
-    b_delta = tl.load(p_delta + i_query, mask=i_query < count, other=0.0)
+    # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(p_q, i_query, stride_token, length, HEAD_DIM, BLOCK_D, True)
+    b_do = load_rows(p_do, i_query, grad_token, length, HEAD_DIM, BLOCK_D, True)
+    # [BLOCK_M]
+    b_lse = tl.load(p_lse + i_query, mask=i_query < length, other=float("inf"))
+    b_delta = tl.load(p_delta + i_query, mask=i_query < length, other=0.0)
+    # [BLOCK_M, BLOCK_D]
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i_key_start in range(0, count, BLOCK_N):
+    for i_key_start in range(0, length, BLOCK_N):
+        # [BLOCK_N]
         i_key = i_key_start + tl.arange(0, BLOCK_N)
-        b_k = load_rows(p_q + stride_part, i_key, stride_token, count, HEAD_DIM, BLOCK_D, True)
-        b_v = load_rows(p_q + 2 * stride_part, i_key, stride_token, count, HEAD_DIM, BLOCK_D, True)
+        # [BLOCK_N, BLOCK_D]
+        b_k = load_rows(p_q + stride_part, i_key, stride_token, length, HEAD_DIM, BLOCK_D, True)
+        b_v = load_rows(p_q + 2 * stride_part, i_key, stride_token, length, HEAD_DIM, BLOCK_D, True)
+        # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        # Where all scores of a query are far below zero, that of a key beyond the end, 0, would make infinity, and NaN of dQ.
-        b_s = tl.where(i_key[None, :] < count, b_s, float("-inf"))
+        # A key beyond the end scores 0. Where all true scores are far below, its probability would be infinite, and dQ NaN.
+        b_s = tl.where(i_key[None, :] < length, b_s, float("-inf"))
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+        # [BLOCK_M, BLOCK_D]
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    store_rows(p_dq, b_dq * (scale * LN_2), i_query, stride_d, count, HEAD_DIM, BLOCK_D)
+    store_rows(p_dq, b_dq * (scale * LN_2), i_query, stride_d, length, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -228,44 +265,45 @@ def attention_long_bwd_kernel(
 ):
     """One block of keys (the first `key_blocks` programs of a head) or of queries (the others)."""
     i_block, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_first, count = _sequence(p_cu_tokens, i_sequence, tokens, VARLEN)
-    p_q = p_qkv + _first_element(i_first, i_sequence, stride_batch, stride_token, VARLEN) + i_head.to(tl.int64) * stride_head
-    p_do = p_grad + _first_element(i_first, i_sequence, grad_batch, grad_token, VARLEN) + i_head.to(tl.int64) * grad_head
-    o_row = _first_sum(i_first, i_sequence, i_head, tokens, heads, VARLEN)
+    i_first, length = _locate_sequence(p_cu_tokens, i_sequence, tokens, VARLEN)
+    p_q = p_qkv + _sequence_offset(i_first, i_sequence, stride_batch, stride_token, VARLEN) + i_head.to(tl.int64) * stride_head
+    p_do = p_grad + _sequence_offset(i_first, i_sequence, grad_batch, grad_token, VARLEN) + i_head.to(tl.int64) * grad_head
+    o_lse = _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN)
+    # dQ, dK and dV interleave as Q, K and V do, in a contiguous [..., 3, heads, HEAD_DIM].
     part_d = heads * HEAD_DIM
     stride_d = 3 * part_d
     p_dq = p_dqkv + i_first * stride_d + i_head * HEAD_DIM
     if i_block < key_blocks:
-        if i_block * KEYS_N < count:
-            _d_keys(
-                p_q, p_do, p_lse + o_row, p_delta + o_row, p_dq, i_block * KEYS_N, count,
+        if i_block * KEYS_N < length:
+            _compute_dkv(
+                p_q, p_do, p_lse + o_lse, p_delta + o_lse, p_dq, i_block * KEYS_N, length,
                 stride_token, stride_part, grad_token, stride_d, part_d, scale, HEAD_DIM, BLOCK_D, KEYS_M, KEYS_N,
             )  # fmt: skip
     else:
         i_start = (i_block - key_blocks) * BLOCK_M
-        if i_start < count:
-            _d_queries(
-                p_q, p_do, p_lse + o_row, p_delta + o_row, p_dq, i_start, count,
+        if i_start < length:
+            _compute_dq(
+                p_q, p_do, p_lse + o_lse, p_delta + o_lse, p_dq, i_start, length,
                 stride_token, stride_part, grad_token, stride_d, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 def forward(qkv: Tensor, tile: Tile, cu_tokens: Tensor | None = None, max_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """(out, log2 of the softmax's sum in fp32): `[batch, tokens, heads, head_dim]` and `[batch, heads, tokens]`.
+    """(O, its log-sum-exp in base 2, fp32): `[batch, tokens, heads, head_dim]` and `[batch, heads, tokens]`.
 
-    With `cu_tokens`, int32 `[sequences + 1]`: `[total, heads, head_dim]` and `[heads, total]`, no sequence being longer than
-    `max_tokens`. qkv's last stride is 1.
+    With `cu_tokens`, int32 `[sequences + 1]`: `[total, heads, head_dim]` and `[heads, total]`; no sequence is longer than `max_tokens`.
+    The last stride of qkv is 1.
     """
     tokens, heads, head_dim = qkv.shape[-4], *qkv.shape[-2:]
     out = qkv.new_empty(*qkv.shape[:-3], heads, head_dim)
     lse = qkv.new_empty((heads, tokens) if cu_tokens is not None else (len(qkv), heads, tokens), dtype=torch.float32)
     if out.numel():
-        packed = cu_tokens is not None
+        varlen = cu_tokens is not None
         sequences, longest = _sizes(qkv, cu_tokens, max_tokens)
         grid = (triton.cdiv(longest, tile.blocks["BLOCK_M"]), heads, sequences)
         attention_long_fwd_kernel[grid](
-            qkv, out, lse, cu_tokens, tokens, heads, *_strides(qkv, packed), scale_of(head_dim),
-            VARLEN=packed, HEAD_DIM=head_dim, **tile.launch(),
+            qkv, out, lse, cu_tokens, tokens, heads, *_strides(qkv, varlen), scale_of(head_dim),
+            VARLEN=varlen, HEAD_DIM=head_dim, **tile.launch(),
         )  # fmt: skip
     return out, lse
 
@@ -273,24 +311,24 @@ def forward(qkv: Tensor, tile: Tile, cu_tokens: Tensor | None = None, max_tokens
 def backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tile: Tile, cu_tokens: Tensor | None = None, max_tokens: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(the packed gradient, as `qkv` but contiguous; an empty tensor, as its sums are not known).
+    """(the gradient of packed QKV, contiguous; an empty tensor, as its sums over the tokens are not computed here).
 
     The last strides of grad and qkv are 1; out is contiguous.
     """
     tokens, heads, head_dim = qkv.shape[-4], *qkv.shape[-2:]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if out.numel():
-        packed, blocks = cu_tokens is not None, tile.blocks
+        varlen, blocks = cu_tokens is not None, tile.blocks
         sequences, longest = _sizes(qkv, cu_tokens, max_tokens)
         delta = torch.empty_like(lse)
-        shared = {"VARLEN": packed, "HEAD_DIM": head_dim}
-        attention_long_bwd_kernel_delta[(triton.cdiv(longest, _DELTA_ROWS), heads, sequences)](
-            grad, out, delta, cu_tokens, tokens, heads, *_strides(grad, packed), **shared, BLOCK_D=blocks["BLOCK_D"], BLOCK_M=_DELTA_ROWS
+        shared = {"VARLEN": varlen, "HEAD_DIM": head_dim}
+        attention_long_bwd_kernel_delta[(triton.cdiv(longest, _DELTA_BLOCK_M), heads, sequences)](
+            grad, out, delta, cu_tokens, tokens, heads, *_strides(grad, varlen), **shared, BLOCK_D=blocks["BLOCK_D"], BLOCK_M=_DELTA_BLOCK_M
         )  # fmt: skip
         key_blocks = triton.cdiv(longest, blocks["KEYS_N"])
         grid = (key_blocks + triton.cdiv(longest, blocks["BLOCK_M"]), heads, sequences)
         attention_long_bwd_kernel[grid](
-            grad, qkv, lse, delta, dqkv, cu_tokens, tokens, heads, key_blocks, *_strides(grad, packed), *_strides(qkv, packed),
+            grad, qkv, lse, delta, dqkv, cu_tokens, tokens, heads, key_blocks, *_strides(grad, varlen), *_strides(qkv, varlen),
             scale_of(head_dim), **shared, **tile.launch(),
         )  # fmt: skip
     return dqkv, lse.new_empty(0)
@@ -301,13 +339,13 @@ def _sizes(qkv: Tensor, cu_tokens: Tensor | None, max_tokens: int) -> tuple[int,
     return (len(qkv), qkv.shape[1]) if cu_tokens is None else (len(cu_tokens) - 1, max_tokens)
 
 
-def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
-    """The strides of the batch (0 where sequences lie one after the other), the token and so on, but not the last."""
-    return ((0,) if packed else ()) + x.stride()[:-1]
+def _strides(x: Tensor, varlen: bool) -> tuple[int, ...]:
+    """All strides but the last, that of the batch first: 0 where there is none."""
+    return ((0,) if varlen else ()) + x.stride()[:-1]
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernels of a row for a packed projection as a linear layer gives it: for equal sequences, then for packed ones."""
+    """The kernels of a tile for packed QKV as a linear layer gives it: for equal sequences, then for varlen ones."""
     tensor, sum_ = f"*{dtype}", "*fp32"
     sizes = {"tokens": "i32", "heads": "i32"}
     strides = {"stride_batch": "i32", "stride_token": "i32", "stride_part": "i32", "stride_head": "i32"}
@@ -335,5 +373,5 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
             numbers = sizes | {"key_blocks": "i32"} | grad_strides | strides | {"scale": "fp32"}
             yield variant(attention_long_bwd_kernel, pointers, numbers, dict(tile.blocks))
             pointers = {"p_grad": tensor, "p_out": tensor, "p_delta": sum_}
-            blocks = {"BLOCK_D": tile.blocks["BLOCK_D"], "BLOCK_M": _DELTA_ROWS}
+            blocks = {"BLOCK_D": tile.blocks["BLOCK_D"], "BLOCK_M": _DELTA_BLOCK_M}
             yield variant(attention_long_bwd_kernel_delta, pointers, sizes | grad_strides, blocks)

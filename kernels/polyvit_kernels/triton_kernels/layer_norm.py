@@ -1,8 +1,12 @@
-"""Layer normalisation in one pass each way; adding a residual first costs no pass of its own.
+"""Layer normalisation in one pass over memory each way; adding a residual first costs no pass of its own.
 
-Constants: WIDTH the length of a vector, BLOCK the power of two that holds it, ROWS vectors side by side in a program's registers.
-Backward: PROGRAMS persistent programs, each with SUMS partial sums of every column, so that the sums have one order on every card;
-STAGES loads in flight.
+Forward: a program normalises ROWS vectors, which stay in its registers between the mean, the variance and the output. Backward: persistent
+programs walk over the vectors and keep the sums for the weight and the bias in registers; a second, small kernel adds up the programs'
+partial sums. Their number does not depend on the GPU, so the sums have one order everywhere.
+
+- WIDTH, BLOCK: the length of a vector and the power of two that holds it
+- ROWS: vectors of a program (forward) or of an iteration (backward)
+- PROGRAMS: persistent programs of the backward; SUMS: partial sums that each of them has of every column; STAGES: loads in flight
 """
 
 from __future__ import annotations
@@ -36,28 +40,35 @@ def layer_norm_fwd_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Without a residual `p_residual` and `p_sum` are None."""
+    """The sum with the residual, that normalised, its mean and reciprocal standard deviation. Without a residual, its pointers are None."""
+    # [ROWS], [BLOCK]
     i_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i_columns = tl.arange(0, BLOCK)
     m_rows = i_rows < rows
     m_columns = i_columns < WIDTH
+    # Where the vectors fill their blocks, one column of the mask is enough.
     mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & m_columns[None, :]
+    # [BLOCK]
     b_weight = tl.load(p_weight + i_columns, m_columns, 0.0).to(tl.float32)
     b_bias = tl.load(p_bias + i_columns, m_columns, 0.0).to(tl.float32)
-    o_out = i_rows[:, None] * WIDTH + i_columns[None, :]
     # [ROWS, BLOCK]
+    o_out = i_rows[:, None] * WIDTH + i_columns[None, :]
     b_x = tl.load(p_x + i_rows[:, None] * stride_x + i_columns[None, :], mask, 0.0).to(tl.float32)
     if p_residual is not None:
         b_x += tl.load(p_residual + i_rows[:, None] * stride_residual + i_columns[None, :], mask, 0.0).to(tl.float32)
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + o_out, b_sum, mask)
-        # Backward knows the rounded sum only: it is what must be normalised.
+        # The backward sees only the rounded sum, so that is what must be normalised.
         b_x = b_sum.to(tl.float32)
+    # [ROWS]
     b_mean = tl.sum(b_x, 1) / WIDTH
+    # [ROWS, BLOCK]
     b_centred = b_x - b_mean[:, None]
     if WIDTH != BLOCK:
         b_centred = tl.where(m_columns[None, :], b_centred, 0.0)
+    # [ROWS]
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / WIDTH + eps)
+    # [ROWS, BLOCK]
     b_out = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask)
     tl.store(p_mean + i_rows, b_mean, m_rows)
@@ -88,46 +99,54 @@ def layer_norm_bwd_kernel(
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`p_partials` is `[programs, SUMS, WIDTH]`: of the weight, of the bias, and where SUMS is 3 of what `p_low` takes.
+    """dX, once more in another form, and the partial sums of this program.
 
-    That is the gradient of x in a lower precision, or with `p_factors` (fp32, one for so many `tokens`) multiplied by its example's
-    factor; None where nobody wants it, as is `p_grad_sum` without a gradient of the sum.
+    `p_low` takes dX in a lower precision; it may be None. Where there are `p_factors`, fp32, one for each example of `tokens` vectors, it
+    is multiplied by them. `p_grad_sum`, the gradient of the sum with the residual, is added to dX; it may be None.
+    `p_partials` `[programs, SUMS, WIDTH]` takes the sums for the weight, for the bias and, where SUMS is 3, of what `p_low` takes.
     """
     i_program = tl.program_id(0)
+    # [BLOCK]
     i_columns = tl.arange(0, BLOCK)
     m_columns = i_columns < WIDTH
     b_weight = tl.load(p_weight + i_columns, m_columns, 0.0).to(tl.float32)
-    # Summed over rows at the end only: inside the loop that would be a word between warps for every vector.
+    # [ROWS, BLOCK]; summed over the rows at the end, since a reduction across warps in every iteration would cost more
     b_d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     b_d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     b_low_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for i_block in tl.range(i_program, tl.cdiv(rows, ROWS), PROGRAMS, num_stages=STAGES):
+        # [ROWS]
         i_rows = i_block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_rows = i_rows < rows
         mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & m_columns[None, :]
-        # [ROWS, BLOCK]; beyond the vectors all but b_normal is 0, and that is multiplied by them.
+        # [ROWS, BLOCK]; beyond the vectors both are 0, so b_normal, which is not, adds nothing there
         b_x = tl.load(p_x + i_rows[:, None] * stride_x + i_columns[None, :], mask, 0.0).to(tl.float32)
         b_grad = tl.load(p_grad + i_rows[:, None] * stride_grad + i_columns[None, :], mask, 0.0).to(tl.float32)
+        # [ROWS]
         b_mean = tl.load(p_mean + i_rows, m_rows, 0.0)
         b_rstd = tl.load(p_rstd + i_rows, m_rows, 0.0)
+        # [ROWS, BLOCK]
         b_normal = (b_x - b_mean[:, None]) * b_rstd[:, None]
         b_d_weight += b_grad * b_normal
         b_d_bias += b_grad
         b_g = b_grad * b_weight[None, :]
+        # [ROWS]
         b_along = tl.sum(b_g * b_normal, 1) / WIDTH
+        # [ROWS, BLOCK]
         b_dx = b_rstd[:, None] * (b_g - (tl.sum(b_g, 1) / WIDTH)[:, None] - b_normal * b_along[:, None])
         if p_grad_sum is not None:
             b_dx += tl.load(p_grad_sum + i_rows[:, None] * stride_grad_sum + i_columns[None, :], mask, 0.0).to(tl.float32)
         o_dx = i_rows[:, None] * WIDTH + i_columns[None, :]
         tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask)
         if p_factors is not None:
-            # [ROWS]; divided in 32 bits, as 64 take several times the instructions.
+            # [ROWS]; the index is divided in 32 bits, which takes a fraction of the instructions of 64
             b_factors = tl.load(p_factors + (i_block * ROWS + tl.arange(0, ROWS)) // tokens, m_rows, 0.0)
             b_dx *= b_factors[:, None]
         if p_low is not None:
             tl.store(p_low + o_dx, b_dx.to(p_low.dtype.element_ty), mask)
         if SUMS == 3:
             b_low_sum += b_dx
+    # [BLOCK]
     o_partial = i_program * SUMS * WIDTH + i_columns
     tl.store(p_partials + o_partial, tl.sum(b_d_weight, 0), m_columns)
     tl.store(p_partials + WIDTH + o_partial, tl.sum(b_d_bias, 0), m_columns)
@@ -147,18 +166,21 @@ def layer_norm_bwd_kernel_parameters(
     BLOCK_PROGRAMS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """The sums of `p_partials` over the programs, which are loaded all at once. Without a third sum `p_dx_sum` is None."""
+    """The sums of `p_partials` over the programs, for a few columns. Without a third sum `p_dx_sum` is None."""
+    # [BLOCK_PROGRAMS], [BLOCK_COLUMNS]
     i_programs = tl.arange(0, BLOCK_PROGRAMS)
     i_columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     m_columns = i_columns < WIDTH
     mask = m_columns[:, None] & (i_programs < programs)[None, :]
     # [BLOCK_COLUMNS, BLOCK_PROGRAMS]
     o_partials = i_columns[:, None] + i_programs[None, :] * SUMS * WIDTH
+    # [BLOCK_COLUMNS]
     b_d_weight = tl.sum(tl.load(p_partials + o_partials, mask, 0.0), 1)
     b_d_bias = tl.sum(tl.load(p_partials + WIDTH + o_partials, mask, 0.0), 1)
     tl.store(p_d_weight + i_columns, b_d_weight.to(p_d_weight.dtype.element_ty), m_columns)
     tl.store(p_d_bias + i_columns, b_d_bias.to(p_d_bias.dtype.element_ty), m_columns)
     if p_dx_sum is not None:
+        # [BLOCK_COLUMNS]
         b_dx_sum = tl.sum(tl.load(p_partials + 2 * WIDTH + o_partials, mask, 0.0), 1)
         tl.store(p_dx_sum + i_columns, b_dx_sum.to(p_dx_sum.dtype.element_ty), m_columns)
 
@@ -211,10 +233,10 @@ def backward(
     low_dtype: torch.dtype | None = None,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
+    """(dX, dX in `low_dtype`, the sums of that over all vectors, the gradient of the weight, of the bias).
 
-    With a `low_dtype` the gradient of `x` comes in that too, multiplied by the `factors` of the examples if there are any, unless it is
-    the same; and its columns' sums, rounded last, do as well.
+    `grad_sum`, if there is one, is added to dX. The second one is multiplied by the `factors` of the examples; it is None without a
+    `low_dtype`, and where it would equal the first. The sums are rounded last; they are None without a `low_dtype`.
     """
     width = x.shape[-1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -253,7 +275,7 @@ def backward(
 
 
 def _sum_partials(partials: Tensor, dtype: torch.dtype, sums: Tensor | None, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight and of the bias; `sums`, if there are any, are written."""
+    """The gradients of the weight and of the bias; writes `sums` unless they are None."""
     programs, _, width = partials.shape
     d_weight, d_bias = (torch.empty(width, dtype=dtype, device=partials.device) for _ in range(2))
     launch: Any = layer_norm_bwd_kernel_parameters[(triton.cdiv(width, _COLUMNS),)]
@@ -279,16 +301,16 @@ def _num_sums(sums: object) -> int:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """`[rows, width]` with adjacent elements in each row, copied only when it does not lie so."""
+    """`[rows, width]` with adjacent elements in each row; a copy only where they are not adjacent."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernels of a row for vectors of `dtype` as long as in the usual ViTs, with fp32 weights, without and with a residual.
+    """The kernels of a tile for vectors of `dtype` as long as in the usual ViTs, with fp32 weights, with a residual and without.
 
-    An fp32 stream also with branches in bf16, as under autocast. Backward: beside a residual, whose gradient is handed on with its sums
-    and its rounded form, both with factors and without, and alone.
+    An fp32 stream also has branches in bf16, as under autocast. The backward with a residual also gives the rounded gradient and its sums,
+    with factors and without.
     """
     usual = [width for width in (192, 384, 768, 1024, 1280) if triton.next_power_of_2(width) == tile.features]
     outs = ("fp32", "bf16") if dtype == "fp32" else (dtype,)
@@ -312,7 +334,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
 
 
 def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], width: int, tile: Tile) -> Variant:
-    """`more` constants: None stands for a pointer that is not there."""
+    """`more` are further constants; None is a pointer that is absent."""
     constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), **tile.blocks, **more}
     names = [name for name in kernel.arg_names if name not in constants]
     usual = {name: "*fp32" if name.startswith("p_") else "fp32" if name == "eps" else "i32" for name in names}

@@ -1,14 +1,17 @@
 # A launch is not the call that its signature says, to a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Matrix products with what follows them in the same pass: bias and GELU, bias and residual, the slope that GELU had.
+"""Matrix products with fused epilogues: bias and GELU, bias and residual, and GELU's backward.
 
-No atomics: every element has one writer, and runs repeat bit for bit. All tensors are contiguous matrices; a weight is `[out, in]`.
+A program computes one tile of the output with a loop over the depth and applies the epilogue to the accumulators, so that the product
+itself never reaches memory. All tensors are contiguous matrices; a weight is `[out, in]`. No atomics: every element has one writer, and
+runs repeat bit for bit.
 
 - BLOCK_M, BLOCK_N: rows and columns of a program's tile of the output; BLOCK_K: columns of A that one iteration takes
-- GROUP_M: so many tiles of rows take turns before the next tile of columns, so that what they share is read from L2
-- PARTS: the tile is finished in so many parts, one after the other, which takes fewer registers: 1, 2 or 4
+- GROUP_M: tiles of rows whose programs are adjacent for a tile of columns, so that what they read in common comes from L2
+- EPILOGUE_SUBTILES: 1, 2 or 4 column slices of the tile that the epilogue treats one after the other, in fewer registers
 - EVEN_N, EVEN_K: the size is a multiple of its block, so nothing is masked
-- GELU: "erf" or "tanh"; PRECISE: by its definition, for fp32, not by the fits of `_tail`; KEEP: GELU's slope is stored
+- B_KN: B is stored `[depth, columns]`, not `[columns, depth]`
+- GELU, PRECISE: as in `gelu`; KEEP: GELU's slope is stored
 """
 
 import itertools
@@ -21,11 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from polyvit_kernels.tiles import Tile, Variant
+from polyvit_kernels.triton_kernels.gelu import gelu, gelu_and_slope
 
 
 @triton.jit
-def _tile_place(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The first row and the first column of this program's tile."""
+def _tile_origin(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The first row and column of this program's tile, in groups of GROUP_M tiles of rows."""
     i_tile = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     i_first = i_tile // (GROUP_M * tiles_n) * GROUP_M
@@ -35,7 +39,7 @@ def _tile_place(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def _product(
+def _matmul(
     p_a,
     p_b,
     i_row,
@@ -43,21 +47,24 @@ def _product(
     num_rows,
     num_columns,
     depth,
-    B_ROWS: tl.constexpr,
+    B_KN: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of A Bᵀ, or of A B when `B_ROWS`, `[BLOCK_M, BLOCK_N]` in fp32; A is `[num_rows, depth]`.
+    """A tile of A Bᵀ, or of A B with `B_KN`, `[BLOCK_M, BLOCK_N]` in fp32; A is `[num_rows, depth]`.
 
-    What lies beyond the end along an axis that is not contiguous repeats the last row: cheaper than a mask, and never stored.
+    Beyond the end of an axis that is not contiguous the last row is read again: cheaper than a mask, and never stored.
     """
+    # [BLOCK_K], [BLOCK_M]
     o_k = tl.arange(0, BLOCK_K)
     o_m = tl.minimum(tl.arange(0, BLOCK_M), num_rows - 1 - i_row)
+    # [BLOCK_M, BLOCK_K]
     p_a += i_row.to(tl.int64) * depth + (o_m[:, None] * depth + o_k[None, :])
-    if B_ROWS:
+    # [BLOCK_N], [BLOCK_K, BLOCK_N]
+    if B_KN:
         o_n = tl.arange(0, BLOCK_N)
         p_b += i_column + (o_k[:, None] * num_columns + o_n[None, :])
         step = BLOCK_K * num_columns
@@ -65,18 +72,22 @@ def _product(
         o_n = tl.minimum(tl.arange(0, BLOCK_N), num_columns - 1 - i_column)
         p_b += i_column.to(tl.int64) * depth + (o_n[None, :] * depth + o_k[:, None])
         step = BLOCK_K
+    # [1, BLOCK_N]
     m_n = (o_n < num_columns - i_column)[None, :]
+    # [BLOCK_M, BLOCK_N]
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_k in tl.range(0, depth, BLOCK_K):
+        # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
         if EVEN_K:
             b_a = tl.load(p_a)
-            if B_ROWS and not EVEN_N:
+            if B_KN and not EVEN_N:
                 b_b = tl.load(p_b, mask=m_n, other=0.0)
             else:
                 b_b = tl.load(p_b)
         else:
             b_a = tl.load(p_a, mask=(o_k < depth - i_k)[None, :], other=0.0)
             b_b = tl.load(p_b, mask=(o_k < depth - i_k)[:, None] & m_n, other=0.0)
+        # [BLOCK_M, BLOCK_N]
         b_sum = tl.dot(b_a, b_b, b_sum, input_precision="ieee")
         p_a += BLOCK_K
         p_b += step
@@ -84,82 +95,30 @@ def _product(
 
 
 @triton.jit
-def _tail(b_t, GELU: tl.constexpr, PRECISE: tl.constexpr):
-    """gelu(−t) / −t for t ≥ 0: Φ(−t), or 1 / (1 + exp(2 u(t))) for tanh.
-
-    Its log2 is nearly a parabola: a polynomial and one exp2 cost less than erf or tanh, and keep the tail's relative precision. The
-    polynomials are of degree 7, with the least greatest relative error on [0, 5.5] and [0, 5], and fall to −∞ beyond. Measured in fp32
-    against fp64, gelu is off by less than 7e-7, and for x < 0 by less than 6e-6 of its value (erf); by 1.6e-5, and 1e-4 of it (tanh).
-    bf16 rounds off up to 2e-3 of a value, fp16 5e-4.
-    """
-    if PRECISE:
-        if GELU == "erf":
-            b_tail = 0.5 - 0.5 * tl.erf(b_t * 0.7071067811865476)
-        else:
-            b_exp = tl.exp(b_t * (-1.5957691216057308 - 0.07135481282553434 * b_t * b_t))
-            b_tail = b_exp / (1.0 + b_exp)
-    else:
-        if GELU == "erf":
-            b_log = b_t * -1.79345375e-06 + 6.09041454e-05
-            b_log = b_t * b_log - 0.000926028762
-            b_log = b_t * b_log + 0.00849375594
-            b_log = b_t * b_log - 0.0539378449
-            b_log = b_t * b_log - 0.458480507
-            b_log = b_t * b_log - 1.15124679
-            b_log = b_t * b_log - 0.99999547
-        else:
-            b_log = b_t * -5.61740708e-05 + 0.00123216258
-            b_log = b_t * b_log - 0.0100884484
-            b_log = b_t * b_log + 0.0324372128
-            b_log = b_t * b_log - 0.0812495574
-            b_log = b_t * b_log - 0.442411691
-            b_log = b_t * b_log - 1.1546514
-            b_log = b_t * b_log - 0.99987793
-        b_tail = tl.exp2(b_log)
-    return b_tail
-
-
-@triton.jit
-def gelu(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
-    """gelu(x) = max(x, 0) − |x| tail(|x|)."""
-    b_t = tl.abs(b_x)
-    return tl.maximum(b_x, 0.0) - b_t * _tail(b_t, GELU, PRECISE)
-
-
-@triton.jit
-def gelu_and_slope(b_x, GELU: tl.constexpr, PRECISE: tl.constexpr):
-    """gelu(x) and gelu'(x) = P + x P', P(x) = gelu(x) / x; P' is the normal density, or 2 u' P (1 − P) for tanh."""
-    b_t = tl.abs(b_x)
-    b_tail = _tail(b_t, GELU, PRECISE)
-    if GELU == "erf":
-        b_density = tl.exp2(b_x * b_x * -0.7213475204444817 - 1.3257480647361593)
-    else:
-        b_density = (b_tail - b_tail * b_tail) * (b_x * b_x * 0.21406443847660303 + 1.5957691216057308)
-    return tl.maximum(b_x, 0.0) - b_t * b_tail, b_x * b_density + tl.where(b_x > 0, 1.0 - b_tail, b_tail)
-
-
-@triton.jit
-def _halves(b_tile):
-    """The left and the right columns of a tile."""
+def _split_columns(b_tile):
+    """The left and the right half of a tile's columns."""
     return b_tile.reshape(b_tile.shape[0], 2, b_tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
-def _elements(i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of the elements of a `[ROWS, COLUMNS]` part of the output, which of them exist, and which columns do."""
+def _output_offsets(i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a `[ROWS, COLUMNS]` subtile of the output, which of them exist, and which columns do."""
+    # [ROWS], [COLUMNS]
     o_m, o_n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    o_part = i_row.to(tl.int64) * num_columns + i_column + (o_m[:, None] * num_columns + o_n[None, :])
-    m_part = (o_m < num_rows - i_row)[:, None]
+    # [ROWS, COLUMNS], [ROWS, 1] or [ROWS, COLUMNS]
+    o_out = i_row.to(tl.int64) * num_columns + i_column + (o_m[:, None] * num_columns + o_n[None, :])
+    m_out = (o_m < num_rows - i_row)[:, None]
+    # [COLUMNS]
     if EVEN_N:
         m_n = tl.full([COLUMNS], 1, tl.int1)
     else:
         m_n = o_n < num_columns - i_column
-        m_part &= m_n[None, :]
-    return o_part, m_part, m_n
+        m_out &= m_n[None, :]
+    return o_out, m_out, m_n
 
 
 @triton.jit
-def _finish_gelu(
+def _epilogue_gelu(
     b_h,
     p_bias,
     p_y,
@@ -172,27 +131,33 @@ def _finish_gelu(
     PRECISE: tl.constexpr,
     KEEP: tl.constexpr,
     EVEN_N: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILES: tl.constexpr,
 ):
-    if PARTS > 1:
-        b_left, b_right = _halves(b_h)
+    if EPILOGUE_SUBTILES > 1:
+        b_left, b_right = _split_columns(b_h)
         i_right = i_column + b_left.shape[1]
-        _finish_gelu(b_left, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
-        _finish_gelu(b_right, p_bias, p_y, p_slope, i_row, i_right, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS // 2)
+        _epilogue_gelu(
+            b_left, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, EPILOGUE_SUBTILES // 2
+        )
+        _epilogue_gelu(
+            b_right, p_bias, p_y, p_slope, i_row, i_right, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, EPILOGUE_SUBTILES // 2
+        )
     else:
-        o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_h.shape[0], b_h.shape[1])
+        o_out, m_out, m_n = _output_offsets(i_row, i_column, num_rows, num_columns, EVEN_N, b_h.shape[0], b_h.shape[1])
+        # [COLUMNS]
         b_bias = tl.load(p_bias + i_column + tl.arange(0, b_h.shape[1]), mask=m_n, other=0.0)
+        # [ROWS, COLUMNS]
         b_h += b_bias.to(tl.float32)[None, :]
         if KEEP:
             b_y, b_slope = gelu_and_slope(b_h, GELU, PRECISE)
-            tl.store(p_slope + o_part, b_slope.to(p_slope.dtype.element_ty), mask=m_part)
+            tl.store(p_slope + o_out, b_slope.to(p_slope.dtype.element_ty), mask=m_out)
         else:
             b_y = gelu(b_h, GELU, PRECISE)
-        tl.store(p_y + o_part, b_y.to(p_y.dtype.element_ty), mask=m_part)
+        tl.store(p_y + o_out, b_y.to(p_y.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def _finish_add(
+def _epilogue_add(
     b_y,
     p_bias,
     p_residual,
@@ -204,39 +169,48 @@ def _finish_add(
     num_columns,
     tokens,
     EVEN_N: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILES: tl.constexpr,
 ):
-    if PARTS > 1:
-        b_left, b_right = _halves(b_y)
+    if EPILOGUE_SUBTILES > 1:
+        b_left, b_right = _split_columns(b_y)
         i_right = i_column + b_left.shape[1]
-        _finish_add(b_left, p_bias, p_residual, p_factors, p_y, i_row, i_column, num_rows, num_columns, tokens, EVEN_N, PARTS // 2)
-        _finish_add(b_right, p_bias, p_residual, p_factors, p_y, i_row, i_right, num_rows, num_columns, tokens, EVEN_N, PARTS // 2)
+        _epilogue_add(
+            b_left, p_bias, p_residual, p_factors, p_y, i_row, i_column, num_rows, num_columns, tokens, EVEN_N, EPILOGUE_SUBTILES // 2
+        )
+        _epilogue_add(
+            b_right, p_bias, p_residual, p_factors, p_y, i_row, i_right, num_rows, num_columns, tokens, EVEN_N, EPILOGUE_SUBTILES // 2
+        )
     else:
-        o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_y.shape[0], b_y.shape[1])
+        o_out, m_out, m_n = _output_offsets(i_row, i_column, num_rows, num_columns, EVEN_N, b_y.shape[0], b_y.shape[1])
+        # [COLUMNS]
         b_bias = tl.load(p_bias + i_column + tl.arange(0, b_y.shape[1]), mask=m_n, other=0.0)
-        b_residual = tl.load(p_residual + o_part, mask=m_part, other=0.0)
+        # [ROWS, COLUMNS]
+        b_residual = tl.load(p_residual + o_out, mask=m_out, other=0.0)
         if p_factors is None:
             b_y += b_bias.to(tl.float32)[None, :] + b_residual.to(tl.float32)
         else:
+            # [ROWS]
             o_row = i_row + tl.arange(0, b_y.shape[0])
-            # [rows of the part]
             b_factors = tl.load(p_factors + o_row // tokens, mask=o_row < num_rows, other=0.0)
+            # [ROWS, COLUMNS]
             b_y = (b_y + b_bias.to(tl.float32)[None, :]) * b_factors[:, None] + b_residual.to(tl.float32)
-        tl.store(p_y + o_part, b_y.to(p_y.dtype.element_ty), mask=m_part)
+        tl.store(p_y + o_out, b_y.to(p_y.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def _finish_dgelu(b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, PARTS: tl.constexpr):
-    if PARTS > 1:
-        b_left, b_right = _halves(b_da)
+def _epilogue_dgelu(
+    b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr, EPILOGUE_SUBTILES: tl.constexpr
+):
+    if EPILOGUE_SUBTILES > 1:
+        b_left, b_right = _split_columns(b_da)
         i_right = i_column + b_left.shape[1]
-        _finish_dgelu(b_left, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS // 2)
-        _finish_dgelu(b_right, p_slope, p_dpre, p_sums, i_row, i_right, num_rows, num_columns, EVEN_N, PARTS // 2)
+        _epilogue_dgelu(b_left, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, EPILOGUE_SUBTILES // 2)
+        _epilogue_dgelu(b_right, p_slope, p_dpre, p_sums, i_row, i_right, num_rows, num_columns, EVEN_N, EPILOGUE_SUBTILES // 2)
     else:
-        o_part, m_part, m_n = _elements(i_row, i_column, num_rows, num_columns, EVEN_N, b_da.shape[0], b_da.shape[1])
-        # Rows beyond the end add nothing to the sums.
-        b_dh = b_da * tl.load(p_slope + o_part, mask=m_part, other=0.0).to(tl.float32)
-        tl.store(p_dpre + o_part, b_dh.to(p_dpre.dtype.element_ty), mask=m_part)
+        o_out, m_out, m_n = _output_offsets(i_row, i_column, num_rows, num_columns, EVEN_N, b_da.shape[0], b_da.shape[1])
+        # [ROWS, COLUMNS]; rows beyond the end are zeros, and add nothing to the sums
+        b_dh = b_da * tl.load(p_slope + o_out, mask=m_out, other=0.0).to(tl.float32)
+        tl.store(p_dpre + o_out, b_dh.to(p_dpre.dtype.element_ty), mask=m_out)
         tl.store(p_sums + i_column + tl.arange(0, b_da.shape[1]), tl.sum(b_dh, 0), mask=m_n)
 
 
@@ -259,12 +233,13 @@ def linear_gelu_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILES: tl.constexpr,
 ):
-    """A tile of Y = gelu(H) and of gelu'(H), H = X Wᵀ + b, which is not rounded in between."""
-    i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
-    b_h = _product(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    _finish_gelu(b_h, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, PARTS)
+    """A tile of Y = gelu(H) and of gelu'(H), H = X Wᵀ + b; H stays in fp32."""
+    i_row, i_column = _tile_origin(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    # [BLOCK_M, BLOCK_N]
+    b_h = _matmul(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    _epilogue_gelu(b_h, p_bias, p_y, p_slope, i_row, i_column, num_rows, num_columns, GELU, PRECISE, KEEP, EVEN_N, EPILOGUE_SUBTILES)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tokens"])
@@ -285,15 +260,16 @@ def linear_add_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILES: tl.constexpr,
 ):
-    """A tile of Y = R + f (X Wᵀ + b); R and Y have dtypes of their own.
+    """A tile of Y = R + f (X Wᵀ + b), where R and Y may have another dtype than X.
 
-    The fp32 factor f is that of an example, which has so many `tokens`, that is rows; without factors `p_factors` is None.
+    f is an fp32 factor for each example, which has `tokens` rows; `p_factors` may be None.
     """
-    i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
-    b_y = _product(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    _finish_add(b_y, p_bias, p_residual, p_factors, p_y, i_row, i_column, num_rows, num_columns, tokens, EVEN_N, PARTS)
+    i_row, i_column = _tile_origin(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    # [BLOCK_M, BLOCK_N]
+    b_y = _matmul(p_x, p_weight, i_row, i_column, num_rows, num_columns, depth, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    _epilogue_add(b_y, p_bias, p_residual, p_factors, p_y, i_row, i_column, num_rows, num_columns, tokens, EVEN_N, EPILOGUE_SUBTILES)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -312,25 +288,28 @@ def dgelu_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILES: tl.constexpr,
 ):
-    """A tile of dH = (dY W) · slope, and the sums of dH's columns over the tile's rows."""
-    i_row, i_column = _tile_place(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
-    b_da = _product(p_grad, p_weight, i_row, i_column, num_rows, num_columns, depth, True, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    """A tile of dH = (dY W) · slope, and the sums of its columns, one row of `p_sums` for each row of tiles."""
+    i_row, i_column = _tile_origin(num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    # [BLOCK_M, BLOCK_N]
+    b_da = _matmul(p_grad, p_weight, i_row, i_column, num_rows, num_columns, depth, True, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
     p_sums += (i_row // BLOCK_M).to(tl.int64) * num_columns
-    _finish_dgelu(b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, PARTS)
+    _epilogue_dgelu(b_da, p_slope, p_dpre, p_sums, i_row, i_column, num_rows, num_columns, EVEN_N, EPILOGUE_SUBTILES)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def dgelu_bwd_kernel_sums(p_partials, p_sums, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The sums of BLOCK_N columns."""
+    """The sums of BLOCK_N columns over all rows of tiles."""
+    # [BLOCK_M], [BLOCK_N]
     o_m, o_n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < num_columns
     # [BLOCK_M, BLOCK_N]
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_row in tl.range(0, num_rows, BLOCK_M):
-        o_part = (i_row + o_m)[:, None] * num_columns + o_n[None, :]
-        b_sum += tl.load(p_partials + o_part, mask=(i_row + o_m < num_rows)[:, None] & m_n[None, :], other=0.0)
+        # [BLOCK_M, BLOCK_N]
+        o_out = (i_row + o_m)[:, None] * num_columns + o_n[None, :]
+        b_sum += tl.load(p_partials + o_out, mask=(i_row + o_m < num_rows)[:, None] & m_n[None, :], other=0.0)
     tl.store(p_sums + o_n, tl.sum(b_sum, 0).to(p_sums.dtype.element_ty), mask=m_n)
 
 
@@ -344,7 +323,7 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep
 
 
 def linear_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, tile: Tile) -> Tensor:
-    """residual + x weightᵀ + bias, in the dtype that torch's sum has; with `factors` the layer's rows are multiplied by their example's."""
+    """residual + factors · (x weightᵀ + bias), in the dtype of torch's sum; one factor for each example, 1 without `factors`."""
     y = x.new_empty(len(x), len(weight), dtype=torch.promote_types(x.dtype, residual.dtype))
     _launch(linear_add_fwd_kernel, (x, weight, bias, residual, factors), (y,), {"tokens": num_tokens(x, factors)}, tile)
     return y
@@ -367,7 +346,7 @@ _SUMS = {"BLOCK_M": 128, "BLOCK_N": 16}
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of the columns, rounded last: torch takes 36 us for the 394 × 3072 of a ViT-B, where reading them takes 2."""
+    """The sums of the columns, rounded last: torch takes 36 µs for the 394 × 3072 of a ViT-B, where reading them takes 2."""
     rows, columns = partials.shape
     sums = torch.empty(columns, dtype=dtype, device=partials.device)
     if columns:
@@ -378,7 +357,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
 def _launch(
     kernel: Any, inputs: tuple[Tensor, *tuple[Tensor | None, ...]], outputs: tuple[Tensor, ...], more: dict[str, Any], tile: Tile
 ) -> None:
-    """A program for each tile of the first output; the first input is A."""
+    """One program for each tile of the first output; the first input is A."""
     rows, columns = outputs[0].shape
     depth, blocks = inputs[0].shape[1], tile.blocks
     if not outputs[0].numel():
@@ -390,9 +369,9 @@ def _launch(
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernels of a row: both GELUs, both dtypes of a residual, with factors and without.
+    """The kernels of a tile: both GELUs, both dtypes of a residual, with factors and without.
 
-    Blocks divide all sizes but one: 128 does not divide ViT-Ti's 192.
+    Blocks divide the sizes of all usual ViTs but one: 128 does not divide ViT-Ti's 192.
     """
     tensor = f"*{dtype}"
     if tile.op == "linear_add_forward":
@@ -407,13 +386,13 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
         yield sums_variant(dtype)
         return
     pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y", "p_slope"), tensor)
-    for gelu, keep in itertools.product(("erf", "tanh"), (True, False)):
-        constants = {"GELU": gelu, "PRECISE": dtype == "fp32", "KEEP": keep, "EVEN_N": True}
+    for kind, keep in itertools.product(("erf", "tanh"), (True, False)):
+        constants = {"GELU": kind, "PRECISE": dtype == "fp32", "KEEP": keep, "EVEN_N": True}
         yield _variant(linear_gelu_fwd_kernel, pointers, constants, tile)
 
 
 def _variant(kernel: Any, types: dict[str, str | None], constants: dict[str, Any], tile: Tile) -> Variant:
-    """A pointer of the type None is not there."""
+    """Pointers of the type None are compile-time constants."""
     pointers = {name: kind for name, kind in types.items() if kind}
     numbers = [name for name in ("num_rows", "num_columns", "depth", "tokens") if name in kernel.arg_names]
     return Variant(
@@ -427,7 +406,7 @@ def _variant(kernel: Any, types: dict[str, str | None], constants: dict[str, Any
 
 
 def sums_variant(dtype: str) -> Variant:
-    """What sums partial sums up for gradients of this dtype."""
+    """The kernel that adds up partial sums, for gradients of this dtype."""
     return Variant(
         kernel=dgelu_bwd_kernel_sums,
         signature={"p_partials": "*fp32", "p_sums": f"*{dtype}", "num_rows": "i32", "num_columns": "i32"},

@@ -1,9 +1,13 @@
-"""Grids to tokens in one launch: normalise, gather tubelets, multiply, add bias and positions, put the class token first.
+"""Grids to tokens in one launch: normalise, gather tubelets, multiply by the weight, add bias and positions, put the class token first.
 
-A tubelet is a row of K numbers in the weight's order (frames, rows, columns, channels); it is gathered straight from the grid, whose
-strides are arbitrary. Its axes that lie together in memory are one.
-Constants: DIM and K the weight's sizes, CHANNELS, SIZE_1 … SIZE_3 the sizes of all of a tubelet's (merged) axes but the first;
-BLOCK_M tokens, BLOCK_N of DIM, BLOCK_K of K.
+An implicit matrix product of `[tokens, K]` tubelets with the weight `[DIM, K]`: a tubelet is a row of K numbers in the weight's order
+(frames, rows, columns, channels), read straight from the grid, whose strides are arbitrary, and normalised in registers. The backward
+writes the same tubelets to memory, and the weight's gradient is an ordinary product with them.
+
+- DIM, K: the weight's sizes; CHANNELS: its last axis, on which mean and std depend
+- SIZE_1, SIZE_2, SIZE_3, stride_0 … stride_3: a tubelet's axes in the grid, those that one stride can walk being merged
+- across, down: tubelets in a row of the grid, and rows of them; stride_front, stride_down, stride_across: from one tubelet to the next
+- BLOCK_M, BLOCK_N, BLOCK_K: tokens, columns of DIM and numbers of K at a time
 """
 
 from __future__ import annotations
@@ -20,15 +24,16 @@ from polyvit_kernels.tiles import Tile, Variant
 
 
 @triton.jit
-def _tubelet_places(i_rows, tokens, across, down, stride_example, stride_front, stride_down, stride_across):
-    """Where the tubelets of token rows begin in the grid; of no meaning for class tokens."""
+def _tubelet_offsets(i_rows, tokens, across, down, stride_example, stride_front, stride_down, stride_across):
+    """Where the tubelet of each token begins in the grid, `[BLOCK_M]`; of no meaning for class tokens."""
+    # [BLOCK_M]; token 0 of every example is the class token
     i_tubelet = i_rows % tokens - 1
     o_rows = (i_rows // tokens).to(tl.int64) * stride_example + (i_tubelet // (across * down)).to(tl.int64) * stride_front
     return o_rows + (i_tubelet // across % down).to(tl.int64) * stride_down + (i_tubelet % across).to(tl.int64) * stride_across
 
 
 @triton.jit
-def _normalised(
+def _load_normalised(
     p_grid,
     p_mean,
     p_std,
@@ -46,12 +51,16 @@ def _normalised(
     SIZE_3: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """The numbers `i_k` of tubelets, normalised in fp32, `[rows, numbers]`; 0 where there is none."""
+    """The numbers `i_k` of all tubelets, normalised in fp32, `[BLOCK_M, BLOCK_K]`; 0 where there is none."""
+    # [BLOCK_K]; an index into K is unravelled over the tubelet's four axes
     o_k = (i_k % SIZE_3).to(tl.int64) * stride_3 + (i_k // SIZE_3 % SIZE_2).to(tl.int64) * stride_2
     o_k += (i_k // (SIZE_3 * SIZE_2) % SIZE_1).to(tl.int64) * stride_1 + (i_k // (SIZE_3 * SIZE_2 * SIZE_1)).to(tl.int64) * stride_0
+    # [BLOCK_M, 1] or [BLOCK_M, BLOCK_K]
     mask = m_rows[:, None] if EVEN_K else m_rows[:, None] & (i_k < K)[None, :]
+    # [BLOCK_K]
     b_mean = tl.load(p_mean + i_k % CHANNELS)
     b_rstd = 1 / tl.load(p_std + i_k % CHANNELS)
+    # [BLOCK_M, BLOCK_K]
     b_grid = tl.load(p_grid + o_rows[:, None] + o_k[None, :], mask, 0).to(tl.float32)
     return tl.where(mask, (b_grid - b_mean[None, :]) * b_rstd[None, :], 0.0)
 
@@ -88,21 +97,25 @@ def patch_embed_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`rows` counts all tokens of all examples; programs of the same tubelets are neighbours."""
+    """A tile of the tokens; `rows` counts those of all examples. Programs of the same tubelets are adjacent, so that they come from L2."""
     BLOCKS_N: tl.constexpr = tl.cdiv(DIM, BLOCK_N)
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     i_program = tl.program_id(0)
+    # [BLOCK_M], [BLOCK_N]
     i_rows = i_program // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M)
     i_columns = i_program % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
     m_columns = i_columns < DIM
-    o_rows = _tubelet_places(i_rows, tokens, across, down, stride_example, stride_front, stride_down, stride_across)
+    # [BLOCK_M]
+    o_rows = _tubelet_offsets(i_rows, tokens, across, down, stride_example, stride_front, stride_down, stride_across)
     m_rows = i_rows < rows
     m_tubelets = m_rows & (i_rows % tokens > 0)
+    # [BLOCK_M, BLOCK_N]
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, K, BLOCK_K):
-        i_k = first + tl.arange(0, BLOCK_K)
+    for i_start in range(0, K, BLOCK_K):
+        # [BLOCK_K]
+        i_k = i_start + tl.arange(0, BLOCK_K)
         # [BLOCK_M, BLOCK_K]
-        b_tubelets = _normalised(
+        b_tubelets = _load_normalised(
             p_grid,
             p_mean,
             p_std,
@@ -120,13 +133,18 @@ def patch_embed_fwd_kernel(
             SIZE_3,
             EVEN_K,
         )
-        # [BLOCK_K, BLOCK_N]
+        # [1, BLOCK_N] or [BLOCK_K, BLOCK_N]
         m_weight = m_columns[None, :] if EVEN_K else (i_k < K)[:, None] & m_columns[None, :]
+        # [BLOCK_K, BLOCK_N]
         b_weight = tl.load(p_weight + i_columns[None, :] * K + i_k[:, None], m_weight, 0.0)
+        # [BLOCK_M, BLOCK_N]
         b_out = tl.dot(b_tubelets.to(b_weight.dtype), b_weight, b_out, input_precision="ieee")
+    # [BLOCK_M]
     i_token = i_rows % tokens
+    # [BLOCK_N]
     b_bias = tl.load(p_bias + i_columns, m_columns, 0.0).to(tl.float32)
     b_cls = tl.load(p_cls + i_columns, m_columns, 0.0).to(tl.float32)
+    # [BLOCK_M, BLOCK_N]
     b_pos = tl.load(p_pos + i_token[:, None] * DIM + i_columns[None, :], m_columns[None, :], 0.0).to(tl.float32)
     b_out = tl.where((i_token == 0)[:, None], b_cls[None, :], b_out + b_bias[None, :]) + b_pos
     m_out = m_rows[:, None] & m_columns[None, :]
@@ -159,16 +177,19 @@ def patch_embed_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The normalised tubelets again `[rows, K]`, a row of zeros for each class token: the weight's gradient is a product with them."""
+    """A tile of the normalised tubelets `[rows, K]`, with a row of zeros for each class token."""
     BLOCKS_K: tl.constexpr = tl.cdiv(K, BLOCK_K)
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     i_program = tl.program_id(0)
+    # [BLOCK_M], [BLOCK_K]
     i_rows = i_program // BLOCKS_K * BLOCK_M + tl.arange(0, BLOCK_M)
     i_k = i_program % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_rows = _tubelet_places(i_rows, tokens, across, down, stride_example, stride_front, stride_down, stride_across)
+    # [BLOCK_M]
+    o_rows = _tubelet_offsets(i_rows, tokens, across, down, stride_example, stride_front, stride_down, stride_across)
     m_rows = i_rows < rows
     m_tubelets = m_rows & (i_rows % tokens > 0)
-    b_tubelets = _normalised(
+    # [BLOCK_M, BLOCK_K]
+    b_tubelets = _load_normalised(
         p_grid, p_mean, p_std, o_rows, m_tubelets, i_k, stride_0, stride_1, stride_2, stride_3, K, CHANNELS, SIZE_1, SIZE_2, SIZE_3, EVEN_K
     )
     m_out = m_rows[:, None] & (i_k < K)[None, :]
@@ -195,8 +216,8 @@ def forward(
     blocks = tile.blocks
     launch: Any = patch_embed_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(dim, blocks["BLOCK_N"]),)]
     parameters = (tensor.contiguous() for tensor in (weight, bias, cls_token, pos_embed, mean.float(), std.float()))
-    places, sizes = _places(grid, weight, rows, tokens)
-    launch(grid, *parameters, out, *places, DIM=dim, **sizes, **tile.launch())
+    strides, sizes = _grid_arguments(grid, weight, rows, tokens)
+    launch(grid, *parameters, out, *strides, DIM=dim, **sizes, **tile.launch())
     return out
 
 
@@ -207,33 +228,33 @@ def tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor, tokens: in
     if not out.numel():
         return out
     launch: Any = patch_embed_bwd_kernel[(triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(k, tile.blocks["BLOCK_K"]),)]
-    places, sizes = _places(grid, weight, rows, tokens)
-    launch(grid, mean.float().contiguous(), std.float().contiguous(), out, *places, **sizes, **tile.launch())
+    strides, sizes = _grid_arguments(grid, weight, rows, tokens)
+    launch(grid, mean.float().contiguous(), std.float().contiguous(), out, *strides, **sizes, **tile.launch())
     return out
 
 
-def _places(grid: Tensor, weight: Tensor, rows: int, tokens: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The run-time numbers of both kernels, and their constants that say what a tubelet is."""
+def _grid_arguments(grid: Tensor, weight: Tensor, rows: int, tokens: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The integers that both kernels take from `rows` on, and their constants that describe a tubelet."""
     frames, height, width, channels = weight.shape[1:]
     _, _, down, across, _ = (size // step for size, step in zip(grid.shape, (1, *weight.shape[1:]), strict=True))
-    example, front, line, column, _ = grid.stride()
-    axes = merged(list(zip(weight.shape[1:], grid.stride()[1:], strict=True)))
+    example, frame, row, column, _ = grid.stride()
+    axes = merge_axes(list(zip(weight.shape[1:], grid.stride()[1:], strict=True)))
     sizes, strides = zip(*([(1, 0)] * (4 - len(axes)) + axes), strict=True)
-    places = (rows, tokens, across, down, example, front * frames, line * height, column * width, *strides)
-    return places, {"K": weight[0].numel(), "CHANNELS": channels, "SIZE_1": sizes[1], "SIZE_2": sizes[2], "SIZE_3": sizes[3]}
+    integers = (rows, tokens, across, down, example, frame * frames, row * height, column * width, *strides)
+    return integers, {"K": weight[0].numel(), "CHANNELS": channels, "SIZE_1": sizes[1], "SIZE_2": sizes[2], "SIZE_3": sizes[3]}
 
 
-def merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(size, stride) of nested axes, the outermost first, with those that one stride can walk joined and those of size 1 left out."""
-    found: list[tuple[int, int]] = []
+def merge_axes(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(size, stride) of nested axes, the outermost first: axes that one stride can walk become one, those of size 1 are left out."""
+    merged: list[tuple[int, int]] = []
     for size, stride in axes:
         if size == 1:
             continue
-        if found and found[-1][1] == size * stride:
-            found[-1] = (found[-1][0] * size, stride)
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
         else:
-            found.append((size, stride))
-    return found
+            merged.append((size, stride))
+    return merged
 
 
 _GRIDS = (
@@ -245,12 +266,12 @@ _GRIDS = (
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernel of a row for weights of `dtype` and fp32 positions, for images, clips and spectrograms of the usual sizes."""
+    """The kernel of a tile for weights of `dtype` and fp32 positions, for images, clips and spectrograms of the usual sizes."""
     forward = tile.op == "patch_embed_forward"
     kernel: Any = patch_embed_fwd_kernel if forward else patch_embed_bwd_kernel
     for grid_dtype, tubelet, stride in _GRIDS:
         frames, height, width, channels = tubelet
-        axes = merged([(frames, 224 * stride), (height, stride), (width, channels), (channels, 1)])
+        axes = merge_axes([(frames, 224 * stride), (height, stride), (width, channels), (channels, 1)])
         sizes = [size for size, _ in [(1, 0)] * (4 - len(axes)) + axes]
         constants = {"K": frames * height * width * channels, "CHANNELS": channels, "stride_3": 1}
         constants |= {f"SIZE_{axis}": sizes[axis] for axis in (1, 2, 3)}

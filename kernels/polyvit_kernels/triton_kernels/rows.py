@@ -1,6 +1,9 @@
-"""Blocks of rows between global memory and registers, as the attention kernels need them.
+"""Loads and stores of blocks of rows, between global memory and registers, for the attention kernels.
 
-`HEAD_DIM` is a row's length and `BLOCK_D` the power of two that holds it.
+Offsets within one sequence are 32-bit; the caller adds the sequence's own, in 64 bits, to the pointer.
+
+- HEAD_DIM: elements of a row; BLOCK_D: the power of two that holds them
+- MASKED: rows beyond `tokens` may be among those that are loaded, and come as zeros
 """
 
 import triton
@@ -9,8 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(p_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows `i_row` `[rows, BLOCK_D]`, zero beyond `tokens` (when `MASKED`) and beyond `HEAD_DIM`."""
+    """The rows `i_row`, zero beyond `tokens` (when `MASKED`) and beyond `HEAD_DIM`."""
+    # [BLOCK_D]
     i_column = tl.arange(0, BLOCK_D)
+    # [rows, BLOCK_D]
     p_block = p_rows + i_row[:, None] * stride + i_column[None, :]
     if MASKED:
         if HEAD_DIM < BLOCK_D:
@@ -28,7 +33,9 @@ def load_rows(p_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 @triton.jit
 def store_rows(p_rows, b_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write `b_rows` `[rows, BLOCK_D]` to the rows `i_row` that are smaller than `tokens`."""
+    # [BLOCK_D]
     i_column = tl.arange(0, BLOCK_D)
+    # [rows, BLOCK_D]
     p_block = p_rows + i_row[:, None] * stride + i_column[None, :]
     if HEAD_DIM < BLOCK_D:
         m_block = (i_row[:, None] < tokens) & (i_column[None, :] < HEAD_DIM)
@@ -40,7 +47,9 @@ def store_rows(p_rows, b_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BL
 @triton.jit
 def store_columns(p_rows, b_columns, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write the transposed block `b_columns` `[BLOCK_D, rows]` to the rows `i_row` that are smaller than `tokens`."""
+    # [BLOCK_D]
     i_column = tl.arange(0, BLOCK_D)
+    # [BLOCK_D, rows]
     p_block = p_rows + i_row[None, :] * stride + i_column[:, None]
     if HEAD_DIM < BLOCK_D:
         m_block = (i_row[None, :] < tokens) & (i_column[:, None] < HEAD_DIM)

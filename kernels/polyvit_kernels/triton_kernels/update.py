@@ -1,6 +1,10 @@
-"""Updates of flat fp32 buffers: all that an optimizer does to a parameter, in one pass over memory.
+"""SGD and AdamW on flat fp32 buffers: all that an optimizer does to a parameter, in one pass over memory.
 
-BLOCK: elements of a program. The learning rate, the gradient's factor and whether to update at all are read from the device.
+A program reads a block of each buffer and writes parameter, moments, moving average, a copy in another precision, and zeros to the
+gradient. The learning rate, the gradient's factor and whether to update at all are read from the device, so that the launch can be captured
+in a CUDA graph.
+
+- BLOCK: elements of a program
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from polyvit_kernels.tiles import Tile, Variant
 
 @triton.jit
 def _store(p_param, p_ema, p_copy, b_param, o_block, m_block, ema_rate):
-    """The parameter, and what follows it: its moving average and its copy in another precision, where they are not None."""
+    """The parameter, its moving average and its copy in another precision, each `[BLOCK]`; the last two may be None."""
     tl.store(p_param + o_block, b_param, m_block)
     if p_ema is not None:
+        # [BLOCK]
         b_ema = tl.load(p_ema + o_block, m_block)
         tl.store(p_ema + o_block, b_ema + ema_rate * (b_param - b_ema), m_block)
     if p_copy is not None:
@@ -30,7 +35,8 @@ def _store(p_param, p_ema, p_copy, b_param, o_block, m_block, ema_rate):
 
 @triton.jit
 def _clear(p_grad, o_block, m_block, BLOCK: tl.constexpr):
-    # The zeros depend on no load: without the barrier a thread may write where another has not yet read.
+    """Zero the gradient, once all threads have read it."""
+    # The zeros depend on no load: without the barrier a thread might write them before another one has read.
     tl.debug_barrier()
     tl.store(p_grad + o_block, tl.zeros([BLOCK], tl.float32), m_block)
 
@@ -40,9 +46,11 @@ def sgd_update_kernel(
     p_param, p_grad, p_momentum, p_ema, p_copy, p_lr, p_scale, p_ok, size, momentum, weight_decay, ema_rate, BLOCK: tl.constexpr
 ):
     """As `reference.sgd`; `ema_rate` is 1 − the average's decay."""
+    # [BLOCK]
     o_block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_block = o_block < size
     if tl.load(p_ok) != 0:
+        # [BLOCK]
         b_param = tl.load(p_param + o_block, m_block)
         b_grad = tl.load(p_scale).to(tl.float32) * tl.load(p_grad + o_block, m_block) + weight_decay * b_param
         b_momentum = momentum * tl.load(p_momentum + o_block, m_block) + b_grad
@@ -75,13 +83,16 @@ def adamw_update_kernel(
     BLOCK: tl.constexpr,
 ):
     """As `reference.adamw`; `rate1` and `rate2` are 1 − the betas, `ema_rate` is 1 − the average's decay."""
+    # [BLOCK]
     o_block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_block = o_block < size
     if tl.load(p_ok) != 0:
+        # Bias corrections: scalars, the same for all elements.
         lr = tl.load(p_lr).to(tl.float32)
         count = tl.load(p_count).to(tl.float32)
         step = lr / _one_minus_exp(log_beta1 * count)
         root = tl.sqrt(_one_minus_exp(log_beta2 * count))
+        # [BLOCK]
         b_param = tl.load(p_param + o_block, m_block)
         b_grad = tl.load(p_scale).to(tl.float32) * tl.load(p_grad + o_block, m_block)
         b_first = tl.load(p_first + o_block, m_block)
@@ -98,7 +109,7 @@ def adamw_update_kernel(
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 − eˣ for x < 0. Near 0, where a difference from 1 would have few digits left, by Taylor's series."""
+    """1 − eˣ for x < 0, by Taylor's series near 0, where the difference would lose its digits."""
     series = 1 + x / 5 * (1 + x / 6 * (1 + x / 7))
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * series)))
     return tl.where(x > -0.5, series, 1 - tl.exp(x))
@@ -155,7 +166,7 @@ def adamw(
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernel of a row without and with a moving average, and with a copy in bf16 as well."""
+    """The kernel of a tile with and without a moving average, with and without a copy in bf16."""
     kernel: Any = sgd_update_kernel if tile.op == "sgd_update" else adamw_update_kernel
     for absent in (("p_ema", "p_copy"), ("p_copy",), ("p_ema",), ()):
         names = [name for name in kernel.arg_names if name not in (*absent, *tile.blocks)]

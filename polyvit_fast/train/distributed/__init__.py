@@ -1,1 +1,1 @@
-"""Several processes: their group, sums of gradients on their way, FSDP2."""
+"""Several processes: their process group, the all-reduce of gradients, FSDP2."""

@@ -1,4 +1,4 @@
-"""Parameters, gradients and moments spread over all processes (FSDP2), for trunks that are too large for one GPU."""
+"""Parameters, gradients and optimizer state sharded over all processes (FSDP2), for trunks that are too large for one GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from polyvit_fast.model.modules import Block
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import World
-from polyvit_fast.train.optim import Parameters, Piece, component_of, is_matrix
+from polyvit_fast.train.optim import Parameters, ParamGroup, find_component, is_matrix
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -21,9 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precision: Literal["fp32", "bf16"]) -> None:
-    """Spread the model's parameters over all processes, on `device`; each block is whole only while it computes.
+    """Shard the model's parameters over all processes, on `device`; a block's are gathered only while it computes.
 
-    The model may still lie on the CPU: block by block it moves, so that no GPU ever holds all of it. Gradients travel in `precision`.
+    The model may still lie on the CPU: block by block it moves, so that no GPU ever holds all of it. Gradients are reduced in `precision`.
 
     Raises ValueError when there is one process only.
     """
@@ -33,20 +33,20 @@ def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precisio
 
     if world.size == 1:
         raise ValueError("sharded = True spreads the model over processes, but there is one; start several with torchrun, or leave it off")
-    # What a block returns is a view, and nothing changes it in place, of which this warns.
+    # It warns of modules that return a view and of changes to that; nothing changes what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device, (world.size,))
-    # Not the matrix products' dtype: autocast sees to that, as without shards.
+    # No param_dtype: autocast chooses the dtype of matrix products, as without sharding.
     policy = MixedPrecisionPolicy(reduce_dtype=DTYPES[precision])
     for module in (*(block for block in model.modules() if isinstance(block, Block)), model):
-        # The model itself too: its own parameters must not stay whole, and out of date, from one evaluation to the next.
+        # The model too: FSDP would leave its own parameters gathered, and out of date, from one evaluation to the next.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 class ShardedParameters(Parameters):
-    """This process's shards of a model's parameters and of their gradients: a piece each. `by_component` as of `FlatParameters`."""
+    """This process's shards of a model's parameters and of their gradients: a group each. `by_component` as of `FlatParameters`."""
 
-    is_averaged = True
+    averages_grads = True
 
     @torch.no_grad()
     def __init__(
@@ -62,48 +62,48 @@ class ShardedParameters(Parameters):
         self.world = world
         self.shards = {name: cast("DTensor", parameter) for name, parameter in model.named_parameters()}
         self.shapes = {name: shard.shape for name, shard in self.shards.items()}
-        self.pieces = []
+        self.groups = []
         for name, parameter in self.shards.items():
             gradient = cast("DTensor", torch.zeros_like(parameter))
             parameter.grad = gradient  # FSDP adds to what is there
-            component = component_of(name) if by_component else ""
+            component = find_component(name) if by_component else ""
             values, grads = parameter.to_local().view(-1), gradient.to_local().view(-1)
-            self.pieces.append(Piece(values, grads, is_matrix(name, parameter), component))
-        number = torch.zeros(2, 1, device=self.pieces[0].values.device)
-        self.pieces.append(Piece(number[0], number[1], decays=False))
-        self.taint = number[1, 0]
+            self.groups.append(ParamGroup(values, grads, is_matrix(name, parameter), component))
+        number = torch.zeros(2, 1, device=self.groups[0].values.device)
+        self.groups.append(ParamGroup(number[0], number[1], decays=False))
+        self.found_inf = number[1, 0]
 
-    def norm(self) -> Tensor:
-        """Of the whole gradient, `taint` included; all processes call it."""
-        square = torch.nn.utils.get_total_norm([piece.grads for piece in self.pieces]).square()
-        self.world.sum_(square)
+    def compute_grad_norm(self) -> Tensor:
+        """Of the whole gradient, `found_inf` included; all processes call it."""
+        square = torch.nn.utils.get_total_norm([group.grads for group in self.groups]).square()
+        self.world.all_reduce_sum_(square)
         return square.sqrt()
 
     @torch.no_grad()
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The parts as a tensor per parameter, on the CPU of the first process, nothing elsewhere; all processes call it."""
+    def unflatten(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A tensor per parameter, gathered to the CPU of rank 0, nothing on the others; all processes call it."""
         from torch.distributed.tensor import DTensor
 
         tensors = {}
-        for name, part in self._named(parts).items():
+        for name, flat in self._name(flats).items():
             shard = self.shards[name]
-            local = part.view(shard.to_local().shape)
-            placed = DTensor.from_local(local, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride())
-            tensor = placed.full_tensor()
+            local = flat.view(shard.to_local().shape)
+            sharded = DTensor.from_local(local, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride())
+            tensor = sharded.full_tensor()
             if self.world.rank == 0:
                 tensors[name] = tensor.cpu()
         return tensors
 
     @torch.no_grad()
-    def fill(self, parts: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
-        """Set this process's parts from a whole tensor per parameter. Raises ValueError when names or shapes differ."""
+    def fill(self, flats: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
+        """Set this process's shards from a whole tensor per parameter. Raises ValueError when names or shapes differ."""
         self.check(tensors)
-        for name, part in self._named(parts).items():
-            rows = -(-len(tensors[name]) // self.world.size)  # FSDP's shards are rows, as many on each process until they end
-            part.copy_(tensors[name][rows * self.world.rank :][:rows].flatten())
+        for name, flat in self._name(flats).items():
+            rows = -(-len(tensors[name]) // self.world.size)  # FSDP shards by rows, as many on each process until they end
+            flat.copy_(tensors[name][rows * self.world.rank :][:rows].flatten())
 
     def refresh(self) -> None:
-        """Nothing follows them: autocast rounds the parameters that FSDP has gathered."""
+        """Nothing to do: autocast rounds the parameters that FSDP has gathered."""
 
-    def _named(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.shards, parts, strict=False))  # the last part is the taint's
+    def _name(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.shards, flats, strict=False))  # the last one is that of found_inf

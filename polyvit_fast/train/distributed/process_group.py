@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun starts them: who is who, and what they tell each other on the host."""
+"""The processes that train one model together, as torchrun starts them, and the collectives that they call on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""How torchrun tells a process its place."""
+"""Environment variables in which torchrun gives a process its ranks."""
 
 Value = TypeVar("Value")
 
@@ -25,66 +25,66 @@ class PeerLost(RuntimeError):  # noqa: N818 - an event more than an error
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all `size` of the run. What has to be called by all of them together says so."""
+    """This process's rank among all `size` processes of the run. Its methods are collectives: every process must call them."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Place among the processes of this machine: the number of its GPU."""
+    """Rank among the processes of this machine: the index of its GPU."""
     local_size: int = 1
-    """Processes on this machine, which share its cores."""
+    """Processes on this machine; they divide its cores."""
 
-    def agree(self, status: int) -> int:
-        """The largest of all processes' numbers; all call it. Never waits for a GPU. Raises PeerLost."""
+    def all_reduce_max(self, status: int) -> int:
+        """The largest number of all processes. Never waits for a GPU. Raises PeerLost."""
         if self.size == 1:
             return status
         largest = torch.tensor(status, dtype=torch.int64)
-        with reachable():
+        with translate_errors():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
+        """Replace the tensor by the sum of all processes' tensors, on its own device; on a GPU it is only queued. Raises PeerLost."""
+        if self.size > 1:
+            with translate_errors():
+                dist.all_reduce(tensor)
+
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value on the first one, in the order of ranks; an empty list elsewhere; all call it. Raises PeerLost."""
+        """The values of all processes on rank 0, in the order of ranks; an empty list on the others. Raises PeerLost."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = None if self.rank else [None] * self.size
-        with reachable():
+        with translate_errors():
             dist.gather_object(value, values)
         return values or []
 
-    def from_first(self, value: Value) -> Value:
-        """The first process's value; all call it. Raises PeerLost."""
+    def broadcast(self, value: Value) -> Value:
+        """The value of rank 0. Raises PeerLost."""
         if self.size == 1:
             return value
         values = [value]
-        with reachable():
+        with translate_errors():
             dist.broadcast_object_list(values)
         return values[0]
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace the tensor by the sum of all processes' tensors, on its own device; all call it. On a GPU it is only queued."""
-        if self.size > 1:
-            with reachable():
-                dist.all_reduce(tensor)
-
     @contextmanager
-    def first_first(self) -> Iterator[None]:
-        """The first process runs the body before the others, which then find what it made; all enter it.
+    def rank0_first(self) -> Iterator[None]:
+        """Rank 0 runs the body before the others, which then find what it made.
 
-        When it fails in the body, the others raise PeerLost instead of running theirs.
+        When the body fails on rank 0, the others raise PeerLost instead of running theirs.
         """
         if self.rank:
-            if self.agree(0):
-                raise PeerLost("the first process of the run failed; it tells why")
+            if self.all_reduce_max(0):
+                raise PeerLost("process 0 of the run failed; its own output says why")
             yield
             return
         try:
             yield
         except BaseException:
             with suppress(PeerLost):
-                self.agree(1)
+                self.all_reduce_max(1)
             raise
-        self.agree(0)
+        self.all_reduce_max(0)
 
 
 ALONE = World()
@@ -92,8 +92,8 @@ ALONE = World()
 
 
 @contextmanager
-def reachable() -> Iterator[None]:
-    """Inside, an error of the transport between processes becomes PeerLost."""
+def translate_errors() -> Iterator[None]:
+    """Inside, an error of torch.distributed becomes PeerLost."""
     try:
         yield
     except (PeerLost, torch.AcceleratorError, torch.OutOfMemoryError):
@@ -104,17 +104,17 @@ def reachable() -> Iterator[None]:
 
 
 @contextmanager
-def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
-    """Inside, this process is one of those that torchrun started, on its own GPU when `device` = "cuda"; alone without torchrun.
+def process_group(device: Literal["cpu", "cuda"]) -> Iterator[World]:
+    """Inside, the processes that torchrun started are connected, each with its own GPU when `device` = "cuda"; without torchrun, one alone.
 
-    Raises ValueError when it is not torchrun that started it or there are fewer GPUs than processes, PeerLost when others do not come.
+    Raises ValueError when torchrun's variables are incomplete or there are fewer GPUs than processes, PeerLost when others do not connect.
     """
-    world = _place()
-    gpu = _own_gpu(world) if world and device == "cuda" else None
+    world = _read_environment()
+    gpu = _select_gpu(world) if world and device == "cuda" else None
     if world is None or world.size == 1:
         yield world or ALONE
         return
-    with reachable():
+    with translate_errors():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu)
     yield world
     # Not after an error: the others may be gone, and NCCL waits for ever for captured graphs, which the error's traceback keeps alive.
@@ -122,19 +122,19 @@ def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _place() -> World | None:
-    """What torchrun says; None when it did not start this process."""
+def _read_environment() -> World | None:
+    """The ranks that torchrun set; None when it did not start this process."""
     found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
     if not found:
         return None
     if len(found) < len(TORCHRUN) or not all(value.isdecimal() for value in found.values()):
-        told = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise ValueError(f"torchrun sets {', '.join(TORCHRUN)} to numbers, but here is only {told}; start with torchrun, or unset them")
+        given = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(f"torchrun sets {', '.join(TORCHRUN)} to numbers, but here is only {given}; start with torchrun, or unset them")
     rank, size, local_rank = (int(found[name]) for name in TORCHRUN)
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _own_gpu(world: World) -> torch.device:
+def _select_gpu(world: World) -> torch.device:
     count = torch.cuda.device_count()
     if world.local_rank >= count:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: progress on the terminal, metrics.jsonl, TensorBoard, log.txt.
+"""What a run reports while it runs: progress on the terminal, metrics.jsonl, TensorBoard, log.txt.
 
 Nothing here stops a training: when a disk is full, a folder or the terminal is gone, that output ends with one warning and the run goes on.
 """
@@ -16,28 +16,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.train.output.table import build_table
 
 Rows = Mapping[str, Mapping[str, int | float]]
 """Numbers by task and name."""
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 TERMINAL = "the terminal"
-SHOWN_APART = ("loss", "accuracy", "examples_per_second", "steps", "data_wait_ratio")
-SHOWN_WAIT = 0.05  # of a task's time; a smaller share of waiting for data is not worth a place on the line
+FORMATTED = ("loss", "accuracy", "examples_per_second", "steps", "data_wait_ratio")
+MIN_WAIT_RATIO = 0.05  # of a task's time: less waiting for data is not shown
 
 
 class Log:
     """Where the training loop reports to; use it as a context manager.
 
     `totals` are the steps of each task, `done` those already made when the run was resumed. On a terminal there is a bar for the run and
-    one for each task; elsewhere a line per interval. Lines of metrics.jsonl beyond
-    `resumed_step` are dropped, so that no step appears twice.
+    one for each task; elsewhere a line per interval. Lines of metrics.jsonl beyond `resumed_step` are dropped, so that no step appears
+    twice.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Log:
         # TensorBoard hides the points of earlier writers from the purge step on.
         purge_step = resumed_step + 1 if resumed_step else 0
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
-        self.progress = _progress(self.console)
+        self.progress = _build_progress(self.console)
         self.eval_bar: TaskID | None = None
         self.run_bar = self.progress.add_task("all tasks", total=total_steps, completed=resumed_step, numbers="")
         self.task_bars = {
@@ -91,19 +91,19 @@ class Log:
         for name in (task,) if isinstance(task, str) else task:
             self.progress.advance(self.task_bars[name])
 
-    def interval(self, step: int, lr: float, rows: Rows) -> None:
+    def log_interval(self, step: int, lr: float, rows: Rows) -> None:
         """Report the means since the last interval: for each task that had a step its loss, accuracy, examples_per_second, steps, and the
-        share of its time in which the device waited for its data.
+        fraction of its time in which the device waited for its data.
         """
-        self._record("train", step, rows, lr=lr)
+        self._write_metrics("train", step, rows, lr=lr)
         self.progress.update(self.run_bar, completed=step, numbers=f"lr {lr:.3g}")
         for name, row in rows.items():
-            self.progress.update(self.task_bars[name], numbers=_numbers(row))
+            self.progress.update(self.task_bars[name], numbers=_format_row(row))
         line = f"step {step:,}/{self.total_steps:,} ({step / max(1, self.total_steps):.0%}), {self._time_left(step)} left, lr {lr:.3g}"
-        line += "".join(f" | {name} {_numbers(row)}" for name, row in rows.items())
+        line += "".join(f" | {name} {_format_row(row)}" for name, row in rows.items())
         self._say(line, shown=not self.console.is_terminal)
 
-    def evaluating(self, task: str, done: int, total: int) -> None:
+    def show_evaluation(self, task: str, done: int, total: int) -> None:
         """Show how many of a task's held-out samples are evaluated: a bar, or a line every ten seconds."""
         self._attempt(TERMINAL, lambda: self._move_eval_bar(task, done, total))
         if not self.console.is_terminal and time.monotonic() - self.said > 10:
@@ -114,14 +114,14 @@ class Log:
             self.eval_bar = self.progress.add_task("", numbers="")
         self.progress.update(self.eval_bar, description=f"evaluating {task}", completed=done, total=total)
 
-    def evaluation(self, step: int, rows: Rows) -> None:
+    def log_evaluation(self, step: int, rows: Rows) -> None:
         """Report each task's metrics on its held-out samples."""
         if self.eval_bar is not None:
             self.progress.remove_task(self.eval_bar)
             self.eval_bar = None
-        self._record("eval", step, rows)
+        self._write_metrics("eval", step, rows)
         for name, row in rows.items():
-            self._say(f"step {step:,}: {name}: " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()))
+            self._say(f"step {step:,}: {name}: " + ", ".join(f"{key} {_format_number(value)}" for key, value in row.items()))
 
     def message(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """Print a text above the bars and add it to log.txt."""
@@ -139,7 +139,7 @@ class Log:
             self._attempt(TERMINAL, show)
         self._attempt("log.txt", lambda: self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"))
 
-    def _record(self, kind: str, step: int, rows: Rows, **more: float) -> None:
+    def _write_metrics(self, kind: str, step: int, rows: Rows, **more: float) -> None:
         if step <= self.last.get(kind, -1):
             return
         self.last[kind] = step
@@ -153,7 +153,7 @@ class Log:
             self.tensorboard.add_scalar(tag, value, step)
 
     def _attempt(self, name: str, write: Callable[[], Any]) -> None:
-        """Write, unless that output failed before; a first failure is told once."""
+        """Write, unless that output failed before; the first failure is reported."""
         if name in self.given_up:
             return
         try:
@@ -170,7 +170,7 @@ class Log:
 
 
 class PeerLog:
-    """Where the other processes of a run report to: what must be told goes to the terminal, the first process writes all else."""
+    """Where the processes other than rank 0 report to: warnings and errors go to the terminal, rank 0 writes all else."""
 
     def __init__(self, rank: int, console: Console | None = None) -> None:
         self.rank, self.console = rank, console or _Terminal(stderr=True, highlight=False)
@@ -182,36 +182,36 @@ class PeerLog:
         pass
 
     def tick(self, step: int, task: str | Sequence[str]) -> None:
-        """The first process counts."""
+        """Rank 0 counts."""
 
-    def interval(self, step: int, lr: float, rows: Rows) -> None:
-        """The first process reports the means of all."""
+    def log_interval(self, step: int, lr: float, rows: Rows) -> None:
+        """Rank 0 reports the means of all."""
 
-    def evaluating(self, task: str, done: int, total: int) -> None:
-        """The first process shows the bar."""
+    def show_evaluation(self, task: str, done: int, total: int) -> None:
+        """Rank 0 shows the bar."""
 
-    def evaluation(self, step: int, rows: Rows) -> None:
-        """The first process reports the metrics, which are the same."""
+    def log_evaluation(self, step: int, rows: Rows) -> None:
+        """Rank 0 reports the metrics, which are the same."""
 
     def message(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
-        """Print a text that is particular to this process: what all of them say as information, the first one says."""
+        """Print a warning or an error of this process; information is the same on all of them, and rank 0 prints it."""
         if level != "info":
             with suppress(OSError):
                 self.console.print(f"process {self.rank}: {level}: {text}", style=STYLES[level], markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """The first process keeps the log file."""
+        """Rank 0 keeps the log file."""
 
 
 class _Terminal(Console):
-    """Falls silent when nobody reads it any more, where the library's own would end the process."""
+    """Goes silent when its pipe is closed, where rich's own console would end the process."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
             super().on_broken_pipe()
 
 
-def _progress(console: Console) -> Progress:
+def _build_progress(console: Console) -> Progress:
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
@@ -241,18 +241,18 @@ def _drop_later_lines(path: Path, step: int) -> dict[str, int]:
     return last
 
 
-def _numbers(row: Mapping[str, int | float]) -> str:
-    parts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
-    parts += [f"acc {row['accuracy']:.1%}"] if "accuracy" in row else []
-    parts += [f"{row['examples_per_second']:,.0f}/s"] if "examples_per_second" in row else []
+def _format_row(row: Mapping[str, int | float]) -> str:
+    texts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
+    texts += [f"acc {row['accuracy']:.1%}"] if "accuracy" in row else []
+    texts += [f"{row['examples_per_second']:,.0f}/s"] if "examples_per_second" in row else []
     waited = row.get("data_wait_ratio", 0)
-    parts += [f"waits {waited:.0%}"] if waited >= SHOWN_WAIT else []
+    texts += [f"waits {waited:.0%}"] if waited >= MIN_WAIT_RATIO else []
     # Counts of trouble, such as skipped steps, when there is any.
-    parts += [f"{key} {value}" for key, value in row.items() if key not in SHOWN_APART and value]
-    return " ".join(parts)
+    texts += [f"{key} {value}" for key, value in row.items() if key not in FORMATTED and value]
+    return " ".join(texts)
 
 
-def _short(value: int | float) -> str:
+def _format_number(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
@@ -268,14 +268,9 @@ class Result:
     examples_per_second: float
 
 
-def result_table(rows: Sequence[Result]) -> Table:
+def build_result_table(rows: Sequence[Result]) -> Table:
     """The results as a table for `Console.print`."""
-    table = Table(box=box.SIMPLE, show_edge=False)
-    table.add_column("task", overflow="fold")
-    for header in ("modality", "metric"):
-        table.add_column(header)
-    for header in ("value", "steps", "examples/s"):
-        table.add_column(header, justify="right", no_wrap=True)
+    table = build_table(["task", "modality", "metric"], ["value", "steps", "examples/s"])
     for row in rows:
         speed = f"{row.examples_per_second:,.0f}" if math.isfinite(row.examples_per_second) else "-"
         table.add_row(row.task, row.modality, row.metric, f"{row.value:.4f}", f"{row.steps:,}", speed)
@@ -284,30 +279,25 @@ def result_table(rows: Sequence[Result]) -> Table:
 
 def print_results(rows: Sequence[Result]) -> None:
     """Print the table of results."""
-    Console().print(result_table(rows))
+    Console().print(build_result_table(rows))
 
 
 def print_evaluation(config: Train, rows: Rows) -> None:
     """Print each task's metrics as `evaluate` gives them, its own metric first."""
-    table = Table(box=box.SIMPLE, show_edge=False)
-    table.add_column("task", overflow="fold")
-    for header in ("modality", "metric"):
-        table.add_column(header)
-    for header in ("value", "top5", "loss", "files", "broken"):
-        table.add_column(header, justify="right", no_wrap=True)
+    table = build_table(["task", "modality", "metric"], ["value", "top5", "loss", "files", "broken"])
     for name, row in rows.items():
         task = config.tasks[name]
-        numbers = [_short(row[key]) if key in row else "-" for key in (task.metric, "top5", "loss")]
+        numbers = [_format_number(row[key]) if key in row else "-" for key in (task.metric, "top5", "loss")]
         counts = [f"{row[key]:,.0f}" for key in ("num_examples", "num_broken")]
         table.add_row(name, task.modality.name, task.metric, *numbers, *counts)
     Console().print(table)
 
 
 @contextmanager
-def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
+def show_evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A function to call with (task, done, total) of an evaluation: on a terminal it moves a bar for each task."""
     bars: dict[str, TaskID] = {}
-    with _progress(Console()) as progress:
+    with _build_progress(Console()) as progress:
 
         def show(task: str, done: int, total: int) -> None:
             if task not in bars:

@@ -1,4 +1,4 @@
-"""Pictures of a plan and of a run: the schedule, the learning rate, losses and metrics per task."""
+"""Pictures of a step plan and of a run: the schedule, the learning rate, losses and metrics per task."""
 
 from __future__ import annotations
 
@@ -9,62 +9,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from polyvit_fast.config import StepPlan, Train
+from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import count_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 else:  # matplotlib is imported where it draws, because that takes long
-    Axes = Figure = Any
+    Axes = Any
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#5A4FA2", "#8C8C00", "#7F7F7F", "#222222")
-"""Told apart with the common forms of colour blindness: Okabe and Ito's set, with darker hues in place of its yellow, then greys."""
+"""Distinct with the common forms of colour blindness: Okabe and Ito's set, with darker hues for its yellow, then greys."""
 MAX_COLUMNS = 1000
-"""Columns of the raster of tasks; a longer plan has several steps in one."""
+"""Columns in which the tasks of a plan are drawn; in a longer plan a column is several steps."""
 STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
     "figure.dpi": 130,
+    "grid.color": "#E4E4E4",
+    "legend.fontsize": "small",
+    "legend.frameon": False,
 }
+HELD_OUT = {"color": "#222222", "linewidth": 1, "marker": "o", "markersize": 4, "markerfacecolor": "white"}
 
 
-def schedule_table(plan: StepPlan) -> Table:
-    """Per task: steps, share of all minibatches, first and last step, and the longest row of steps without it between those."""
-    table = Table(box=box.SIMPLE, show_edge=False)
-    table.add_column("task", overflow="fold")
-    for header in ("steps", "share", "first step", "last step", "longest gap"):
-        table.add_column(header, justify="right", no_wrap=True)
+def build_schedule_table(plan: StepPlan) -> Table:
+    """Per task: steps, fraction of all minibatches, first and last step, and the most steps in a row without it between those."""
+    table = build_table(["task"], ["steps", "of all", "first step", "last step", "longest gap"])
     counts = count_steps(plan)
     for name in sorted(counts):
         steps = np.array([step for step, names in enumerate(plan) if name in names])
         gap = int(np.diff(steps).max()) - 1 if len(steps) > 1 else 0
-        share = counts[name] / counts.total()
-        table.add_row(name, f"{counts[name]:,}", f"{share:.2%}", f"{steps[0]:,}", f"{steps[-1]:,}", f"{gap:,}")
+        table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts.total():.2%}", f"{steps[0]:,}", f"{steps[-1]:,}", f"{gap:,}")
     return table
 
 
-def rate_table(lrs: Sequence[float]) -> Table:
+def build_rate_table(lrs: Sequence[float]) -> Table:
     """The first, the largest and the last learning rate, and their steps."""
-    table = Table(box=box.SIMPLE, show_edge=False)
-    for header in ("learning rate", "value", "step"):
-        table.add_column(header, justify="left" if header == "learning rate" else "right", no_wrap=True)
+    table = build_table(["learning rate"], ["value", "step"])
     for name, step in (("first", 0), ("largest", int(np.argmax(lrs))), ("last", len(lrs) - 1)):
         table.add_row(name, f"{lrs[step]:.4g}", f"{step:,}")
     return table
@@ -72,126 +60,111 @@ def rate_table(lrs: Sequence[float]) -> Table:
 
 def print_schedule(plan: StepPlan, lrs: Sequence[float]) -> None:
     """Print the table of the schedule and that of its learning rates."""
-    Console().print(schedule_table(plan), "", rate_table(lrs), sep="\n")
+    Console().print(build_schedule_table(plan), "", build_rate_table(lrs), sep="\n")
 
 
 def plot_schedule(path: Path, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
-    """Draw the plan as a PNG: the task of every step, each task's share of the minibatches so far, the learning rate of every step."""
+    """Draw the plan as a PNG: the task of every step, each task's percentage of the minibatches so far, the learning rate of every step."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = list(config.tasks)
+    names, height = list(config.tasks), 0.9 + 0.28 * len(config.tasks)
+    present = np.array([[name in tasks for tasks in plan] for name in names])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.6 + 0.28 * len(names)), layout="constrained")
-        axes = figure.subplots(3, 1, sharex=True, height_ratios=[0.9 + 0.28 * len(names), 2.2, 2.2])
-        _draw_raster(axes[0], plan, names)
-        _draw_shares(axes[1], plan, names)
-        _draw_rates(axes[2], plan, config, lrs)
-        axes[2].set_xlabel("step")
-        axes[2].set_xlim(0, len(plan))
-        axes[2].xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+        figure = Figure(figsize=(10, 4.7 + height), layout="constrained")
+        axes = figure.subplots(3, 1, sharex=True, height_ratios=[height, 2.2, 2.2])
+        _draw_tasks(axes[0], names, present)
+        _draw_percentages(axes[1], present)
+        _draw_rates(axes[2], plan, config, np.asarray(lrs))
         schedule = config.schedule if isinstance(config.schedule, str) else getattr(config.schedule, "__name__", "custom")
-        figure.suptitle(f"Schedule: {schedule}, {len(plan):,} steps, {_plural(len(names), 'task')}", x=0.01, ha="left", fontsize=12)
-        _save(figure, path)
+        figure.suptitle(f"Schedule: {schedule}, {len(plan):,} steps, {len(names)} task{'s' * (len(names) > 1)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
-def _draw_raster(axes: Axes, plan: StepPlan, names: list[str]) -> None:
-    """A row per task, as strong as the task is frequent there against the place where it is most frequent."""
-    from matplotlib.colors import to_rgb
+def _draw_tasks(axes: Axes, names: list[str], present: np.ndarray) -> None:
+    """A row per task in its colour, the stronger the more of a column's steps are the task's."""
+    from matplotlib.colors import ListedColormap
 
-    density = _density(plan, names)
-    image = np.ones((len(names), density.shape[1], 4))
-    for j, row in enumerate(density):
-        image[j, :, :3] = to_rgb(_colour(j))
-        image[j, :, 3] = row / max(row.max(), 1e-12)
-    axes.imshow(image, aspect="auto", interpolation="nearest", extent=(0, len(plan), len(names), 0))
-    counts = count_steps(plan)
-    labels = [f"{name}  {counts[name]:,}" for name in names]
-    axes.set_yticks([j + 0.5 for j in range(len(names))], labels)
-    for j in range(1, len(names)):
-        axes.axhline(j, color="white", linewidth=2)
+    density, num_steps, counts = _compute_density(present), present.shape[1], present.sum(1)
+    colours = ListedColormap([_colour(row) for row in range(len(names))])
+    rows = np.indices(density.shape)[0]
+    strength = density / np.maximum(density.max(1, keepdims=True), 1e-12)
+    extent = (0, num_steps, len(names), 0)
+    axes.imshow(rows, colours, alpha=strength, vmin=0, vmax=max(1, len(names) - 1), aspect="auto", interpolation="nearest", extent=extent)
+    labels = [f"{name}  {count:,}  ({count / counts.sum():.1%})" for name, count in zip(names, counts, strict=True)]
+    axes.set_yticks(np.arange(len(names)) + 0.5, labels)
+    axes.set_yticks(range(1, len(names)), minor=True)
     axes.grid(visible=False)
-    axes.tick_params(length=0)
-    binned = math.ceil(len(plan) / MAX_COLUMNS)
-    axes.set_title("Task of every step" if binned == 1 else f"Tasks along the plan (a column is {binned} steps; darker is more of them)")
+    axes.grid(which="minor", axis="y", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    width = math.ceil(num_steps / MAX_COLUMNS)
+    axes.set_title("Task of every step" if width == 1 else f"Tasks along the plan (a column is {width} steps; darker is more of them)")
 
 
-def _density(plan: StepPlan, names: list[str]) -> np.ndarray:
-    """The share of the steps in each column of the raster that have each task: [task, column]."""
-    num_columns = min(len(plan), MAX_COLUMNS)
-    column = np.arange(len(plan)) * num_columns // len(plan)
-    width = np.bincount(column, minlength=num_columns)
-    return np.stack([np.bincount(column, weights=present, minlength=num_columns) / width for present in _presence(plan, names)])
+def _compute_density(present: np.ndarray) -> np.ndarray:
+    """The fraction of the steps in each column that have each task: [task, column], from bool [task, step]."""
+    num_steps = present.shape[1]
+    num_columns = min(num_steps, MAX_COLUMNS)
+    edges = -(-np.arange(num_columns + 1) * num_steps // num_columns)
+    return np.add.reduceat(present, edges[:-1], axis=1, dtype=float) / np.diff(edges)
 
 
-def _presence(plan: StepPlan, names: list[str]) -> np.ndarray:
-    """Whether each task is in each step: bool [task, step]."""
-    row = {name: j for j, name in enumerate(names)}
-    present = np.zeros((len(names), len(plan)), bool)
-    for step, tasks in enumerate(plan):
-        for name in tasks:
-            present[row[name], step] = True
-    return present
+def _draw_percentages(axes: Axes, present: np.ndarray) -> None:
+    points = np.unique(np.linspace(0, present.shape[1], MAX_COLUMNS).astype(int))
+    sums = np.cumsum(present, axis=1)[:, np.maximum(points, 1) - 1]
+    bands = range(len(present))[::-1]  # the first task on top, as above
+    axes.stackplot(points, (100 * sums / sums.sum(0))[bands], colors=[_colour(row) for row in bands], edgecolor="white", linewidth=0.6)
+    axes.set(ylim=(0, 100), ylabel="minibatches so far [%]", title="Each task's percentage of the minibatches")
 
 
-def _draw_shares(axes: Axes, plan: StepPlan, names: list[str]) -> None:
-    points = np.unique(np.linspace(1, len(plan), 1000).astype(int))
-    sums = np.cumsum(_presence(plan, names), axis=1)[:, points - 1]
-    shares = 100 * sums / sums.sum(0)
-    points, shares = np.insert(points, 0, 0), np.insert(shares, 0, shares[:, 0], axis=1)
-    bands = range(len(names))[::-1]  # the first task on top, as in the raster
-    axes.stackplot(points, shares[bands], colors=[_colour(j) for j in bands], edgecolor="white", linewidth=0.6, alpha=0.9)
-    middle = 100 - np.cumsum(shares[:, -1]) + shares[:, -1] / 2
-    for j, name in enumerate(names):
-        if shares[j, -1] >= 7:  # a thinner band has no room for a line of text
-            _annotate(axes, f"{name} {shares[j, -1]:.0f} %", len(plan), float(middle[j]))
-    axes.set_ylim(0, 100)
-    axes.set_ylabel("share so far [%]")
-    axes.set_title("Cumulative share of the minibatches")
-
-
-def _draw_rates(axes: Axes, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
+def _draw_rates(axes: Axes, plan: StepPlan, config: Train, rates: np.ndarray) -> None:
     """A line for each `lr_scale` among the steps, hence a single one when all tasks have the same."""
-    names, rates = list(config.tasks), np.asarray(lrs)
+    names = list(config.tasks)
     scales = np.array([sum(config.tasks[name].lr_scale for name in tasks) / len(tasks) for tasks in plan])
     for scale in sorted(set(scales.tolist()), reverse=True):
         steps = np.flatnonzero(scales == scale)
         members = sorted({name for step in steps for name in plan[step]}, key=names.index)
         colour = _colour(names.index(members[0])) if len(members) == 1 else "#333333"
-        style = {"marker": "o", "markersize": 3} if len(steps) < 60 else {}
-        axes.plot(steps, rates[steps], color=colour, linewidth=1.6, label=f"× {scale:g}: {_listed(members)}", **style)
+        more = f" and {len(members) - 2} more" if len(members) > 2 else ""
+        label = f"× {scale:g}: {', '.join(members[:2])}{more}"
+        axes.plot(steps, rates[steps], color=colour, label=label, marker="." if len(steps) < 60 else "")
     if len(axes.lines) > 1:
-        axes.legend(title="lr_scale", fontsize=8.5, title_fontsize=8.5, alignment="left", loc="upper right")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("learning rate")
-    axes.set_title("Learning rate of every step")
+        axes.legend(title="lr_scale", alignment="left", loc="upper right")
+    axes.set(xlabel="step", xlim=(0, len(plan)), ylim=(0, None), ylabel="learning rate", title="Learning rate of every step")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def plot_run(folder: Path, path: Path) -> None:
-    """Draw a run folder's metrics.jsonl as a PNG: for each task its loss above its metric, training beside held-out examples.
+    """Draw a run folder's metrics.jsonl as a PNG: for each task its loss above its metric, of training and of held-out examples.
 
     Raises ValueError when nothing was logged yet.
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     curves = _read_curves(folder / "metrics.jsonl")
-    names = list(curves)
-    num_columns = len(names) if len(names) <= 5 else math.ceil(len(names) / math.ceil(len(names) / 5))
-    num_rows = math.ceil(len(names) / num_columns)
+    num_rows = math.ceil(len(curves) / 5)
+    num_columns = math.ceil(len(curves) / num_rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5, 2.9 * num_columns), 1.1 + 4.1 * num_rows), layout="constrained")
         axes = figure.subplots(2 * num_rows, num_columns, squeeze=False, sharex=True)
-        for j, name in enumerate(names):
-            row, column = divmod(j, num_columns)
-            _draw_loss(axes[2 * row, column], name, curves[name], _colour(j))
-            _draw_metric(axes[2 * row + 1, column], curves[name], _colour(j))
+        for index, (name, curve) in enumerate(curves.items()):
+            metric = next((metric for metric in ("mAP", "top1") if f"eval/{metric}" in curve), "top1")
+            row, column = divmod(index, num_columns)
+            loss, accuracy = axes[2 * row : 2 * row + 2, column]
+            _draw_curves(loss, _colour(index), curve.get("train/loss"), curve.get("eval/loss"))
+            _draw_curves(accuracy, _colour(index), curve.get("train/accuracy"), curve.get(f"eval/{metric}"))
+            loss.set(ylabel="loss", ylim=(0, None), title=name)
+            accuracy.set(ylabel="mAP / yes-no accuracy" if metric == "mAP" else "accuracy", ylim=(0, 1.03), xlabel="step")
+            accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
+            accuracy.tick_params(labelbottom=True)
         for panel in axes.flat:
             panel.set_visible(bool(panel.lines))
-        _label_steps(axes, max(point for curve in curves.values() for steps, _ in curve.values() for point in steps))
-        _add_legend(figure)
-        figure.suptitle(f"{folder.name}: {_plural(len(names), 'task')}", x=0.01, ha="left", fontsize=12)
-        _save(figure, path)
+        figure.suptitle(f"{folder.name}: training (smoothed; thin: each interval) and held-out files (circles)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 Curve = tuple[list[int], list[int | float]]
@@ -217,42 +190,19 @@ def _read_curves(path: Path) -> dict[str, dict[str, Curve]]:
     return curves
 
 
-def _draw_loss(axes: Axes, name: str, curves: dict[str, Curve], colour: str) -> None:
-    _draw_training(axes, curves.get("train/loss"), colour)
-    _draw_held_out(axes, curves.get("eval/loss"))
-    axes.set_title(name)
-    axes.set_ylabel("loss")
-    losses = [value for key in ("train/loss", "eval/loss") for value in curves.get(key, ([], []))[1] if not math.isnan(value)]
-    axes.set_ylim(0, 1.08 * max([*losses, 1e-3]))
+def _draw_curves(axes: Axes, colour: str, training: Curve | None, held_out: Curve | None) -> None:
+    """The means of the training intervals, thin as they are and smoothed, and the evaluations, of which the last has its number."""
+    if training:
+        axes.plot(*training, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(training[0], _smooth(training[1]), color=colour, marker="." if len(training[0]) < 10 else "")
+    if held_out:
+        axes.plot(*held_out, **HELD_OUT)
+        value = held_out[1][-1]
+        axes.annotate(f"{value:.3g}", (held_out[0][-1], value), xytext=(6, 6), textcoords="offset points", annotation_clip=False)
 
 
-def _draw_metric(axes: Axes, curves: dict[str, Curve], colour: str) -> None:
-    metric = next((name for name in ("mAP", "top1") if f"eval/{name}" in curves), None)
-    scaled = {key: (steps, [100 * value for value in values]) for key, (steps, values) in curves.items()}
-    _draw_training(axes, scaled.get("train/accuracy"), colour)
-    _draw_held_out(axes, scaled.get(f"eval/{metric}"))
-    axes.set_ylabel("mAP / yes-no accuracy [%]" if metric == "mAP" else "accuracy [%]")
-    axes.set_ylim(0, 103)
-
-
-def _draw_training(axes: Axes, curve: Curve | None, colour: str) -> None:
-    """The intervals' means as they are, thin, and smoothed."""
-    if curve is None:
-        return
-    axes.plot(*curve, color=colour, linewidth=0.8, alpha=0.35)
-    axes.plot(curve[0], _smoothed(curve[1]), color=colour, linewidth=1.8, marker="." if len(curve[0]) < 10 else "")
-
-
-def _draw_held_out(axes: Axes, curve: Curve | None) -> None:
-    if curve is None:
-        return
-    axes.plot(*curve, color="#222222", linewidth=1, marker="o", markersize=4, markerfacecolor="white", zorder=3)
-    value = curve[1][-1]
-    _annotate(axes, f"{value:.1f}" if value >= 10 else f"{value:.3g}", curve[0][-1], value)
-
-
-def _smoothed(values: list[int | float]) -> np.ndarray:
-    """The mean of about a fifteenth of the points around each, near ones first; NaN is passed over."""
+def _smooth(values: list[int | float]) -> np.ndarray:
+    """The mean of about a fifteenth of the points around each, near ones first; NaN is left out."""
     window = np.hanning(2 * (len(values) // 30) + 3)[1:-1]
     known = ~np.isnan(values)
     total = np.convolve(np.where(known, values, 0), window, "same")
@@ -260,47 +210,5 @@ def _smoothed(values: list[int | float]) -> np.ndarray:
     return np.where(weight > 1e-9, total / np.maximum(weight, 1e-9), np.nan)
 
 
-def _label_steps(axes: np.ndarray, last_step: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    thousands = last_step >= 10_000
-    for panel in axes.flat:
-        panel.set_xlim(0, 1.2 * last_step)  # leaves room for the last number
-        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        panel.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:g}k" if thousands and value else f"{value:g}")
-    for panel in axes[1::2].flat:
-        panel.set_xlabel("step")
-        panel.tick_params(labelbottom=True)
-
-
-def _annotate(axes: Axes, text: str, step: int, value: int | float) -> None:
-    """Write to the right of a point, even beyond the axes."""
-    veil = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-    axes.annotate(
-        text, (step, value), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5, annotation_clip=False, bbox=veil
-    )
-
-
-def _add_legend(figure: Figure) -> None:
-    from matplotlib.lines import Line2D
-
-    training = Line2D([], [], color="#777777", linewidth=1.8, label="training (smoothed; thin: each interval)")
-    held_out = Line2D([], [], color="#222222", linewidth=1, marker="o", markersize=4, markerfacecolor="white", label="held-out files")
-    figure.legend(handles=[training, held_out], loc="outside lower center", ncols=2)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
 def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,7 +1,7 @@
-"""Checkpoints that outlive kills, full disks and flipped bits: a folder of safetensors and JSON files that is whole or not there.
+"""Checkpoints that survive kills, full disks and flipped bits: a folder of safetensors and JSON files that is complete or not there.
 
 `save` writes under a temporary name, takes the SHA-256 of every byte on its way, syncs each file, writes the manifest last, and renames.
-`newest` believes nothing but what a manifest vouches for. No file of it can hold code.
+`find_newest` accepts only files whose size and SHA-256 are those of the manifest. No file can contain code.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CheckpointError(OSError):
-    """A checkpoint that could not be saved, or cannot be believed; the message says why."""
+    """A checkpoint that could not be saved, or is broken; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -90,39 +90,39 @@ def save(
     if keep < 1:
         raise ValueError(f"keep = {keep} must be at least 1")
     home = folder / "checkpoints"
-    temporary = home / f".tmp-{_name(step)}-{uuid4().hex}"
+    temporary = home / f".tmp-{_format_name(step)}-{uuid4().hex}"
     texts = {"state.json": {**state, "step": step}, "config.json": config}
-    parts: dict[str, Iterable[bytes | memoryview]] = {name: [_json(value)] for name, value in texts.items()}
-    parts |= {f"{name}.safetensors": _safetensors(group) for name, group in tensors.items()}
+    contents: dict[str, Iterable[bytes | memoryview]] = {name: [_encode_json(value)] for name, value in texts.items()}
+    contents |= {f"{name}.safetensors": _encode_safetensors(group) for name, group in tensors.items()}
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + (1 << 20)
     try:
         home.mkdir(parents=True, exist_ok=True)
         _remove_temporary(home)
         _check_space(home, needed)
-        _write(temporary, step, parts)
-        _publish(temporary, home / _name(step))
+        _write(temporary, step, contents)
+        _publish(temporary, home / _format_name(step))
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} was not saved in {home}: {error.strerror or error}; it needs {needed / 1e6:,.1f} MB, "
-            f"{_free_bytes(folder) / 1e6:,.1f} MB are free; the older checkpoints are untouched"
+            f"{_count_free_bytes(folder) / 1e6:,.1f} MB are free; the older checkpoints are untouched"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _remove_old(home, step, keep, best_step)
-    return home / _name(step)
+    return home / _format_name(step)
 
 
-def newest(folder: Path, report: Callable[[str], None] = _logger.warning) -> Checkpoint | None:
+def find_newest(folder: Path, report: Callable[[str], None] = _logger.warning) -> Checkpoint | None:
     """The checkpoint of the largest step in the run folder of which every byte is as it was written; None when there is none.
 
-    Each broken one is reported, with the file at fault, and passed over.
+    Each broken one is reported, with the file at fault, and skipped.
     """
-    return next(every(folder, report), None)
+    return next(iterate(folder, report), None)
 
 
-def every(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iterator[Checkpoint]:
-    """The whole checkpoints of a run folder, that of the largest step first; broken ones are reported and passed over."""
-    left = _checkpoints(folder / "checkpoints")
+def iterate(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iterator[Checkpoint]:
+    """The intact checkpoints of a run folder, that of the largest step first; broken ones are reported and skipped."""
+    left = _list(folder / "checkpoints")
     seen = set()
     while left:
         path = left.pop()
@@ -133,19 +133,19 @@ def every(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iter
             if path.exists():
                 report(f"broken checkpoint skipped: {error}")
             else:  # the run goes on, and has deleted it after newer ones
-                left = [path for path in _checkpoints(folder / "checkpoints") if path not in seen]
+                left = [path for path in _list(folder / "checkpoints") if path not in seen]
         else:
             yield checkpoint
 
 
-def any_left(folder: Path) -> bool:
+def has_any(folder: Path) -> bool:
     """Whether the run folder has a checkpoint at all, whole or broken; one whose writing was cut short does not count."""
-    return bool(_checkpoints(folder / "checkpoints"))
+    return bool(_list(folder / "checkpoints"))
 
 
 def read(path: Path) -> Checkpoint:
     """The checkpoint in this folder, after its whole content was checked. Raises CheckpointError that names the file at fault."""
-    files = _manifest(path)
+    files = _read_manifest(path)
     for name, (_, digest) in files.items():
         _check_content(path / name, digest)
     try:
@@ -153,16 +153,16 @@ def read(path: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     names = tuple(name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
-    return Checkpoint(path, _step(path), state, config, names)
+    return Checkpoint(path, _read_step(path), state, config, names)
 
 
-def _json(value: Any) -> bytes:
+def _encode_json(value: Any) -> bytes:
     return strict_json.dumps(value, indent=1).encode()
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The pieces of a safetensors file."""
-    # The library can write a file, or return it as bytes, but not show the bytes to a hash as they pass without a second copy of all.
+def _encode_safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The content of a safetensors file, in chunks."""
+    # Not by the library: it writes a file or returns all bytes at once, and neither lets a hash see them without a second copy.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # wide first keeps every tensor aligned
     header, end = {}, 0
     for name, tensor in ordered:
@@ -177,20 +177,20 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write(folder: Path, step: int, parts: dict[str, Iterable[bytes | memoryview]]) -> None:
+def _write(folder: Path, step: int, contents: dict[str, Iterable[bytes | memoryview]]) -> None:
     folder.mkdir()
-    files = {name: _write_file(folder / name, pieces) for name, pieces in parts.items()}
-    _write_file(folder / MANIFEST, [_json({"format": FORMAT, "step": step, "files": files})])
+    files = {name: _write_file(folder / name, chunks) for name, chunks in contents.items()}
+    _write_file(folder / MANIFEST, [_encode_json({"format": FORMAT, "step": step, "files": files})])
     _sync_folder(folder)
 
 
-def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
-    digest, size, chunk = hashlib.sha256(), 0, 1 << 20  # a chunk stays in the cache between its hash and its write
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    digest, size, step = hashlib.sha256(), 0, 1 << 20  # that much stays in the cache between its hash and its write
     with open(path, "xb") as file:
-        for piece in pieces:
-            for start in range(0, len(piece), chunk):
-                digest.update(piece[start : start + chunk])
-                size += file.write(piece[start : start + chunk])
+        for chunk in chunks:
+            for start in range(0, len(chunk), step):
+                digest.update(chunk[start : start + step])
+                size += file.write(chunk[start : start + step])
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
@@ -198,7 +198,7 @@ def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, i
 
 def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
-        # Saved a second time at one step: the first stays findable under another name until the second is in its place.
+        # Saved a second time at one step: the first can be found under another name until the second has its name.
         replaced = final.with_name(final.name + ".replaced")
         _remove(replaced)
         os.rename(final, replaced)
@@ -208,11 +208,11 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _remove_old(home: Path, step: int, keep: int, best_step: int | None) -> None:
-    """Delete what is older than `step` and not to be kept. Those of later steps, left by a run that was set back, are not ours."""
-    older = [path for path in reversed(_checkpoints(home)) if _step(path) < step]
+    """Delete what is older than `step` and not to be kept. Those of later steps were left by a run that was set back, and stay."""
+    older = [path for path in reversed(_list(home)) if _read_step(path) < step]
     whole = [path for path in older if _is_complete(path)]
-    kept = {*whole[: keep - 1], *(path for path in whole if _step(path) == best_step)}
-    for path in [home / f"{_name(step)}.replaced", *(path for path in older if path not in kept)]:
+    kept = {*whole[: keep - 1], *(path for path in whole if _read_step(path) == best_step)}
+    for path in [home / f"{_format_name(step)}.replaced", *(path for path in older if path not in kept)]:
         try:
             _remove(path)
         except OSError as error:
@@ -232,29 +232,29 @@ def _remove_temporary(home: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _checkpoints(home: Path) -> list[Path]:
-    """All checkpoints, broken ones too, by increasing step; one that was being replaced stands before its replacement."""
+def _list(home: Path) -> list[Path]:
+    """All checkpoints, broken ones too, by increasing step; one that was being replaced comes before its replacement."""
     found = [path for path in home.glob("step_*") if re.fullmatch(r"step_\d+(\.replaced)?", path.name)]
-    return sorted(found, key=lambda path: (_step(path), not path.suffix))
+    return sorted(found, key=lambda path: (_read_step(path), not path.suffix))
 
 
-def _name(step: int) -> str:
+def _format_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _step(path: Path) -> int:
+def _read_step(path: Path) -> int:
     digits = re.match(r"step_(\d+)", path.name)
     return int(digits[1]) if digits else -1
 
 
 def _is_complete(path: Path) -> bool:
     try:
-        return bool(_manifest(path))
+        return bool(_read_manifest(path))
     except CheckpointError:
         return False
 
 
-def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """Bytes and SHA-256 of each file, after a look at the files' sizes."""
     try:
         content = json.loads((path / MANIFEST).read_bytes())
@@ -264,8 +264,8 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{path / MANIFEST} is missing: the checkpoint was not finished") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is broken: {error!r}") from None
-    if found != (FORMAT, _step(path)):
-        raise CheckpointError(f"{path / MANIFEST} is of format {found[0]}, step {found[1]}; expected {FORMAT}, {_step(path)}")
+    if found != (FORMAT, _read_step(path)):
+        raise CheckpointError(f"{path / MANIFEST} is of format {found[0]}, step {found[1]}; expected {FORMAT}, {_read_step(path)}")
     for name in {"state.json", "config.json", *files}:
         file = path / name
         if name not in files or Path(name).name != name:
@@ -299,11 +299,11 @@ def _check_content(path: Path, digest: str) -> None:
 
 
 def _check_space(home: Path, needed: int) -> None:
-    if _free_bytes(home) < needed:
+    if _count_free_bytes(home) < needed:
         raise OSError("not enough free disk space")
 
 
-def _free_bytes(folder: Path) -> int:
+def _count_free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

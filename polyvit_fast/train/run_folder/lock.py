@@ -1,8 +1,9 @@
 """One run at a time in a run folder: a second one is refused before it touches anything, and a killed one leaves nothing that refuses.
 
 The lock is POSIX's (`fcntl`), which ends with its process however that ends, and which NFS, Lustre and their like carry between machines.
-Some file systems keep it within a machine, or have none. So the run also renews the time of a small file, running.json, every few seconds:
-whoever gets the lock, but finds that file of another machine, waits whether its time moves. Clocks are not compared, for they may differ.
+Some file systems keep it within a machine, or have none. So the run also touches a small file, running.json, every few seconds: a process
+that gets the lock, but finds that file from another machine, waits to see whether its time changes. Clocks are not compared, for they may
+differ.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from polyvit_fast import strict_json
 
 LOCK = "run.lock"
 """Is never deleted: two processes might then hold locks on two files of this name."""
-RECORD = "running.json"
-RENEW_SECONDS = 5.0
+RUNNING = "running.json"
+TOUCH_SECONDS = 5.0
 STALE_SECONDS = 30.0
-"""Without a renewal, after which the process behind a record is gone."""
+"""A process that has not touched its running.json for so long is gone."""
 FLOCK = "hhlli"
 """C's struct flock: kind, whence, start, length, process."""
 HELD = (errno.EACCES, errno.EAGAIN)
@@ -41,14 +42,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that a run folder's record names."""
+    """The process that a running.json names."""
 
     host: str
     pid: int
     started: str
     """Its date and time there, with the time zone."""
     machine: str
-    """Told apart even where host names are the same; another one after each boot."""
+    """Differs even where host names are the same, and after each boot."""
 
 
 @contextmanager
@@ -61,11 +62,11 @@ def hold(folder: Path, report: Callable[[str], None] = _logger.warning) -> Itera
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _build_write_error(folder, error) from error
     try:
         locks = _try_lock(descriptor, folder, report)
         holder = _claim(folder, locks, report)
-        with _renewed(folder, holder):
+        with _keep_touching(folder, holder):
             yield
     finally:
         os.close(descriptor)
@@ -77,10 +78,10 @@ def _try_lock(descriptor: int, folder: Path, report: Callable[[str], None]) -> b
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
-            raise _refusal(folder, _find_lock_holder(descriptor)) from None
+            raise _build_refusal(folder, _find_lock_holder(descriptor)) from None
         if error.errno not in UNSUPPORTED:
-            raise _unwritable(folder, error) from error
-        report(f"the file system of {folder} has no locks ({error.strerror}): another run there is noticed by its {RECORD} alone")
+            raise _build_write_error(folder, error) from error
+        report(f"the file system of {folder} has no locks ({error.strerror}): only {RUNNING} shows another run there")
         return False
     return True
 
@@ -95,54 +96,54 @@ def _find_lock_holder(descriptor: int) -> int:
 
 
 def _claim(folder: Path, locks: bool, report: Callable[[str], None]) -> Holder:
-    """Write this process into the record. Raises ValueError when the one behind an earlier record is alive."""
-    holder = Holder(platform.node(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"), _machine())
+    """Write running.json for this process. Raises ValueError when the process of an earlier one is alive."""
+    holder = Holder(platform.node(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"), _identify_machine())
     while True:
         try:
-            with open(folder / RECORD, "x") as file:  # of two that come at once, one alone makes it
+            with open(folder / RUNNING, "x") as file:  # of two processes, only one can create it
                 file.write(strict_json.dumps(asdict(holder), 2) + "\n")
             return holder
         except FileExistsError:
-            earlier, stamp = _read(folder), _stamp(folder)
-            if not (locks and earlier and earlier.machine == holder.machine):  # else its lock would still be there
-                _wait_for_sign_of_life(folder, earlier, stamp, report)
-            _put_away(folder, stamp)
+            earlier, stamp = _read(folder), _read_stamp(folder)
+            if not (locks and earlier and earlier.machine == holder.machine):  # else it would still hold its lock
+                _wait_until_stale(folder, earlier, stamp, report)
+            _delete_stale(folder, stamp)
         except OSError as error:
             _remove(folder, holder)
-            raise _unwritable(folder, error) from error
+            raise _build_write_error(folder, error) from error
 
 
-def _wait_for_sign_of_life(folder: Path, earlier: Holder | None, first: tuple[int, int] | None, report: Callable[[str], None]) -> None:
-    """Raises ValueError when the record is renewed."""
+def _wait_until_stale(folder: Path, earlier: Holder | None, first: tuple[int, int] | None, report: Callable[[str], None]) -> None:
+    """Raises ValueError when running.json is touched."""
     who = f"process {earlier.pid} on {earlier.host}" if earlier else "another process"
-    report(f"{folder}: {who} did not say that it ended; it is gone if {folder / RECORD} does not change within {STALE_SECONDS:g} s")
+    report(f"{folder}: {who} did not say that it ended; it is gone if {folder / RUNNING} does not change within {STALE_SECONDS:g} s")
     deadline = time.monotonic() + STALE_SECONDS
-    while (now := _stamp(folder)) and time.monotonic() < deadline:
+    while (now := _read_stamp(folder)) and time.monotonic() < deadline:
         if now != first:
-            raise _refusal(folder)
+            raise _build_refusal(folder)
         time.sleep(0.2)
 
 
-def _put_away(folder: Path, stamp: tuple[int, int] | None) -> None:
-    """Delete the record that was waited for. Raises ValueError when it is another one's by now, who waited for it too."""
-    aside = folder / f".{RECORD}.{uuid4().hex}"
+def _delete_stale(folder: Path, stamp: tuple[int, int] | None) -> None:
+    """Delete the stale running.json. Raises ValueError when it is a new one by now, of another process that had waited for it too."""
+    aside = folder / f".{RUNNING}.{uuid4().hex}"
     try:
-        os.rename(folder / RECORD, aside)
-    except FileNotFoundError:  # another one was quicker; who makes the next record is decided there
+        os.rename(folder / RUNNING, aside)
+    except FileNotFoundError:  # another process was quicker; only one of them can create the next
         return
     status = aside.stat()
     if (status.st_ino, status.st_mtime_ns) != stamp:
         with suppress(OSError):
-            os.link(aside, folder / RECORD)
+            os.link(aside, folder / RUNNING)
         aside.unlink()
-        raise _refusal(folder)
+        raise _build_refusal(folder)
     aside.unlink()
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """Which file the record is and when the file system saw it renewed; None when there is none."""
+def _read_stamp(folder: Path) -> tuple[int, int] | None:
+    """The inode of running.json and when the file system saw it touched; None when there is none."""
     try:
-        with open(folder / RECORD, "rb") as file:  # opened, because NFS asks the server then
+        with open(folder / RUNNING, "rb") as file:  # opening it makes NFS ask the server
             status = os.fstat(file.fileno())
     except OSError:
         return None
@@ -150,47 +151,47 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _renewed(folder: Path, holder: Holder) -> Iterator[None]:
-    """Inside, the record's time moves; then it is gone."""
+def _keep_touching(folder: Path, holder: Holder) -> Iterator[None]:
+    """Inside, a thread touches running.json; then it is deleted."""
     ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(folder / RECORD, ended), daemon=True, name="running")
-    renewing.start()
+    touching = threading.Thread(target=_touch_until, args=(folder / RUNNING, ended), daemon=True, name="running")
+    touching.start()
     try:
         yield
     finally:
         ended.set()
-        renewing.join(RENEW_SECONDS)
+        touching.join(TOUCH_SECONDS)
         _remove(folder, holder)
 
 
 def _remove(folder: Path, holder: Holder) -> None:
-    """Delete the record if it is this process's, or what a full disk left of it."""
+    """Delete running.json if it is this process's, or what a full disk left of it."""
     if _read(folder) in (holder, None):
         with suppress(OSError):
-            os.unlink(folder / RECORD)
+            os.unlink(folder / RUNNING)
 
 
-def _renew(record: Path, ended: threading.Event) -> None:
-    while not ended.wait(RENEW_SECONDS):
+def _touch_until(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(TOUCH_SECONDS):
         with suppress(OSError):  # a server that does not answer for a while is no reason to stop
-            os.utime(record)
+            os.utime(path)
 
 
 def _read(folder: Path) -> Holder | None:
     try:
-        return Holder(**json.loads((folder / RECORD).read_text()))
+        return Holder(**json.loads((folder / RUNNING).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _machine() -> str:
+def _identify_machine() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return platform.node()
 
 
-def _refusal(folder: Path, pid: int = 0) -> ValueError:
+def _build_refusal(folder: Path, pid: int = 0) -> ValueError:
     """`pid`: the process on this machine that holds the lock, if it is known."""
     holder = _read(folder)
     if pid and (holder is None or holder.pid != pid):
@@ -201,12 +202,12 @@ def _refusal(folder: Path, pid: int = 0) -> ValueError:
     if holder is None:
         return ValueError(f"the run folder {folder} is in use: another process trains in it; wait for its end, or choose another --out")
     advice = f"wait for its end, stop it there (kill {holder.pid}: it saves first), or choose another --out"
-    if holder.machine != _machine():
+    if holder.machine != _identify_machine():
         advice += f". Should {holder.host} be gone for good and the file server not know, delete {folder / LOCK}"
     return ValueError(
         f"the run folder {folder} is in use: process {holder.pid} on {holder.host} trains in it since {holder.started}; {advice}"
     )
 
 
-def _unwritable(folder: Path, error: OSError) -> ValueError:
+def _build_write_error(folder: Path, error: OSError) -> ValueError:
     return ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out")

@@ -295,7 +295,7 @@ def test_a_split_that_cannot_be_listed_does_not_keep_the_others_from_being_check
         check_files(config, tmp_path / "out", 1, 60.0)
     lines = capsys.readouterr().out
     assert f"task first, train: folder {tmp_path}/missing: No such file or directory" in lines
-    assert "task first, val: its files were not checked, its labels need the class list of train, which cannot be read" in lines
+    assert "task first, val: its files were not checked: its labels need the class list of train, which cannot be read" in lines
     assert f"task p, val: manifest {tmp_path}/no.csv: No such file or directory" in lines
     assert "p train: 2 of 3 files are good" in lines
     assert f"p train: {tmp_path}/files/red/b.png: the file is empty" in lines

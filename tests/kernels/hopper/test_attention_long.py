@@ -1,4 +1,4 @@
-"""Hopper's attention of any number of tokens: executed on a CPU where there is no GPU; truth is `reference.py` in fp64."""
+"""Hopper's attention of any number of tokens: executed on the CPU where there is no GPU; truth is `reference.py` in fp64."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ from polyvit_kernels import tiles
 from polyvit_kernels.hopper import attention_long
 
 HALF = [torch.bfloat16, torch.float16]
-on_a_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="the executor is for where no GPU is")
+on_a_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="the executor is for machines without a GPU")
 RAGGED = [1, 63, 64, 0, 65, 130, 300]
 
 
-def rows(tokens, head_dim):
+def tiles_of(tokens, head_dim):
     return [tiles.pick(f"attention_long_{way}", 90, torch.bfloat16, tokens=tokens, features=head_dim) for way in ("forward", "backward")]
 
 
 def both_ways(qkv, grad, cu_tokens=None, longest=0):
-    forward, backward = rows(longest or qkv.shape[1], qkv.shape[-1])
+    forward, backward = tiles_of(longest or qkv.shape[1], qkv.shape[-1])
     assert (forward.backend, backward.backend) == ("hopper", "hopper")
     out, lse = attention_long.forward(qkv, forward, cu_tokens, longest)
     dqkv, sums = attention_long.backward(grad, qkv, out, lse, backward, cu_tokens, longest)
@@ -36,15 +36,15 @@ def check(qkv, dtype, plain=plain):
     assert_obeys(qkv, {"out": out, "dqkv": dqkv}, lse, dtype, grad, plain)
 
 
-def check_packed(lengths, head_dim, dtype, longest=0):
+def check_varlen(lengths, head_dim, dtype, longest=0):
     cu_tokens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     qkv, grad = normal(sum(lengths), 3, 2, head_dim).to(dtype), normal(sum(lengths), 2, head_dim, seed=1).to(dtype)
     out, lse, dqkv = both_ways(qkv, grad, cu_tokens, longest or max(lengths))
     for first, last in zip(cu_tokens[:-1].tolist(), cu_tokens[1:].tolist(), strict=True):
         if first < last:
-            piece = slice(first, last)
-            found = {"out": out[None, piece], "dqkv": dqkv[None, piece]}
-            assert_obeys(qkv[None, piece], found, lse[None, :, piece], dtype, grad[None, piece])
+            rows = slice(first, last)
+            found = {"out": out[None, rows], "dqkv": dqkv[None, rows]}
+            assert_obeys(qkv[None, rows], found, lse[None, :, rows], dtype, grad[None, rows])
 
 
 def check_that_infinity_spoils_its_own_row_alone(dtype):
@@ -74,7 +74,9 @@ def programs(monkeypatch):
 
 
 @on_a_cpu
-@pytest.mark.parametrize(("tokens", "seed"), [(257, 0), (320, 1), (401, 2), (577, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "seed"), [(257, 0), *(pytest.param(*case, marks=pytest.mark.long) for case in ((320, 1), (401, 2), (577, 3)))]
+)
 def test_executed(tokens, seed, programs):
     programs(3)
     with executing(seed=seed):
@@ -82,7 +84,7 @@ def test_executed(tokens, seed, programs):
 
 
 @on_a_cpu
-@pytest.mark.parametrize("head_dim", [16, 32, 48, 80])
+@pytest.mark.parametrize("head_dim", [16, 80, *(pytest.param(n, marks=pytest.mark.long) for n in (32, 48))])
 def test_executed_at_every_width(head_dim, programs):
     programs(2)
     with executing():
@@ -90,11 +92,11 @@ def test_executed_at_every_width(head_dim, programs):
 
 
 @on_a_cpu
-@pytest.mark.parametrize(("head_dim", "seed"), [(32, 0), (64, 1), (80, 2)], ids=str)
-def test_executed_packed(head_dim, seed, programs):
+@pytest.mark.parametrize(("head_dim", "seed"), [(32, 0), *(pytest.param(*case, marks=pytest.mark.long) for case in ((64, 1), (80, 2)))])
+def test_executed_varlen(head_dim, seed, programs):
     programs(5)
     with executing(seed=seed):
-        check_packed(RAGGED if head_dim == 64 else RAGGED[:5], head_dim, HALF[seed % 2], longest=400)
+        check_varlen(RAGGED if head_dim == 64 else RAGGED[:5], head_dim, HALF[seed % 2], longest=400)
 
 
 @on_a_cpu
@@ -125,7 +127,7 @@ def test_every_length(tokens, dtype):
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80])
 def test_every_width(head_dim, dtype):
     check(normal(3, 333, 3, 5, head_dim), dtype)
-    check_packed(RAGGED, head_dim, dtype)
+    check_varlen(RAGGED, head_dim, dtype)
 
 
 @pytest.mark.gpu
@@ -163,7 +165,7 @@ def test_runs_repeat_on_any_number_of_programs(programs):
 @pytest.mark.parametrize("head_dim", [32, 64, 80])
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_variants_name_every_argument(way, head_dim):
-    tile = dict(zip(("forward", "backward"), rows(401, head_dim), strict=True))[way]
+    tile = dict(zip(("forward", "backward"), tiles_of(401, head_dim), strict=True))[way]
     variants = list(attention_long.variants(tile, "bf16"))
     assert len(variants) == (2 if way == "forward" else 4)
     for variant in variants:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import library, negative_scores, upstream
-from hopper_cases import assert_short_attention_obeys, both_ways, on_a_card
+from hopper_cases import assert_short_attention_obeys, both_ways, needs_hopper
 from samples import activations, normal
 
 from polyvit_kernels.hopper import attention_short
@@ -18,12 +18,19 @@ def packed_normal(tokens, head_dim, dtype, *, batch=2, heads=2):
     return normal(batch, tokens, 3, heads, head_dim).to(dtype), normal(batch, tokens, heads, head_dim, seed=9).to(dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 49, 63, 64, 127, 128, 191, 192, 209, 255, 256])
+@pytest.mark.parametrize(
+    "tokens", [1, 64, 127, *(pytest.param(n, marks=pytest.mark.long) for n in (16, 49, 63, 128, 191, 192, 209, 255, 256))]
+)
 def test_every_length_of_blocks(tokens):
     assert_short_attention_obeys(*packed_normal(tokens, 64, torch.bfloat16))
 
 
-@pytest.mark.parametrize(("head_dim", "tokens"), [(16, 50), (32, 197), (48, 100), (80, 110), (80, 256), (96, 70), (128, 50)])
+LONG_WIDTHS = [(32, 197), (48, 100), (80, 256), (96, 70)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "tokens"), [(16, 50), (80, 110), (128, 50), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in LONG_WIDTHS)]
+)
 def test_every_width(head_dim, tokens):
     assert_short_attention_obeys(*packed_normal(tokens, head_dim, torch.float16, batch=1))
 
@@ -39,10 +46,10 @@ def test_scores_far_below_zero(tokens, dtype):
 @pytest.mark.parametrize(
     ("shape", "view"),
     [
-        ((3, 70, 3, 3, 48), lambda whole: whole[1:, 5:, :, :2, 7:39]),
-        ((2, 3, 2, 65, 32), lambda whole: whole.permute(0, 3, 1, 2, 4)),
-        ((1, 65, 3, 2, 32), lambda whole: whole.expand(3, -1, -1, -1, -1)),
-        ((2 * 65 * 3 * 2 * 32 + 1,), lambda whole: whole[1:].view(2, 65, 3, 2, 32)),
+        ((3, 70, 3, 3, 48), lambda leaf: leaf[1:, 5:, :, :2, 7:39]),
+        ((2, 3, 2, 65, 32), lambda leaf: leaf.permute(0, 3, 1, 2, 4)),
+        ((1, 65, 3, 2, 32), lambda leaf: leaf.expand(3, -1, -1, -1, -1)),
+        ((2 * 65 * 3 * 2 * 32 + 1,), lambda leaf: leaf[1:].view(2, 65, 3, 2, 32)),
     ],
     ids=["inside a wider buffer", "heads before tokens", "one example repeated", "at an odd address"],
 )
@@ -65,7 +72,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_outputs_only(row):
 
 
 def test_runs_repeat_bit_for_bit():
-    inputs = packed_normal(197, 64, torch.bfloat16)
+    inputs = packed_normal(197, 64, torch.bfloat16, batch=1, heads=1)
     for first, second in zip(both_ways(*inputs), both_ways(*inputs), strict=True):
         assert torch.equal(first, second)
 
@@ -79,16 +86,16 @@ def test_nothing_gives_nothing(shape):
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80])
 @pytest.mark.parametrize("tokens", [1, 17, 50, 64, 65, 96, 128, 129, 145, 160, 161, 192, 196, 197, 208, 256])
-def test_every_length_and_width_on_a_card(tokens, head_dim, dtype):
+def test_every_length_and_width_on_a_gpu(tokens, head_dim, dtype):
     assert_short_attention_obeys(*packed_normal(tokens, head_dim, dtype, batch=3, heads=5))
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("tokens", [197, 209, 224, 255])
 @pytest.mark.parametrize("head_dim", [32, 64])
@@ -98,9 +105,9 @@ def test_large_scores_and_outlier_channels(tokens, head_dim, dtype):
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 def test_many_programs_repeat_bit_for_bit():
-    """More of them than a card holds at once, in another order each time."""
+    """More of them than a GPU holds at once, in another order each time."""
     inputs = packed_normal(197, 64, torch.bfloat16, batch=64, heads=12)
     expected = both_ways(*inputs)
     for _ in range(20):
@@ -108,7 +115,7 @@ def test_many_programs_repeat_bit_for_bit():
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 def test_the_registered_operation_gives_the_sums():
     qkv, grad = packed_normal(197, 64, torch.bfloat16)
     torch.library.opcheck(torch.ops.polyvit.attention, (qkv.clone().requires_grad_(),))

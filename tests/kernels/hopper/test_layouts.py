@@ -1,4 +1,4 @@
-"""Where the elements of a tile lie, and how TMA finds a head's."""
+"""Layouts of registers, and descriptors of a head's panels."""
 
 import itertools
 from functools import reduce
@@ -11,8 +11,8 @@ from samples import normal
 from polyvit_kernels.hopper import layouts
 
 
-def places(bases):
-    """The (row, column) of every combination of the bits whose places are `bases`."""
+def coordinates(bases):
+    """The (row, column) of every index, as XORs of the bases whose bits it has."""
     for bits in itertools.product((0, 1), repeat=len(bases)):
         chosen = [base for bit, base in zip(bits, bases, strict=True) if bit]
         yield tuple(reduce(xor, (base[axis] for base in chosen), 0) for axis in range(2))
@@ -21,14 +21,14 @@ def places(bases):
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_a_stored_tile_has_every_element_once(width):
     layout = layouts.store_layout.fn(width)
-    every = list(places([*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]))
+    every = list(coordinates([*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]))
     assert sorted(every) == list(itertools.product(range(64), range(width)))
 
 
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
-def test_four_neighbouring_lanes_store_a_sector_of_32_bytes(width):
+def test_four_neighbouring_threads_store_a_sector_of_32_bytes(width):
     layout = layouts.store_layout.fn(width)
-    sector = sorted(places([*layout.reg_bases[:2], *layout.lane_bases[:2]]))
+    sector = sorted(coordinates([*layout.reg_bases[:2], *layout.lane_bases[:2]]))
     assert sector == [(0, column) for column in range(16)]
 
 
@@ -36,21 +36,21 @@ def test_four_neighbouring_lanes_store_a_sector_of_32_bytes(width):
     ("head_dim", "widths"), [(16, (16, 0)), (48, (32, 16)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (128, (128, 0))]
 )
 def test_panels_are_powers_of_two(head_dim, widths):
-    assert layouts.panels(head_dim) == widths
+    assert layouts.panel_widths(head_dim) == widths
 
 
 @pytest.mark.parametrize("head_dim", [8, 72, 112, 144])
 def test_a_width_of_no_two_panels_is_refused(head_dim):
     with pytest.raises(ValueError, match=f"head_dim is {head_dim}"):
-        layouts.panels(head_dim)
+        layouts.panel_widths(head_dim)
 
 
 def test_what_tma_can_address_stays_and_the_rest_is_copied():
     whole = normal(2 * 5 * 6 * 16 + 8).to(torch.bfloat16)
     there = whole[8:].view(2, 5, 3, 2, 16)
-    assert layouts.packed(there) is there
+    assert layouts.tma_aligned(there) is there
     for other in (whole[4:-4].view(2, 5, 3, 2, 16), there[:, 1:], there.transpose(0, 1)):
-        copy = layouts.packed(other)
+        copy = layouts.tma_aligned(other)
         assert copy.is_contiguous()
         assert copy.data_ptr() % 16 == 0
         assert torch.equal(copy, other)
@@ -66,7 +66,10 @@ def test_descriptors_are_of_panels_and_none_where_there_is_none():
     assert layouts.descriptors(x[..., :64].contiguous(), 64, 16)[1] is None
 
 
-def test_the_type_of_a_descriptor_names_its_box_and_its_layout():
-    kind = layouts.descriptor_type("fp16", 64, 32)
-    assert kind.startswith("tensordesc<fp16[1, 64, 32],NVMMASharedLayout(")
-    assert "swizzle_byte_width=64" in kind
+def test_the_types_of_descriptors_name_block_and_layout():
+    types = layouts.descriptor_types("fp16", 80, {"d_block": 64, "d_tail": 0})
+    assert list(types) == ["d_block", "d_block_rest", "d_tail", "d_tail_rest"]
+    assert types["d_block"].startswith("tensordesc<fp16[1, 64, 64],NVMMASharedLayout(")
+    assert "swizzle_byte_width=128" in types["d_block"]
+    assert "[1, 64, 16]" in types["d_block_rest"]
+    assert types["d_tail"] is types["d_tail_rest"] is None

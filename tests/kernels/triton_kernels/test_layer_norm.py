@@ -1,4 +1,4 @@
-"""The kernels of layer normalisation by the comparison rule: truth is `reference.py` in fp64, the yardstick plain PyTorch."""
+"""The kernels of layer normalisation by the comparison rule: truth is `reference.py` in fp64, compared with plain PyTorch."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from polyvit_kernels.tiles import pick
 from polyvit_kernels.tiles.table import TABLE
 from polyvit_kernels.triton_kernels import layer_norm as norm
 
-# Triton's interpreter cuts numbers off to bf16 instead of rounding them.
+# Triton's interpreter truncates to bf16 instead of rounding.
 HALVES = [torch.float16] if DEVICE.type == "cpu" else [torch.float16, torch.bfloat16]
 EPS = 1e-6
 
@@ -70,17 +70,17 @@ def inputs(*shape, dtype=torch.float32, weight_dtype=None, out_dtype=None, resid
 
 def assert_kernels_obey(*tensors, dtype=torch.float32, **blocks):
     with one_thread():
-        yardstick = plain(*tensors)
-    assert_within_rule(ours(*tensors, **blocks), yardstick, true(*tensors), dtype)
+        plain_results = plain(*tensors)
+    assert_within_rule(ours(*tensors, **blocks), plain_results, true(*tensors), dtype)
 
 
-@pytest.mark.parametrize("width", [2, 3, 16, 192, 200, 384, 768, 1024, 1280, 2049])
+@pytest.mark.parametrize("width", [3, 192, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 16, 200, 384, 768, 1024, 1280, 2049))])
 def test_every_width(width):
     assert_kernels_obey(*inputs(2, 5, width))
     assert_kernels_obey(*inputs(2, 5, width, residual_dtype=torch.float32, grad_sum_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 65])
+@pytest.mark.parametrize("rows", [1, 8, 33])
 def test_every_number_of_rows_for_more_and_fewer_programs_than_they_fill(rows):
     assert_kernels_obey(*inputs(rows, 48), ROWS=4, PROGRAMS=3, STAGES=2)
     assert_kernels_obey(*inputs(rows, 48, residual_dtype=torch.float32), ROWS=1, PROGRAMS=100, STAGES=1)
@@ -154,7 +154,7 @@ def test_parameters_may_be_strided():
 
 
 def test_a_large_mean_does_not_drown_the_variance():
-    x, *others = inputs(4, 768)
+    x, *others = inputs(4, 192)
     assert_kernels_obey(x * 0.1 + 100, *others)
 
 
@@ -166,11 +166,11 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("low_dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("width", [3, 192, 768, 1280])
+@pytest.mark.parametrize("width", [3, 192, *(pytest.param(n, marks=pytest.mark.long) for n in (768, 1280))])
 def test_the_gradient_comes_rounded_and_summed_as_well(width, low_dtype):
     x, _, weight, _, grad, grad_sum = inputs(7, 5, width, out_dtype=low_dtype, grad_sum_dtype=torch.float32)
     mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
-    row = tile("backward", width, PROGRAMS=3)
+    row = tile("backward", width, PROGRAMS=3, ROWS=8)
     d_x, low, sums, *parameters = norm.backward(grad, grad_sum, x, weight, mean, rstd, row, low_dtype)
     alone, _, _, *same_parameters = norm.backward(grad, grad_sum, x, weight, mean, rstd, row)
     assert torch.equal(d_x, alone)
@@ -188,7 +188,7 @@ def test_the_gradient_comes_rounded_and_summed_as_well(width, low_dtype):
 def test_the_rounded_gradient_and_its_sums_are_multiplied_by_factors(examples, low_dtype):
     x, _, weight, _, grad, grad_sum = inputs(7, 5, 192, out_dtype=low_dtype, grad_sum_dtype=torch.float32)
     mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
-    arguments = (grad, grad_sum, x, weight, mean, rstd, tile("backward", 192, PROGRAMS=3))
+    arguments = (grad, grad_sum, x, weight, mean, rstd, tile("backward", 192, PROGRAMS=3, ROWS=8))
     some = factors(examples)
     d_x, low, sums, *parameters = norm.backward(*arguments, low_dtype, some)
     alone, _, _, *same_parameters = norm.backward(*arguments)
@@ -201,10 +201,10 @@ def test_the_rounded_gradient_and_its_sums_are_multiplied_by_factors(examples, l
 
 def test_the_sums_of_a_rounded_gradient_are_those_of_the_exact_one():
     half = HALVES[-1]
-    x, _, weight, _, grad, grad_sum = inputs(300, 96, dtype=half, grad_sum_dtype=half)
+    x, _, weight, _, grad, grad_sum = inputs(100, 96, dtype=half, grad_sum_dtype=half)
     exact = (x.float(), weight.float(), x.float().mean(-1), (x.float().var(-1, correction=0) + EPS).rsqrt())
-    rounded, low, sums, *_ = norm.backward(grad, grad_sum, x, weight, *exact[2:], tile("backward", 96), half)
-    d_x, *_ = norm.backward(grad.float(), grad_sum.float(), *exact, tile("backward", 96))
+    rounded, low, sums, *_ = norm.backward(grad, grad_sum, x, weight, *exact[2:], tile("backward", 96, ROWS=8), half)
+    d_x, *_ = norm.backward(grad.float(), grad_sum.float(), *exact, tile("backward", 96, ROWS=8))
     assert low is None
     torch.testing.assert_close(sums, d_x.sum(0).to(half))
     assert not torch.equal(sums, rounded.sum(0))

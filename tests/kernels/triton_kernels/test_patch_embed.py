@@ -1,4 +1,4 @@
-"""The kernels that turn grids into tokens by the comparison rule: truth is `reference.py` in fp64, the yardstick torch's operators."""
+"""The kernels that turn grids into tokens by the comparison rule: truth is `reference.py` in fp64, compared with torch's operators."""
 
 import math
 
@@ -39,8 +39,8 @@ def assert_kernels_obey(grid, *parameters, dtype=torch.float32, out_dtype=torch.
     found = patches.forward(grid, *parameters, out_dtype, FORWARD)
     exact = [tensor.double() for tensor in parameters]
     expected = {"tokens": reference.patch_embed(grid.double(), *exact)}
-    yardstick = _patch_embed_by_torch(grid, *parameters, out_dtype)
-    assert_within_rule({"tokens": found}, {"tokens": yardstick}, expected, dtype)
+    plain_results = _patch_embed_by_torch(grid, *parameters, out_dtype)
+    assert_within_rule({"tokens": found}, {"tokens": plain_results}, expected, dtype)
 
     rows = patches.tubelets(grid, weight, mean, std, pos_embed.shape[1], BACKWARD).view(len(grid), pos_embed.shape[1], -1)
     assert not rows[:, 0].any()
@@ -74,14 +74,15 @@ VIEWS = {
 }
 
 
+@pytest.mark.parametrize("make", [byte_grid, pytest.param(normal, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", VIEWS)
-def test_every_layout(name):
+def test_every_layout(name, make):
     shape, view = VIEWS[name]
-    for grid in (view(byte_grid(*shape)), view(normal(*shape))):
-        assert_kernels_obey(*inputs(grid, (1, 8, 8)))
-        grid, *parameters = inputs(grid, (grid.shape[1], 8, 8))
-        found = patches.forward(grid, *parameters, torch.float32, FORWARD)
-        torch.testing.assert_close(found, patches.forward(grid.contiguous(), *parameters, torch.float32, FORWARD))
+    grid = view(make(*shape))
+    assert_kernels_obey(*inputs(grid, (1, 8, 8)))
+    grid, *parameters = inputs(grid, (grid.shape[1], 8, 8))
+    found = patches.forward(grid, *parameters, torch.float32, FORWARD)
+    torch.testing.assert_close(found, patches.forward(grid.contiguous(), *parameters, torch.float32, FORWARD))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a file with holes is the CPU's memory")
@@ -126,7 +127,7 @@ def test_no_examples():
     ],
 )
 def test_axes_that_one_stride_can_walk_are_merged(axes, expected):
-    assert patches.merged(axes) == expected
+    assert patches.merge_axes(axes) == expected
 
 
 def test_every_row_of_the_table_has_variants_that_name_all_arguments():

@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 import torch
-from processes import together
+from processes import run_together
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast.config import Model, Optim
@@ -38,16 +38,16 @@ def train(model, parameters, optimizer, world: World, precision: str) -> list[bo
             grid = torch.randn(BATCH, 1, 16, 16, 3, generator=torch.Generator().manual_seed(step))
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(grid.chunk(world.size)[world.rank], task, recompute=step % 2 == 1)
-            share = 1 if parameters.is_averaged else 1 / world.size
-            (logits.float().square().mean() * share).backward()
+            weight = 1 if parameters.averages_grads else 1 / world.size
+            (logits.float().square().mean() * weight).backward()
         if step == SKIPPED and world.rank == world.size - 1:
-            parameters.taint.add_(torch.nan)
+            parameters.found_inf.add_(torch.nan)
         done.append(bool(optimizer.update(LR)[1]))
     return done
 
 
 def sharded(world: World) -> dict[str, dict[str, object]]:
-    """All that is to be looked at, of both precisions, in one start of processes."""
+    """All that is to be looked at, of both precisions, in one call."""
     return {precision: sharded_in(world, precision) for precision in ("fp32", "bf16")}
 
 
@@ -55,25 +55,25 @@ def sharded_in(world: World, precision: str) -> dict[str, object]:
     model = PolyViT.from_config(config())
     parameters = ShardedParameters(model, world, "cpu", precision)
     optimizer = Optimizer(parameters, config().optim)
-    found: dict[str, object] = {"elements": sum(len(piece.values) for piece in parameters.pieces)}
+    found: dict[str, object] = {"elements": sum(len(group.values) for group in parameters.groups)}
     found["done"] = train(model, parameters, optimizer, world, precision)
-    found["saved"] = saved = {"model": parameters.tensors(), "optimizer": optimizer.tensors(), "ema": optimizer.average_tensors()}
-    with torch.no_grad(), optimizer.averaged():
+    found["saved"] = saved = {"model": parameters.state_dict(), "optimizer": optimizer.state_dict(), "ema": optimizer.ema_state_dict()}
+    with torch.no_grad(), optimizer.use_ema():
         found["averaged"] = model(torch.ones(1, 1, 16, 16, 3), "a")
     validation = {name: Loader(name, config(), train=False) for name in config().tasks}
     found["metrics"] = evaluate(model, config(), validation, lambda *_: None, world)
-    saved = world.from_first(saved)
+    saved = world.broadcast(saved)
     fresh = PolyViT.from_config(replace(config(), seed=1))
     parameters = ShardedParameters(fresh, world, "cpu", precision)
     optimizer = Optimizer(parameters, config().optim)
-    parameters.load(saved["model"])
-    optimizer.load(saved["optimizer"])
-    optimizer.load_average(saved["ema"])
-    found["again"] = {"model": parameters.tensors(), "optimizer": optimizer.tensors(), "ema": optimizer.average_tensors()}
+    parameters.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.load_ema(saved["ema"])
+    found["again"] = {"model": parameters.state_dict(), "optimizer": optimizer.state_dict(), "ema": optimizer.ema_state_dict()}
     with torch.no_grad():
         found["logits"] = [net(torch.ones(1, 1, 16, 16, 3), "b") for net in (model, fresh)]
     try:
-        parameters.load(saved["ema"] | {"heads.a.bias": torch.zeros(7)})
+        parameters.load_state_dict(saved["ema"] | {"heads.a.bias": torch.zeros(7)})
     except ValueError as error:
         found["refused"] = str(error)
     return found
@@ -88,19 +88,19 @@ def of_one_process() -> dict[str, object]:
         for task in (("a",), ("b",), ("a", "b"), ("b", "a"))[step]:
             grid = torch.randn(BATCH, 1, 16, 16, 3, generator=torch.Generator().manual_seed(step))
             model(grid, task).square().mean().backward()
-        parameters.taint.fill_(torch.nan if step == SKIPPED else 0.0)
+        parameters.found_inf.fill_(torch.nan if step == SKIPPED else 0.0)
         done.append(bool(optimizer.update(LR)[1]))
-    with torch.no_grad(), optimizer.averaged():
+    with torch.no_grad(), optimizer.use_ema():
         averaged = model(torch.ones(1, 1, 16, 16, 3), "a")
     validation = {name: Loader(name, config(), train=False) for name in config().tasks}
     metrics = evaluate(model, config(), validation, lambda *_: None)
-    tensors = {"model": parameters.tensors(), "optimizer": optimizer.tensors(), "ema": optimizer.average_tensors()}
+    tensors = {"model": parameters.state_dict(), "optimizer": optimizer.state_dict(), "ema": optimizer.ema_state_dict()}
     return {"saved": tensors, "averaged": averaged, "done": done, "metrics": metrics}
 
 
 @cache
 def of_processes() -> list[dict[str, dict[str, object]]]:
-    return together(SIZE, sharded)
+    return run_together(SIZE, sharded)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -115,7 +115,7 @@ def test_shards_together_are_one_model(precision):
             torch.testing.assert_close(first["saved"][group][name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(first["saved"][group][name], first["again"][group][name])
     whole = sum(p.numel() for p in PolyViT.from_config(config()).parameters())
-    assert sum(one["elements"] for one in found) == whole + SIZE  # each parameter once, and the taint of each
+    assert sum(one["elements"] for one in found) == whole + SIZE  # each parameter once, and found_inf of each process
     assert max(one["elements"] for one in found) < 0.7 * whole
     for one in found:
         torch.testing.assert_close(one["averaged"], expected["averaged"], **tolerance)
@@ -128,6 +128,6 @@ def test_shards_together_are_one_model(precision):
             assert one["metrics"][task]["loss"] == pytest.approx(row["loss"], rel=1e-4 if precision == "fp32" else 0.05)
 
 
-def test_one_process_has_nothing_to_share():
+def test_one_process_cannot_be_sharded():
     with pytest.raises(ValueError, match="sharded = True spreads the model over processes, but there is one"):
         ShardedParameters(PolyViT.from_config(config()), World(), "cpu", "fp32")

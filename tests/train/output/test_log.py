@@ -62,9 +62,9 @@ def run(folder: Path, intervals: list[int], resumed_step: int = 0, evaluations: 
         for step in range(resumed_step + 1, intervals[-1] + 1 if intervals else 0):
             log.tick(step, "shapes")
             if step in intervals:
-                log.interval(step, 0.25, {"shapes": row(loss)})
+                log.log_interval(step, 0.25, {"shapes": row(loss)})
         for step in evaluations:
-            log.evaluation(step, {"shapes": {"top1": 0.75, "loss": loss}})
+            log.log_evaluation(step, {"shapes": {"top1": 0.75, "loss": loss}})
     return text(console)
 
 
@@ -73,7 +73,7 @@ def test_without_a_terminal_an_interval_is_one_readable_line(tmp_path):
     with Log(tmp_path, TOTALS, 100, console=console) as log:
         for step in range(1, 21):
             log.tick(step, "shapes" if step % 2 else "motion")
-        log.interval(20, 0.00125, {"shapes": row(), "motion": row(0.5, 0.875, skipped=2, broken_files=0)})
+        log.log_interval(20, 0.00125, {"shapes": row(), "motion": row(0.5, 0.875, skipped=2, broken_files=0)})
     shown = text(console).splitlines()
     assert len(shown) == 1
     left = r"\d:\d\d:\d\d"
@@ -91,15 +91,15 @@ def test_the_time_left_follows_from_the_steps_of_this_start(tmp_path, monkeypatc
         now[0] += 500.0  # files are made
         log.tick(41, "shapes")
         now[0] += 27.0
-        log.interval(50, 0.1, {})  # 9 steps in 27 s, 50 to go
+        log.log_interval(50, 0.1, {})  # 9 steps in 27 s, 50 to go
     assert "step 50/100 (50%), 0:02:30 left" in text(console)
 
 
 def test_metrics_are_json_lines_and_tensorboard_points(tmp_path):
     with Log(tmp_path, TOTALS, 100, console=plain()) as log:
-        log.interval(10, 0.25, {"shapes": row(float("nan")), "motion": row(float("inf"))})
-        log.interval(20, 0.5, {"motion": row(0.5)})
-        log.evaluation(20, {"shapes": {"top1": 0.75, "loss": 0.5}, "motion": {"mAP": 0.25, "num_examples": 7}})
+        log.log_interval(10, 0.25, {"shapes": row(float("nan")), "motion": row(float("inf"))})
+        log.log_interval(20, 0.5, {"motion": row(0.5)})
+        log.log_evaluation(20, {"shapes": {"top1": 0.75, "loss": 0.5}, "motion": {"mAP": 0.25, "num_examples": 7}})
     found = lines(tmp_path)
     assert all(abs(line.pop("time") - time.time()) < 60 for line in found)
     assert found == [
@@ -152,8 +152,8 @@ def terminal(width: int = 100) -> Iterator[tuple[Console, list[str]]]:
 
     def read() -> None:
         try:
-            while piece := os.read(master, 65536):
-                received.extend(piece)
+            while chunk := os.read(master, 65536):
+                received.extend(chunk)
         except OSError:  # the other end is closed
             pass
 
@@ -176,11 +176,11 @@ def test_on_a_terminal_there_is_a_bar_for_the_run_and_each_task(tmp_path, monkey
         with Log(tmp_path, TOTALS, 100, 40, done={"shapes": 25, "motion": 15}, console=console) as log:
             log.tick(41, "shapes")
             log.tick(42, ("shapes", "motion"))
-            log.interval(42, 0.001, {"shapes": row(), "motion": row(0.5)})
+            log.log_interval(42, 0.001, {"shapes": row(), "motion": row(0.5)})
             log.message("the file [bold]/data/a.jpg[/bold] is broken: " + "x" * 120, "warning")
-            log.evaluating("motion", 30, 400)
+            log.show_evaluation("motion", 30, 400)
             log.progress.refresh()
-            log.evaluation(42, {"motion": {"mAP": 0.5}})
+            log.log_evaluation(42, {"motion": {"mAP": 0.5}})
     last = shown[0].splitlines()
     bars = [line for line in last if "━" in line or "╸" in line]
     assert any(re.match(r"all tasks +━+.* 42/100 +lr 0\.001", line) for line in bars)
@@ -197,7 +197,7 @@ def test_on_a_terminal_there_is_a_bar_for_the_run_and_each_task(tmp_path, monkey
 def test_bars_fit_eighty_columns(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with terminal(80) as (console, shown), Log(tmp_path, {"textures": 12000}, 48000, console=console) as log:
-        log.interval(4000, 0.000125, {"textures": row(examples_per_second=1000.0)})
+        log.log_interval(4000, 0.000125, {"textures": row(examples_per_second=1000.0)})
         log.progress.refresh()
     line = [line for line in shown[0].splitlines() if line.startswith("textures")][-1]
     assert len(line) <= 80
@@ -211,8 +211,8 @@ def test_long_evaluations_say_that_they_are_alive(tmp_path, monkeypatch):
     with Log(tmp_path, TOTALS, 100, console=console) as log:
         for done in range(100):
             now[0] += 1.0
-            log.evaluating("motion", done, 100)
-        log.evaluation(5, {"motion": {"mAP": 0.5}})
+            log.show_evaluation("motion", done, 100)
+        log.log_evaluation(5, {"motion": {"mAP": 0.5}})
     shown = text(console).splitlines()
     assert shown[0] == "evaluating motion: 10 of 100"
     assert 8 <= len(shown) <= 11
@@ -242,7 +242,7 @@ def test_a_full_disk_ends_the_files_not_the_run(tmp_path):
     try:
         with Log(folder, TOTALS, 5000, console=console) as log:
             for step in range(1, 1500):
-                log.interval(step, 0.5, {"shapes": row(), "motion": row()})
+                log.log_interval(step, 0.5, {"shapes": row(), "motion": row()})
             log.message("still here")
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
@@ -285,9 +285,9 @@ def test_other_processes_tell_only_what_is_their_own():
         log.message("what all processes know")
         log.message("task a: broken file x.jpg", "warning")
         log.tick(1, "a")
-        log.interval(1, 0.1, {"a": {"loss": 1.0}})
-        log.evaluating("a", 1, 2)
-        log.evaluation(1, {"a": {"top1": 1.0}})
+        log.log_interval(1, 0.1, {"a": {"loss": 1.0}})
+        log.show_evaluation("a", 1, 2)
+        log.log_evaluation(1, {"a": {"top1": 1.0}})
         log.note("error")
     assert text(console) == "process 3: warning: task a: broken file x.jpg\n"
 
@@ -295,5 +295,5 @@ def test_other_processes_tell_only_what_is_their_own():
 def test_waiting_for_data_is_shown_where_it_matters(tmp_path):
     console = plain()
     with Log(tmp_path, {"a": 10, "b": 10}, 20, console=console) as log:
-        log.interval(5, 0.1, {"a": {"loss": 1.0, "data_wait_ratio": 0.31}, "b": {"loss": 2.0, "data_wait_ratio": 0.02}})
+        log.log_interval(5, 0.1, {"a": {"loss": 1.0, "data_wait_ratio": 0.31}, "b": {"loss": 2.0, "data_wait_ratio": 0.02}})
     assert "a loss 1.000 waits 31% | b loss 2.000\n" in text(console)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from polyvit_fast.config import Modality, Optim, Source, Task, Train
 from polyvit_fast.train.output import plot
-from polyvit_fast.train.output.plot import plot_run, plot_schedule, print_schedule, schedule_table
+from polyvit_fast.train.output.plot import build_schedule_table, plot_run, plot_schedule, print_schedule
 from polyvit_fast.train.schedule import learning_rate, make_step_plan
 
 
@@ -100,7 +100,7 @@ def test_nine_tasks_and_a_hundred_thousand_steps_are_drawn(tmp_path, schedule):
 def test_the_table_of_a_plan_is_exact(capsys):
     plan = [("a",), ("b",), ("b",), ("b",), ("a",), ("c",), ("a", "b")]
     console = Console(file=io.StringIO(), width=80)
-    console.print(schedule_table(plan))
+    console.print(build_schedule_table(plan))
     assert isinstance(console.file, io.StringIO)
     rows = [line.split() for line in console.file.getvalue().splitlines()[2:] if line.strip()]
     assert rows == [
@@ -165,7 +165,7 @@ def test_smoothing_keeps_lines_and_passes_over_nan():
     assert plot._smoothed([2.0]).tolist() == [2.0]
 
 
-def test_a_folder_without_points_is_told(tmp_path):
+def test_a_folder_without_points_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl is missing: not a run folder, or nothing was logged yet"):
         plot_run(tmp_path, tmp_path / "curves.png")
     (tmp_path / "metrics.jsonl").write_text("")

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.run_folder.checkpoint import CheckpointError, every, newest, read, save
+from polyvit_fast.train.run_folder.checkpoint import CheckpointError, find_newest, iterate, read, save
 
 # Runs in a process of its own, so that forking is safe: saves again and again, each time in a child that is killed one call later. What the
 # children leave behind is read back after each kill; the findings go to stdout.
@@ -38,7 +38,7 @@ def fused(function):
     return call
 
 class Halves:
-    "A file whose every write reaches the disk in two parts, with a chance to die between them."
+    "A file whose every write reaches the disk in two halves, between which the process may die."
     def __init__(self, path, mode):
         self.file = builtins.open(path, mode, buffering=0) if "b" in mode and "r" not in mode else builtins.open(path, mode)
     def __enter__(self):
@@ -58,7 +58,7 @@ def save(folder, step, value, keep=1):
     return checkpoint.save(folder, step, groups, {"value": value}, {"kind": "toy"}, keep=keep)
 
 def look(folder):
-    found = checkpoint.newest(folder, report=lambda text: None)
+    found = checkpoint.find_newest(folder, report=lambda text: None)
     if found is None:
         return None
     value = found.state["value"]
@@ -181,7 +181,7 @@ def full_disk(tmp_path, options: str) -> Path:
     [("size=8m", "not enough free disk space"), ("size=64m,nr_inodes=14", "No space left on device")],
     ids=["no bytes left", "no inodes left"],
 )
-def test_a_full_disk_is_told_and_harms_nothing(tmp_path, options, reason):
+def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, options, reason):
     folder = full_disk(tmp_path, options)
     groups = {"model": {"w": torch.randn(750_000)}}
     try:
@@ -189,12 +189,12 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path, options, reason):
         save(folder, 2, groups, {}, {}, keep=2)
         with pytest.raises(CheckpointError) as caught:
             save(folder, 3, groups, {}, {}, keep=2)
-        told = str(caught.value)
-        assert reason in told
-        assert "step 3 was not saved" in told
-        assert "it needs 4.0 MB" in told
+        reported = str(caught.value)
+        assert reason in reported
+        assert "step 3 was not saved" in reported
+        assert "it needs 4.0 MB" in reported
         assert steps(folder) == ["step_00000001", "step_00000002"]
-        found = newest(folder)
+        found = find_newest(folder)
         assert found
         assert torch.equal(found.load_tensors("model")["w"], groups["model"]["w"])
         shutil.rmtree(folder / "checkpoints" / "step_00000001")
@@ -211,15 +211,15 @@ def test_every_file_is_synced_before_the_rename_and_the_manifest_is_last(tmp_pat
     monkeypatch.setattr(os, "rename", lambda old, new: (calls.append(("rename", Path(new).name)), rename(old, new))[1])
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (calls.append(("delete", Path(path).name)), rmtree(path, **how))[1])
     toy_save(tmp_path, 2, keep=1)
-    places = [call for call in calls if call != ("delete", calls[5][1])]
+    others = [call for call in calls if call != ("delete", calls[5][1])]
     files = ["state.json", "config.json", "model.safetensors", "optimizer.safetensors"]
-    assert [name for kind, name in places[:4] if kind == "sync"] == files
-    assert places[4] == ("sync", "MANIFEST.json")
-    assert places[5][0] == "sync"
-    assert places[5][1].startswith(".tmp-step_00000002-")
-    assert places[6:9] == [("rename", "step_00000002"), ("sync", "checkpoints"), ("sync", tmp_path.name)]
-    assert [kind for kind, _ in places[9:]] == ["rename", "delete"]  # the older one goes after all that
-    assert places[9][1].startswith(".tmp-removed-")
+    assert [name for kind, name in others[:4] if kind == "sync"] == files
+    assert others[4] == ("sync", "MANIFEST.json")
+    assert others[5][0] == "sync"
+    assert others[5][1].startswith(".tmp-step_00000002-")
+    assert others[6:9] == [("rename", "step_00000002"), ("sync", "checkpoints"), ("sync", tmp_path.name)]
+    assert [kind for kind, _ in others[9:]] == ["rename", "delete"]  # the older one goes after all that
+    assert others[9][1].startswith(".tmp-removed-")
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -227,7 +227,7 @@ def test_what_is_saved_comes_back(tmp_path):
     tensors = {"model": {"w": torch.randn(3, 4)}, "optimizer": {"w.m": torch.randn(12)}, "ema": {"w": torch.randn(3, 4)}}
     path = save(tmp_path, 1234, tensors, state, {"seed": 3, "tasks": {}}, keep=1)
     assert path == tmp_path / "checkpoints" / "step_00001234"
-    found = newest(tmp_path)
+    found = find_newest(tmp_path)
     assert found
     assert (found.step, found.config, found.path) == (1234, {"seed": 3, "tasks": {}}, path)
     assert found.state == {**state, "step": 1234, "worst": None}  # JSON has no infinity
@@ -308,8 +308,8 @@ def test_any_damage_is_found_and_the_previous_checkpoint_used(tmp_path, name, da
     before = {file: (damaged / file).read_bytes() for file in FILES}
     damage(damaged / name)
     same = {file: (damaged / file).read_bytes() for file in FILES if (damaged / file).exists()} == before
-    told: list[str] = []
-    found = newest(tmp_path, told.append)
+    reported: list[str] = []
+    found = find_newest(tmp_path, reported.append)
     assert found
     if same:  # both steps have the same configuration, so that its file is no other
         assert (name, damage) == ("config.json", take_from_the_previous)
@@ -319,9 +319,9 @@ def test_any_damage_is_found_and_the_previous_checkpoint_used(tmp_path, name, da
     else:
         assert found.step == 1
         assert (found.load_tensors("model")["w"] == 1).all()
-        assert len(told) == 1
-        assert "step_00000002" in told[0]
-        assert name in told[0] or damage is swap
+        assert len(reported) == 1
+        assert "step_00000002" in reported[0]
+        assert name in reported[0] or damage is swap
 
 
 def test_no_flipped_bit_of_a_manifest_passes(tmp_path):
@@ -338,10 +338,10 @@ def test_no_flipped_bit_of_a_manifest_passes(tmp_path):
 
 def test_the_reason_is_logged_with_the_file(tmp_path, caplog):
     flip_a_bit(toy_save(tmp_path, 4) / "optimizer.safetensors")
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
     assert f"{tmp_path}/checkpoints/step_00000004/optimizer.safetensors: the content differs from its SHA-256" in caplog.text
     (tmp_path / "checkpoints/step_00000004/state.json").unlink()
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
     assert "step_00000004/state.json is missing" in caplog.text
 
 
@@ -373,12 +373,12 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, pack, forged):
         (path / "model.safetensors").write_bytes(pack(Bomb(canary)))
     if forged:
         forge(path, "model.safetensors")
-    told: list[str] = []
-    found = newest(tmp_path, told.append)
+    reported: list[str] = []
+    found = find_newest(tmp_path, reported.append)
     assert found
     assert found.step == 1
-    assert "model.safetensors" in told[0]
-    assert ("is not a safetensors file" in told[0]) == forged
+    assert "model.safetensors" in reported[0]
+    assert ("is not a safetensors file" in reported[0]) == forged
     assert not canary.exists()
     pickle.loads(pickle.dumps(Bomb(canary)))  # the bomb was real
     assert canary.exists()
@@ -407,15 +407,15 @@ def test_other_formats_and_renamed_folders_are_refused(tmp_path):
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(CheckpointError, match="of format 2, step 2; expected 1, 2"):
         read(path)
-    assert newest(tmp_path) is None
-    assert newest(tmp_path / "nowhere") is None
+    assert find_newest(tmp_path) is None
+    assert find_newest(tmp_path / "nowhere") is None
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
     for step in range(10, 70, 10):
         toy_save(tmp_path, step, best_step=20 if step >= 20 else None)
     assert steps(tmp_path) == ["step_00000020", "step_00000050", "step_00000060"]
-    assert [found.step for found in every(tmp_path)] == [60, 50, 20]
+    assert [found.step for found in iterate(tmp_path)] == [60, 50, 20]
     toy_save(tmp_path, 70, keep=1, best_step=70)
     assert steps(tmp_path) == ["step_00000070"]
 
@@ -431,15 +431,15 @@ def test_later_steps_of_a_run_that_was_set_back_do_not_push_out_the_new_one(tmp_
     toy_save(tmp_path, 5)
     flip_a_bit(toy_save(tmp_path, 9) / "model.safetensors")
     toy_save(tmp_path, 7, keep=1)
-    told: list[str] = []
-    found = newest(tmp_path, told.append)
+    reported: list[str] = []
+    found = find_newest(tmp_path, reported.append)
     assert found
     assert found.step == 7
-    assert "step_00000009" in told[0]
+    assert "step_00000009" in reported[0]
     toy_save(tmp_path, 9, keep=1)
     assert steps(tmp_path) == ["step_00000009"]
-    assert newest(tmp_path, told.append)
-    assert len(told) == 1
+    assert find_newest(tmp_path, reported.append)
+    assert len(reported) == 1
 
 
 SAVER = """
@@ -463,7 +463,7 @@ def test_a_reader_finds_a_whole_checkpoint_beside_a_run_that_saves_and_deletes(t
             process.stdout.readline()
             seen = [1]
             while seen[-1] < 20:
-                found = newest(tmp_path, pytest.fail)
+                found = find_newest(tmp_path, pytest.fail)
                 assert found
                 seen.append(found.step)
         finally:
@@ -471,9 +471,9 @@ def test_a_reader_finds_a_whole_checkpoint_beside_a_run_that_saves_and_deletes(t
     assert seen == sorted(seen)
 
 
-def test_tensors_of_a_checkpoint_that_was_deleted_since_are_told(tmp_path):
+def test_tensors_of_a_checkpoint_that_was_deleted_since_are_reported(tmp_path):
     toy_save(tmp_path, 1, keep=1)
-    old = newest(tmp_path)
+    old = find_newest(tmp_path)
     toy_save(tmp_path, 2, keep=1)
     assert old
     with pytest.raises(CheckpointError, match="step_00000001 is gone: the run that goes on there has deleted it"):
@@ -483,10 +483,10 @@ def test_tensors_of_a_checkpoint_that_was_deleted_since_are_told(tmp_path):
 def test_steps_are_numbers_not_words(tmp_path):
     for step in (999, 1000, 99_999_999, 100_000_000):
         toy_save(tmp_path, step, keep=4)
-    assert [found.step for found in every(tmp_path)] == [100_000_000, 99_999_999, 1000, 999]
+    assert [found.step for found in iterate(tmp_path)] == [100_000_000, 99_999_999, 1000, 999]
     for name in ("step_notes", "step_12x", ".tmp-step_00000005-abc"):
         (tmp_path / "checkpoints" / name).mkdir()
-    found = newest(tmp_path, pytest.fail)
+    found = find_newest(tmp_path, pytest.fail)
     assert found
     assert found.step == 100_000_000
     assert (tmp_path / "checkpoints" / ".tmp-step_00000005-abc").exists()  # a reader leaves a writer's folder alone

@@ -1,4 +1,4 @@
-"""Real processes hold real run folders: on one machine, and as on two that share a file system."""
+"""Real processes hold real run folders: on one machine, and as on two with a common file system."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from polyvit_fast.train.run_folder.lock import LOCK, RECORD
+from polyvit_fast.train.run_folder.lock import LOCK, RUNNING
 
-RENEW_SECONDS, STALE_SECONDS = 0.5, 4.0
+TOUCH_SECONDS, STALE_SECONDS = 0.5, 4.0
 
 # Says "held", or why not, and stays until it is killed or its input ends. With the name of an error every lock is refused, as by file
 # systems that have none. With a name it is another machine: its host and its boot are called otherwise, and unless locks are shared it
@@ -24,15 +24,15 @@ import errno, fcntl, platform, resource, signal, sys
 from pathlib import Path
 from polyvit_fast.train.run_folder import lock
 
-folder, without_locks, name, shares_locks, full = sys.argv[1:]
-lock.RENEW_SECONDS, lock.STALE_SECONDS = {RENEW_SECONDS}, {STALE_SECONDS}
+folder, without_locks, name, common_locks, full = sys.argv[1:]
+lock.TOUCH_SECONDS, lock.STALE_SECONDS = {TOUCH_SECONDS}, {STALE_SECONDS}
 if without_locks:
     def refuse(descriptor, command):
         raise OSError(getattr(errno, without_locks), "no locks here")
     fcntl.lockf = refuse
 if name:
-    platform.node, lock._machine = lambda: name, lambda: f"boot of {{name}}"
-    lock.LOCK = lock.LOCK if shares_locks else f"{{name}}.lock"
+    platform.node, lock._identify_machine = lambda: name, lambda: f"boot of {{name}}"
+    lock.LOCK = lock.LOCK if common_locks else f"{{name}}.lock"
 if full:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -50,7 +50,7 @@ class Machine:
     """Where a process of a test believes that it runs."""
 
     name: str
-    shares_locks: bool
+    common_locks: bool
 
 
 @dataclass
@@ -89,8 +89,8 @@ def start(tmp_path) -> Iterator[Start]:
     (tmp_path / "run").mkdir()
 
     def run(machine: Machine | None = None, without_locks: str = "", full: bool = False) -> Process:
-        name, shares = (machine.name, machine.shares_locks) if machine else ("", True)
-        options = [without_locks, name, "shared" if shares else "", "full" if full else ""]
+        name, common = (machine.name, machine.common_locks) if machine else ("", True)
+        options = [without_locks, name, "shared" if common else "", "full" if full else ""]
         command = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), *options]
         process = Process(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         started.append(process)
@@ -111,19 +111,19 @@ def takes(at_least: float, at_most: float) -> Iterator[None]:
     assert at_least <= time.monotonic() - began <= at_most
 
 
-def test_a_second_process_is_refused_and_told_who_where_and_since_when(tmp_path, start):
+def test_a_second_process_is_refused_with_who_where_and_since_when(tmp_path, start):
     first = start()
     assert first.answer() == "held"
-    record = (tmp_path / "run" / RECORD).read_bytes()
-    told = start().answer()
+    before = (tmp_path / "run" / RUNNING).read_bytes()
+    printed = start().answer()
     expected = rf"refused: the run folder .*/run is in use: process {first.popen.pid} on \S+ trains in it since 20\d\d-\d\d-\d\d \d\d:"
-    assert re.match(expected, told), told
-    assert f"(kill {first.popen.pid}: it saves first), or choose another --out" in told
-    assert "gone for good" not in told
-    assert (tmp_path / "run" / RECORD).read_bytes() == record
+    assert re.match(expected, printed), printed
+    assert f"(kill {first.popen.pid}: it saves first), or choose another --out" in printed
+    assert "gone for good" not in printed
+    assert (tmp_path / "run" / RUNNING).read_bytes() == before
     assert start().answer().startswith("refused")  # the refused one's end has not freed it
     first.leave()
-    assert not (tmp_path / "run" / RECORD).exists()
+    assert not (tmp_path / "run" / RUNNING).exists()
     assert start().answer() == "held"
 
 
@@ -131,11 +131,11 @@ def test_a_killed_process_refuses_nobody(tmp_path, start):
     first = start()
     assert first.answer() == "held"
     first.kill()
-    assert (tmp_path / "run" / RECORD).exists()
+    assert (tmp_path / "run" / RUNNING).exists()
     next_one = start()
     assert next_one.answer() == "held"
     assert not next_one.reports  # at once: on the same machine the lock says all
-    assert json.loads((tmp_path / "run" / RECORD).read_text())["pid"] == next_one.popen.pid
+    assert json.loads((tmp_path / "run" / RUNNING).read_text())["pid"] == next_one.popen.pid
 
 
 def test_a_stopped_process_still_holds_its_folder(start):
@@ -146,13 +146,13 @@ def test_a_stopped_process_still_holds_its_folder(start):
     assert start().answer().startswith("refused")
 
 
-def test_another_machine_that_shares_locks_is_refused_at_once(tmp_path, start):
-    one, other = (Machine(name, shares_locks=True) for name in ("node-a", "node-b"))
+def test_another_machine_with_common_locks_is_refused_at_once(tmp_path, start):
+    one, other = (Machine(name, common_locks=True) for name in ("node-a", "node-b"))
     first = start(one)
     assert first.answer() == "held"
-    told = start(other).answer()
-    assert f"process {first.popen.pid} on node-a trains in it" in told
-    assert f"Should node-a be gone for good and the file server not know, delete {tmp_path / 'run' / LOCK}" in told
+    printed = start(other).answer()
+    assert f"process {first.popen.pid} on node-a trains in it" in printed
+    assert f"Should node-a be gone for good and the file server not know, delete {tmp_path / 'run' / LOCK}" in printed
     first.leave()
     late = start(other)
     assert late.answer() == "held"
@@ -160,8 +160,8 @@ def test_another_machine_that_shares_locks_is_refused_at_once(tmp_path, start):
 
 
 @pytest.mark.parametrize("without_locks", ["", "ENOLCK", "EOPNOTSUPP"])
-def test_where_locks_do_not_reach_the_other_machine_the_record_tells(tmp_path, start, without_locks):
-    one, other = (Machine(name, shares_locks=False) for name in ("node-a", "node-b"))
+def test_where_locks_do_not_reach_the_other_machine_running_json_decides(tmp_path, start, without_locks):
+    one, other = (Machine(name, common_locks=False) for name in ("node-a", "node-b"))
     first = start(one, without_locks)
     assert first.answer() == "held"
     assert any("has no locks" in text for text in first.reports) == bool(without_locks)
@@ -176,7 +176,7 @@ def test_where_locks_do_not_reach_the_other_machine_the_record_tells(tmp_path, s
 
 
 def test_after_an_end_nobody_waits_for_a_sign_of_life(start):
-    one, other = (Machine(name, shares_locks=False) for name in ("node-a", "node-b"))
+    one, other = (Machine(name, common_locks=False) for name in ("node-a", "node-b"))
     first = start(one)
     assert first.answer() == "held"
     first.leave()
@@ -189,36 +189,36 @@ def test_after_an_end_nobody_waits_for_a_sign_of_life(start):
 @pytest.mark.parametrize("without_locks", ["", "ENOLCK"])
 def test_of_several_that_start_at_once_one_is_let_in(tmp_path, start, without_locks, stale):
     if stale:
-        gone = start(Machine("node-z", shares_locks=False), without_locks)
+        gone = start(Machine("node-z", common_locks=False), without_locks)
         assert gone.answer() == "held"
         gone.kill()
-    machines = [Machine(f"node-{letter}", shares_locks=False) for letter in "abc"]
+    machines = [Machine(f"node-{letter}", common_locks=False) for letter in "abc"]
     answers = [process.answer() for process in [start(each, without_locks) for each in machines]]
     assert sorted(answer.split(":")[0] for answer in answers) == ["held", "refused", "refused"]
-    assert json.loads((tmp_path / "run" / RECORD).read_text())["host"] == machines[answers.index("held")].name
+    assert json.loads((tmp_path / "run" / RUNNING).read_text())["host"] == machines[answers.index("held")].name
 
 
 def test_who_waits_for_a_dead_one_is_the_one_that_is_named(start):
-    gone = start(Machine("node-a", shares_locks=True))
+    gone = start(Machine("node-a", common_locks=True))
     assert gone.answer() == "held"
     gone.kill()
     waiting = start()
     assert waiting.popen.stdout
     assert "did not say that it ended" in waiting.popen.stdout.readline()
-    assert f"process {waiting.popen.pid} on" in (told := start().answer())
-    assert "is about to train in it" in told
+    assert f"process {waiting.popen.pid} on" in (printed := start().answer())
+    assert "is about to train in it" in printed
     assert waiting.answer() == "held"
 
 
-def test_a_record_that_a_power_cut_left_empty_is_not_believed_for_ever(tmp_path, start):
-    (tmp_path / "run" / RECORD).touch()
+def test_a_running_json_that_a_power_cut_left_empty_does_not_lock_for_ever(tmp_path, start):
+    (tmp_path / "run" / RUNNING).touch()
     process = start()
     assert process.answer() == "held"
     assert any("another process did not say that it ended" in text for text in process.reports)
 
 
 @pytest.mark.parametrize(("full", "reason"), [(True, "File too large"), (False, "Is a directory")])
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, start, full, reason):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, start, full, reason):
     folder = tmp_path / "run"
     if not full:
         (folder / LOCK).mkdir()
