@@ -20,7 +20,7 @@ GELU, ADD, DGELU = "linear_gelu_forward", "linear_add_forward", "dgelu_backward"
 
 
 def layer(rows, depth, columns, dtype):
-    """x, weight and bias of a linear layer whose output has a standard deviation of about 3."""
+    """x, weight and bias of a linear layer whose output has a std of about 3."""
     tensors = 2 * normal(rows, depth), normal(columns, depth, seed=1) / depth**0.5, 2 * normal(columns, seed=2)
     return [tensor.to(dtype) for tensor in tensors]
 

@@ -31,7 +31,7 @@ def before_nan(tensor):
 
 
 def layer(rows, depth, columns, dtype):
-    """x, weight and bias of a linear layer whose output has a standard deviation of about 3."""
+    """x, weight and bias of a linear layer whose output has a std of about 3."""
     tensors = 2 * normal(rows, depth), normal(columns, depth, seed=1) / depth**0.5, 2 * normal(columns, seed=2)
     return [before_nan(tensor.to(dtype)) for tensor in tensors]
 
