@@ -85,5 +85,5 @@ class Tokenizer(nn.Module):
         x = ops.patch_embed(grid, self.weight, self.bias, self.cls_token, self.pos_embed, numbers.mean, numbers.std, out_dtype)
         x = functional.dropout(x, self.dropout, self.training)
         for block, rate in zip(self.blocks, drop_path_ramp(len(self.blocks), drop_path_rate), strict=True):
-            x = block(x, rate, recompute=recompute)
+            x = block(x, rate, recompute)
         return x

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from polyvit_fast import fuse
+
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 Pair = tuple[nn.Module, Tensor]
 
@@ -97,7 +99,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """In training mode, with all parameters drawn: deviation 0.15, around 1 where they scale."""
+    """In training mode, with all parameters drawn: standard deviation 0.15, around 1 where they scale."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -111,3 +113,8 @@ def randomised(model: nn.Module) -> nn.Module:
 def tokens_of(output) -> Tensor:
     """The one tensor to look at in what a model returns."""
     return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """Why `fuse` leaves modules, by their paths."""
+    return {entry.path: entry.why for entry in fuse(model).left}

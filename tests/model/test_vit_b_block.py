@@ -66,8 +66,8 @@ def test_output_and_gradients(residual, flow, on_hopper):
 
     found = results(lambda x, weights: torch.func.functional_call(block, weights, (x,)), x, weights, upstream)
     with one_thread():
-        yardstick = results(plain, x, weights, upstream)
+        baseline = results(plain, x, weights, upstream)
     exact = {name: weight.double() for name, weight in weights.items()}
     true = results(plain, x.double(), exact, upstream, autocast=False)
     assert len(true) == 14
-    assert_within_rule(found, yardstick, true, torch.bfloat16)
+    assert_within_rule(found, baseline, true, torch.bfloat16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from processes import run_processes, run_together
-from tiny_runs import Tile, tile_task, tiny_config
+from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast.config import Train
 from polyvit_fast.data.image.modality import Image

@@ -23,7 +23,7 @@ from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import PeerLog
 from polyvit_fast.train.run import Run
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.run_folder.lock import LOCK, RECORD
+from polyvit_fast.train.run_folder.lock import LOCK, RUNNING
 from polyvit_fast.train.schedule import make_step_plan
 from polyvit_fast.train.step import Step
 
@@ -81,7 +81,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
     kept = {"config.json", "command.txt", "versions.json", LOCK}
     kept |= {str(path.relative_to(folder)) for path in folder.glob("checkpoints/.tmp-*-of-the-other")}
     found = {name: (folder / name).stat() for name in kept}
-    grown = {name: (folder / name).stat().st_ino for name in ("log.txt", "metrics.jsonl", RECORD)}
+    grown = {name: (folder / name).stat().st_ino for name in ("log.txt", "metrics.jsonl", RUNNING)}
     return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()} | {name: (ino, 0) for name, ino in grown.items()}
 
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_at_once_after_the_kill_of_the_one_before(tmp_path, living
     assert again.poll() is None
     log = (folder / "log.txt").read_text()
     assert "resumed from step" in log
-    assert json.loads((folder / RECORD).read_text())["pid"] == again.pid
+    assert json.loads((folder / RUNNING).read_text())["pid"] == again.pid
 
 
 def test_a_warmup_that_never_ends_is_warned_of(tmp_path):
