@@ -1,4 +1,4 @@
-"""What Hopper's attention kernels are held to: on such a GPU as they are, elsewhere in the executor of Gluon kernels on a CPU."""
+"""The rule for Hopper's attention kernels: on such a GPU as they are, elsewhere run by the executor of Gluon kernels on a CPU."""
 
 from contextlib import nullcontext
 
