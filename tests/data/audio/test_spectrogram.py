@@ -41,10 +41,10 @@ def power(frame, size):
     return np.abs(np.exp(-2j * np.pi * turns) @ frame) ** 2
 
 
-def triangle(place, left, centre, right):
-    if left < place <= centre:
-        return (place - left) / (centre - left)
-    return (right - place) / (right - centre) if centre < place < right else 0.0
+def triangle(position, left, centre, right):
+    if left < position <= centre:
+        return (position - left) / (centre - left)
+    return (right - position) / (right - centre) if centre < position < right else 0.0
 
 
 def kaldi_reference(wave, rate, bins):
@@ -116,7 +116,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(signal):
     truth = kaldi_reference(wave.astype(float), RATE, 128)
     plain = np.abs(plain_kaldi(torch.from_numpy(wave)).numpy() - truth)
     ours = np.abs(spectrogram(wave, "kaldi") - truth)
-    assert ours.mean() <= 2 * plain.mean() + 1e-5  # the largest is chance: that of a band that holds next to nothing
+    assert ours.mean() <= 2 * plain.mean() + 1e-5  # not the maximum, which comes from a band with next to no energy
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")

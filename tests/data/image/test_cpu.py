@@ -288,7 +288,7 @@ config = Train(tasks={"pictures": task}, model=Model(dim=32, depth=1, num_heads=
 
 
 @pytest.mark.parametrize(("command", "status", "where"), [("train", 65, "task pictures"), ("check", 2, "task pictures, train")])
-def test_a_missing_decoder_is_told_as_what_it_is(tmp_path, without_opencv, command, status, where):
+def test_a_missing_decoder_is_reported_as_what_it_is(tmp_path, without_opencv, command, status, where):
     (tmp_path / "mine.py").write_text(EXPERIMENT)
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)

@@ -51,7 +51,7 @@ def test_the_size_of_a_gif_is_that_of_screen_and_first_frame(tmp_path):
     with pytest.raises(MediaError, match="1060 x 2040 pixels, more than max_pixels = 1000000"):
         read(tmp_path, bytes(content))
     content[frame + 1 : frame + 9] = struct.pack("<4H", 1000, 2000, 60000, 40000)
-    with pytest.raises(MediaError, match="it has more pixels than its header tells, or than Pillow decodes"):
+    with pytest.raises(MediaError, match="it has more pixels than its header states, or than Pillow decodes"):
         read(tmp_path, bytes(content))
 
 
@@ -116,7 +116,7 @@ def test_fill_bytes_between_the_markers_of_a_jpeg(tmp_path):
     ],
 )
 def test_numbers_without_a_known_range_are_refused(tmp_path, content, found):
-    with pytest.raises(MediaError, match=f"{found}, whose range it does not tell; unsigned ones of up to 16 bits are supported"):
+    with pytest.raises(MediaError, match=f"{found}, whose range it does not state; unsigned ones of up to 16 bits are supported"):
         read(tmp_path, content)
 
 
@@ -176,7 +176,7 @@ def test_a_defect_is_no_broken_file(tmp_path, monkeypatch):
         def fail(*args, defect=defect):
             raise defect("a defect")
 
-        monkeypatch.setattr(module, "_upright", fail)
+        monkeypatch.setattr(module, "_turn_upright", fail)
         with pytest.raises(defect, match="a defect"):
             read(tmp_path, KINDS["gif"])
 

@@ -70,13 +70,13 @@ def refusal(decode, decoder, content):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.8, 0.99])
-def test_data_missing_before_the_end_mark(decode, thorough, plain, name, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5, 0.8, 0.99])
+def test_data_missing_before_the_end_mark(decode, thorough, plain, name, fraction):
     content = WHOLE[name]
     scan = content.index(b"\xff\xda", len(THUMBNAIL) + 20 if "thumbnail" in name else 0) + 14
-    cut = content[: scan + int(share * (len(content) - scan - 10))] + END
+    cut = content[: scan + int(fraction * (len(content) - scan - 10))] + END
     assert "truncated" in refusal(decode, thorough, cut)
-    if "progressive" not in name or share < 0.5:  # of its last scan nothing but a little sharpness is missing then
+    if "progressive" not in name or fraction < 0.5:  # of its last scan nothing but a little sharpness is missing then
         assert "truncated" in refusal(decode, plain, cut)
 
 
@@ -116,7 +116,7 @@ def test_damage_in_the_middle(decode, thorough, name):
         noise = bytes(byte % 255 for byte in random.randbytes(500))
         hole, zeros = content[:at] + content[at + 500 :], content[:at] + bytes(500) + content[at + 500 :]
         found += sum(bool(refusal(decode, thorough, bad)) for bad in (hole, zeros, content[:at] + noise + content[at:]))
-    assert found >= (20 if name == "cmyk" else 26)  # a decoder may find as many codes as there should be, by chance
+    assert found >= (20 if name == "cmyk" else 26)  # random bytes may happen to hold as many codes as there should be
 
 
 def test_libjpegs_words_are_the_reason(decode, thorough, capfd):

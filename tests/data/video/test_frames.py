@@ -485,23 +485,23 @@ CUT = {
 
 
 @pytest.mark.parametrize("name", CUT)
-@pytest.mark.parametrize("share", [0.4, 0.75, 0.93])
-def test_a_cut_file_is_refused_whatever_frames_are_wanted(video, tmp_path, name, share):
+@pytest.mark.parametrize("fraction", [0.4, 0.75, 0.93])
+def test_a_cut_file_is_refused_whatever_frames_are_wanted(video, tmp_path, name, fraction):
     content = video(name, **LARGE).read_bytes()
     path = tmp_path / name
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     for number in (0, 30, -1):
         assert_refused(path, CUT[name], lambda count, number=number: np.array([[number % count]]))
 
 
 @pytest.mark.parametrize("name", [name for name in CUT if name != "h264-fragments.mp4"])
-@pytest.mark.parametrize("share", [0.9, 0.94])
-def test_a_short_file_is_not_forgiven_more(video, tmp_path, name, share):
+@pytest.mark.parametrize("fraction", [0.9, 0.94])
+def test_a_short_file_is_tolerated_no_more(video, tmp_path, name, fraction):
     """Of 20 frames, 0.8 seconds; an index at the end is left out of account."""
     path = video(name, **LARGE, count=20)
     content, index = path.read_bytes(), {"mp4": b"moov", "mov": b"moov", "avi": b"idx1"}.get(KINDS[name].format, b"")
     end = content.rindex(index) if index and "fast" not in name else len(content)
-    (tmp_path / name).write_bytes(content[: int(share * end)])
+    (tmp_path / name).write_bytes(content[: int(fraction * end)])
     assert_refused(tmp_path / name, CUT[name], [[0]])
 
 
@@ -530,7 +530,7 @@ def test_a_cut_at_the_end_of_the_last_frame_is_refused(video, tmp_path):
     assert_refused(tmp_path / "a.mp4", OF_BYTES)
     at = content.index(b"mdat") - 4  # a box up to the end of the file promises no bytes, the index does
     (tmp_path / "a.mp4").write_bytes(content[:at] + bytes(4) + content[at + 4 : -1])
-    assert_refused(tmp_path / "a.mp4", r"truncated: its header places a frame at byte \d+, the file has \d+")
+    assert_refused(tmp_path / "a.mp4", r"truncated: its index has a frame at byte \d+, the file has \d+")
     (tmp_path / "a.mp4").write_bytes(content + b"appended")
     check_numbers(tmp_path / "a.mp4", [[299]])
 
