@@ -158,8 +158,10 @@ CASES: tuple[SingleTask | CoTraining, ...] = (  # in the order in which they beg
     images("ViT-Ti/16 224, batch 256", partial(vit, "Ti", 256), usual(TIMM, f"{TIMM} {peers.REDUCED}")),
 )
 ON_A_CPU: tuple[SingleTask | CoTraining, ...] = (
-    images("ViT-Ti/16 224, batch 4", partial(vit, "Ti", 4), (OURS, VIT, TIMM)),
-    CoTraining(title="PolyViT-Ti, three tasks", model=replace(MODELS["Ti"], depth=2) if machine.IS_TINY else MODELS["Ti"], tasks=three_small_tasks),
+    images("ViT-Ti/16 224, batch 4", partial(vit, "Ti", 4), (OURS, VIT) if machine.IS_TINY else (OURS, VIT, TIMM)),
+    CoTraining(
+        title="PolyViT-Ti, three tasks", model=replace(MODELS["Ti"], depth=2) if machine.IS_TINY else MODELS["Ti"], tasks=three_small_tasks
+    ),
 )
 
 

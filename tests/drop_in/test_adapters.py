@@ -63,7 +63,7 @@ def test_why_modules_of_timm_are_left(changes, path, why):
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_variants_of_timm_are_fused_as_far_as_they_can_be(changes, still_fused):
-    model, batch = timm_vit(**changes)
+    model, batch = timm_vit(depth=1, **changes)
     plain = copy.deepcopy(model)
     report = fuse(model, verify=batch)
     assert {e.path.removeprefix("blocks.0").lstrip(".") for e in report.replaced if e.path.startswith("blocks.0")} == still_fused
@@ -83,7 +83,7 @@ def test_variants_of_timm_are_fused_as_far_as_they_can_be(changes, still_fused):
     ids=str,
 )
 def test_eva_is_fused_where_it_is_a_plain_transformer(changes, left, why):
-    model, batch = timm_eva(**changes)
+    model, batch = timm_eva(depth=1, **changes)
     found = {path: reason for path, reason in reasons(model).items() if path.startswith("blocks.0")}
     assert found.keys() == left
     assert why is None or why in found.values()

@@ -326,7 +326,9 @@ def attention_short_bwd_kernel(
             # [TAIL]
             s_lse_tail = s_lse.index(BLOCKS).slice(0, TAIL)
             s_delta_tail = s_delta.index(BLOCKS).slice(0, TAIL)
+            # [TAIL, width] a panel
             s_q_rows, s_do_rows = panels.stage(s_q_tail, 0), panels.stage(s_do_tail, 0)
+            # [64, width] a panel
             b_dk, b_dv = _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_q_rows, s_do_rows, s_lse_tail, s_delta_tail, scale, TAIL)
         panels.store_rows(p_dq + 2 * width, panels.mma_wait(b_dv, len(s_k)), j * 64, 3 * width, tokens)
         panels.store_rows(p_dq + width, panels.scale(panels.mma_wait(b_dk), scale * LN_2), j * 64, 3 * width, tokens)

@@ -136,6 +136,7 @@ def attention_long_fwd_kernel(
         )  # fmt: skip
     p_head = p_out + (i_first * heads + i_head) * HEAD_DIM
     store_rows(p_head, b_out / b_sum[:, None], i_query, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    # [BLOCK_M]
     p_row = p_lse + _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
     tl.store(p_row, b_max + tl.log2(b_sum), mask=i_query < length)
 
