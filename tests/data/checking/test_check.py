@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from long_forms import mark_long
 from PIL import Image as Pillow
 from tiny_runs import Tile, tile_task, tiny_config
 
@@ -363,7 +364,9 @@ config = Train(
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), mark_long([(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)], [(signal.SIGTERM, 75)])
+)
 def test_a_check_that_is_stopped_keeps_what_it_found(tmp_path, number, code):
     for folder in ("done", "hanging"):
         colour_folder(tmp_path / folder, ["a.png", "b.png"])
