@@ -361,7 +361,7 @@ def test_a_partly_broken_file_is_judged_where_it_is_used():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failing(Synthetic):
+class NeverDecoding(Synthetic):
     """The device fails for batches (with `batches`), or for single files of batches that hold a broken one."""
 
     error: Exception
@@ -379,7 +379,7 @@ class Failing(Synthetic):
 @pytest.mark.parametrize("batches", [True, False])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")], ids=repr)
 def test_the_devices_own_errors_pass_and_no_file_is_called_broken(error, batches):
-    source = Failing(num_samples=12, error=error, batches=batches)
+    source = NeverDecoding(num_samples=12, error=error, batches=batches)
     reports: list[str] = []
     for train in (True, False):
         loader = Loader("a", tiny_config(tasks={"a": tile_task(train=source, val=source)}), train=train, report=reports.append)
@@ -430,7 +430,7 @@ DEFECTS = [
 @pytest.mark.parametrize("batches", [True, False])
 @pytest.mark.parametrize("error", [*DEFECTS, UnboundLocalError("x"), ModuleNotFoundError("av"), NotImplementedError("later")], ids=repr)
 def test_a_defect_of_the_decoder_passes_with_the_names_of_its_files(error, batches):
-    source = Failing(num_samples=12, error=error, batches=batches)
+    source = NeverDecoding(num_samples=12, error=error, batches=batches)
     reports: list[str] = []
     for train in (True, False):
         loader = Loader("a", tiny_config(tasks={"a": tile_task(train=source, val=source)}), train=train, report=reports.append)
@@ -475,7 +475,7 @@ USERS_FAULTS = [ValueError("bad"), RuntimeError("bad"), OSError(5, "bad"), EOFEr
 
 @pytest.mark.parametrize("error", USERS_FAULTS, ids=repr)
 def test_what_ones_own_decoder_raises_for_a_file_is_the_files_fault(error):
-    source = Failing(num_samples=12, error=error, batches=False)
+    source = NeverDecoding(num_samples=12, error=error, batches=False)
     reports: list[str] = []
     loader = Loader("a", tiny_config(tasks={"a": tile_task(train=source)}, max_bad_ratio=0.3), train=True, report=reports.append)
     with pytest.raises(DataError, match=r"4 of 12 files are broken"):

@@ -314,7 +314,7 @@ def test_where_nothing_could_be_listed_nothing_more_is_reported(tmp_path, capsys
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remarked(Synthetic):
+class Commented(Synthetic):
     """Samples of a source that has something to say. Not `Synthetic` by name, so that they are checked."""
 
     def remarks(self, task: Task) -> list[str]:
@@ -323,7 +323,7 @@ class Remarked(Synthetic):
 
 def test_remarks_of_a_source_are_reported_with_its_task_and_split(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check, "Synthetic", type(None))
-    check_files(tiny_config(tasks={"t": tile_task(train=Remarked(num_samples=1))}), tmp_path / "out", 1, 60.0)
+    check_files(tiny_config(tasks={"t": tile_task(train=Commented(num_samples=1))}), tmp_path / "out", 1, 60.0)
     assert "t train: line 3 repeats line 2" in capsys.readouterr().out.splitlines()
 
 

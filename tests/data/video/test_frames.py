@@ -704,7 +704,7 @@ def test_an_ivf_without_or_with_a_wrong_number_of_frames_does_not_hang(video, tm
 
 
 def test_a_broken_disk_is_a_reason(video):
-    class Broken(io.FileIO):
+    class BrokenFile(io.FileIO):
         def readinto(self, buffer):
             if self.tell() > 20000:
                 raise OSError(5, "Input/output error")
@@ -712,7 +712,7 @@ def test_a_broken_disk_is_a_reason(video):
 
     class BrokenMedia(Media):
         def open(self):
-            return io.BufferedReader(Broken(self.path), 4096)
+            return io.BufferedReader(BrokenFile(self.path), 4096)
 
     with pytest.raises(MediaError, match="Input/output error"):
         read(BrokenMedia(str(video("h264.mkv", **LARGE))), [[0]])
