@@ -1,4 +1,4 @@
-"""Attention of the class token alone, without a key or a value of any token."""
+"""The last block of a trunk whose class token alone is read: it computes nothing of the other tokens that nobody reads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,59 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from polyvit_fast.model.modules import Attention, Block, ClassToken, Factors, Tokens
+from polyvit_kernels import ops
+from polyvit_kernels.layers import add_branch, add_linear, is_plain, norm_residual, project
 from polyvit_kernels.ops import dtypes
+from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
+
+
+class ClassTokenAttention(Attention):
+    """`Attention` that gives the class token alone, `[batch, 1, dim]`, computed in the dtype of its input, fp32 at least."""
+
+    def forward(self, x: Tokens, residual: Tokens | None = None, factors: Factors | None = None) -> ClassToken:
+        """What `Attention.forward` gives for the first token.
+
+        Where `qkv` is a linear layer with a bias and nothing else, `attend_first` reads its parameters; an adapter around it, or a layer
+        with hooks, is called with all tokens.
+        """
+        dropout, first = self.dropout * self.training, None if residual is None else residual[:, :1]
+        dtype = matmul_dtype(x if residual is None else residual)
+        if is_plain(self.qkv):
+            with without_autocast(x):
+                mixed = attend_first(x, self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype), self.num_heads)[:, None].to(dtype)
+        else:
+            mixed = ops.attention(project(self.qkv, x.to(dtype), (3, self.num_heads, -1)), self.backend)[:, :1].flatten(2)
+        if first is None:
+            return add_linear(self.proj, mixed, None, factors, dropout)
+        # Not fused with the projection: of one token per example a sum costs nothing.
+        return add_branch(first, add_linear(self.proj, mixed, dropout=dropout), factors)
+
+
+class ClassTokenBlock(Block):
+    """A `Block` that gives the class token alone, `[batch, 1, dim]`, for less than a tenth of the work; its parameters are the same.
+
+    All its parts are called as modules, so that hooks on them run as often as in a `Block`. What they see differs: the inputs of `attn`
+    and the outputs of `norm1` are all tokens, in fp32 at least; the outputs of `attn`, and all of `norm2` and `mlp`, are the class token
+    alone. For all tokens, load the state dict of this block into a `Block`.
+    """
+
+    attention = ClassTokenAttention
+
+    def add_branches(self, x: Tokens, attn_factors: Factors | None, mlp_factors: Factors | None) -> ClassToken:
+        """The class token after both branches."""
+        x, y = norm_residual(self.norm1, x, torch.promote_types(x.dtype, torch.float32))
+        first = self.attn(y, x, attn_factors)
+        return self.mlp(self.norm2(first, matmul_dtype(first)), first, mlp_factors)
 
 
 def attend_first(
     x: Float[Tensor, "batch tokens dim"], weight: Float[Tensor, "qkv dim"], bias: Float[Tensor, " qkv"], num_heads: int
 ) -> Float[Tensor, "batch dim"]:
-    """What attention on the packed projection x Wᵀ + b gives for the first token.
+    """What attention on the packed projection x Wᵀ + b gives for the first token, without a key or a value of any token.
 
-    For one query q it is cheaper to bring q through the keys' weights, q · (W x + b) = (Wᵀ q) · x + a constant that the softmax does
-    not see, and the mean of the tokens, not each of them, through the values' weights.
+    For one query q it is cheaper to multiply q by the keys' weights, as q · (W x + b) = (Wᵀ q) · x + a constant, which the softmax
+    ignores, and the values' weights by the mean of the tokens instead of by each token.
     """
     if torch.is_grad_enabled() and dtypes.runs_registered(x) and not torch.compiler.is_compiling():
         return _AttendFirst.apply(x, weight, bias, num_heads)
@@ -27,28 +70,28 @@ def attend_first(
 
 
 def _attend_first(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """The result, then scaled queries, those brought through the keys' weights, attention, the tokens' means."""
+    """The result, then the scaled queries, these multiplied by the keys' weights, attention, the tokens' means."""
     query, key, value = weight.unflatten(0, (3, num_heads, -1)).unbind()
     query_bias, _, value_bias = bias.chunk(3)
     q = functional.linear(x[:, 0], query.flatten(0, 1), query_bias).unflatten(1, (num_heads, -1)) / query.shape[1] ** 0.5
-    through = _per_head(q, key)
-    attention = (through @ x.transpose(1, 2)).softmax(-1)
+    key_query = _per_head(q, key)
+    attention = (key_query @ x.transpose(1, 2)).softmax(-1)
     mean = attention @ x
-    return _per_head(mean, value.transpose(1, 2)).flatten(1) + value_bias, q, through, attention, mean
+    return _per_head(mean, value.transpose(1, 2)).flatten(1) + value_bias, q, key_query, attention, mean
 
 
 def _per_head(x: Tensor, matrices: Tensor) -> Tensor:
-    """`[batch, heads, in]` through a matrix `[in, out]` for each head."""
+    """`[batch, heads, in]` times a matrix `[in, out]` for each head."""
     return (x.transpose(0, 1) @ matrices).transpose(0, 1)
 
 
 class _AttendFirst(torch.autograd.Function):
-    """Torch would make three gradients of all tokens, one of them zeros but for the first token, and add them up."""
+    """By itself torch would make three gradients of all tokens, one of them zero but for the first token, and add them up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-        out, *kept = _attend_first(x, weight, bias, num_heads)
-        ctx.save_for_backward(x, weight, *kept)
+        out, *saved = _attend_first(x, weight, bias, num_heads)
+        ctx.save_for_backward(x, weight, *saved)
         ctx.set_materialize_grads(False)
         return out
 
@@ -57,18 +100,19 @@ class _AttendFirst(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return (None,) * 4
-        x, weight, q, through, attention, mean = ctx.saved_tensors
+        x, weight, q, key_query, attention, mean = ctx.saved_tensors
         num_heads, head_dim = q.shape[1:]
         query, key, value = weight.unflatten(0, (3, num_heads, -1)).unbind()
         grads = grad.unflatten(1, (num_heads, -1))
         d_mean = _per_head(grads, value)
+        # Private, as torch 2.13 has no public backward of softmax from its output.
         d_scores = torch.ops.aten._softmax_backward_data(d_mean @ x.transpose(1, 2), attention, -1, x.dtype)
-        d_through = d_scores @ x
-        d_query = (_per_head(d_through, key.transpose(1, 2)) / head_dim**0.5).flatten(1)
-        # [batch, tokens, dim], made in one product: tokens meet the softmax as values, and as keys.
-        d_x = torch.cat([attention, d_scores], 1).transpose(1, 2) @ torch.cat([d_mean, through], 1)
+        d_key_query = d_scores @ x
+        d_query = (_per_head(d_key_query, key.transpose(1, 2)) / head_dim**0.5).flatten(1)
+        # [batch, tokens, dim] in one product: tokens enter as values, weighted by attention, and as keys, by the scores' gradient.
+        d_x = torch.cat([attention, d_scores], 1).transpose(1, 2) @ torch.cat([d_mean, key_query], 1)
         d_x[:, 0].add_(d_query @ query.flatten(0, 1))
-        d_weight = torch.cat([d_query.t() @ x[:, 0], _outer(q, d_through), _outer(grads, mean)])
+        d_weight = torch.cat([d_query.t() @ x[:, 0], _outer(q, d_key_query), _outer(grads, mean)])
         d_bias = torch.cat([d_query, torch.zeros_like(grad), grad], 1).sum(0)
         return d_x, d_weight, d_bias, None
 

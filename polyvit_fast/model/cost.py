@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal, cast
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import polyvit_kernels.flops as _formulas  # noqa: F401 - importing it tells torch's counter what our operations cost
 from polyvit_fast.config import Modality, Model, Optim, Task
+from polyvit_fast.model.polyvit import PolyViT
 
 Precision = Literal["fp32", "bf16"]
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
@@ -18,22 +24,44 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@cache
 def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
     """Floating-point operations of one view's forward pass, two per multiplication of its matrices; a training step has three times that.
 
-    Counted are blocks, patch embedding and head; not normalisation, softmax, GELU and sums, which are small beside them.
+    Counted by torch on the meta device: blocks, patch embedding and head; not normalisation, softmax, GELU and sums, which are small in
+    comparison. With as many adaptor layers as blocks every token passes every block, as in other libraries' models.
     """
-    tokens, matrices = modality.num_tokens, _block_matrices(model)
-    whole = tokens * matrices + 2 * tokens**2 * model.dim
-    class_token = matrices + 2 * tokens * model.num_heads * model.dim
-    blocks = _num_whole_blocks(model) * whole + _ends_with_class_token(model) * class_token
-    return 2 * (blocks + (tokens - 1) * _tubelet_elements(modality) * model.dim + model.dim * num_classes)
+    # All blocks but the last are alike, so models of one block and of two say what a deeper one costs.
+    one, two = (_count_flops(model, depth, modality, num_classes) for depth in (1, 2))
+    return one + (model.depth - 1) * (two - one)
+
+
+def _count_flops(model: Model, depth: int, modality: Modality, num_classes: int) -> int:
+    """Of a model with that many blocks, the last of which is of the same kind as the model's last."""
+    shallow = replace(model, depth=depth, num_adaptor_layers=0 if _ends_with_class_token(model) else depth)
+    with torch.device("meta"):
+        vit = PolyViT(shallow, {modality.name: modality}, {"task": (modality.name, num_classes)})
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = cast(Any, _WholeModel())
+    with counter, torch.no_grad():
+        vit(torch.empty(1, *modality.grid, device="meta"), "task")
+    return counter.get_total_flops()
+
+
+class _WholeModel:
+    """Instead of torch's tracker, which counts by module, with hooks on all modules: a layer with hooks is called, and not fused."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 def state_bytes(model: nn.Module, optim: Optim, keeps_rounded: bool = False) -> int:
     """Memory that lasts for the whole run: parameters, gradients, the optimizer's moments and the moving average, all fp32.
 
-    And with `keeps_rounded` the parameters in bf16.
+    With `keeps_rounded` the parameters in bf16 too.
     """
     copies = 2 + {"sgd": 1, "adamw": 2}[optim.name] + (optim.ema_decay > 0)
     return (FP32_BYTES * copies + BF16_BYTES * keeps_rounded) * num_parameters(model)
@@ -52,8 +80,8 @@ def activation_bytes(
 
     Counted is what autograd keeps: per block both inputs of the norms, the inputs of attention and of all linear layers, and GELU's
     slope; in bf16 the weights' rounded copies too, unless those last for the whole run. With `recompute` it is the input of every block
-    and all that one block keeps. Not counted: short-lived results and gradients (about one block's share), the allocator's slack, the
-    input grid, decoded batches.
+    and all that one block keeps. Not counted: short-lived results and gradients (about as much as one block keeps), memory that the
+    allocator reserves beyond that, the input grid, decoded batches.
     """
     narrow, wide = BYTES[precision], BYTES[residual]
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens

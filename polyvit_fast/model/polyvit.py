@@ -1,4 +1,4 @@
-"""PolyViT: a tokenizer per modality, one trunk that all tasks share, a linear head per task (arXiv 2111.12993, section 3)."""
+"""PolyViT: a tokenizer per modality, one trunk for all tasks, a linear head per task (arXiv 2111.12993, section 3)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyvit_fast.config import Modality, Model, Train
-from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp, project
+from polyvit_fast.model.class_token import ClassTokenBlock
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp
 from polyvit_fast.model.tokenizer import Grid, Tokenizer
 from polyvit_fast.randomness import generator
+from polyvit_kernels.layers import project
 from polyvit_kernels.ops import AttentionBackend
 
 
 class PolyViT(nn.Module):
     """One Vision Transformer for the tasks of several modalities; a call serves one task.
 
-    `heads` says for each task the name of its modality and its number of classes. Tasks in `own_normalisation` have their grids
-    normalised as the record there says, not as that of their modality. The weights follow from `seed` alone. With `residual` = "bf16" the
-    tokens that pass from block to block have autocast's dtype where autocast is on; else they have the weights'. `attention`: see
-    `polyvit_kernels.attention`.
+    `heads` gives the name of its modality and its number of classes for each task. The grids of a task in `own_normalisation` are
+    normalised by the record there, not by that of their modality. The weights follow from `seed` alone. With `residual` = "bf16" the
+    tokens between blocks have autocast's dtype where autocast is on; else they have the weights'. `attention`: see
+    `polyvit_kernels.attention`. The heads read the class token alone, so the last of `blocks` is a `ClassTokenBlock`; a last block that
+    belongs to a modality (with as many adaptor layers as blocks) computes all tokens.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class PolyViT(nn.Module):
         self.tokenizers = nn.ModuleDict(
             {name: Tokenizer(modality, model, residual, own_normalisation) for name, modality in modalities.items()}
         )
-        self.blocks = nn.ModuleList(Block.from_config(model) for _ in range(model.depth - model.num_adaptor_layers))
+        num_shared = model.depth - model.num_adaptor_layers
+        kinds = [*[Block] * (num_shared - 1), ClassTokenBlock] if num_shared else []
+        self.blocks = nn.ModuleList(kind.from_config(model) for kind in kinds)
         self.norm = LayerNorm(model.dim)
         self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
         for module in self.modules():
@@ -70,18 +75,18 @@ class PolyViT(nn.Module):
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises, by the task's numbers.
 
-        In training a residual branch of the last block is left out with the chance `drop_path_rate`; the chance falls linearly to 0 in
-        the first. The last block computes the class token alone, unless its parts have hooks. `recompute`: the backward pass computes
-        every block again from its input (see `Block`). Raises ValueError for an unknown task or a grid of another size.
+        In training a residual branch of the last block is left out with the probability `drop_path_rate`, which falls linearly to 0 in
+        the first block. `recompute`: the backward pass computes every block again from its input (see `Block`). Raises ValueError for
+        an unknown task or a grid of another size.
         """
         if task not in self.modality_of:
             raise ValueError(f"the model has no task {task!r}; it has {', '.join(self.modality_of)}")
         x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate, recompute, task)
         rates = drop_path_ramp(self.depth, drop_path_rate)[self.depth - len(self.blocks) :]
-        for left, (block, rate) in enumerate(zip(self.blocks, rates, strict=True), 1 - len(self.blocks)):
-            x = block(x, rate, class_token=not left, recompute=recompute)
+        for block, rate in zip(self.blocks, rates, strict=True):
+            x = block(x, rate, recompute)
         # The head reads the class token alone, and the norm takes each token by itself.
-        return project(self.heads[task], self.norm(x[:, 0]), (-1,))
+        return project(self.heads[task], self.norm(x[:, 0]))
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -96,18 +101,18 @@ def _check_names(names: Iterable[str]) -> None:
 def initialise(model: PolyViT, seed: int, zero_heads: Collection[str] = ()) -> None:
     """Set every parameter from `seed` and its own name alone: a model with more tasks has the same trunk.
 
-    | parameter | law |
+    | parameter | distribution |
     |---|---|
-    | tokenizers.*.weight, heads.*.weight | truncated normal of variance 1 / fan_in (LeCun), cut at two deviations |
-    | tokenizers.*.pos_embed | normal, deviation 0.02 |
+    | tokenizers.*.weight, heads.*.weight | truncated normal of variance 1 / fan_in (LeCun), cut at twice its std |
+    | tokenizers.*.pos_embed | normal of std 0.02 |
     | *.attn.qkv.weight | uniform of variance 2 / (fan_in + fan_out) (Xavier), for query, key and value each by itself |
     | *.attn.proj.weight, *.mlp.fc1.weight, *.mlp.fc2.weight | the same, as one matrix |
-    | *.mlp.fc1.bias, *.mlp.fc2.bias | normal, deviation 1e-6 |
+    | *.mlp.fc1.bias, *.mlp.fc2.bias | normal of std 1e-6 |
     | *.norm1.weight, *.norm2.weight, norm.weight | 1 |
     | all other biases, tokenizers.*.cls_token, the weight of the head of a task in `zero_heads` | 0 |
 
-    These are the laws of the paper's code, where the heads of videos and sounds start at zero, with one choice: a clip's tubelets, which
-    it copies from an image model, are drawn like all others. Parameters on the meta device stay as they are.
+    These are the distributions of the paper's code, in which the heads of videos and audio start at zero, with one exception: the
+    tubelets of videos, which it copies from an image model, are drawn like all others. Parameters on the meta device stay as they are.
     """
     zeros = {f"heads.{task}.weight" for task in zero_heads}
     for name, parameter in model.named_parameters():
@@ -134,20 +139,20 @@ def _initial_values(name: list[str], shape: torch.Size, rng: np.random.Generator
         case [*_, "bias" | "cls_token"]:
             return torch.zeros(shape)
         case _:
-            raise ValueError(f"parameter {'.'.join(name)} has no initial law")
+            raise ValueError(f"there is no initial distribution for the parameter {'.'.join(name)}; add it to _initial_values")
 
 
 def _uniform(shape: torch.Size, bound: float, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(rng.random(shape, dtype=np.float32)).mul_(2 * bound).sub_(bound)
 
 
-def _normal(shape: torch.Size, deviation: float, rng: np.random.Generator) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).mul_(deviation)
+def _normal(shape: torch.Size, std: float, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).mul_(std)
 
 
-def _truncated_normal(shape: torch.Size, deviation: float, rng: np.random.Generator) -> Tensor:
-    """Values of the given deviation from a normal law that is cut at twice its own deviation."""
-    share = math.erf(2 / math.sqrt(2))  # of an uncut normal that lies within two deviations
-    shrinkage = math.sqrt(1 - 4 * math.exp(-2) / (share * math.sqrt(2 * math.pi)))  # of the deviation, by the cut
-    uniform = torch.from_numpy(rng.random(shape, dtype=np.float32)).mul_(2 * share).sub_(share)
-    return torch.erfinv(uniform).mul_(math.sqrt(2) * deviation / shrinkage)
+def _truncated_normal(shape: torch.Size, std: float, rng: np.random.Generator) -> Tensor:
+    """Values of the given std, from a normal distribution that is cut at twice its own std."""
+    inside = math.erf(2 / math.sqrt(2))  # the probability of lying within the cuts
+    shrinkage = math.sqrt(1 - 4 * math.exp(-2) / (inside * math.sqrt(2 * math.pi)))  # of the std, by the cuts
+    uniform = torch.from_numpy(rng.random(shape, dtype=np.float32)).mul_(2 * inside).sub_(inside)
+    return torch.erfinv(uniform).mul_(math.sqrt(2) * std / shrinkage)

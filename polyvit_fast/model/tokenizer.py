@@ -60,16 +60,6 @@ class Tokenizer(nn.Module):
         own = {task: record for task, record in own_normalisation.items() if record.name == modality.name}
         self.own_normalisation = nn.ModuleDict({task: Normalisation(record) for task, record in own.items()})
 
-    @property
-    def mean(self) -> Tensor:
-        """Per channel, fp32."""
-        return self.normalisation.mean
-
-    @property
-    def std(self) -> Tensor:
-        """Per channel, fp32."""
-        return self.normalisation.std
-
     def forward(
         self, grid: Grid, drop_path_rate: float = 0.0, recompute: bool = False, task: str = ""
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -85,5 +75,5 @@ class Tokenizer(nn.Module):
         x = ops.patch_embed(grid, self.weight, self.bias, self.cls_token, self.pos_embed, numbers.mean, numbers.std, out_dtype)
         x = functional.dropout(x, self.dropout, self.training)
         for block, rate in zip(self.blocks, drop_path_ramp(len(self.blocks), drop_path_rate), strict=True):
-            x = block(x, rate, recompute=recompute)
+            x = block(x, rate, recompute)
         return x

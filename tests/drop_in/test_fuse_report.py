@@ -11,7 +11,7 @@ from foreign_models import hugging_face_vit, normal, timm_vit, torchvision_vit
 from torch import nn
 
 from polyvit_fast import fuse, unfuse
-from polyvit_fast.drop_in.parts import MARK, fused_row
+from polyvit_fast.drop_in.fused import MARK, fused_adapter
 from polyvit_fast.drop_in.verify import LEGEND
 from polyvit_fast.model.modules import Attention, Mlp
 from polyvit_kernels import ops
@@ -21,7 +21,9 @@ UNLESS = "its own forward runs unless query, key and value are one tensor and ne
 
 
 def fused_modules(model):
-    return [path for path, module in model.named_modules() if fused_row(module) or MARK in module.__dict__ or "forward" in module.__dict__]
+    return [
+        path for path, module in model.named_modules() if fused_adapter(module) or MARK in module.__dict__ or "forward" in module.__dict__
+    ]
 
 
 class WithAttention(nn.Module):
@@ -61,7 +63,7 @@ def test_what_is_no_batch_is_refused(batch):
 
 def test_mappings_are_batches_too():
     model, batch = hugging_face_vit()
-    assert fuse(model, verify=UserDict(pixel_values=batch)).checks == fuse(model, verify={"pixel_values": batch}).checks
+    assert fuse(model, verify=UserDict(pixel_values=batch)).comparisons == fuse(model, verify={"pixel_values": batch}).comparisons
 
 
 @pytest.mark.parametrize("batch", [normal(2, 3, 48, 48), normal(2, 3), {"pixels": normal(2, 3, 32, 32)}, {}, ()], ids=range(5))
@@ -107,30 +109,25 @@ def test_a_batch_on_which_the_model_is_not_finite_is_refused(value, monkeypatch)
     assert not fused_modules(model)
 
 
+class AfterNorm(nn.Module):
+    """A norm, and a function of what it gives."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.function = nn.LayerNorm(64), function
+
+    def forward(self, x):
+        return self.function(self.norm(x))
+
+
 def test_a_gradient_that_is_not_finite_is_refused():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.LayerNorm(64)
-
-        def forward(self, x):
-            return (self.norm(x) * 0).abs().sqrt()
-
     with pytest.raises(ValueError, match=r"the model's own gradient of .* is not finite on this batch"):
-        fuse(Root(), verify=normal(2, 5, 64))
+        fuse(AfterNorm(lambda x: (x * 0).abs().sqrt()), verify=normal(2, 5, 64))
 
 
 def test_an_output_of_the_model_alone_that_is_not_finite_is_refused():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.LayerNorm(64)
-
-        def forward(self, x):
-            return self.norm(x), torch.full((3,), torch.inf)
-
     with pytest.raises(ValueError, match="the model's own output is not finite on this batch"):
-        fuse(Root(), verify=normal(2, 5, 64))
+        fuse(AfterNorm(lambda x: (x, torch.full((3,), torch.inf))), verify=normal(2, 5, 64))
 
 
 # Wrapped forwards
@@ -172,15 +169,15 @@ def test_copies_and_files_can_be_unfused_and_a_wrapper_is_seen_there():
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        inner, twin.norm.forward = twin.norm.forward, close_over(twin.norm.forward)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        inner, other.norm.forward = other.norm.forward, close_over(other.norm.forward)
         with pytest.raises(ValueError, match="the forward of norm was wrapped"):
-            unfuse(twin)
-        twin.norm.forward = inner
-        unfuse(twin)
-        assert list(twin.state_dict()) == names
-        assert torch.equal(twin(batch), expected)
-    assert fused_row(model.norm)
+            unfuse(other)
+        other.norm.forward = inner
+        unfuse(other)
+        assert list(other.state_dict()) == names
+        assert torch.equal(other(batch), expected)
+    assert fused_adapter(model.norm)
 
 
 # The report
@@ -190,7 +187,7 @@ def test_copies_and_files_can_be_unfused_and_a_wrapper_is_seen_there():
 def test_a_model_in_which_nothing_is_known(model, capsys):
     report = fuse(model, verify=normal(2, 3) if isinstance(model, nn.Linear) else normal(2, 3, 8, 8))
     assert str(report) == NOTHING_KNOWN
-    assert report.checks == ()
+    assert report.comparisons == ()
     assert capsys.readouterr().out == "verify compares nothing, as nothing has been replaced\n"
 
 
@@ -204,7 +201,7 @@ def test_blocks_of_other_models_are_named_below():
     assert NOTHING_KNOWN not in str(fuse(Mlp(8, 16)))
 
 
-def test_rates_of_one_kind_share_a_line():
+def test_rates_of_one_kind_are_on_one_line():
     model, _ = timm_vit(depth=4)
     for rate, block in zip((0.0, 0.02, 0.1, 0.05), model.blocks, strict=True):
         block.attn.proj_drop.p = rate
@@ -230,7 +227,7 @@ def test_modules_that_the_batch_did_not_run_are_named(capsys):
     report = fuse(model, verify=batch)
     assert {entry.path: entry.why for entry in report.replaced if entry.why} == {"extra": "not run by this batch"}
     assert capsys.readouterr().out.endswith("not run by this batch: 1 modules\n  extra    1 × LayerNorm\n")
-    assert all(module.forward.func is model.norm.forward.func for module in model.modules() if fused_row(module))
+    assert all(module.forward.func is model.norm.forward.func for module in model.modules() if fused_adapter(module))
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -255,7 +252,7 @@ def test_torch_s_attention_is_compared_by_itself(monkeypatch):
 
 def test_a_model_that_is_one_fused_module_has_a_name_in_the_table(capsys):
     report = fuse(timm_vit()[0].blocks[0], verify=normal(2, 5, 64))
-    assert all(check.path for check in report.checks)
+    assert all(found.path for found in report.comparisons)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == LEGEND
     assert any(line.startswith("(the model)  ") for line in lines)

@@ -2,25 +2,25 @@ import copy
 
 import pytest
 import torch
-from foreign_models import FAMILIES, hugging_face_vit, normal, timm_vit, tokens_of
+from foreign_models import FAMILIES, hugging_face_vit, long, normal, timm_vit, tokens_of
 from torch import nn
 
 from polyvit_fast import fuse
-from polyvit_fast.drop_in.parts import fused_row
-from polyvit_fast.drop_in.verify import LEGEND, Check, table
+from polyvit_fast.drop_in.fused import fused_adapter
+from polyvit_fast.drop_in.verify import LEGEND, Comparison, table
 from polyvit_kernels import ops
 
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+@pytest.mark.parametrize("precision", ["fp32", *long("autocast")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_passes_on_its_own_batch(name, precision, capsys):
     model, batch = FAMILIES[name]()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         report = fuse(model, verify=batch)
-    assert {check.path for check in report.checks} == {"(the model)", *(entry.path for entry in report.replaced)}
-    assert max(check.used for check in report.checks) <= 1
-    assert min(check.cosine for check in report.checks if "k_proj.bias" not in check.tensor) > 0.99
-    assert capsys.readouterr().out == table(report.checks) + "\n"
+    assert {found.path for found in report.comparisons} == {"(the model)", *(entry.path for entry in report.replaced)}
+    assert max(found.used for found in report.comparisons) <= 1
+    assert min(found.cosine for found in report.comparisons if "k_proj.bias" not in found.tensor) > 0.99
+    assert capsys.readouterr().out == table(report.comparisons) + "\n"
 
 
 def test_the_model_is_not_disturbed():
@@ -44,23 +44,23 @@ def test_the_model_is_not_disturbed():
 
 def test_batches_of_every_form():
     model, batch = timm_vit()
-    first = fuse(model, verify=batch).checks
-    assert fuse(model, verify=(batch,)).checks == first
-    assert fuse(model, verify={"x": batch}).checks == first
+    first = fuse(model, verify=batch).comparisons
+    assert fuse(model, verify=(batch,)).comparisons == first
+    assert fuse(model, verify={"x": batch}).comparisons == first
     with torch.inference_mode():
-        assert fuse(model, verify=normal(2, 3, 32, 32)).checks == first
+        assert fuse(model, verify=normal(2, 3, 32, 32)).comparisons == first
     model, batch = hugging_face_vit()
     labels = {"pixel_values": batch, "output_hidden_states": True}
-    assert any(check.path == "(the model)" for check in fuse(model, verify=labels).checks)
+    assert any(found.path == "(the model)" for found in fuse(model, verify=labels).comparisons)
 
 
 def test_frozen_models_are_compared_without_their_gradients():
     model, batch = timm_vit()
     model.requires_grad_(False)
-    names = {check.tensor for check in fuse(model, verify=batch).checks}
+    names = {found.tensor for found in fuse(model, verify=batch).comparisons}
     assert names == {"output", "gradient of input 0"}
     model.blocks[1].mlp.fc2.bias.requires_grad_()
-    names = {check.tensor for check in fuse(model, verify=batch).checks if check.path == "blocks.1"}
+    names = {found.tensor for found in fuse(model, verify=batch).comparisons if found.path == "blocks.1"}
     assert names == {"output", "gradient of input 0", "gradient of mlp.fc2.bias"}
 
 
@@ -111,7 +111,7 @@ def test_a_wrong_operation_is_found_named_and_undone(name, fault, where, monkeyp
         fuse(model, verify=batch)
     assert where in str(caught.value)
     assert "worst tensor" in str(caught.value)
-    assert not any(fused_row(module) for module in model.modules())
+    assert not any(fused_adapter(module) for module in model.modules())
     assert torch.equal(tokens_of(model(batch)), before)
 
 
@@ -121,7 +121,7 @@ def test_gradients_that_layer_scale_makes_tiny_are_seen(monkeypatch):
         for block in model.blocks:
             block.ls1.gamma.fill_(1e-5)
             block.ls2.gamma.fill_(1e-5)
-    assert fuse(copy.deepcopy(model), verify=batch).checks
+    assert fuse(copy.deepcopy(model), verify=batch).comparisons
     monkeypatch.setattr(ops, "attention", wrong_gradient(ops.attention))
     with pytest.raises(RuntimeError, match=r"blocks\.0\.attn: gradient of qkv\.weight"):
         fuse(model, verify=batch)
@@ -138,7 +138,7 @@ def test_a_batch_that_the_model_cannot_take_leaves_it_as_it_was():
     model, _ = timm_vit()
     with pytest.raises(AssertionError):
         fuse(model, verify=normal(2, 3, 48, 48))
-    assert not any(fused_row(module) for module in model.modules())
+    assert not any(fused_adapter(module) for module in model.modules())
 
 
 def test_parts_that_the_batch_does_not_reach_are_not_compared():
@@ -146,17 +146,17 @@ def test_parts_that_the_batch_does_not_reach_are_not_compared():
     model.extra = nn.LayerNorm(64)
     report = fuse(model, verify=batch)
     assert "extra" in {entry.path for entry in report.replaced}
-    assert "extra" not in {check.path for check in report.checks}
+    assert "extra" not in {found.path for found in report.comparisons}
 
 
 def test_table_has_the_worst_tensor_of_each_outermost_module():
-    checks = [
-        Check("blocks.1", "output", 1e-6, 1e-6, 0.5, 1.0, 1.0),
-        Check("blocks.1.mlp", "gradient of fc1.weight", 3e-6, 1e-6, 0.75, 0.99999951, 1.0000004),
-        Check("blocks.10", "output", 2e-6, 1e-6, 0.1, 1.0, 1.0),
-        Check("norm", "output", 2e-6, 1e-6, 31784.4, 0.5, 2.0),
+    comparisons = [
+        Comparison("blocks.1", "output", 1e-6, 1e-6, 0.5, 1.0, 1.0),
+        Comparison("blocks.1.mlp", "gradient of fc1.weight", 3e-6, 1e-6, 0.75, 0.99999951, 1.0000004),
+        Comparison("blocks.10", "output", 2e-6, 1e-6, 0.1, 1.0, 1.0),
+        Comparison("norm", "output", 2e-6, 1e-6, 31784.4, 0.5, 2.0),
     ]
-    assert table(checks).splitlines() == [
+    assert table(comparisons).splitlines() == [
         LEGEND,
         "module     worst tensor                error  original  of allowed  cosine    norm ratio",
         "blocks.1   mlp gradient of fc1.weight  3e-06  1e-06     75%         1.000000  1.000000",

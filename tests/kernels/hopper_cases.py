@@ -1,4 +1,4 @@
-"""What Hopper's attention kernels are held to: on such a card as they are, elsewhere by the executor of Gluon kernels on a CPU."""
+"""The rule for Hopper's attention kernels: on such a GPU as they are, elsewhere run by the executor of Gluon kernels on a CPU."""
 
 from contextlib import nullcontext
 
@@ -11,7 +11,7 @@ from polyvit_kernels import reference, tiles
 from polyvit_kernels.hopper import attention_short
 
 IS_HOPPER = DEVICE.type == "cuda" and tiles.architecture(DEVICE) == 90
-on_a_card = pytest.mark.skipif(not IS_HOPPER, reason="these kernels run on compute capability 9.0 alone")
+needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="these kernels run on compute capability 9.0 alone")
 
 
 def hopper_row(op, qkv):
@@ -31,7 +31,7 @@ def assert_short_attention_obeys(qkv, grad, plain=plain):
     out, lse, dqkv, sums = both_ways(qkv, grad)
     assert dqkv.is_contiguous()
     assert_obeys(qkv, {"out": out, "dqkv": dqkv}, lse, qkv.dtype, grad, plain)
-    yardstick = gradient(plain, qkv, grad).float().sum((0, 1))
+    baseline = gradient(plain, qkv, grad).float().sum((0, 1))
     true = reference.attention_backward(qkv.double(), grad.double()).sum((0, 1))
-    assert_within_rule({"sums": sums}, {"sums": yardstick}, {"sums": true}, qkv.dtype)
+    assert_within_rule({"sums": sums}, {"sums": baseline}, {"sums": true}, qkv.dtype)
     assert not sums[1].any()

@@ -10,7 +10,7 @@ from polyvit_fast.media import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(Modality):
-    """The shared part: colours 0 to 255, brought to -1 to 1."""
+    """What they have in common: colours 0 to 255, which become -1 to 1."""
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""PolyViT in plain PyTorch, written out: the yardstick in half precision, the truth in fp64."""
+"""PolyViT in plain PyTorch, written out: the baseline in half precision, the truth in fp64."""
 
 import torch
 from torch.nn import functional

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from compare import assert_within_rule, outputs_and_gradients
+from low_rank import LowRank
 from torch import nn
 
 from polyvit_fast.config import Model
-from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, branch_factors, drop_path_ramp, has_hooks, is_plain, is_untouched
+from polyvit_fast.model.class_token import ClassTokenBlock
+from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp, drop_path_factors, drop_path_ramp
 from polyvit_kernels import ops
 from polyvit_kernels.ops import gradients
 
@@ -13,24 +15,12 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def block(**options):
+def block(kind=Block, **options):
     torch.manual_seed(0)
-    return Block(32, 4, 64, **options)
+    return kind(32, 4, 64, **options)
 
 
-PARTS = {"attention": lambda **options: Attention(32, 4, **options), "mlp": lambda **options: Mlp(32, 64, **options)}
-
-
-class LowRank(nn.Module):
-    """An adapter around a layer, as LoRA's, whose weight is the layer's."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
-        self.weight, self.bias = base.weight, base.bias
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
+BRANCHES = {"attention": lambda **options: Attention(32, 4, **options), "mlp": lambda **options: Mlp(32, 64, **options)}
 
 
 def test_layer_norm_has_the_eps_of_flax():
@@ -75,14 +65,14 @@ def test_drop_path_rate_rises_linearly_from_nothing():
 
 
 @pytest.mark.parametrize(("rescale", "kept_value"), [(False, 1.0), (True, 1 / 0.7)])
-def test_branches_are_left_out_per_example_with_the_given_chance(rescale, kept_value):
+def test_branches_are_left_out_per_example_with_the_given_probability(rescale, kept_value):
     torch.manual_seed(0)
-    factors = branch_factors(torch.zeros(20_000, 2, 3), 0.3, rescale)
+    factors = drop_path_factors(torch.zeros(20_000, 2, 3), 0.3, rescale)
     assert factors.shape == (2, 20_000)
     for branch in factors:
-        share = (branch == torch.tensor(kept_value)).double().mean()
-        assert (branch == 0).double().mean() == 1 - share
-        assert share == pytest.approx(0.7, abs=0.015)  # 4.6 deviations
+        kept_ratio = (branch == torch.tensor(kept_value)).double().mean()
+        assert (branch == 0).double().mean() == 1 - kept_ratio
+        assert kept_ratio == pytest.approx(0.7, abs=0.015)  # 4.6 std
 
 
 def test_both_branches_are_left_out_independently():
@@ -96,7 +86,7 @@ def test_both_branches_are_left_out_independently():
     sums = b(torch.zeros(4000, 1, 32), 0.5)[:, 0, 0]
     counts = torch.tensor([(sums == value).sum() for value in (0, 1, 10, 11)])
     assert counts.sum() == 4000
-    assert (counts - 1000).abs().max() < 140  # 5 deviations
+    assert (counts - 1000).abs().max() < 140  # 5 std
 
 
 def test_evaluation_drops_nothing():
@@ -116,16 +106,16 @@ def test_a_dropped_branch_gives_no_gradient_and_the_input_keeps_its_own():
     assert not torch.equal(x.grad[~dropped], torch.ones_like(x[~dropped]))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_dropout_acts_in_training_alone_and_keeps_the_mean(part):
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_dropout_acts_in_training_alone_and_keeps_the_mean(branch):
     torch.manual_seed(0)
-    module = PARTS[part](dropout=0.3)
+    module = BRANCHES[branch](dropout=0.3)
     x = normal(1, 4, 32)
     exact = module.eval()(x)
     with torch.no_grad():
-        drawn = torch.stack([module.train()(x) for _ in range(3000)])
+        drawn = module.train()(x.expand(3000, -1, -1))
     assert (drawn == 0).double().mean() == pytest.approx(0.3, abs=0.01)
-    torch.testing.assert_close(drawn.mean(0), exact.detach(), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.mean(0, keepdim=True), exact.detach(), rtol=0, atol=0.05)
 
 
 def test_dropout_of_the_hidden_layer():
@@ -170,10 +160,10 @@ def test_block_is_timm_s_with_timm_s_weights(precision):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         rounded = {name: value.to(dtype) for name, value in inputs.items()}
         found = outputs_and_gradients(lambda **values: run(ours, dtype, **values), rounded)
-        yardstick = outputs_and_gradients(lambda **values: run(theirs, dtype, **values), rounded)
+        baseline = outputs_and_gradients(lambda **values: run(theirs, dtype, **values), rounded)
     exact = {name: value.double() for name, value in rounded.items()}
     true = outputs_and_gradients(lambda **values: run(theirs, torch.float64, **values), exact)
-    assert_within_rule(found, yardstick, true, torch.float32 if precision == "fp32" else torch.bfloat16)
+    assert_within_rule(found, baseline, true, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
 def test_blocks_of_a_record_and_of_numbers():
@@ -191,10 +181,10 @@ def test_width_that_does_not_divide_into_heads():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("part", PARTS)
-def test_residual_is_added_after_dropout(part, dropout):
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_residual_is_added_after_dropout(branch, dropout):
     torch.manual_seed(0)
-    module = PARTS[part](dropout=dropout)
+    module = BRANCHES[branch](dropout=dropout)
     x, residual = normal(2, 5, 32), normal(2, 5, 32, seed=1)
     torch.manual_seed(1)
     branch = module(x)
@@ -232,106 +222,16 @@ def test_adapters_and_hooks_on_layers_are_used(path):
     assert low_rank.down.weight.grad.abs().max() > 0
 
 
-def test_what_a_plain_linear_layer_is():
-    assert is_plain(nn.Linear(2, 3))
-    assert not is_plain(nn.Linear(2, 3, bias=False))
-    assert not is_plain(LowRank(nn.Linear(2, 3)))
-    assert not is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
-    assert not is_plain(nn.LazyLinear(3))
-    hooked, replaced = nn.Linear(2, 3), nn.Linear(2, 3)
-    handle = hooked.register_forward_pre_hook(lambda module, args: None)
-    replaced.forward = lambda x: x
-    assert not is_plain(hooked)
-    assert not is_plain(replaced)
-    assert has_hooks(hooked)
-    assert not has_hooks(replaced)
-    assert not is_untouched(replaced)
-    handle.remove()
-    assert is_plain(hooked)
-    everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
-    assert not is_plain(hooked)
-    everywhere.remove()
-    assert is_plain(hooked)
-
-
-PRECISIONS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
-
-
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.4])
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_class_token_alone_is_that_of_all_tokens_with_all_gradients(precision, gelu, drop_path_rate):
-    dtype, autocast = PRECISIONS[precision]
-    whole = block(gelu=gelu)
-    inputs = {name.replace(".", "_"): 1.5 * parameter.detach() for name, parameter in whole.named_parameters()} | {"x": normal(6, 9, 32)}
-
-    def run(dtype, class_token, **values):
-        names = {name: values[name.replace(".", "_")] for name, _ in whole.named_parameters()}
-        torch.manual_seed(7)
-        options = {"drop_path_rate": drop_path_rate, "class_token": class_token}
-        return torch.func.functional_call(whole.to(dtype).train(), names, (values["x"],), options)[:, :1]
-
-    rounded = {name: value.to(dtype) for name, value in inputs.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = outputs_and_gradients(lambda **values: run(dtype, True, **values), rounded)
-        yardstick = outputs_and_gradients(lambda **values: run(dtype, False, **values), rounded)
-    exact = {name: value.double() for name, value in rounded.items()}
-    true = outputs_and_gradients(lambda **values: run(torch.float64, False, **values), exact)
-    assert_within_rule(found, yardstick, true, torch.bfloat16 if precision != "fp32" else torch.float32)
-
-
-def test_a_replaced_part_is_called_with_all_tokens():
-    replaced, sizes = block(), []
-    replaced.mlp.forward = lambda x, *more, forward=replaced.mlp.forward: (sizes.append(x.shape), forward(x, *more))[1]
-    torch.testing.assert_close(replaced(normal(2, 5, 32), class_token=True), block()(normal(2, 5, 32))[:, :1])
-    assert sizes == [(2, 5, 32)]
-
-
-@pytest.mark.parametrize("path", ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"])
-def test_who_listens_to_a_part_hears_of_all_tokens(path):
-    listened, shapes = block(), []
-    listened.get_submodule(path).register_forward_hook(lambda module, args, out: shapes.append(out.shape[:2]))
-    found = listened(normal(2, 5, 32), class_token=True)
-    assert shapes == [(2, 5)]
-    torch.testing.assert_close(found, block()(normal(2, 5, 32), class_token=True), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("path", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
-def test_class_token_passes_adapters(path):
-    adapted = block()
-    torch.manual_seed(1)
-    adapted.set_submodule(path, LowRank(adapted.get_submodule(path)))
-    x = normal(2, 5, 32)
-    torch.testing.assert_close(adapted(x, class_token=True), adapted(x)[:, :1], rtol=1e-5, atol=1e-6)
-    assert (adapted(x, class_token=True) - block()(x, class_token=True)).abs().max() > 1e-3
-
-
-def test_class_token_without_a_bias_of_queries_keys_and_values():
-    unbiased, x = block(qkv_bias=False), normal(2, 5, 32)
-    torch.testing.assert_close(unbiased(x, class_token=True), unbiased(x)[:, :1])
-
-
-def test_dropout_of_the_class_token_has_the_law_of_all_tokens():
-    torch.manual_seed(0)
-    dropping, x = block(dropout=0.3).train(), normal(1, 4, 32).expand(4000, -1, -1)
-    with torch.no_grad():
-        alone, among = dropping(x, class_token=True).double(), dropping(x)[:, :1].double()
-    for power in (1, 2):
-        expected, deviation = among.pow(power).mean(0), among.pow(power).std(0) / 4000**0.5
-        assert ((alone.pow(power).mean(0) - expected).abs() < 6 * deviation).all()  # 4.2 deviations of a difference
-    assert (alone[1:] != alone[:-1]).any()
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("class_token", [False, True], ids=["all tokens", "class token"])
+@pytest.mark.parametrize("kind", [Block, ClassTokenBlock])
 @pytest.mark.parametrize(("dropout", "drop_path_rate"), [(0.0, 0.0), (0.0, 0.5), (0.2, 0.5)])
-def test_recomputed_block_is_the_same_to_the_bit(dropout, drop_path_rate, class_token, autocast):
+def test_recomputed_block_is_the_same_to_the_bit(dropout, drop_path_rate, kind, autocast):
     runs = []
     for recompute in (False, True):
-        trained, x = block(dropout=dropout).train(), normal(8, 5, 32).requires_grad_()
+        trained, x = block(kind, dropout=dropout).train(), normal(8, 5, 32).requires_grad_()
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = trained(x, drop_path_rate, class_token=class_token, recompute=recompute)
+            out = trained(x, drop_path_rate, recompute)
         drawn_next = torch.rand(3)
         out.square().sum().backward()
         runs.append([out, x.grad, drawn_next, *(parameter.grad for parameter in trained.parameters())])
@@ -346,13 +246,14 @@ def test_recomputed_blocks_hand_the_factors_of_drop_path_on(residual, monkeypatc
     multiply = gradients.multiply
     monkeypatch.setattr(gradients, "multiply", lambda x, factors: products.append(factors is not None) or multiply(x, factors))
     for recompute in (False, True):
-        blocks, x = nn.Sequential(*(block().train() for _ in range(3))), normal(8, 5, 32).to(residual).requires_grad_()
+        kinds = (Block, Block, ClassTokenBlock)
+        blocks, x = nn.Sequential(*(block(kind).train() for kind in kinds)), normal(8, 5, 32).to(residual).requires_grad_()
         torch.manual_seed(3)
         stream = x
         products.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            for number, one in enumerate(blocks):
-                stream = one(stream, 0.5, class_token=number == 2, recompute=recompute)
+            for one in blocks:
+                stream = one(stream, 0.5, recompute)
         stream.square().sum().backward()
         # One by each norm that a branch ends before; the class token's MLP, after which none comes, does it itself.
         assert products.count(True) == 4 + 1
@@ -373,10 +274,10 @@ def test_an_mlp_multiplies_examples_of_every_shape(shape, way):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.usefixtures("unchecked_types")
-def test_factors_without_a_residual_or_of_other_examples_are_refused(part, dropout):
-    module, x = PARTS[part](dropout=dropout).train(), normal(5, 3, 32)
+def test_factors_without_a_residual_or_of_other_examples_are_refused(branch, dropout):
+    module, x = BRANCHES[branch](dropout=dropout).train(), normal(5, 3, 32)
     with pytest.raises(ValueError, match="factors multiply what is added to a residual, but there is none"):
         module(x, None, torch.ones(5))
     with pytest.raises(ValueError, match=r"factors are \[3\] torch.float32, but \[5\]"):

@@ -6,8 +6,9 @@ import torch
 from grids import PAPER, PAPER_HEADS, SMALL, Picture, task
 
 from polyvit_fast.config import MODELS, ComputeOptions, Model, Train
+from polyvit_fast.model.class_token import ClassTokenBlock
 from polyvit_fast.model.cost import num_parameters
-from polyvit_fast.model.modules import Attention
+from polyvit_fast.model.modules import Attention, Block
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_kernels import ops
 
@@ -65,20 +66,29 @@ def test_one_modality_alone_is_the_same_model(num_adaptor_layers):
     assert torch.equal(whole(grid, "motion"), alone(grid, "motion"))
 
 
+def all_token_blocks(model):
+    """The shared blocks with the last in a form that gives all tokens."""
+    last = Block.from_config(MODEL)
+    last.load_state_dict(model.blocks[-1].state_dict())
+    return [*model.blocks[:-1], last]
+
+
 def test_logits_are_written_out():
     model = polyvit(replace(MODEL, num_adaptor_layers=1))
     grid = normal(2, *SMALL["picture"].grid)
     x = model.tokenizers["picture"](grid)
     assert (len(model.tokenizers["picture"].blocks), len(model.blocks)) == (1, 3)
-    for block in model.blocks:
+    for block in all_token_blocks(model):
         x = block(x)
     torch.testing.assert_close(model(grid, "birds"), model.heads["birds"](model.norm(x)[:, 0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_adaptor_layers", [0, 3, 4])
-def test_the_last_block_is_asked_for_the_class_token_unless_it_is_an_adaptor(num_adaptor_layers):
+def test_the_last_block_gives_the_class_token_alone_unless_it_is_an_adaptor(num_adaptor_layers):
     model, rows = polyvit(replace(MODEL, num_adaptor_layers=num_adaptor_layers)), []
-    for block in [*model.tokenizers["picture"].blocks, *model.blocks]:
+    blocks = [*model.tokenizers["picture"].blocks, *model.blocks]
+    assert [type(block) for block in blocks] == [Block] * 3 + [Block if num_adaptor_layers == 4 else ClassTokenBlock]
+    for block in blocks:
         block.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     model(normal(2, *SMALL["picture"].grid), "birds")
     assert rows == [5, 5, 5, 5 if num_adaptor_layers == 4 else 1]
@@ -166,27 +176,27 @@ def test_two_builds_are_equal_whatever_torch_drew_before():
     assert all(not torch.equal(first[name], other[name]) for name in first if first[name].std() > 1e-8)
 
 
-def test_initial_laws():
+def test_initial_distributions():
     model = PolyViT(Model(dim=192, depth=4, num_heads=3, mlp_dim=768, num_adaptor_layers=1), SMALL, HEADS)
     tensors = dict(model.named_parameters())
     uniform = {"attn.qkv.weight": 192 + 192, "attn.proj.weight": 192 + 192, "mlp.fc1.weight": 192 + 768, "mlp.fc2.weight": 192 + 768}
     for name, tensor in tensors.items():
-        law = name.split(".")
-        if ".".join(law[-3:]) in uniform:
-            bound = math.sqrt(6 / uniform[".".join(law[-3:])])
+        path = name.split(".")
+        if ".".join(path[-3:]) in uniform:
+            bound = math.sqrt(6 / uniform[".".join(path[-3:])])
             assert 0.99 * bound < tensor.abs().max() <= bound
             assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
-        elif law[0] in ("tokenizers", "heads") and law[2:] == ["weight"]:
-            deviation = tensor[0].numel() ** -0.5
-            assert tensor.std().item() == pytest.approx(deviation, rel=0.1)
-            assert tensor.abs().max() <= 2 * deviation / 0.87962566103423978 * 1.0001
-        elif law[-1] == "pos_embed":
+        elif path[0] in ("tokenizers", "heads") and path[2:] == ["weight"]:
+            std = tensor[0].numel() ** -0.5
+            assert tensor.std().item() == pytest.approx(std, rel=0.1)
+            assert tensor.abs().max() <= 2 * std / 0.87962566103423978 * 1.0001
+        elif path[-1] == "pos_embed":
             assert tensor.std().item() == pytest.approx(0.02, rel=0.1)
-        elif law[-2] in ("fc1", "fc2"):
+        elif path[-2] in ("fc1", "fc2"):
             assert tensor.std().item() == pytest.approx(1e-6, rel=0.2)
         else:
-            assert torch.equal(tensor, torch.ones_like(tensor) if "norm" in law[-2] and law[-1] == "weight" else torch.zeros_like(tensor))
-    assert {law for name in tensors for law in [name.split(".")[-1]]} == {"weight", "bias", "cls_token", "pos_embed"}
+            assert torch.equal(tensor, torch.ones_like(tensor) if "norm" in path[-2] and path[-1] == "weight" else torch.zeros_like(tensor))
+    assert {name.rpartition(".")[2] for name in tensors} == {"weight", "bias", "cls_token", "pos_embed"}
 
 
 def test_heads_may_start_at_zero_and_nothing_else_changes():
@@ -196,7 +206,7 @@ def test_heads_may_start_at_zero_and_nothing_else_changes():
     assert all(torch.equal(tensor, zeroed[name]) for name, tensor in usual.items() if name not in zeros)
 
 
-def test_no_two_tensors_share_their_values():
+def test_no_two_tensors_have_the_same_values():
     model = polyvit()
     drawn = [parameter.flatten()[:4] for parameter in model.parameters() if parameter.numel() >= 4 and parameter.std() > 1e-8]
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn) > 20
@@ -214,7 +224,7 @@ def test_model_of_a_configuration():
 
 @dataclass(frozen=True, kw_only=True)
 class Toned(Picture):
-    """Pictures with a mean and a deviation of their own."""
+    """Pictures with a mean and a std of their own."""
 
     mean: float = 127.5
     std: float = 127.5

@@ -1,4 +1,4 @@
-"""The bf16 residual stream by the comparison rule: the yardstick is a plain PyTorch model whose stream is bf16 too."""
+"""The bf16 residual stream by the comparison rule: the baseline is a plain PyTorch model whose stream is bf16 too."""
 
 from dataclasses import replace
 
@@ -42,9 +42,9 @@ def test_logits_and_gradients_are_as_exact_as_plain_pytorchs(name, num_adaptor_l
 
     inputs = {name: weights[key] for name, key in keys.items()}
     exact = {name: value.double() for name, value in inputs.items()}
-    yardstick = outputs_and_gradients(lambda **leaves: plain(torch.bfloat16, **leaves), inputs)
+    baseline = outputs_and_gradients(lambda **leaves: plain(torch.bfloat16, **leaves), inputs)
     true = outputs_and_gradients(lambda **leaves: plain(torch.float64, autocast=False, **leaves), exact)
-    assert_within_rule(outputs_and_gradients(ours, inputs), yardstick, true, torch.bfloat16)
+    assert_within_rule(outputs_and_gradients(ours, inputs), baseline, true, torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_adaptor_layers", [0, 2])

@@ -62,7 +62,7 @@ def _online_softmax_update(b_s, b_max, b_sum, scale):
 
 @gluon.jit
 def _attend_last_keys(b_q, s_k, s_v, done, keys, scale):
-    """(output, maximum, sum) with the last block of keys, of which so many exist; it comes first, so there is nothing to rescale."""
+    """(output, maximum, sum) with the last block of keys, of which `keys` exist. It comes first, so there is nothing to rescale."""
     N: gl.constexpr = s_k[0].shape[0]
     # [64, N]
     b_s = warpgroup_mma_wait(0, deps=(panels.mma_scores(b_q, s_k, N),))
@@ -100,6 +100,7 @@ def _attend(
         mbarrier.wait(full.index(i_stage), j // STAGES & 1)
         # [64, BLOCK_N]
         b_s = warpgroup_mma_wait(0, deps=(panels.mma_scores(b_q, panels.stage(s_k, i_stage), BLOCK_N),))
+        # [64, BLOCK_N], [64], [64], [64]
         b_p, b_max, b_sum, b_alpha = _online_softmax_update(b_s, b_max, b_sum, scale)
         # [64, width] a panel
         b_out = panels.mma_wait(panels.mma_accumulate(b_p, panels.stage(s_v, i_stage), panels.scale_rows(b_out, b_alpha)))
@@ -112,7 +113,7 @@ def _attend(
 
 @gluon.jit
 def _accumulate_dq(b_q, b_do, b_dq, s_k, s_v, b_lse, b_delta, done, keys, scale, MASKED: gl.constexpr):
-    """dQ with one block of keys more, of which so many exist if MASKED."""
+    """dQ with one more block of keys, of which `keys` exist if MASKED."""
     N: gl.constexpr = s_k[0].shape[0]
     PANELS: gl.constexpr = len(s_k)
     # [64, N]; both products are in flight, P is computed while the second one runs
@@ -186,7 +187,7 @@ def _compute_dq(
 
 @gluon.jit
 def _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_q, s_do, s_lse, s_delta, done, scale):
-    """dK and dV with one block of queries more. Scores are transposed, so that P and dS are left operands as they come."""
+    """dK and dV with one more block of queries. Scores are transposed, so that P and dS are left operands as they come."""
     N: gl.constexpr = s_q[0].shape[0]
     PANELS: gl.constexpr = len(s_q)
     # [64, N]; both products are in flight, P is computed while the second one runs
@@ -229,6 +230,7 @@ def _compute_dkv(
     s_last_do = panels.first_rows(panels.stage(s_do, i_stage), TAIL)
     s_last_lse = s_lse.index(i_stage).slice(0, TAIL)
     s_last_delta = s_delta.index(i_stage).slice(0, TAIL)
+    # [64, width] a panel
     b_dk, b_dv = _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_last_q, s_last_do, s_last_lse, s_last_delta, empty.index(i_stage), scale)
     for j in range(start + 1, end):
         i_stage = j % STAGES
@@ -236,6 +238,7 @@ def _compute_dkv(
         # [BLOCK_N, width] a panel, [BLOCK_N]
         s_block_q, s_block_do = panels.stage(s_q, i_stage), panels.stage(s_do, i_stage)
         s_block_lse, s_block_delta = s_lse.index(i_stage), s_delta.index(i_stage)
+        # [64, width] a panel
         b_dk, b_dv = _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_block_q, s_block_do, s_block_lse, s_block_delta, empty.index(i_stage), scale)
     mbarrier.arrive(released, count=1)
     p_head = p_dqkv + o_row * (3 * width) + width + column

@@ -48,7 +48,7 @@ def descriptors(x: Tensor, head_dim: int, rows: int) -> tuple[TensorDescriptor |
 
 
 def descriptor_types(dtype: str, head_dim: int, rows: Mapping[str, int]) -> dict[str, str | None]:
-    """The types of a kernel's descriptors for so many rows, `name` and `name_rest` for a head's panels; None where there is none."""
+    """The types of a kernel's descriptors by the rows they load, `name` and `name_rest` for a head's panels; None for unused ones."""
     return {
         name + suffix: f"tensordesc<{dtype}[1, {count}, {width}],{shared_layout(width)!r}>" if count * width else None
         for name, count in rows.items()

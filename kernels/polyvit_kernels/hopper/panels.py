@@ -31,7 +31,7 @@ def combine(d_first, d_rest):
 
 @gluon.jit
 def allocate(d_panels, STAGES: gl.constexpr):
-    """Shared memory for so many TMA loads."""
+    """Shared memory with STAGES stages, each for one TMA load of a panel."""
     s_panels = ()
     for w in gl.static_range(len(d_panels)):
         # [STAGES, 1, ROWS, width]

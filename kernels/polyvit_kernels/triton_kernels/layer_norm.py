@@ -40,7 +40,7 @@ def layer_norm_fwd_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The sum with the residual, that normalised, its mean and reciprocal standard deviation. Without a residual, its pointers are None."""
+    """The sum with the residual, that normalised, its mean and reciprocal std. Without a residual, its pointers are None."""
     # [ROWS], [BLOCK]
     i_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i_columns = tl.arange(0, BLOCK)
@@ -101,8 +101,8 @@ def layer_norm_bwd_kernel(
 ):
     """dX, once more in another form, and the partial sums of this program.
 
-    `p_low` takes dX in a lower precision, multiplied by its example's factor where there are `p_factors` (fp32, one for so many `tokens`);
-    it may be None. `p_grad_sum`, the gradient of the sum with the residual, is added to dX; it may be None.
+    `p_low` takes dX in a lower precision; it may be None. Where there are `p_factors`, fp32, one for each example of `tokens` vectors, it
+    is multiplied by them. `p_grad_sum`, the gradient of the sum with the residual, is added to dX; it may be None.
     `p_partials` `[programs, SUMS, WIDTH]` takes the sums for the weight, for the bias and, where SUMS is 3, of what `p_low` takes.
     """
     i_program = tl.program_id(0)
@@ -118,6 +118,7 @@ def layer_norm_bwd_kernel(
         # [ROWS]
         i_rows = i_block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_rows = i_rows < rows
+        # [ROWS, 1] or [ROWS, BLOCK]
         mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & m_columns[None, :]
         # [ROWS, BLOCK]; beyond the vectors both are 0, so b_normal, which is not, adds nothing there
         b_x = tl.load(p_x + i_rows[:, None] * stride_x + i_columns[None, :], mask, 0.0).to(tl.float32)
@@ -141,6 +142,7 @@ def layer_norm_bwd_kernel(
         if p_factors is not None:
             # [ROWS]; the index is divided in 32 bits, which takes a fraction of the instructions of 64
             b_factors = tl.load(p_factors + (i_block * ROWS + tl.arange(0, ROWS)) // tokens, m_rows, 0.0)
+            # [ROWS, BLOCK]
             b_dx *= b_factors[:, None]
         if p_low is not None:
             tl.store(p_low + o_dx, b_dx.to(p_low.dtype.element_ty), mask)
@@ -171,8 +173,8 @@ def layer_norm_bwd_kernel_parameters(
     i_programs = tl.arange(0, BLOCK_PROGRAMS)
     i_columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     m_columns = i_columns < WIDTH
-    mask = m_columns[:, None] & (i_programs < programs)[None, :]
     # [BLOCK_COLUMNS, BLOCK_PROGRAMS]
+    mask = m_columns[:, None] & (i_programs < programs)[None, :]
     o_partials = i_columns[:, None] + i_programs[None, :] * SUMS * WIDTH
     # [BLOCK_COLUMNS]
     b_d_weight = tl.sum(tl.load(p_partials + o_partials, mask, 0.0), 1)
@@ -192,7 +194,7 @@ _PARAMETER_WARPS = 8
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, tile: Tile
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(x + residual, that normalised, its means, its reciprocal standard deviations); the first is None without a residual."""
+    """(x + residual, that normalised, its means, its reciprocal stds); the first is None without a residual."""
     width = x.shape[-1]
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
@@ -233,10 +235,10 @@ def backward(
     low_dtype: torch.dtype | None = None,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
+    """(dX, dX in `low_dtype`, the sums of that over all vectors, the gradient of the weight, of the bias).
 
-    With a `low_dtype` the gradient of `x` comes in that too, multiplied by the `factors` of the examples if there are any, unless it is
-    the same; and its columns' sums, rounded last, do as well.
+    `grad_sum`, if there is one, is added to dX. The second one is multiplied by the `factors` of the examples; it is None without a
+    `low_dtype`, and where it would equal the first. The sums are rounded last; they are None without a `low_dtype`.
     """
     width = x.shape[-1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -275,7 +277,7 @@ def backward(
 
 
 def _sum_partials(partials: Tensor, dtype: torch.dtype, sums: Tensor | None, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight and of the bias; `sums`, if there are any, are written."""
+    """The gradients of the weight and of the bias; writes `sums` unless they are None."""
     programs, _, width = partials.shape
     d_weight, d_bias = (torch.empty(width, dtype=dtype, device=partials.device) for _ in range(2))
     launch: Any = layer_norm_bwd_kernel_parameters[(triton.cdiv(width, _COLUMNS),)]
@@ -334,7 +336,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
 
 
 def _variant(kernel: Any, types: dict[str, str], more: dict[str, int | None], width: int, tile: Tile) -> Variant:
-    """`more` constants: None stands for a pointer that is not there."""
+    """`more` are further constants; None is a pointer that is absent."""
     constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), **tile.blocks, **more}
     names = [name for name in kernel.arg_names if name not in constants]
     usual = {name: "*fp32" if name.startswith("p_") else "fp32" if name == "eps" else "i32" for name in names}

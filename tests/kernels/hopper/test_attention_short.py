@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import library, negative_scores, upstream
-from hopper_cases import assert_short_attention_obeys, both_ways, on_a_card
+from hopper_cases import assert_short_attention_obeys, both_ways, needs_hopper
 from samples import activations, normal
 
 from polyvit_kernels.hopper import attention_short
@@ -86,16 +86,16 @@ def test_nothing_gives_nothing(shape):
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80])
 @pytest.mark.parametrize("tokens", [1, 17, 50, 64, 65, 96, 128, 129, 145, 160, 161, 192, 196, 197, 208, 256])
-def test_every_length_and_width_on_a_card(tokens, head_dim, dtype):
+def test_every_length_and_width_on_a_gpu(tokens, head_dim, dtype):
     assert_short_attention_obeys(*packed_normal(tokens, head_dim, dtype, batch=3, heads=5))
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("tokens", [197, 209, 224, 255])
 @pytest.mark.parametrize("head_dim", [32, 64])
@@ -105,7 +105,7 @@ def test_large_scores_and_outlier_channels(tokens, head_dim, dtype):
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 def test_many_programs_repeat_bit_for_bit():
     """More of them than a GPU holds at once, in another order each time."""
     inputs = packed_normal(197, 64, torch.bfloat16, batch=64, heads=12)
@@ -115,7 +115,7 @@ def test_many_programs_repeat_bit_for_bit():
 
 
 @pytest.mark.gpu
-@on_a_card
+@needs_hopper
 def test_the_registered_operation_gives_the_sums():
     qkv, grad = packed_normal(197, 64, torch.bfloat16)
     torch.library.opcheck(torch.ops.polyvit.attention, (qkv.clone().requires_grad_(),))

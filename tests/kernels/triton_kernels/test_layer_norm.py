@@ -74,13 +74,13 @@ def assert_kernels_obey(*tensors, dtype=torch.float32, **blocks):
     assert_within_rule(ours(*tensors, **blocks), plain_results, true(*tensors), dtype)
 
 
-@pytest.mark.parametrize("width", [3, 192, 768, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 16, 200, 384, 1024, 1280, 2049))])
+@pytest.mark.parametrize("width", [3, 192, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 16, 200, 384, 768, 1024, 1280, 2049))])
 def test_every_width(width):
     assert_kernels_obey(*inputs(2, 5, width))
     assert_kernels_obey(*inputs(2, 5, width, residual_dtype=torch.float32, grad_sum_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 65])
+@pytest.mark.parametrize("rows", [1, 8, 33])
 def test_every_number_of_rows_for_more_and_fewer_programs_than_they_fill(rows):
     assert_kernels_obey(*inputs(rows, 48), ROWS=4, PROGRAMS=3, STAGES=2)
     assert_kernels_obey(*inputs(rows, 48, residual_dtype=torch.float32), ROWS=1, PROGRAMS=100, STAGES=1)
@@ -154,7 +154,7 @@ def test_parameters_may_be_strided():
 
 
 def test_a_large_mean_does_not_drown_the_variance():
-    x, *others = inputs(4, 768)
+    x, *others = inputs(4, 192)
     assert_kernels_obey(x * 0.1 + 100, *others)
 
 
