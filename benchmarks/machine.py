@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def read_clocks() -> dict[str, float]:
         return {}
 
 
+@cache
 def find_versions() -> dict[str, str]:
     """Versions of Python, CUDA, cuDNN and the installed packages that matter here."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}

@@ -46,7 +46,7 @@ NO_GPU = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class TileCase:
     """Calls of `op` with so many tokens and at most so many features: they get one row, which a call of the size `size` stands for.
 
     Of a size, the first number is how much there is (examples, rows), the others are the shape. A candidate is checked on `checked` of
@@ -86,10 +86,10 @@ class Case:
         return find_row(self.op, tokens, features)
 
 
-def attention_cases(op: str, *lengths: tuple[tuple[int, int], tuple[int, int]]) -> tuple[Case, ...]:
+def attention_cases(op: str, *lengths: tuple[tuple[int, int], tuple[int, int]]) -> tuple[TileCase, ...]:
     """Of 12 heads of 64, for (range of tokens, (examples, tokens))."""
     return tuple(
-        Case(op=op, tokens=tokens, features=64, size=(*size, 12, 64), small=(1, size[1] if size[1] <= 256 else 40, 1, 16))
+        TileCase(op=op, tokens=tokens, features=64, size=(*size, 12, 64), small=(1, size[1] if size[1] <= 256 else 40, 1, 16))
         for tokens, size in lengths
     )
 
@@ -101,7 +101,7 @@ LONG = (((257, 800), (64, 401)), ((801, 2000), (32, 1212)), ((2001, ANY), (8, 31
 LINEAR: dict[str, Any] = {"small": (20, 32, 48), "checked": 1_500}
 MANY_ROWS: dict[str, Any] = {"tokens": (1025, ANY), **LINEAR}
 
-CASES: Mapping[str, tuple[Case, ...]] = {
+CASES: Mapping[str, tuple[TileCase, ...]] = {
     "attention": (
         *attention_cases("attention_short_forward", *SHORT),
         *attention_cases("attention_short_backward", SHORT[0]),
@@ -110,21 +110,22 @@ CASES: Mapping[str, tuple[Case, ...]] = {
         *attention_cases("attention", ((1, 256), (128, 197)), *LONG),
     ),
     "mlp": (
-        Case(op="linear_gelu_forward", size=(25_216, 768, 3072), **MANY_ROWS),
-        Case(op="dgelu_backward", size=(25_216, 768, 3072), **MANY_ROWS),
-        Case(op="linear_add_forward", size=(25_216, 3072, 768), **MANY_ROWS),
-        Case(op="linear_add_forward", features=1536, size=(25_216, 768, 768), **MANY_ROWS),
-        Case(op="linear_gelu_forward", tokens=(1, 1024), size=(788, 768, 3072), **LINEAR),
-        Case(op="linear_add_forward", tokens=(1, 1024), size=(788, 3072, 768), **LINEAR),
+        TileCase(op="linear_gelu_forward", size=(25_216, 768, 3072), **MANY_ROWS),
+        TileCase(op="dgelu_backward", size=(25_216, 768, 3072), **MANY_ROWS),
+        TileCase(op="linear_add_forward", size=(25_216, 3072, 768), **MANY_ROWS),
+        TileCase(op="linear_add_forward", features=1536, size=(25_216, 768, 768), **MANY_ROWS),
+        TileCase(op="linear_gelu_forward", tokens=(1, 1024), size=(788, 768, 3072), **LINEAR),
+        TileCase(op="linear_add_forward", tokens=(1, 1024), size=(788, 3072, 768), **LINEAR),
     ),
     "layer_norm": tuple(
-        Case(op=f"layer_norm_{direction}", features=features, size=(50_432, dim), small=(9, dim // 16), checked=3_001)
+        TileCase(op=f"layer_norm_{direction}", features=features, size=(50_432, dim), small=(9, dim // 16), checked=3_001)
         for features, dim in ((1024, 768), (512, 384), (256, 192))
         for direction in ("forward", "backward")
     ),
-    "update": tuple(Case(op=f"{name}_update", size=(86_567_656,), small=(3_000,), checked=1_000_003) for name in ("adamw", "sgd")),
+    "update": tuple(TileCase(op=f"{name}_update", size=(86_567_656,), small=(3_000,), checked=1_000_003) for name in ("adamw", "sgd")),
     "patch_embed": tuple(
-        Case(op=f"patch_embed_{direction}", size=(256, 1, 224, 1, 768), small=(2, 1, 32, 1, 48)) for direction in ("forward", "backward")
+        TileCase(op=f"patch_embed_{direction}", size=(256, 1, 224, 1, 768), small=(2, 1, 32, 1, 48))
+        for direction in ("forward", "backward")
     ),
 }
 
@@ -177,7 +178,7 @@ HOPPER_SPACE = combine(STAGES=(2, 3, 4), BLOCK_N=(64, 128, 256), max_registers=(
 """What is tried of the kernels for Hopper, as far as a row has such a block; 0 registers are as many as the compiler likes."""
 
 
-def list_candidates(case: Case) -> list[Tile]:
+def list_candidates(case: TileCase) -> list[Tile]:
     """The row in use first, then others of the table that fit, and the first kernel among them with the blocks of its space.
 
     Where the table chooses between our attention and libraries, these are the candidates.
@@ -220,10 +221,10 @@ def label(tile: Tile) -> str:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class TuningOutcome:
     """Of a case: the row in use, the one chosen (none where no candidate was right), microseconds and reasons of refusal by label."""
 
-    case: Case
+    case: TileCase
     old: Tile
     new: Tile | None = None
     us: dict[str, float] = field(default_factory=dict)
@@ -241,10 +242,10 @@ class Outcome:
         return f"{self.case.title}: {before} → {label(self.new)} {self.us[label(self.new)]:.1f} us; {counts}"
 
 
-def decide(case: Case, *, is_small: bool = False, most_candidates: int | None = None) -> Outcome:
+def decide(case: TileCase, *, is_small: bool = False, most_candidates: int | None = None) -> TuningOutcome:
     """Check the candidates of a case, time those that are right, choose the fastest that keeps to the budget."""
     kernel, dtype = KERNELS[case.op], torch.float32 if is_small or case.op.endswith("_update") else torch.bfloat16
-    outcome = Outcome(case=case, old=case.row_in_use())
+    outcome = TuningOutcome(case=case, old=case.row_in_use())
     rows = list_candidates(case)[:most_candidates]
     for size in checked_sizes(case, is_small=is_small):
         right = [row for row in rows if label(row) not in outcome.refused]
@@ -263,7 +264,7 @@ def decide(case: Case, *, is_small: bool = False, most_candidates: int | None = 
     return outcome
 
 
-def checked_sizes(case: Case, *, is_small: bool) -> Iterator[tuple[int, ...]]:
+def checked_sizes(case: TileCase, *, is_small: bool) -> Iterator[tuple[int, ...]]:
     """A part of the case's size, and for attention the fewest and the most tokens of its range."""
     size = case.small if is_small else (min(case.checked, case.size[0]), *case.size[1:])
     yield size
@@ -315,7 +316,7 @@ def list_excesses(row: Tile, dtype: str) -> list[str]:
     return [excess for variant in variants(row, dtype) for excess in compile_kernel(variant, tiles.architecture(DEVICE)).excesses()]
 
 
-def write(outcome: Outcome, measured: Path, results: Path, arch: int) -> None:
+def write(outcome: TuningOutcome, measured: Path, results: Path, arch: int) -> None:
     """Put an outcome into both files: its row in front of the others, instead of an earlier one for the same calls."""
     case, row = outcome.case, outcome.new
     results.parent.mkdir(parents=True, exist_ok=True)

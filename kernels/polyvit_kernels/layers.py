@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from polyvit_kernels import ops
 from polyvit_kernels.ops.dtypes import check_factors
-from polyvit_kernels.ops.gradients import as_broad, find_factors
+from polyvit_kernels.ops.gradients import expand_factors, find_factors
 
 PLAIN = (nn.Parameter, Tensor)
 """The types of tensors that are neither quantised nor sharded."""
@@ -82,7 +82,7 @@ def add_branch(
     if factors is None:
         return residual + branch
     check_factors(factors, residual)
-    return torch.addcmul(residual, branch, as_broad(factors, branch)).to(torch.promote_types(residual.dtype, branch.dtype))
+    return torch.addcmul(residual, branch, expand_factors(factors, branch)).to(torch.promote_types(residual.dtype, branch.dtype))
 
 
 def norm_residual(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import tune
 from launchers import KERNELS
-from tune import CASES, Case, Outcome, label
+from tune import CASES, TileCase, TuningOutcome, label
 
 from polyvit_kernels.tiles import Tile, load_rows
 
@@ -24,7 +24,7 @@ SGD = next(case for case in ALL if case.op == "sgd_update")
 SCRIPT = Path(tune.__file__)
 
 
-def find_case(op: str) -> Case:
+def find_case(op: str) -> TileCase:
     """The first of an operation, at its smallest."""
     return next(case for case in ALL if case.op == op)
 
@@ -67,7 +67,7 @@ def test_candidates_are_the_row_in_use_and_others_with_blocks_that_its_kernel_ha
 
 def test_a_wrong_row_in_use_is_replaced(monkeypatch):
     wrong = Tile(op="sgd_update", archs=(90,), dtypes=("fp32",), blocks={"BLOCK": 3})  # a block must be a power of two
-    monkeypatch.setattr(Case, "row_in_use", lambda self: wrong)
+    monkeypatch.setattr(TileCase, "row_in_use", lambda self: wrong)
     outcome = tune.decide(SGD, is_small=True, most_candidates=2)
     assert label(wrong) in outcome.refused
     assert outcome.new is not None
@@ -91,7 +91,7 @@ def test_the_table_gives_what_was_written(tmp_path):
     us = {label(SGD.row_in_use()): 50.0, label(chosen): 40.0}
     results = tmp_path / "nvidia-new" / "tuning.json"
     for new in (SGD.row_in_use(), chosen):  # the second replaces the first
-        tune.write(Outcome(case=SGD, old=SGD.row_in_use(), new=new, us=us, refused={"x": "spills"}), measured, results, 90)
+        tune.write(TuningOutcome(case=SGD, old=SGD.row_in_use(), new=new, us=us, refused={"x": "spills"}), measured, results, 90)
     [row] = load_rows(measured)
     assert (row.op, row.archs, row.dtypes, row.blocks) == ("sgd_update", (90,), ("fp32",), {"BLOCK": 2048})
     [found] = json.loads(results.read_text())["cases"]

@@ -315,3 +315,5 @@ def turned():
 
 
 KINDS = bmps() | pngs() | jpegs() | tiffs() | pnms() | others() | turned()
+SHORT_KINDS = {name for name in KINDS if "orientation" not in name or name.endswith("-6")}
+"""All kinds, but of the orientations one; the others are long forms of tests."""

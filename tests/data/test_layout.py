@@ -1,7 +1,8 @@
 import struct
 
 import pytest
-from video_kinds import KINDS
+from long_forms import mark_long
+from video_kinds import KINDS, SHORT_KINDS
 
 from polyvit_fast.data.layout import Layout, read_layout
 from polyvit_fast.media import MediaError
@@ -19,7 +20,7 @@ def layout(path, content):
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", mark_long(KINDS, SHORT_KINDS))
 def test_whole_files_lack_nothing_and_hold_one_recording(video, tmp_path, name):
     content = video(name).read_bytes()
     found = layout(tmp_path / "a", content)

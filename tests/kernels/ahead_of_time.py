@@ -26,7 +26,7 @@ def compile_c(output, *arguments):
 
 
 def build_library(table: Path) -> Path:
-    """The library, its programs and the driver of the tests, beside the table that `aot` wrote."""
+    """The library, its programs and the driver of the tests, in the folder of the table that `aot` wrote."""
     flags = ("-fPIC", "-shared", "-fvisibility=hidden", "-DPOLYVIT_KERNELS_BUILD", f"-I{SOURCES}", f"-I{table}")
     library = table / "libpolyvit_kernels.so"
     sources = [SOURCES / name for name in ("polyvit_kernels.c", "polyvit_attention.c", "polyvit_cubins.S")]

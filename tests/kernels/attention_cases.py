@@ -1,4 +1,4 @@
-"""What both attention kernels are held to: out, log-sum and packed gradient against the reference in fp64."""
+"""The rule for both attention kernels: output, log-sum-exp and packed gradient against the reference in fp64."""
 
 import math
 
@@ -14,6 +14,18 @@ DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.fl
 """Triton's interpreter multiplies no bf16; there the kernels run in fp32, with the blocks of the bf16 rows."""
 
 
+KERNEL_DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+"""A dtype that the registered operations have kernels for."""
+
+VIEWS = {
+    "heads before tokens": ((2, 3, 2, 65, 32), lambda leaf: leaf.permute(0, 3, 1, 2, 4)),
+    "batch last": ((65, 3, 2, 32, 2), lambda leaf: leaf.permute(4, 0, 1, 2, 3)),
+    "inside a wider buffer": ((3, 70, 3, 3, 48), lambda leaf: leaf[1:, 5:, :, :2, 7:39]),
+    "every second token": ((2, 130, 3, 2, 32), lambda leaf: leaf[:, ::2]),
+    "one example repeated": ((1, 65, 3, 2, 32), lambda leaf: leaf.expand(3, -1, -1, -1, -1)),
+}
+
+
 def row(op, tokens, head_dim):
     return tiles.pick(op, ARCH, torch.bfloat16, tokens=tokens, features=head_dim, portable=True)
 
@@ -26,7 +38,7 @@ def plain(qkv):
 
 
 def library(qkv):
-    """The yardstick where scores are large: like our kernels and unlike `plain` it does not round them to 16 bits."""
+    """The baseline where scores are large: like our kernels and unlike `plain` it does not round them to 16 bits."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -38,10 +50,10 @@ def gradient(operation, qkv, grad):
 
 
 def assert_obeys(qkv, found, lse, dtype, grad, plain=plain):
-    """`found` holds the kernels' "out" and "dqkv"; `plain` is the yardstick."""
+    """`found` holds the kernels' "out" and "dqkv"; `plain` is the baseline."""
     true = {"out": reference.attention(qkv.double()), "dqkv": reference.attention_backward(qkv.double(), grad.double())}
-    yardstick = {"out": plain(qkv), "dqkv": gradient(plain, qkv, grad)}
-    assert_within_rule(found, yardstick, true, dtype)
+    baseline = {"out": plain(qkv), "dqkv": gradient(plain, qkv, grad)}
+    assert_within_rule(found, baseline, true, dtype)
     q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
     sums = torch.logsumexp(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
     torch.testing.assert_close(lse.double() * math.log(2), sums, rtol=1e-5, atol=1e-5)

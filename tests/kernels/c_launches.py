@@ -50,7 +50,7 @@ class Gpu:
         self.kernels = {
             kernel.contents.image: kernel.contents
             for row in library.rows(self.held)
-            for kernel in (row.kernels[place] for place in range(row.num_kernels))
+            for kernel in (row.kernels[index] for index in range(row.num_kernels))
         }
         self.memory: dict[int, torch.Tensor] = {}
         self.launches: list[tuple[str, tuple[int, ...]]] = []
@@ -83,10 +83,10 @@ class Gpu:
         assert (threads, shared) == (32 * kernel.num_warps, kernel.shared_bytes)
         name = kernel.name.decode()
         arguments = {}
-        for place in range(kernel.num_parameters):
-            parameter = kernel.parameters[place]
+        for index in range(kernel.num_parameters):
+            parameter = kernel.parameters[index]
             kind = parameter.type.decode()
-            where = parameters[place]
+            where = parameters[index]
             if kind.startswith("*"):
                 arguments[parameter.name.decode()] = self.memory[ctypes.c_uint64.from_address(where).value]
             else:

@@ -13,7 +13,7 @@ from lost_context import pytest_configure as pytest_configure  # a hook
 
 from polyvit_kernels.aot.main import ARCHS
 
-# What cuBLAS needs to repeat its results, and the yardsticks to be as exact as their dtype.
+# cuBLAS repeats its results only with this, and without TF32 the baselines are as exact as their dtype.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.backends.cudnn.allow_tf32 = False
 

@@ -1,4 +1,4 @@
-"""What Hopper's attention kernels are held to: on such a card as they are, elsewhere by the executor of Gluon kernels on a CPU."""
+"""The rule for Hopper's attention kernels: on such a GPU as they are, elsewhere run by the executor of Gluon kernels on a CPU."""
 
 from contextlib import nullcontext
 
@@ -31,7 +31,7 @@ def assert_short_attention_obeys(qkv, grad, plain=plain):
     out, lse, dqkv, sums = both_ways(qkv, grad)
     assert dqkv.is_contiguous()
     assert_obeys(qkv, {"out": out, "dqkv": dqkv}, lse, qkv.dtype, grad, plain)
-    yardstick = gradient(plain, qkv, grad).float().sum((0, 1))
+    baseline = gradient(plain, qkv, grad).float().sum((0, 1))
     true = reference.attention_backward(qkv.double(), grad.double()).sum((0, 1))
-    assert_within_rule({"sums": sums}, {"sums": yardstick}, {"sums": true}, qkv.dtype)
+    assert_within_rule({"sums": sums}, {"sums": baseline}, {"sums": true}, qkv.dtype)
     assert not sums[1].any()

@@ -85,6 +85,6 @@ def test_sequences_in_one_buffer_cost_what_they_cost_alone():
     lengths = [9, 0, 1, 30]
     qkv = normal(sum(lengths), 3, 2, 16).requires_grad_()
     cu_tokens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
-    alone = [piece[None].detach().requires_grad_() for piece in qkv.split(lengths) if len(piece)]
-    assert count(ops.attention_varlen, qkv, cu_tokens, 30) == sum(count(ops.attention, piece) for piece in alone) > 0
+    alone = [sequence[None].detach().requires_grad_() for sequence in qkv.split(lengths) if len(sequence)]
+    assert count(ops.attention_varlen, qkv, cu_tokens, 30) == sum(count(ops.attention, sequence) for sequence in alone) > 0
     assert count_backward(lambda x: ops.attention_varlen(x, cu_tokens, 30), qkv) == sum(count_backward(ops.attention, x) for x in alone)

@@ -13,9 +13,9 @@ from polyvit_kernels.ops import dtypes
 
 WEIGHTS = [normal(24, 16), normal(24), normal(16, 24), normal(16)]
 GRID = [normal(2, 1, 8, 8, 3), normal(16, 1, 4, 4, 3), normal(16), normal(1, 1, 16), normal(1, 5, 16)]
-PLACES = (DEVICE, META)
-STATISTICS = {place.type: [torch.zeros(3, device=place), torch.ones(3, device=place)] for place in PLACES}
-CU_TOKENS = {place.type: torch.tensor([0, 4, 10], dtype=torch.int32, device=place) for place in PLACES}
+DEVICES = (DEVICE, META)
+STATISTICS = {device.type: [torch.zeros(3, device=device), torch.ones(3, device=device)] for device in DEVICES}
+CU_TOKENS = {device.type: torch.tensor([0, 4, 10], dtype=torch.int32, device=device) for device in DEVICES}
 CALLS = {
     "attention": (ops.attention, [normal(2, 5, 3, 2, 16)]),
     "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, CU_TOKENS[qkv.device.type], 6), [normal(10, 3, 2, 16)]),

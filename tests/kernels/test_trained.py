@@ -1,6 +1,6 @@
 """The kernels on what flows through a trained model, forward and backward (tests/files/record_activations.py), batch 2.
 
-Errors that random numbers hide show there. Gradients are scaled to deviation 1, so that the rule's absolute slack means nothing.
+Errors that random numbers hide show there. Gradients are scaled to an std of 1, so that the rule's absolute slack means nothing.
 """
 
 from pathlib import Path
@@ -61,7 +61,7 @@ def results(form, inputs, upstream):
 @pytest.mark.parametrize("task", ["shapes", "tones"])
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_and_backward(name, task, dtype):
-    ours, yardstick, truth, x, weights, others, out = CALLS[name]
+    ours, baseline, truth, x, weights, others, out = CALLS[name]
     inputs = [FLOW[f"{task}.{x}"], *(FLOW[f"weight.{w}"] for w in weights), *(FLOW[f"{task}.{o}"] for o in others)]
     if name == "attention":
         inputs = [inputs[0].unflatten(-1, (3, 3, 32))]
@@ -70,7 +70,7 @@ def test_forward_and_backward(name, task, dtype):
     upstream = (upstream / upstream.std()).to(dtype)
     found = results(ours, inputs, upstream)
     with one_thread():
-        allowed = results(yardstick, inputs, upstream)
+        allowed = results(baseline, inputs, upstream)
     true = results(truth, [tensor.double() for tensor in inputs], upstream)
     assert_within_rule(found, allowed, true, dtype)
     for key, value in true.items():

@@ -1,6 +1,4 @@
-"""What the commands of this project have in common: how they tell of themselves, and where they write."""
-
-from __future__ import annotations
+"""What the commands with argparse have in common: their help, and the folders that they write to."""
 
 import argparse
 from pathlib import Path
@@ -27,7 +25,7 @@ def make_folder(command: argparse.ArgumentParser, option: str, folder: Path) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(place for place in (folder, *folder.parents) if place.exists())
+        file = next(path for path in (folder, *folder.parents) if path.exists())
         command.error(f"{option}: {file} is a file; a folder is needed")
     except OSError as error:
         command.error(f"{option}: {error}")

@@ -1,4 +1,4 @@
-"""What a compiled kernel uses, read from its image: registers, spills and whether loops repeat them, tensor-core instructions."""
+"""What a compiled kernel uses, read from its machine code: registers, spills and whether loops repeat them, tensor-core instructions."""
 
 import re
 import struct
@@ -36,14 +36,14 @@ class Usage:
     tensor: Mapping[str, int]
 
 
-def read(image: bytes) -> Usage:
+def read(cubin: bytes) -> Usage:
     """What the one kernel in a cubin uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(image)
+        file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         resources = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        counts = instructions(image)
+        counts = count_instructions(cubin)
         stores, loads = counts.pop("STL", 0), counts.pop("LDL", 0)
         inner = count_inner_spills(_disassemble(file.name)) if stores or loads else 0
     ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", resources)
@@ -57,20 +57,20 @@ def read(image: bytes) -> Usage:
     )
 
 
-def instructions(image: bytes) -> Counter[str]:
+def count_instructions(cubin: bytes) -> Counter[str]:
     """How many there are of each of `OPCODES`."""
-    words = (word for code in _code(image) for (word,) in struct.iter_unpack("<Q8x", code))
+    words = (word for code in _iterate_code(cubin) for (word,) in struct.iter_unpack("<Q8x", code))
     return Counter(OPCODES[word & 0x1FF] for word in words if word & 0x1FF in OPCODES)
 
 
-def _code(image: bytes) -> Iterator[bytes]:
+def _iterate_code(cubin: bytes) -> Iterator[bytes]:
     """The executable sections of an ELF file of 64 bits."""
-    (table,) = struct.unpack_from("<Q", image, 0x28)
-    size, count = struct.unpack_from("<HH", image, 0x3A)
-    for place in range(count):
-        _, _, flags, _, offset, length = struct.unpack_from("<IIQQQQ", image, table + place * size)
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    for index in range(count):
+        _, _, flags, _, offset, length = struct.unpack_from("<IIQQQQ", cubin, table + index * size)
         if flags & 0x4:
-            yield image[offset : offset + length - length % _INSTRUCTION_BYTES]
+            yield cubin[offset : offset + length - length % _INSTRUCTION_BYTES]
 
 
 def _disassemble(path: str) -> str:
@@ -78,7 +78,7 @@ def _disassemble(path: str) -> str:
 
 
 @dataclass
-class _Block:
+class _BasicBlock:
     """Instructions of which all are executed when the first one is."""
 
     opcodes: list[str] = field(default_factory=list)
@@ -92,23 +92,26 @@ def count_inner_spills(assembly: str) -> int:
     A loop that only waits, for a barrier or for registers, is none: it may lie in an inner loop, and what it repeats costs nothing. What
     lies in outer loops alone is not counted: a persistent kernel's loop over tiles, or that in which warps wait for their partition.
     """
-    blocks, labels = _blocks(assembly)
+    blocks, labels = _split_blocks(assembly)
     successors = {
-        place: {labels[name] for name in block.targets} | ({place + 1} if block.falls_through and place + 1 < len(blocks) else set())
-        for place, block in enumerate(blocks)
+        index: {labels[name] for name in block.targets} | ({index + 1} if block.falls_through and index + 1 < len(blocks) else set())
+        for index, block in enumerate(blocks)
     }
     return sum(
-        opcode.startswith(("STL", "LDL")) for loop in _inner_loops(successors, blocks) for place in loop for opcode in blocks[place].opcodes
+        opcode.startswith(("STL", "LDL"))
+        for loop in _find_inner_loops(successors, blocks)
+        for index in loop
+        for opcode in blocks[index].opcodes
     )
 
 
-def _blocks(assembly: str) -> tuple[list[_Block], dict[str, int]]:
+def _split_blocks(assembly: str) -> tuple[list[_BasicBlock], dict[str, int]]:
     """The blocks in their order, and which one each label names."""
-    blocks, labels = [_Block()], {}
+    blocks, labels = [_BasicBlock()], {}
     for line in assembly.splitlines():
         if label := _LABEL.match(line):
             if blocks[-1].opcodes:
-                blocks.append(_Block())
+                blocks.append(_BasicBlock())
             labels[label[1]] = len(blocks) - 1
         elif instruction := _INSTRUCTION.match(line):
             predicate, opcode, operands = instruction.groups()
@@ -116,39 +119,39 @@ def _blocks(assembly: str) -> tuple[list[_Block], dict[str, int]]:
             if opcode.startswith(_JUMPS):
                 blocks[-1].targets = [first or second for first, second in _TARGET.findall(operands)]
                 blocks[-1].falls_through = bool(predicate) or opcode.startswith("WARPSYNC") or ".DIV" in opcode
-                blocks.append(_Block())
+                blocks.append(_BasicBlock())
     return blocks, labels
 
 
-def _inner_loops(successors: Mapping[int, Collection[int]], blocks: list[_Block]) -> Iterator[set[int]]:
+def _find_inner_loops(successors: Mapping[int, Collection[int]], blocks: list[_BasicBlock]) -> Iterator[set[int]]:
     """The blocks of each loop that holds no other: a loop without its first block is looked through again."""
-    for loop in _cycles(successors):
+    for loop in _find_cycles(successors):
         inside = loop - {min(loop)}
-        inner = list(_inner_loops({place: [next for next in successors[place] if next in inside] for place in inside}, blocks))
+        inner = list(_find_inner_loops({index: [next for next in successors[index] if next in inside] for index in inside}, blocks))
         if inner:
             yield from inner
-        elif len(loop) > 1 or not any(opcode.startswith(_WAITS) for place in loop for opcode in blocks[place].opcodes):
+        elif len(loop) > 1 or not any(opcode.startswith(_WAITS) for index in loop for opcode in blocks[index].opcodes):
             yield loop
 
 
-def _cycles(successors: Mapping[int, Collection[int]]) -> Iterator[set[int]]:
+def _find_cycles(successors: Mapping[int, Collection[int]]) -> Iterator[set[int]]:
     """Strongly connected components with an edge inside."""
-    reached = {place: _reach(successors, place) for place in successors}
-    left = {place for place in successors if place in reached[place]}
+    reached = {index: _find_reachable(successors, index) for index in successors}
+    left = {index for index in successors if index in reached[index]}
     while left:
         first = min(left)
-        component = {place for place in reached[first] if first in reached[place]}
+        component = {index for index in reached[first] if first in reached[index]}
         yield component
         left -= component
 
 
-def _reach(successors: Mapping[int, Collection[int]], start: int) -> set[int]:
-    """Where one comes from a place, in one step or more."""
+def _find_reachable(successors: Mapping[int, Collection[int]], start: int) -> set[int]:
+    """The blocks that control flow leads to from `start`, in one step or more."""
     reached: set[int] = set()
-    ways = list(successors[start])
-    while ways:
-        place = ways.pop()
-        if place not in reached:
-            reached.add(place)
-            ways += successors[place]
+    edges = list(successors[start])
+    while edges:
+        index = edges.pop()
+        if index not in reached:
+            reached.add(index)
+            edges += successors[index]
     return reached

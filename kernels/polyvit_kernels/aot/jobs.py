@@ -19,12 +19,12 @@ _MODULES = {
 }
 
 BACKEND_CHOICE = "attention"
-"""The op whose rows choose between our kernels, which have ops of their own, and other libraries."""
+"""The op whose rows choose between our kernels, which have ops of their own, and libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileJob:
-    """The `index`-th kernel of a row, for a dtype and the GPU `arch`: what a worker compiles."""
+    """One kernel to compile: the `index`-th of a row, for a dtype and the GPU `arch`."""
 
     tile: Tile
     dtype: str
@@ -36,13 +36,13 @@ class CompileJob:
         return f"{self.tile.op} {self.dtype} sm_{self.arch} tokens {low}..{high} features {self.tile.features}, kernel {self.index}"
 
     def variant(self) -> Variant:
-        """What it compiles."""
+        """The kernel to compile."""
         return next(islice(variants(self.tile, self.dtype), self.index, None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledTile:
-    """A row as the GPU `arch` and a dtype see it; `kernels` are places in the list of jobs."""
+    """A row for one GPU and dtype; `kernels` are indices of the list of jobs."""
 
     tile: Tile
     dtype: str
@@ -51,7 +51,7 @@ class CompiledTile:
 
 
 def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
-    """The kernels of a row; none for one that another backend serves. Raises ValueError for an op that no module compiles."""
+    """The kernels of a row, with the budget that it states; none where a library is the backend. Raises ValueError for an unknown op."""
     if tile.backend not in PACKAGES:
         return iter(())
     module = next((module for prefix, module in _MODULES.items() if tile.op.startswith(prefix)), None)
@@ -62,9 +62,9 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
 
 
 def list_jobs(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[CompiledTile], list[CompileJob]]:
-    """What each row is on each GPU, and each distinct kernel once. A row that knows none of the dtypes is there for all of its own."""
+    """Each row on each GPU in each dtype, and each distinct kernel once. A row with none of these dtypes is compiled for all of its own."""
     entries: list[CompiledTile] = []
-    places: dict[Hashable, int] = {}
+    indices: dict[Hashable, int] = {}
     jobs: list[CompileJob] = []
     for tile in (tile for tile in table if tile.op != BACKEND_CHOICE):
         for arch in (arch for arch in archs if arch in tile.archs):
@@ -72,27 +72,27 @@ def list_jobs(table: Sequence[Tile], archs: Sequence[int], dtypes: Sequence[str]
                 target = compile_arch(tile, arch, archs)
                 kernels = []
                 for index, variant in enumerate(variants(tile, dtype)):
-                    place = places.setdefault(_identity(variant, target), len(jobs))
-                    if place == len(jobs):
+                    job = indices.setdefault(_identify(variant, target), len(jobs))
+                    if job == len(jobs):
                         jobs.append(CompileJob(tile=tile, dtype=dtype, arch=target, index=index))
-                    kernels.append(place)
+                    kernels.append(job)
                 entries.append(CompiledTile(tile=tile, dtype=dtype, arch=arch, kernels=tuple(kernels)))
     return entries, jobs
 
 
 def compile_arch(tile: Tile, arch: int, archs: Sequence[int]) -> int:
-    """The GPU to compile for, so that `arch` runs the code: before Hopper, code for the oldest of a generation runs on all of it."""
+    """The GPU to compile for, so that `arch` runs the code: before Hopper, code for the oldest GPU of a generation runs on all of them."""
     return arch if arch >= 90 else min(a for a in archs if a in tile.archs and a // 10 == arch // 10)
 
 
-def _identity(variant: Variant, arch: int) -> Hashable:
+def _identify(variant: Variant, arch: int) -> Hashable:
     parts = (sorted(variant.signature.items()), sorted(variant.constants.items(), key=lambda pair: pair[0]), sorted(variant.divisible))
     options = (variant.num_warps, variant.num_stages, variant.max_registers, variant.programs_per_sm, variant.allowed_spills)
     return (variant.kernel.__module__, variant.kernel.__name__, str(parts), *options, arch)
 
 
-def span(*limits: int) -> str:
-    """A row's limits for people: one is the most, two are the fewest and the most."""
+def format_limits(*limits: int) -> str:
+    """A row's limits in words: a single one is the most, two are the fewest and the most."""
     if limits[-1] < ANY:
         return "..".join(map(str, limits))
     return "any" if limits[0] in (1, ANY) else f"{limits[0]}.."

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from ctypes import CDLL, POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
-from polyvit_kernels.aot.jobs import span
+from polyvit_kernels.aot.jobs import format_limits
 
 PATH = Path(__file__).parents[1] / "lib" / "libpolyvit_kernels.so"
-"""Where the wheel puts it; its header lies beside it."""
+"""Where the wheel puts it, together with its header."""
 
 
 HEADINGS = ("op", "dtype", "gpu", "tokens", "features", "kernel", "warps", "registers", "shared", "bytes", "constants")
@@ -89,7 +89,7 @@ def rows(library: CDLL) -> Iterator[LibraryEntry]:
 
 def describe(entry: LibraryEntry) -> Iterator[tuple[str, ...]]:
     """`HEADINGS` of each of a row's kernels."""
-    sizes = (span(entry.min_tokens, entry.max_tokens), span(entry.max_features))
+    sizes = (format_limits(entry.min_tokens, entry.max_tokens), format_limits(entry.max_features))
     for index in range(entry.num_kernels):
         kernel = entry.kernels[index].contents
         numbers = (kernel.num_warps, kernel.num_registers, kernel.shared_bytes, kernel.image_bytes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polyvit_kernels.aot import library
 from polyvit_kernels.aot.compiled_kernel import CompiledKernel
-from polyvit_kernels.aot.jobs import CompiledTile, span
+from polyvit_kernels.aot.jobs import CompiledTile, format_limits
 
 
 def describe_kernels(entries: Sequence[CompiledTile], kernels: Sequence[CompiledKernel]) -> list[dict]:
@@ -42,7 +42,7 @@ def describe_kernels(entries: Sequence[CompiledTile], kernels: Sequence[Compiled
 
 def name_kernel(kernel: dict) -> str:
     """What a failure calls one of `describe_kernels`."""
-    sizes = f"tokens {span(*kernel['tokens'])}, features {span(kernel['features'])}"
+    sizes = f"tokens {format_limits(*kernel['tokens'])}, features {format_limits(kernel['features'])}"
     row = f"{kernel['op']} {kernel['backend']} {kernel['dtype']} sm_{kernel['arch']}"
     return f"{row}, {sizes}, {kernel['registers']} registers, {_name_with_constants(kernel)}"
 
@@ -54,7 +54,7 @@ def _name_with_constants(kernel: dict) -> str:
 def format_cells(kernel: dict) -> tuple[str, ...]:
     """`HEADINGS` of one of `describe_kernels`."""
     tensor = " ".join(f"{count} {name}" for name, count in kernel["tensor"].items())
-    sizes = (span(*kernel["tokens"]), span(kernel["features"]))
+    sizes = (format_limits(*kernel["tokens"]), format_limits(kernel["features"]))
     numbers = (kernel[name] for name in ("warps", "stages", "registers"))
     spills = f"{kernel['spill_stores']}/{kernel['spill_loads']}"
     messages = "; ".join(message.partition(":")[0] for message in kernel["messages"])

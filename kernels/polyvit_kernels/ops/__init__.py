@@ -1,11 +1,12 @@
-"""The public operations: differentiable functions of a Vision Transformer, and updates in place on flat buffers.
+"""The public operations: differentiable functions of a Vision Transformer, and updates that overwrite flat buffers.
 
-Each is registered with torch.library as `polyvit::<name>`, which runs on CUDA by what `tiles.pick` says. On a CPU the functions call
-torch's own operators (and so do the registered operations, for those who call them).
-`reference.py` says what each computes.
+Each is registered with torch.library as `polyvit::<name>` (`registration`), which on CUDA launches the kernel that `tiles.pick` chooses.
+On a CPU the functions call torch's own operators, as do the registered operations. `reference.py` states what each computes.
 """
 
-from polyvit_kernels.ops.attention import AttentionBackend, attention, attention_varlen
+from polyvit_kernels.ops.attention import attention
+from polyvit_kernels.ops.attention_backends import AttentionBackend
+from polyvit_kernels.ops.attention_varlen import attention_varlen
 from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_residual
 from polyvit_kernels.ops.linear import linear
 from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp

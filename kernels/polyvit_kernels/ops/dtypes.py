@@ -1,6 +1,4 @@
-"""What operations ask about their tensors: in which dtype to compute under autocast, and whether they can be computed with."""
-
-from __future__ import annotations
+"""Checks of an operation's tensors, and the dtype in which autocast computes with them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,9 +10,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def runs_registered(x: Tensor) -> bool:
-    """Whether a public function calls its registered operation on `x`, on CUDA, or torch's own operators, which torch differentiates.
+    """Whether a public function calls its registered operation for `x`: on CUDA.
 
-    On a CPU those are the same, and take a third of the time to call.
+    On a CPU it calls torch's own operators, which torch differentiates: the result is the same, and a call takes a third of the time.
     """
     return x.is_cuda
 
@@ -30,7 +28,7 @@ def norm_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off for tensors beside `x`."""
+    """Autocast switched off on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast_on(x) else nullcontext()
 
 
@@ -41,7 +39,7 @@ def _is_cast(x: Tensor) -> bool:
 
 def is_autocast_on(x: Tensor) -> bool:
     """Whether autocast, which knows no meta tensors, is on where `x` is."""
-    device = x.device.type  # asked by name: torch.compile follows no call that tells which devices know autocast before torch 2.13
+    device = x.device.type  # asked by name: before torch 2.13 torch.compile cannot trace torch.amp.is_autocast_available
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -54,7 +52,7 @@ def check_floating(**tensors: Tensor | torch.dtype) -> None:
 
 
 def check_factors(factors: Tensor, stream: Tensor) -> None:
-    """Raises ValueError unless there is a factor for each example of a residual stream, in fp32, or in fp64 beside a stream in that."""
+    """Raises ValueError unless there is a factor for each example of a residual stream, in fp32, or in fp64 for an fp64 stream."""
     dtype = torch.promote_types(stream.dtype, torch.float32)
     if stream.ndim < 2 or factors.shape != stream.shape[:1] or factors.dtype != dtype:
         needed = f"{list(stream.shape[:1])} {dtype}, one for each example of a stream {list(stream.shape)}"
@@ -65,5 +63,5 @@ def check_factors(factors: Tensor, stream: Tensor) -> None:
 def check_one_device(**tensors: Tensor) -> None:
     """Raises ValueError when tensors lie on different devices."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
-        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"tensors must be on one device, not {places}")
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"tensors must be on one device, not {found}")

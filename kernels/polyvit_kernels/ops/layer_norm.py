@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polyvit_kernels import tiles
 from polyvit_kernels.ops import dtypes, gradients
 from polyvit_kernels.ops.dtypes import check_factors, check_floating, check_one_device, matmul_dtype, norm_dtype
+from polyvit_kernels.ops.registration import Pick, pick_torch, register
 
 
 def layer_norm(
@@ -26,8 +26,9 @@ def layer_norm(
     _check_layer_norm(x, weight, bias)
     out_dtype = out_dtype or norm_dtype(x)
     check_floating(out_dtype=out_dtype)
-    run = _layer_norm if dtypes.runs_registered(x) else _layer_norm_by_torch
-    return run(x, weight, bias, eps, out_dtype)[0]
+    if not dtypes.runs_registered(x):
+        return _layer_norm(x, weight, bias, eps, out_dtype, pick_torch)[0]
+    return _layer_norm_op(x, weight, bias, eps, out_dtype)[0]
 
 
 def layer_norm_residual(
@@ -38,10 +39,10 @@ def layer_norm_residual(
     out_dtype: torch.dtype | None = None,
     factors: Float[Tensor, " examples"] | None = None,
 ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
-    """(x, its `layer_norm`), for a residual that goes past the norm: the backward adds both gradients in the norm's own pass.
+    """(x, its `layer_norm`), for a residual connection around what follows the norm: the norm's backward adds both gradients of x.
 
-    Name the `factors` of the `linear_add` or `mlp` that made x, if it had any: the backward then multiplies by them in the same pass. They
-    change no result. Raises ValueError as `layer_norm` does, and unless there is a factor for each example.
+    If the `linear_add` or `mlp` that made x had `factors`, pass them: the backward multiplies by them in the same pass. They change no
+    result. Raises ValueError as `layer_norm` does, and unless there is a factor for each example.
     """
     if factors is not None:
         check_factors(factors, x)
@@ -73,8 +74,9 @@ def add_layer_norm(
     kind = torch.promote_types(x.dtype, residual.dtype)
     out_dtype = out_dtype or norm_dtype(x.new_empty(0, dtype=kind))
     check_floating(out_dtype=out_dtype)
-    run = _add_layer_norm if dtypes.runs_registered(x) else _add_layer_norm_by_torch
-    return run(x, residual, weight, bias, eps, out_dtype)[:2]
+    if not dtypes.runs_registered(x):
+        return _add_layer_norm(x, residual, weight, bias, eps, out_dtype, pick_torch)[:2]
+    return _add_layer_norm_op(x, residual, weight, bias, eps, out_dtype)[:2]
 
 
 def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -87,141 +89,93 @@ def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_one_device(x=x, weight=weight, bias=bias)
 
 
-def _layer_norm_by_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised, means, reciprocal standard deviations)."""
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised, means, reciprocals of the std)."""
+    tile = pick("layer_norm_forward", x, features=x.shape[-1])
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import layer_norm as norm
+
+        _, out, mean, rstd = norm.forward(x, None, weight, bias, eps, out_dtype, tile)
+        return out, mean, rstd
     precise = torch.promote_types(x.dtype, torch.float32)
     out, mean, rstd = torch.native_layer_norm(x.to(precise), x.shape[-1:], weight.to(precise), bias.to(precise), eps)
     return out.to(out_dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
-_layer_norm = torch.library.custom_op("polyvit::layer_norm", _layer_norm_by_torch, mutates_args=(), device_types="cpu")
-
-
-@_layer_norm.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    tile = tiles.pick_for("layer_norm_forward", x, features=x.shape[-1])
-    if tile.backend == "torch":
-        return _layer_norm_by_torch(x, weight, bias, eps, out_dtype)
-    from polyvit_kernels.triton_kernels import layer_norm as norm
-
-    with torch.cuda.device_of(x):
-        _, out, mean, rstd = norm.forward(x, None, weight, bias, eps, out_dtype, tile)
-    return out, mean, rstd
-
-
-@_layer_norm.register_fake
-def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     precise = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:-1], dtype=precise), x.new_empty(x.shape[:-1], dtype=precise)
 
 
-def _add_layer_norm_by_torch(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, pick: Pick
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x + residual, normalised, means, reciprocal standard deviations)."""
-    total = (x + residual).contiguous()
-    return total, *_layer_norm_by_torch(total, weight, bias, eps, out_dtype)
+    """(x + residual, normalised, means, reciprocals of the std)."""
+    tile = pick("layer_norm_forward", x, dtype=torch.promote_types(x.dtype, residual.dtype), features=x.shape[-1])
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import layer_norm as norm
 
-
-_add_layer_norm = torch.library.custom_op("polyvit::add_layer_norm", _add_layer_norm_by_torch, mutates_args=(), device_types="cpu")
-
-
-@_add_layer_norm.register_kernel("cuda")
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tile = tiles.pick_for("layer_norm_forward", x, dtype=torch.promote_types(x.dtype, residual.dtype), features=x.shape[-1])
-    if tile.backend == "torch":
-        return _add_layer_norm_by_torch(x, residual, weight, bias, eps, out_dtype)
-    from polyvit_kernels.triton_kernels import layer_norm as norm
-
-    with torch.cuda.device_of(x):
         total, out, mean, rstd = norm.forward(x, residual, weight, bias, eps, out_dtype, tile)
-    assert total is not None
-    return total, out, mean, rstd
+        assert total is not None
+        return total, out, mean, rstd
+    total = (x + residual).contiguous()
+    return total, *_layer_norm(total, weight, bias, eps, out_dtype, pick_torch)
 
 
-@_add_layer_norm.register_fake
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_add_layer_norm(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return total, *_layer_norm_fake(total, weight, bias, eps, out_dtype)
+    return total, *_fake_layer_norm(total, *others)
 
 
-def _layer_norm_backward_by_torch(
+def _layer_norm_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     grad_sum: Tensor | None,
-    low_dtype: torch.dtype | None,
+    copy_dtype: torch.dtype | None,
     factors: Tensor | None,
+    pick: Pick,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of `x`, with `grad_sum` added when there is one, twice more, then those of the weight and of the bias.
+    """(gradient of `x`, its copy in `copy_dtype`, the sums of the copy's columns, gradients of the weight and of the bias).
 
-    With a `low_dtype` the gradient of `x` comes in that too, multiplied by the `factors` of the examples if there are any, unless it is
-    the same; its columns' sums, rounded last, do as well; what is not wanted is empty. The bias has the weight's dtype.
+    `grad_sum` is added to the gradient of `x`. The copy is multiplied by the `factors` of the examples if there are any; it is empty where
+    it would be the gradient itself, and without a `copy_dtype`, as the sums are then. They are rounded last. The bias has the weight's
+    dtype.
     """
+    tile = pick("layer_norm_backward", x, features=x.shape[-1])
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import layer_norm as norm
+
+        d_x, copy, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, copy_dtype, factors)
+        copy, sums = (x.new_empty(0) if tensor is None else tensor for tensor in (copy, sums))
+        return d_x, copy, sums, d_weight, d_bias
     precise, kept = mean.dtype, mean[..., None]
     inputs = (grad.to(precise), x.to(precise), x.shape[-1:], kept, rstd.view_as(kept), weight.to(precise), weight.to(precise))
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True, True, True])
     if grad_sum is not None:
         d_x += grad_sum
-    low, sums = x.new_empty(0), x.new_empty(0)
-    if low_dtype is not None:
-        wanted = gradients.multiply(d_x, factors)
-        low = low if low_dtype is x.dtype and factors is None else wanted.to(low_dtype, copy=True)
-        sums = wanted.reshape(-1, len(weight)).sum(0).to(low_dtype)
-    return d_x.to(x.dtype), low, sums, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    copy, sums = x.new_empty(0), x.new_empty(0)
+    if copy_dtype is not None:
+        product = gradients.multiply(d_x, factors)
+        copy = copy if copy_dtype is x.dtype and factors is None else product.to(copy_dtype, copy=True)
+        sums = product.reshape(-1, len(weight)).sum(0).to(copy_dtype)
+    return d_x.to(x.dtype), copy, sums, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
-_layer_norm_backward = torch.library.custom_op(
-    "polyvit::layer_norm_backward", _layer_norm_backward_by_torch, mutates_args=(), device_types="cpu"
-)
+def _fake_layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, copy_dtype, factors = others
+    is_same = copy_dtype is x.dtype and factors is None
+    copy = x.new_empty(0) if copy_dtype is None or is_same else x.new_empty(x.shape, dtype=copy_dtype)
+    sums = x.new_empty(0) if copy_dtype is None else x.new_empty(weight.shape, dtype=copy_dtype)
+    return x.new_empty(x.shape), copy, sums, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-@_layer_norm_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_sum: Tensor | None,
-    low_dtype: torch.dtype | None,
-    factors: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tile = tiles.pick_for("layer_norm_backward", x, features=x.shape[-1])
-    if tile.backend == "torch":
-        return _layer_norm_backward_by_torch(grad, x, weight, mean, rstd, grad_sum, low_dtype, factors)
-    from polyvit_kernels.triton_kernels import layer_norm as norm
-
-    with torch.cuda.device_of(x):
-        d_x, low, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, low_dtype, factors)
-    low, sums = (x.new_empty(0) if tensor is None else tensor for tensor in (low, sums))
-    return d_x, low, sums, d_weight, d_bias
+_layer_norm_backward_op = register("layer_norm_backward", _layer_norm_backward, _fake_layer_norm_backward)
 
 
-@_layer_norm_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_sum: Tensor | None,
-    low_dtype: torch.dtype | None,
-    factors: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    is_same = low_dtype is x.dtype and factors is None
-    low = x.new_empty(0) if low_dtype is None or is_same else x.new_empty(x.shape, dtype=low_dtype)
-    sums = x.new_empty(0) if low_dtype is None else x.new_empty(weight.shape, dtype=low_dtype)
-    return x.new_empty(x.shape), low, sums, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-
-
-def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, *_ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
@@ -229,25 +183,28 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.set_materialize_grads(False)
 
 
-def _layer_norm_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate_layer_norm(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    d_x, _, _, d_weight, d_bias = _layer_norm_backward(grad, *ctx.saved_tensors, None, None, None)
+    d_x, _, _, d_weight, d_bias = _layer_norm_backward_op(grad, *ctx.saved_tensors, None, None, None)
     return d_x, d_weight, d_bias, None, None
 
 
-def _low_dtype(x: Tensor, out_dtype: torch.dtype) -> torch.dtype:
-    """In which products will read the gradient of a residual stream `x`: autocast's, or that of the normalised form."""
+_layer_norm_op = register("layer_norm", _layer_norm, _fake_layer_norm, save=_save_layer_norm, differentiate=_differentiate_layer_norm)
+
+
+def _copy_dtype(x: Tensor, out_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products will read the gradient of a residual stream `x`: autocast's, or that of the normalised tensor."""
     return min(matmul_dtype(x), out_dtype, key=lambda dtype: dtype.itemsize)
 
 
-def _residual_gradients(
-    grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], low_dtype: torch.dtype, factors: Tensor | None = None
+def _differentiate_residual(
+    grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], copy_dtype: torch.dtype, factors: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The gradients of a residual stream, which is handed on with what the layers before will ask of it, of the weight and of the bias."""
-    wanted, factors = (low_dtype, factors) if gradients.can_attach(grad) else (None, None)
-    d_x, low, sums, d_weight, d_bias = _layer_norm_backward(grad, *saved, grad_x, wanted, factors)
-    return gradients.attach(d_x, low=low, sums=sums, factors=factors), d_weight, d_bias
+    """The gradients of a residual stream, with its copy and column sums attached, of the weight and of the bias."""
+    wanted, factors = (copy_dtype, factors) if gradients.can_attach(grad) else (None, None)
+    d_x, copy, sums, d_weight, d_bias = _layer_norm_backward_op(grad, *saved, grad_x, wanted, factors)
+    return gradients.attach(d_x, copy=copy, sums=sums, factors=factors), d_weight, d_bias
 
 
 class _LayerNormResidual(torch.autograd.Function):
@@ -255,38 +212,38 @@ class _LayerNormResidual(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, factors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, mean, rstd = _layer_norm(x, weight, bias, eps, out_dtype)
+        out, mean, rstd = _layer_norm_op(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.low_dtype, ctx.factors = _low_dtype(x, out_dtype), factors
+        ctx.copy_dtype, ctx.factors = _copy_dtype(x, out_dtype), factors
         return x, out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return grad_x, None, None, None, None, None
-        return *_residual_gradients(grad, grad_x, ctx.saved_tensors, ctx.low_dtype, ctx.factors), None, None, None
+        return *_differentiate_residual(grad, grad_x, ctx.saved_tensors, ctx.copy_dtype, ctx.factors), None, None, None
 
 
-def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, *_ = inputs
     total, out, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.dtypes = (x.dtype, residual.dtype)
-    ctx.low_dtype = _low_dtype(total, out.dtype)
+    ctx.copy_dtype = _copy_dtype(total, out.dtype)
 
 
-def _add_layer_norm_gradients(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        # Nobody used the normalised one, so the sum's gradient, if there is one, is all there is.
+def _differentiate_add_layer_norm(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:  # the normalised tensor was not used, so that only the sum can have a gradient
         d_sum, d_weight, d_bias = grad_sum, None, None
     else:
-        d_sum, d_weight, d_bias = _residual_gradients(grad, grad_sum, ctx.saved_tensors, ctx.low_dtype)
+        d_sum, d_weight, d_bias = _differentiate_residual(grad, grad_sum, ctx.saved_tensors, ctx.copy_dtype)
     d_x, d_residual = (d_sum if d_sum is None else d_sum.to(dtype) for dtype in ctx.dtypes)
     return d_x, d_residual, d_weight, d_bias, None, None
 
 
-_layer_norm.register_autograd(_layer_norm_gradients, setup_context=_layer_norm_context)
-_add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_add_layer_norm_context)
+_add_layer_norm_op = register(
+    "add_layer_norm", _add_layer_norm, _fake_add_layer_norm, save=_save_add_layer_norm, differentiate=_differentiate_add_layer_norm
+)

@@ -1,6 +1,4 @@
-"""A linear layer whose bias learns from sums that the backward pass before it has already made."""
-
-from __future__ import annotations
+"""A linear layer that takes the gradient of its bias from the backward pass before, where that has summed the columns already."""
 
 from typing import Any
 
@@ -11,8 +9,8 @@ from torch.nn import functional
 
 from polyvit_kernels.ops import dtypes, weights
 from polyvit_kernels.ops.dtypes import check_floating
-from polyvit_kernels.ops.gradients import column_sums
-from polyvit_kernels.ops.mlp import check_layer
+from polyvit_kernels.ops.gradients import sum_columns
+from polyvit_kernels.ops.mlp import check_layer, unsafe_view
 
 
 def linear(
@@ -20,8 +18,8 @@ def linear(
 ) -> Float[Tensor, "*batch_and_shape"]:
     """x Wᵀ + b, its features in the `shape` that is given, such as (3, heads, head_dim) for attention.
 
-    In that shape the gradient comes back as attention's backward made it, with its columns' sums beside it; a view between the two would
-    lose them. Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
+    In that shape the gradient comes back as attention's backward made it, with its column sums attached (`gradients`); a view between the
+    two would lose them. Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
     """
     check_floating(x=x, weight=weight, bias=bias)
     x, weight, bias = weights.cast(x, weight, bias)
@@ -37,8 +35,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
         y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
-        # An output that is a view may not be changed in place where it is differentiated.
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], *y.unflatten(-1, shape).shape[1:]])
+        return unsafe_view(y, [*x.shape[:-1], *y.unflatten(-1, shape).shape[1:]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,4 +45,4 @@ class _Linear(torch.autograd.Function):
         rows, (wants_x, wants_weight, wants_bias, _) = grad.reshape(-1, len(weight)), ctx.needs_input_grad
         d_x = (rows @ weight).view(x.shape) if wants_x else None
         d_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
-        return d_x, d_weight, column_sums(grad, len(weight), weight.dtype) if wants_bias else None, None
+        return d_x, d_weight, sum_columns(grad, len(weight), weight.dtype) if wants_bias else None, None

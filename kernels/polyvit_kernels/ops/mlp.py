@@ -1,9 +1,6 @@
-"""Linear layers with what follows them: GELU, residual."""
-
-from __future__ import annotations
+"""Linear layers fused with what follows them: GELU, the addition to a residual."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,17 +10,16 @@ from torch.nn import functional
 
 from polyvit_kernels.ops import dtypes, weights
 from polyvit_kernels.ops.dtypes import check_factors, check_floating, check_one_device
-from polyvit_kernels.ops.gradients import low_form_and_sums
-from polyvit_kernels.tiles import Tile, pick_for
+from polyvit_kernels.ops.gradients import cast_and_sum
+from polyvit_kernels.ops.registration import Pick, pick_torch, register
+from polyvit_kernels.tiles import Tile
 
 Gelu = Literal["tanh", "erf"]
 """tanh: the approximation of arXiv 1606.08415, section 2; erf: exact."""
 
 _APPROXIMATE = {"tanh": "tanh", "erf": "none"}
-_Pick = Callable[..., Tile]
-# An output that is a view may not be changed in place where it is differentiated.
-_unsafe_view = torch.ops.aten._unsafe_view
-_BY_TORCH = Tile(op="linear", archs=(), backend="torch")
+# Not `view`: autograd lets nobody write to an operation's output that is a view. As of torch 2.13 there is no public function for this.
+unsafe_view = torch.ops.aten._unsafe_view
 
 
 def linear_gelu(
@@ -38,8 +34,8 @@ def linear_gelu(
     _check_gelu(gelu)
     check_layer(x, x.shape[-1:], weight, bias)
     if not dtypes.runs_registered(x):
-        return _linear_gelu(x, weight, bias, gelu, False, _by_torch)[0]
-    return _linear_gelu_op(x, weight, bias, gelu, _is_recorded(x, weight, bias))[0]
+        return _linear_gelu(x, weight, bias, gelu, False, pick_torch)[0]
+    return _linear_gelu_op(x, weight, bias, gelu, _needs_backward(x, weight, bias))[0]
 
 
 def linear_add(
@@ -49,7 +45,7 @@ def linear_add(
     residual: Float[Tensor, "*batch out"],
     factors: Float[Tensor, " examples"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """`residual` plus a linear layer, each example of which is multiplied by its one of the `factors`: drop path's, say.
+    """`residual` plus a linear layer, each example of which is multiplied by its factor: drop path's, say.
 
     Autocast leaves the residual as it is; the sum has the wider of the two dtypes. Factors are fp32 (with an fp64 residual fp64), and get
     no gradient. Raises ValueError when shapes, dtypes or devices do not go together, or a dtype is no floating-point one.
@@ -59,7 +55,7 @@ def linear_add(
     check_layer(x, x.shape[-1:], weight, bias)
     _check_residual(residual, x, weight, factors)
     if not dtypes.runs_registered(x):
-        return _linear_add(x, weight, bias, residual, factors, _by_torch)
+        return _linear_add(x, weight, bias, residual, factors, pick_torch)
     return _linear_add_op(x, weight, bias, residual, factors)
 
 
@@ -89,11 +85,11 @@ def mlp(
     elif factors is not None:
         raise ValueError("factors multiply what is added to a residual, but there is none")
     if not dtypes.runs_registered(x):
-        return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, factors, gelu, False, _by_torch)[0]
-    return _mlp_op(x, *layers, residual, factors, gelu, _is_recorded(x, *layers))[0]
+        return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, factors, gelu, False, pick_torch)[0]
+    return _mlp_op(x, *layers, residual, factors, gelu, _needs_backward(x, *layers))[0]
 
 
-def _is_recorded(*tensors: Tensor) -> bool:
+def _needs_backward(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -123,16 +119,12 @@ def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, factors: Tensor
         check_factors(factors, residual)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _flatten(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _by_torch(*_: Any, **__: Any) -> Tile:
-    return _BY_TORCH
-
-
-def _activated(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: _Pick) -> tuple[Tensor, Tensor]:
-    """gelu(H) and gelu'(H), which is empty without `keep`."""
+def _apply_gelu_layer(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: Pick) -> tuple[Tensor, Tensor]:
+    """gelu(H) and, for the backward pass, the slope gelu'(H), which is empty unless `keep`."""
     tile = pick("linear_gelu_forward", rows, tokens=len(rows), features=rows.shape[1])
     if tile.backend != "torch":
         return _kernels(tile).linear_gelu_forward(rows, weight, bias, gelu, keep, tile)
@@ -142,7 +134,7 @@ def _activated(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool
     return functional.gelu(pre, approximate=approximate), slope
 
 
-def _added(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: _Pick) -> Tensor:
+def _apply_add_layer(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: Pick) -> Tensor:
     tile = pick("linear_add_forward", rows, tokens=len(rows), features=rows.shape[1])
     if tile.backend != "torch":
         return _kernels(tile).linear_add_forward(rows, weight, bias, residual, factors, tile)
@@ -154,8 +146,8 @@ def _added(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors
     return y.add_(residual) if residual.dtype == y.dtype else y + residual
 
 
-def _undone(grads: Tensor, weight: Tensor, slope: Tensor, pick: _Pick) -> tuple[Tensor, Tensor]:
-    """dH and the sums of its columns; `grads` is the gradient by the output of a layer `weight` that takes gelu(H)."""
+def _differentiate_gelu(grads: Tensor, weight: Tensor, slope: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
+    """dH and its column sums; `grads` is the gradient of a layer with this `weight` whose input is gelu(H)."""
     tile = pick("dgelu_backward", grads, tokens=len(grads), features=grads.shape[1])
     if tile.backend != "torch":
         return _kernels(tile).dgelu_backward(grads, weight, slope, tile)
@@ -164,7 +156,7 @@ def _undone(grads: Tensor, weight: Tensor, slope: Tensor, pick: _Pick) -> tuple[
 
 
 def _kernels(tile: Tile) -> Any:
-    """The module that a row of the table says."""
+    """The module of the kernels that a row of the tile table names."""
     if tile.backend == "hopper":
         from polyvit_kernels.hopper import linear
     else:
@@ -172,34 +164,36 @@ def _kernels(tile: Tile) -> Any:
     return linear
 
 
-def _layer_gradients(wants: list[bool], x: Tensor, weight: Tensor, d_out: Tensor, d_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dX, dW, db; what is not wanted is empty."""
-    d_x = (d_out @ weight).view(x.shape) if wants[0] else x.new_empty(0)
-    d_weight = d_out.t() @ _rows(x) if wants[1] else x.new_empty(0)
-    return d_x, d_weight, d_bias.to(x.dtype) if wants[2] else x.new_empty(0)
+def _differentiate_layer(
+    output_mask: list[bool], x: Tensor, weight: Tensor, d_out: Tensor, d_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dW, db; empty where `output_mask` is False."""
+    d_x = (d_out @ weight).view(x.shape) if output_mask[0] else x.new_empty(0)
+    d_weight = d_out.t() @ _flatten(x) if output_mask[1] else x.new_empty(0)
+    return d_x, d_weight, d_bias.to(x.dtype) if output_mask[2] else x.new_empty(0)
 
 
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: _Pick) -> tuple[Tensor, Tensor]:
-    y, slope = _activated(_rows(x), weight, bias, gelu, keep, pick)
-    return _unsafe_view(y, [*x.shape[:-1], len(weight)]), slope
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: Pick) -> tuple[Tensor, Tensor]:
+    y, slope = _apply_gelu_layer(_flatten(x), weight, bias, gelu, keep, pick)
+    return unsafe_view(y, [*x.shape[:-1], len(weight)]), slope
 
 
 def _linear_gelu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor, wants: list[bool], pick: _Pick
+    grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor, output_mask: list[bool], pick: Pick
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_pre = _rows(grad) * slope
-    return _layer_gradients(wants, x, weight, d_pre, d_pre.sum(0))
+    d_pre = _flatten(grad) * slope
+    return _differentiate_layer(output_mask, x, weight, d_pre, d_pre.sum(0))
 
 
-def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: _Pick) -> Tensor:
-    return _unsafe_view(_added(_rows(x), weight, bias, _rows(residual), factors, pick), residual.shape)
+def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: Pick) -> Tensor:
+    return unsafe_view(_apply_add_layer(_flatten(x), weight, bias, _flatten(residual), factors, pick), residual.shape)
 
 
 def _linear_add_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, wants: list[bool], pick: _Pick
+    grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, output_mask: list[bool], pick: Pick
 ) -> tuple[Tensor, Tensor, Tensor]:
-    low, sums = low_form_and_sums(grad, len(weight), x.dtype, factors)
-    return _layer_gradients(wants, x, weight, _rows(low), sums)
+    copy, sums = cast_and_sum(grad, len(weight), x.dtype, factors)
+    return _differentiate_layer(output_mask, x, weight, _flatten(copy), sums)
 
 
 def _mlp(
@@ -212,14 +206,14 @@ def _mlp(
     factors: Tensor | None,
     gelu: str,
     keep: bool,
-    pick: _Pick,
+    pick: Pick,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    activation, slope = _activated(_rows(x), fc1_weight, fc1_bias, gelu, keep, pick)
+    activation, slope = _apply_gelu_layer(_flatten(x), fc1_weight, fc1_bias, gelu, keep, pick)
     if residual is None:
         y = torch.addmm(fc2_bias, activation, fc2_weight.t())
     else:
-        y = _added(activation, fc2_weight, fc2_bias, _rows(residual), factors, pick)
-    return _unsafe_view(y, [*x.shape[:-1], len(fc2_weight)]), activation if keep else x.new_empty(0), slope
+        y = _apply_add_layer(activation, fc2_weight, fc2_bias, _flatten(residual), factors, pick)
+    return unsafe_view(y, [*x.shape[:-1], len(fc2_weight)]), activation if keep else x.new_empty(0), slope
 
 
 def _mlp_backward(
@@ -230,14 +224,14 @@ def _mlp_backward(
     slope: Tensor,
     fc2_weight: Tensor,
     factors: Tensor | None,
-    wants: list[bool],
-    pick: _Pick,
+    output_mask: list[bool],
+    pick: Pick,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    low, sums = low_form_and_sums(grad, len(fc2_weight), x.dtype, factors)
-    low = _rows(low)
-    d_pre, d_fc1_bias = _undone(low, fc2_weight, slope, pick)
-    first = _layer_gradients(wants[:3], x, fc1_weight, d_pre, d_fc1_bias)
-    _, d_fc2_weight, d_fc2_bias = _layer_gradients([False, *wants[3:]], activation, fc2_weight, low, sums)
+    copy, sums = cast_and_sum(grad, len(fc2_weight), x.dtype, factors)
+    copy = _flatten(copy)
+    d_pre, d_fc1_bias = _differentiate_gelu(copy, fc2_weight, slope, pick)
+    first = _differentiate_layer(output_mask[:3], x, fc1_weight, d_pre, d_fc1_bias)
+    _, d_fc2_weight, d_fc2_bias = _differentiate_layer([False, *output_mask[3:]], activation, fc2_weight, copy, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
 
@@ -250,16 +244,9 @@ def _fake_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, 
 
 
 def _fake_mlp(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    residual: Tensor | None,
-    factors: Tensor | None,
-    gelu: str,
-    keep: bool,
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, residual: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    keep = others[-1]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.new_empty(*x.shape[:-1], len(fc2_weight), dtype=dtype)
     return y, _fake_hidden(x, fc1_weight, keep), _fake_hidden(x, fc1_weight, keep)
@@ -269,88 +256,31 @@ def _fake_hidden(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
     return x.new_empty(math.prod(x.shape[:-1]), len(weight)) if keep else x.new_empty(0)
 
 
-def _fake_layer_gradients(wants: list[bool], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_layer_gradients(output_mask: list[bool], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d_x, d_weight, d_bias = (
-        x.new_empty(shape if want else 0) for want, shape in zip(wants, (x.shape, weight.shape, weight.shape[:1]), strict=True)
+        x.new_empty(shape if needed else 0) for needed, shape in zip(output_mask, (x.shape, weight.shape, weight.shape[:1]), strict=True)
     )
     return d_x, d_weight, d_bias
 
 
-def _fake_linear_gelu_backward(grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_layer_gradients(wants, x, weight)
-
-
-def _fake_linear_add_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, wants: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_layer_gradients(wants, x, weight)
+def _fake_layer_backward(grad: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_layer_gradients(others[-1], x, weight)
 
 
 def _fake_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    activation: Tensor,
-    slope: Tensor,
-    fc2_weight: Tensor,
-    factors: Tensor | None,
-    wants: list[bool],
+    grad: Tensor, x: Tensor, fc1_weight: Tensor, activation: Tensor, slope: Tensor, fc2_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    return *_fake_layer_gradients(wants[:3], x, fc1_weight), *_fake_layer_gradients([False, *wants[3:]], x, fc2_weight)[1:]
+    mask = others[-1]
+    return *_fake_layer_gradients(mask[:3], x, fc1_weight), *_fake_layer_gradients([False, *mask[3:]], x, fc2_weight)[1:]
 
 
-def _operation(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """polyvit::`name`: `run(*arguments, pick)`, by torch's operators on a CPU and by what the tile table says on CUDA."""
-
-    def on_cpu(*arguments: Any) -> Any:
-        return run(*arguments, _by_torch)
-
-    def on_cuda(*arguments: Any) -> Any:
-        with torch.cuda.device_of(arguments[0]):
-            return run(*arguments, pick_for)
-
-    operation = torch.library.custom_op(f"polyvit::{name}", on_cpu, mutates_args=(), device_types="cpu", schema=schema)
-    operation.register_kernel("cuda")(on_cuda)
-    operation.register_fake(fake)
-    return operation
+_linear_gelu_backward_op = register("linear_gelu_backward", _linear_gelu_backward, _fake_layer_backward)
+_linear_add_backward_op = register("linear_add_backward", _linear_add_backward, _fake_layer_backward)
+_mlp_backward_op = register("mlp_backward", _mlp_backward, _fake_mlp_backward)
 
 
-_linear_gelu_op = _operation(
-    "linear_gelu", "(Tensor x, Tensor weight, Tensor bias, str gelu, bool keep) -> (Tensor, Tensor)", _linear_gelu, _fake_linear_gelu
-)
-_linear_gelu_backward_op = _operation(
-    "linear_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor slope, bool[] wants) -> (Tensor, Tensor, Tensor)",
-    _linear_gelu_backward,
-    _fake_linear_gelu_backward,
-)
-_linear_add_op = _operation(
-    "linear_add", "(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? factors) -> Tensor", _linear_add, _fake_linear_add
-)
-_linear_add_backward_op = _operation(
-    "linear_add_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? factors, bool[] wants) -> (Tensor, Tensor, Tensor)",
-    _linear_add_backward,
-    _fake_linear_add_backward,
-)
-_mlp_op = _operation(
-    "mlp",
-    "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? residual, Tensor? factors,"
-    " str gelu, bool keep) -> (Tensor, Tensor, Tensor)",
-    _mlp,
-    _fake_mlp,
-)
-_mlp_backward_op = _operation(
-    "mlp_backward",
-    "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor activation, Tensor slope, Tensor fc2_weight, Tensor? factors, bool[] wants)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _mlp_backward,
-    _fake_mlp_backward,
-)
-
-
-def _only(needed: list[bool], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
-    return [gradient if need else None for need, gradient in zip(needed, gradients, strict=True)]
+def _only(mask: list[bool], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
+    return [gradient if needed else None for needed, gradient in zip(mask, gradients, strict=True)]
 
 
 def _save_linear_gelu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -363,8 +293,8 @@ def _save_linear_gelu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 def _differentiate_linear_gelu(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
-    wants = list(ctx.needs_input_grad[:3])
-    return *_only(wants, _linear_gelu_backward_op(grad, *ctx.saved_tensors, wants)), None, None
+    mask = list(ctx.needs_input_grad[:3])
+    return *_only(mask, _linear_gelu_backward_op(grad, *ctx.saved_tensors, mask)), None, None
 
 
 def _save_linear_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -374,8 +304,8 @@ def _save_linear_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_linear_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wants = list(ctx.needs_input_grad[:3])
-    gradients = _only(wants, _linear_add_backward_op(grad, *ctx.saved_tensors, wants))
+    mask = list(ctx.needs_input_grad[:3])
+    gradients = _only(mask, _linear_add_backward_op(grad, *ctx.saved_tensors, mask))
     return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None, None
 
 
@@ -390,12 +320,12 @@ def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _differentiate_mlp(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    wants = list(ctx.needs_input_grad[:5])
+    mask = list(ctx.needs_input_grad[:5])
     # With a residual alone to differentiate by, neither activation nor slope was kept.
-    gradients = _only(wants, _mlp_backward_op(grad, *ctx.saved_tensors, wants)) if any(wants) else [None] * 5
+    gradients = _only(mask, _mlp_backward_op(grad, *ctx.saved_tensors, mask)) if any(mask) else [None] * 5
     return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None, None, None, None
 
 
-_linear_gelu_op.register_autograd(_differentiate_linear_gelu, setup_context=_save_linear_gelu)
-_linear_add_op.register_autograd(_differentiate_linear_add, setup_context=_save_linear_add)
-_mlp_op.register_autograd(_differentiate_mlp, setup_context=_save_mlp)
+_linear_gelu_op = register("linear_gelu", _linear_gelu, _fake_linear_gelu, save=_save_linear_gelu, differentiate=_differentiate_linear_gelu)
+_linear_add_op = register("linear_add", _linear_add, _fake_linear_add, save=_save_linear_add, differentiate=_differentiate_linear_add)
+_mlp_op = register("mlp", _mlp, _fake_mlp, save=_save_mlp, differentiate=_differentiate_mlp)

@@ -1,4 +1,4 @@
-"""Grids to tokens."""
+"""The patch embedding: grids of pixels to tokens."""
 
 import math
 from typing import Any
@@ -8,10 +8,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from polyvit_kernels import tiles
 from polyvit_kernels.ops import weights
 from polyvit_kernels.ops.dtypes import FLOATING, check_floating, check_one_device, matmul_dtype
-from polyvit_kernels.ops.gradients import low_form
+from polyvit_kernels.ops.gradients import cast_gradient
+from polyvit_kernels.ops.registration import Pick, register
 
 
 def patch_embed(
@@ -24,21 +24,21 @@ def patch_embed(
     std: Float[Tensor, " channels"],
     out_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """A grid as tokens: normalised, cut into tubelets, projected, the class token put first, positions added to all of them.
+    """The grid normalised, cut into tubelets and projected, with the class token in front and the position embeddings added.
 
-    Tubelets are in the order (frames, rows, columns). `mean` and `std` are in the grid's units, and constants. Any strides of the grid
-    will do. Numbers are normalised in fp32 and rounded to the weight's dtype, which autocast changes; `out_dtype` is the common dtype of
-    weight, class token and positions unless given. Raises ValueError when sizes or devices disagree, and when a dtype is no
-    floating-point one, nor the grid's uint8.
+    Tubelets are in the order (frames, rows, columns). `mean` and `std` are constants, in the grid's units. The grid may have any strides.
+    It is normalised in fp32 and rounded to the weight's dtype, which autocast changes; `out_dtype` is the common dtype of weight, class
+    token and positions unless given. Raises ValueError when sizes or devices differ, and when a dtype is no floating-point one (the grid
+    may be uint8).
     """
     _check_sizes(grid, weight, pos_embed)
     _check_dtypes(grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
     _check_parameters(weight, bias, cls_token, pos_embed, mean, std)
     check_one_device(grid=grid, weight=weight, bias=bias, cls_token=cls_token, pos_embed=pos_embed, mean=mean, std=std)
-    weight = weights.rounded(weight, matmul_dtype(weight))
+    weight = weights.cast_weight(weight, matmul_dtype(weight))
     out_dtype = out_dtype or torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
     check_floating(out_dtype=out_dtype)
-    return _patch_embed(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
+    return _patch_embed_op(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
 
 
 def _check_sizes(grid: Tensor, weight: Tensor, pos_embed: Tensor) -> None:
@@ -81,7 +81,7 @@ def _check_parameters(weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed
         raise ValueError("mean and std are constants here: they get no gradient")
 
 
-def _patch_embed_by_torch(
+def _patch_embed(
     grid: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -90,13 +90,26 @@ def _patch_embed_by_torch(
     mean: Tensor,
     std: Tensor,
     out_dtype: torch.dtype,
+    pick: Pick,
 ) -> Tensor:
-    # Channels are the weight's last axis as they are the grid's: gathering copies whole runs, and the weight is a matrix as it lies.
-    embedded = functional.linear(_tubelets(grid, weight, mean, std), weight.flatten(1), bias.to(weight.dtype))
+    tile = pick("patch_embed_forward", weight, features=weight[0].numel())
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import patch_embed as patches
+
+        return patches.forward(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype, tile)
+    # Channels are the last axis of weight and grid: whole runs of elements are gathered, and the weight needs no copy to be a matrix.
+    embedded = functional.linear(_gather_tubelets(grid, weight, mean, std), weight.flatten(1), bias.to(weight.dtype))
     return (torch.cat([cls_token.expand(len(grid), -1, -1), embedded], 1) + pos_embed).to(out_dtype)
 
 
-def _tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _fake_patch_embed(
+    grid: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor, mean: Tensor, std: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    shape = (grid.shape[0], pos_embed.shape[1], len(weight))  # len(grid) would fix the batch in a compiled graph
+    return weight.new_empty(shape, dtype=out_dtype)
+
+
+def _gather_tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """The normalised tubelets in the weight's dtype `[batch, tubelets, elements of a tubelet]`."""
     # Normalised in fp32 at least: bf16 knows a mean such as 123.7 only to within 0.25.
     precise = torch.promote_types(weight.dtype, torch.float32)
@@ -108,94 +121,47 @@ def _tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> Tensor
     return patches.sub_(mean.to(precise).repeat(repeats)).div_(std.to(precise).repeat(repeats)).to(weight.dtype)
 
 
-_patch_embed = torch.library.custom_op("polyvit::patch_embed", _patch_embed_by_torch, mutates_args=(), device_types="cpu")
-
-
-@_patch_embed.register_kernel("cuda")
-def _(
-    grid: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cls_token: Tensor,
-    pos_embed: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    tile = tiles.pick_for("patch_embed_forward", weight, features=weight[0].numel())
-    if tile.backend == "torch":
-        return _patch_embed_by_torch(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype)
-    from polyvit_kernels.triton_kernels import patch_embed as patches
-
-    with torch.cuda.device_of(grid):
-        return patches.forward(grid, weight, bias, cls_token, pos_embed, mean, std, out_dtype, tile)
-
-
-@_patch_embed.register_fake
-def _(
-    grid: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cls_token: Tensor,
-    pos_embed: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    shape = (grid.shape[0], pos_embed.shape[1], len(weight))  # len would fix the batch in a compiled graph
-    return weight.new_empty(shape, dtype=out_dtype)
-
-
-def _patch_embed_backward_by_torch(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def _patch_embed_backward(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
     """(gradient of the weight, gradient of the positions `[tokens, dim]` in fp32 at least)."""
+    tile = pick("patch_embed_backward", weight, features=weight[0].numel())
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import patch_embed as patches
+
+        tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)
+        # Class tokens have a row of zeros there, so that their gradients need not be cut out.
+        d_weight = (cast_gradient(grad, weight.dtype).reshape(-1, len(weight)).T @ tubelets).view(weight.shape)
+        return d_weight, grad.sum(0, dtype=torch.float32)
     rows = grad[:, 1:].reshape(-1, len(weight)).to(weight.dtype)
-    d_weight = (rows.T @ _tubelets(grid, weight, mean, std).flatten(0, 1)).view(weight.shape)
+    d_weight = (rows.T @ _gather_tubelets(grid, weight, mean, std).flatten(0, 1)).view(weight.shape)
     return d_weight, grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
-_patch_embed_backward = torch.library.custom_op(
-    "polyvit::patch_embed_backward", _patch_embed_backward_by_torch, mutates_args=(), device_types="cpu"
-)
-
-
-@_patch_embed_backward.register_kernel("cuda")
-def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    tile = tiles.pick_for("patch_embed_backward", weight, features=weight[0].numel())
-    if tile.backend == "torch":
-        return _patch_embed_backward_by_torch(grad, grid, weight, mean, std)
-    from polyvit_kernels.triton_kernels import patch_embed as patches
-
-    with torch.cuda.device_of(grid):
-        tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)
-    # Class tokens have a row of zeros there, so that their gradients need not be cut out.
-    d_weight = (low_form(grad, weight.dtype).reshape(-1, len(weight)).T @ tubelets).view(weight.shape)
-    return d_weight, grad.sum(0, dtype=torch.float32)
-
-
-@_patch_embed_backward.register_fake
-def _(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_patch_embed_backward(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(grad.dtype, torch.float32)
     return weight.new_empty(weight.shape), grad.new_empty(grad.shape[1:], dtype=precise)
 
 
-def _patch_embed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+_patch_embed_backward_op = register("patch_embed_backward", _patch_embed_backward, _fake_patch_embed_backward)
+
+
+def _save_patch_embed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grid, weight, bias, cls_token, pos_embed, mean, std, _ = inputs
     ctx.save_for_backward(grid, weight, mean, std)
     ctx.dtypes = (bias.dtype, cls_token.dtype, pos_embed.dtype)
 
 
-def _patch_embed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_patch_embed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grid, weight, mean, std = ctx.saved_tensors
     bias_dtype, cls_dtype, pos_dtype = ctx.dtypes
-    d_weight, d_pos = _patch_embed_backward(grad, grid, weight, mean, std)
+    d_weight, d_pos = _patch_embed_backward_op(grad, grid, weight, mean, std)
     d_bias = d_pos[1:].sum(0).to(bias_dtype)
-    # A copy: gradients are added to in place, and the positions' must not change with the class token's.
+    # A copy: autograd may add to a gradient, and the positions' must not change with the class token's.
     d_cls = d_pos[None, :1].to(cls_dtype, copy=True)
-    d_grid = _grid_gradient(grad, grid, weight, std) if ctx.needs_input_grad[0] else None
+    d_grid = _differentiate_grid(grad, grid, weight, std) if ctx.needs_input_grad[0] else None
     return d_grid, d_weight, d_bias, d_cls, d_pos[None].to(pos_dtype), None, None, None
 
 
-def _grid_gradient(grad: Tensor, grid: Tensor, weight: Tensor, std: Tensor) -> Tensor:
+def _differentiate_grid(grad: Tensor, grid: Tensor, weight: Tensor, std: Tensor) -> Tensor:
     precise = torch.promote_types(weight.dtype, torch.float32)
     d_tubelets = grad[:, 1:].to(weight.dtype) @ weight.flatten(1)
     counts = [size // step for size, step in zip(grid.shape[1:4], weight.shape[1:4], strict=True)]
@@ -203,4 +169,4 @@ def _grid_gradient(grad: Tensor, grid: Tensor, weight: Tensor, std: Tensor) -> T
     return (folded.to(precise) / std.to(precise)).to(grid.dtype)
 
 
-_patch_embed.register_autograd(_patch_embed_gradients, setup_context=_patch_embed_context)
+_patch_embed_op = register("patch_embed", _patch_embed, _fake_patch_embed, save=_save_patch_embed, differentiate=_differentiate_patch_embed)

@@ -1,14 +1,13 @@
-"""Updates of flat parameter buffers in place."""
+"""Optimizer steps that overwrite flat buffers of parameters."""
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polyvit_kernels import tiles
 from polyvit_kernels.ops.dtypes import check_floating, check_one_device
+from polyvit_kernels.ops.registration import Pick, register
 
 _SGD_BUFFERS = ("param", "grad", "momentum_buffer", "ema", "copy")
 _ADAMW_BUFFERS = ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "copy")
@@ -28,15 +27,16 @@ def sgd_(
     ema_decay: float = 0.0,
     copy: Float[Tensor, " size"] | None = None,
 ) -> None:
-    """One update of SGD with momentum, in place, with the gradient `scale * grad`; without `ok` nothing but `grad` changes.
+    """One step of SGD with momentum, which overwrites the buffers, with the gradient `scale * grad`; unless `ok` only `grad` changes.
 
     `lr`, `scale` and `ok` are 0-d tensors on the buffers' device. The momentum's buffer starts at zero. `ema` becomes
-    `ema_decay * ema + (1 - ema_decay) * param`; `copy`, in fp16 or bf16, the new parameters. `grad` is zero afterwards, without `ok` as
-    well. Nothing is sent to the host. Raises ValueError when buffers do not go together or share memory, or a number is no such tensor.
+    `ema_decay * ema + (1 - ema_decay) * param`; `copy`, in fp16 or bf16, the new parameters. `grad` is zero afterwards, whether
+    `ok` or not. Nothing is sent to the host. Raises ValueError when buffers do not go together or overlap in memory, or a number is no such
+    tensor.
     """
     _check_flat(copy, ema=ema, param=param, grad=grad, momentum_buffer=momentum_buffer)
     _check_numbers(param, lr=lr, scale=scale, ok=ok)
-    _sgd(param, grad, momentum_buffer, ema, copy, lr, scale, ok, momentum, weight_decay, ema_decay)
+    _sgd_op(param, grad, momentum_buffer, ema, copy, lr, scale, ok, momentum, weight_decay, ema_decay)
 
 
 def adamw_(
@@ -56,14 +56,14 @@ def adamw_(
     ema_decay: float = 0.0,
     copy: Float[Tensor, " size"] | None = None,
 ) -> None:
-    """One update of AdamW (arXiv 1711.05101, algorithm 2), in place, with the gradient `scale * grad`; without `ok` only `grad` changes.
+    """One step of AdamW (arXiv 1711.05101, algorithm 2) as `sgd_` does one of SGD; unless `ok` only `grad` changes.
 
     `count`, a 0-d tensor like `lr`, `scale` and `ok`, is the number of updates, this one included; both averages start at zero. `ema`,
     `copy`, `grad` and errors as in `sgd_`.
     """
     _check_flat(copy, ema=ema, param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_numbers(param, count=count, lr=lr, scale=scale, ok=ok)
-    _adamw(param, grad, exp_avg, exp_avg_sq, ema, copy, count, lr, scale, ok, *betas, eps, weight_decay, ema_decay)
+    _adamw_op(param, grad, exp_avg, exp_avg_sq, ema, copy, count, lr, scale, ok, *betas, eps, weight_decay, ema_decay)
 
 
 def _check_flat(copy: Tensor | None, *, ema: Tensor | None, param: Tensor, **others: Tensor) -> None:
@@ -100,16 +100,16 @@ def _check_numbers(param: Tensor, *, ok: Tensor, **numbers: Tensor) -> None:
 
 
 def _check_apart(names: tuple[str, ...], buffers: tuple[Tensor | None, ...]) -> None:
-    """Raises ValueError where two buffers share memory; called where tensors surely have some, which while tracing they do not."""
+    """Raises ValueError where two buffers overlap in memory; called inside the operation, as tensors that are traced have none."""
     present = [(buffer.data_ptr(), buffer.nbytes, name) for name, buffer in zip(names, buffers, strict=True) if buffer is not None]
     ordered = sorted(span for span in present if span[1])
     for (begin, size, name), (following, _, other) in pairwise(ordered):
         if begin + size > following:
             first, second = sorted((name, other), key=names.index)
-            raise ValueError(f"{first} and {second} share memory, but each buffer needs its own")
+            raise ValueError(f"{first} and {second} overlap in memory, but each buffer needs its own")
 
 
-def _sgd_by_torch(
+def _sgd(
     param: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor,
@@ -121,8 +121,15 @@ def _sgd_by_torch(
     momentum: float,
     weight_decay: float,
     ema_decay: float,
+    pick: Pick,
 ) -> None:
     _check_apart(_SGD_BUFFERS, (param, grad, momentum_buffer, ema, copy))
+    tile = pick("sgd_update", param)
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import update
+
+        return update.sgd(param, grad, momentum_buffer, ema, copy, lr, scale, ok, momentum, weight_decay, ema_decay, tile=tile)
+    # As of torch 2.13 the fused updates of torch.optim have no public function on tensors.
     # At momentum 0 torch wants no buffer; its first step, at any other momentum, is what the formula then gives: the buffer set anew.
     torch.ops.aten._fused_sgd_(
         [param],
@@ -138,10 +145,10 @@ def _sgd_by_torch(
         grad_scale=scale.float().reciprocal(),
         found_inf=ok.logical_not().float(),
     )
-    _follow(param, grad, ema, copy, ok, ema_decay)
+    return _finish_update(param, grad, ema, copy, ok, ema_decay)
 
 
-def _adamw_by_torch(
+def _adamw(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -157,8 +164,15 @@ def _adamw_by_torch(
     eps: float,
     weight_decay: float,
     ema_decay: float,
+    pick: Pick,
 ) -> None:
     _check_apart(_ADAMW_BUFFERS, (param, grad, exp_avg, exp_avg_sq, ema, copy))
+    tile = pick("adamw_update", param)
+    if tile.backend != "torch":
+        from polyvit_kernels.triton_kernels import update
+
+        averages = (exp_avg, exp_avg_sq)
+        return update.adamw(param, grad, *averages, ema, copy, count, lr, scale, ok, beta1, beta2, eps, weight_decay, ema_decay, tile=tile)
     torch.ops.aten._fused_adamw_(
         [param],
         [grad],
@@ -176,11 +190,11 @@ def _adamw_by_torch(
         grad_scale=scale.float().reciprocal(),
         found_inf=ok.logical_not().float(),
     )
-    _follow(param, grad, ema, copy, ok, ema_decay)
+    return _finish_update(param, grad, ema, copy, ok, ema_decay)
 
 
-def _follow(param: Tensor, grad: Tensor, ema: Tensor | None, copy: Tensor | None, ok: Tensor, ema_decay: float) -> None:
-    """What follows the parameters' update."""
+def _finish_update(param: Tensor, grad: Tensor, ema: Tensor | None, copy: Tensor | None, ok: Tensor, ema_decay: float) -> None:
+    """The moving average, the copy in a lower precision, and a gradient of zero for the next step."""
     if ema is not None:
         ema.copy_(torch.where(ok, ema.lerp(param, 1 - ema_decay), ema))
     if copy is not None:
@@ -188,29 +202,5 @@ def _follow(param: Tensor, grad: Tensor, ema: Tensor | None, copy: Tensor | None
     grad.zero_()
 
 
-_sgd = torch.library.custom_op("polyvit::sgd_", _sgd_by_torch, mutates_args=_SGD_BUFFERS, device_types="cpu")
-_adamw = torch.library.custom_op("polyvit::adamw_", _adamw_by_torch, mutates_args=_ADAMW_BUFFERS, device_types="cpu")
-
-
-@_sgd.register_kernel("cuda")
-def _sgd_cuda(param: Tensor, *others: Any) -> None:
-    tile = tiles.pick_for("sgd_update", param)
-    if tile.backend == "torch":
-        return _sgd_by_torch(param, *others)
-    from polyvit_kernels.triton_kernels import update
-
-    _check_apart(_SGD_BUFFERS, (param, *others[:4]))
-    with torch.cuda.device_of(param):
-        return update.sgd(param, *others, tile=tile)
-
-
-@_adamw.register_kernel("cuda")
-def _adamw_cuda(param: Tensor, *others: Any) -> None:
-    tile = tiles.pick_for("adamw_update", param)
-    if tile.backend == "torch":
-        return _adamw_by_torch(param, *others)
-    from polyvit_kernels.triton_kernels import update
-
-    _check_apart(_ADAMW_BUFFERS, (param, *others[:5]))
-    with torch.cuda.device_of(param):
-        return update.adamw(param, *others, tile=tile)
+_sgd_op = register("sgd_", _sgd, mutates=_SGD_BUFFERS)
+_adamw_op = register("adamw_", _adamw, mutates=_ADAMW_BUFFERS)

@@ -1,6 +1,7 @@
-"""Parameters in the precision that products take under autocast: rounded at each use, or kept rounded by who updates them."""
+"""Mixed precision: operations under autocast read a low-precision copy of an fp32 parameter that its optimizer keeps, where there is one.
 
-from __future__ import annotations
+Without such a copy autocast rounds the parameter at each use.
+"""
 
 from typing import Any, NamedTuple
 
@@ -13,30 +14,30 @@ _ATTRIBUTE = "_polyvit_rounded"
 
 
 class RoundedBuffer:
-    """A flat buffer of parameters, and the same rounded to `dtype`: kept so by whoever writes to the buffer, or `refresh`ed."""
+    """A flat buffer of parameters and its copy in `dtype`, which whoever writes to the buffer updates as well, or `refresh`es."""
 
     def __init__(self, values: Tensor, dtype: torch.dtype) -> None:
         self.values, self.rounded = values, torch.empty_like(values, dtype=dtype)
         self.version = -1
-        """Of `values`, when `rounded` was last the same."""
+        """The version of `values` of which `rounded` is the copy."""
 
     def is_fresh(self) -> bool:
-        """Whether nobody else has written to the buffer since."""
-        return self.version == self.values._version
+        """Whether nothing has been written to `values` since the copy was made."""
+        return self.version == self.values._version  # torch 2.13 has no public name for this counter
 
     def mark_fresh(self) -> None:
-        """Say that what was written to `values` has been written to `rounded` as well."""
+        """Declare that `rounded` holds what was last written to `values`."""
         self.version = self.values._version
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round all of the buffer anew."""
+        """Copy the whole buffer again."""
         self.rounded.copy_(self.values)
         self.mark_fresh()
 
 
-class _Rounded(NamedTuple):
-    """A parameter's place in a buffer, and the parameter's version when both were the same."""
+class _Copy(NamedTuple):
+    """A parameter's view of a buffer's copy, and the parameter's version when both were the same."""
 
     buffer: RoundedBuffer
     view: Tensor
@@ -47,34 +48,34 @@ class _Rounded(NamedTuple):
 
 
 def attach(parameter: Tensor, buffer: RoundedBuffer, view: Tensor) -> None:
-    """Let operations under autocast take `view`, a part of the buffer's rounded form, in the parameter's place.
+    """Let operations under autocast read `view`, a part of the buffer's copy, instead of the parameter.
 
-    They do so until somebody writes to the parameter, or to the buffer in which it lies; writing past autograd, through `.data`, goes
-    unseen. The parameter's gradient is as of the rounded form; with `grad_dtype` = None torch adds it to an fp32 one without a cast.
+    They do so until something is written to the parameter or to its buffer; a write through `.data`, past autograd, is not noticed. The
+    parameter's gradient has the copy's dtype; with `grad_dtype` = None torch adds it to an fp32 one without a cast.
     """
-    setattr(parameter, _ATTRIBUTE, _Rounded(buffer, view, parameter._version))
+    setattr(parameter, _ATTRIBUTE, _Copy(buffer, view, parameter._version))
 
 
 def is_attached(parameter: Tensor) -> bool:
-    """Whether operations take a rounded form in the parameter's place, as nobody has written to it."""
+    """Whether operations read a copy instead of the parameter: there is one, and it is up to date."""
     found = getattr(parameter, _ATTRIBUTE, None)
     return found is not None and found.is_of(parameter)
 
 
 def cast(*operands: Tensor) -> list[Tensor]:
-    """What autocast makes of the operands of a product."""
-    return [rounded(tensor, matmul_dtype(tensor)) for tensor in operands] if is_autocast_on(operands[0]) else list(operands)
+    """The operands of a product in the dtype that autocast gives them."""
+    return [cast_weight(tensor, matmul_dtype(tensor)) for tensor in operands] if is_autocast_on(operands[0]) else list(operands)
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`."""
+def cast_weight(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`: its attached copy where that is up to date."""
     found = None if torch.compiler.is_compiling() else getattr(tensor, _ATTRIBUTE, None)
     if found is None or found.view.dtype is not dtype or not found.is_of(tensor):
         return tensor.to(dtype)
-    return _InPlaceOf.apply(tensor, found.view)
+    return _ReadCopy.apply(tensor, found.view)
 
 
-class _InPlaceOf(torch.autograd.Function):
+class _ReadCopy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, view: Tensor) -> Tensor:
         return view.detach()

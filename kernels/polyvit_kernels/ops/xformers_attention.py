@@ -1,4 +1,4 @@
-"""Attention by xformers, whose kernels are in the package mslk since version 0.0.36 of it; either will do."""
+"""Attention by xformers. Since its version 0.0.36 the kernels are in the package mslk; either package will do."""
 
 from functools import cache
 from importlib import import_module
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyvit_kernels.ops.registration import Pick, register
+
 _MODULES = {"mslk": "mslk.attention.fmha", "xformers": "xformers.ops"}
-"""Of each package, the module with the functions of its attention; of the second, those of the first where it is there."""
+"""The module with the attention functions of each package; xformers itself calls those of mslk where that is installed."""
 
 
 def is_installed() -> bool:
-    """Whether one of the packages is there; nothing is imported."""
+    """Whether one of the packages is installed; nothing is imported."""
     return any(find_spec(package) for package in _MODULES)
 
 
@@ -32,39 +34,33 @@ def load() -> ModuleType:
     raise ValueError(f"attention by xformers: {'; '.join(reasons) or 'neither mslk nor xformers is installed'}; {advice}")
 
 
-@torch.library.custom_op("polyvit::xformers_attention", mutates_args=(), device_types="cuda")
-def xformers_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, log-sums `[batch, heads, tokens]`) of `[batch, tokens, 3, heads, head_dim]`, whose gradient is packed, at the cost of a copy.
-
-    xformers chooses among its kernels; those of the backward pass may add up in another order each time.
-    """
+def _attention(qkv: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp `[batch, heads, tokens]`); xformers chooses among its kernels."""
     if not qkv.numel():
         return _empty_results(qkv)
-    with torch.cuda.device_of(qkv):
-        out, lse = load().memory_efficient_attention_forward_requires_grad(*qkv.unbind(2))
-    return out.contiguous(), lse[..., : qkv.shape[1]].contiguous()  # some kernels fill the last block of the log-sums up
+    out, lse = load().memory_efficient_attention_forward_requires_grad(*qkv.unbind(2))
+    return out.contiguous(), lse[..., : qkv.shape[1]].contiguous()  # some kernels pad the log-sum-exp to a whole block
 
 
-@xformers_attention.register_fake
 def _empty_results(qkv: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, head_dim = qkv.shape
     return qkv.new_empty(batch, tokens, heads, head_dim), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("polyvit::xformers_attention_backward", mutates_args=(), device_types="cuda")
-def _xformers_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, pick: Pick) -> Tensor:
     if not qkv.numel():
         return _empty_packed(grad, qkv, out, lse)
-    with torch.cuda.device_of(qkv):
-        return torch.stack(load().memory_efficient_attention_backward(grad.contiguous(), out, lse, *qkv.unbind(2)), 2)
+    return torch.stack(load().memory_efficient_attention_backward(grad.contiguous(), out, lse, *qkv.unbind(2)), 2)
 
 
-@_xformers_attention_backward.register_fake
 def _empty_packed(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+_attention_backward_op = register("xformers_attention_backward", _attention_backward, _empty_packed, device_types=("cuda",))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -72,7 +68,13 @@ def _keep(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> Non
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
-    return grad if grad is None else _xformers_attention_backward(grad, *ctx.saved_tensors)
+    return grad if grad is None else _attention_backward_op(grad, *ctx.saved_tensors)
 
 
-xformers_attention.register_autograd(_differentiate, setup_context=_keep)
+xformers_attention = register(
+    "xformers_attention", _attention, _empty_results, save=_save, differentiate=_differentiate, device_types=("cuda",)
+)
+"""(out, log-sum-exp) of `[batch, tokens, 3, heads, head_dim]`, whose gradient is packed at the cost of a copy.
+
+The kernels of the backward pass may add up in another order each time.
+"""

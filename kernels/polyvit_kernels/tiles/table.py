@@ -197,7 +197,7 @@ _ATTENTION = (
     *_ATTENTION_LONG_BACKWARD,
 )
 
-# Two programs share an SM (128 registers a thread on Hopper): one stores its tile while the other multiplies. Where the product is deep, as
+# An SM runs two programs (128 registers a thread on Hopper): one stores its tile while the other multiplies. If the product is deep, as
 # in the second layer of an MLP, a wider tile reads less, and its epilogue counts for little. With few rows small tiles give every SM work.
 # Such kernels take (gemm-prototypes.json, 50,432 rows, base128 and base256) 536 us against 551 us with GELU, 797 us against 938 us with
 # its gradient, 187 us against 208 us for 768 features, but 463 us against 422 us for 3072.
@@ -210,12 +210,12 @@ _MLP = tuple(
         archs=archs,
         tokens=tokens,
         features=features,
-        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "EPILOGUE_SUBTILES": parts},
+        blocks={"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "EPILOGUE_SUBTILES": subtiles},
         num_warps=warps,
         num_stages=stages,
     )
     for op in ("linear_gelu_forward", "linear_add_forward", "dgelu_backward")
-    for archs, tokens, features, block_m, block_n, block_k, parts, warps, stages in (
+    for archs, tokens, features, block_m, block_n, block_k, subtiles, warps, stages in (
         (_AMPERE, (1, 1024), ANY, 64, 64, 32, 2, 4, 4),
         (_AMPERE, (1025, ANY), ANY, 128, 128, 32, 4, 4, 4),
         (_SMALL, (1, 1024), ANY, 64, 64, 32, 2, 4, 4),

@@ -62,7 +62,7 @@ def _walk(tail: FileTail, at: int, form: str, samples: bytes) -> dict[bytes, tup
     return chunks
 
 
-def _stated(tail: FileTail, at: int, size: int) -> int | None:
+def _promised_bytes(tail: FileTail, at: int, size: int) -> int | None:
     """The bytes that a header promises, None where its writer could not know."""
     return size if 0 < size < PIPED or at + size <= tail.num_bytes else None
 
@@ -77,7 +77,7 @@ def _read_wav(tail: FileTail) -> Body | None:
         size = tail.unpack("<Q", chunks[b"ds64"][0] + 8)[0]
     if (not size and not tail.start.startswith(b"RIFX")) or size >= 1 << 62:
         return None  # the recording was never finished: FFmpeg reads on to the end
-    return _as_wav(order, tail.read(chunks[b"fmt "][0], 40), at, _stated(tail, at, size), tail.start[:4])
+    return _as_wav(order, tail.read(chunks[b"fmt "][0], 40), at, _promised_bytes(tail, at, size), tail.start[:4])
 
 
 def _as_wav(order: str, fmt: bytes, at: int, size: int | None, kind: bytes) -> Body:
@@ -112,7 +112,7 @@ def _read_w64(tail: FileTail) -> Body | None:
     if b"fmt " not in chunks or b"data" not in chunks:
         return None
     at, size = chunks[b"data"]
-    return _as_wav("<", tail.read(chunks[b"fmt "][0], 40), at, _stated(tail, at, size), b"riff") if size > 0 else None
+    return _as_wav("<", tail.read(chunks[b"fmt "][0], 40), at, _promised_bytes(tail, at, size), b"riff") if size > 0 else None
 
 
 def _read_aiff(tail: FileTail) -> Body | None:
@@ -149,7 +149,7 @@ def _read_au(tail: FileTail) -> Body | None:
     if not size:
         return None
     sample_bytes = channels * AU_BYTES.get(code, 0)
-    return Body(rate, channels, sample_bytes, at, _stated(tail, at, size), sample_bytes > 0)
+    return Body(rate, channels, sample_bytes, at, _promised_bytes(tail, at, size), sample_bytes > 0)
 
 
 def _read_caf(tail: FileTail) -> Body | None:

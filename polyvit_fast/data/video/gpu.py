@@ -1,6 +1,6 @@
 """Videos on the GPU: NVDEC decodes, DALI scales and crops, PyTorch mirrors and changes colours.
 
-A file's header and first frame tell whether NVDEC decodes it as the CPU's decoder does. The CPU decodes all other files.
+NVDEC gets the files that it decodes as the CPU's decoder does, by their headers and first frames. The CPU decodes all others.
 """
 
 from __future__ import annotations

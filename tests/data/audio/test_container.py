@@ -3,6 +3,7 @@ import struct
 
 import numpy as np
 import pytest
+from long_forms import mark_long
 from sound_files import encode, mux, noise, write_video
 
 from polyvit_fast.data.audio.container import FileTail, check_container, format_cut, states_duration
@@ -29,7 +30,7 @@ EXACT += [("asf", "wmav2"), ("asf", "wmav1"), ("avi", "pcm_s16le"), ("avi", "lib
 EXACT += [("ogg", "libopus"), ("ogg", "flac")]
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.4, 3])
+@pytest.mark.parametrize("seconds", mark_long([0.1, 0.4, 3], [0.4]))
 @pytest.mark.parametrize(("container", "codec"), EXACT)
 def test_a_part_of_a_file_is_truncated_however_short_it_is(tmp_path, container, codec, seconds):
     content = mux(noise(seconds, RATE)[:, 0], RATE, container, codec)
@@ -68,7 +69,7 @@ PIPED += [
 ]
 
 
-@pytest.mark.parametrize("seconds", [0.1, 3])
+@pytest.mark.parametrize("seconds", mark_long([0.1, 3], [0.1]))
 @pytest.mark.parametrize(("container", "codec"), PIPED)
 def test_a_file_that_was_written_to_a_pipe_is_whole(tmp_path, container, codec, seconds):
     (tmp_path / "a").write_bytes(mux(noise(seconds, RATE)[:, 0], RATE, container, codec, piped=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from long_forms import mark_long
 from PIL import Image as Pillow
 from tiny_runs import Tile, tile_task, tiny_config
 
@@ -313,7 +314,7 @@ def test_where_nothing_could_be_listed_nothing_more_is_reported(tmp_path, capsys
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remarked(Synthetic):
+class Commented(Synthetic):
     """Samples of a source that has something to say. Not `Synthetic` by name, so that they are checked."""
 
     def remarks(self, task: Task) -> list[str]:
@@ -322,7 +323,7 @@ class Remarked(Synthetic):
 
 def test_remarks_of_a_source_are_reported_with_its_task_and_split(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check, "Synthetic", type(None))
-    check_files(tiny_config(tasks={"t": tile_task(train=Remarked(num_samples=1))}), tmp_path / "out", 1, 60.0)
+    check_files(tiny_config(tasks={"t": tile_task(train=Commented(num_samples=1))}), tmp_path / "out", 1, 60.0)
     assert "t train: line 3 repeats line 2" in capsys.readouterr().out.splitlines()
 
 
@@ -363,7 +364,9 @@ config = Train(
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), mark_long([(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)], [(signal.SIGTERM, 75)])
+)
 def test_a_check_that_is_stopped_keeps_what_it_found(tmp_path, number, code):
     for folder in ("done", "hanging"):
         colour_folder(tmp_path / folder, ["a.png", "b.png"])

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import video_kinds
+from long_forms import mark_long
 from video_kinds import KINDS, LIMIT, MPEG_B, RATE, VPX, X264, assert_refused, check_numbers, encode, numbers_of, read
 
 from polyvit_fast.data.decoders import build_decoder
@@ -50,9 +51,22 @@ def check_all(path, count=80):
 
 @pytest.mark.parametrize(
     "name",
-    ["h264.ts", "h264-open-gop.ts", "hevc.ts", "mpeg2.ts", "h264.m2ts", "h264.mpg", "mpeg1.mpg", "mpeg2.mpg", "mpeg2.vob"]
-    + ["h264.mkv", "h264-open-gop.mkv", "hevc.mkv", "mpeg4.mkv", "ffv1.mkv", "vp8.webm", "vp9.webm", "vp9-hidden-frames.webm", "av1.webm"]
-    + ["film.dv", "mpeg2.mxf", "h264.mxf", "raw.h264", "raw.hevc", "raw.m2v", "raw.m4v", "raw.mjpeg", "raw.obu"],
+    mark_long(
+        ["h264.ts", "h264-open-gop.ts", "hevc.ts", "mpeg2.ts", "h264.m2ts", "h264.mpg", "mpeg1.mpg", "mpeg2.mpg", "mpeg2.vob"]
+        + [
+            "h264.mkv",
+            "h264-open-gop.mkv",
+            "hevc.mkv",
+            "mpeg4.mkv",
+            "ffv1.mkv",
+            "vp8.webm",
+            "vp9.webm",
+            "vp9-hidden-frames.webm",
+            "av1.webm",
+        ]
+        + ["film.dv", "mpeg2.mxf", "h264.mxf", "raw.h264", "raw.hevc", "raw.m2v", "raw.m4v", "raw.mjpeg", "raw.obu"],
+        ["h264-open-gop.ts", "mpeg2.mpg", "h264-open-gop.mkv", "vp9-hidden-frames.webm", "mpeg2.mxf", "raw.h264"],
+    ),
 )
 def test_concatenated_recordings_are_read_in_the_order_of_the_file(recording, tmp_path, name):
     path = tmp_path / "concatenated"
@@ -67,8 +81,8 @@ def test_many_concatenated_recordings(recording, tmp_path, name, count):
     check_numbers(path, np.arange(4 * count)[None, ::-1], count=4 * count)
 
 
-@pytest.mark.parametrize("name", ["h264.ts", "mpeg2.ts", "mpeg2.mpg", "h264.mkv"])
-@pytest.mark.parametrize("seconds", [0.8, 2.0, 7.0, 3600, 95440])
+@pytest.mark.parametrize("name", mark_long(["h264.ts", "mpeg2.ts", "mpeg2.mpg", "h264.mkv"], ["h264.ts", "mpeg2.mpg"]))
+@pytest.mark.parametrize("seconds", mark_long([0.8, 2.0, 7.0, 3600, 95440], [0.8, 95440]))
 @pytest.mark.parametrize("later", ["first", "second"])
 def test_clocks_of_concatenated_recordings_that_are_far_apart(recording, tmp_path, name, seconds, later):
     path = tmp_path / "concatenated"
@@ -167,8 +181,8 @@ def test_of_a_recording_that_begins_within_a_group_of_pictures_only_whole_frames
     assert 90 < count < 120
 
 
-@pytest.mark.parametrize("name", ["h264.ts", "mpeg2.ts", "h264.mpg", "mpeg2.mpg", "hevc.ts"])
-@pytest.mark.parametrize("seconds", [95441.0, 95442.2, 95443.0])
+@pytest.mark.parametrize("name", mark_long(["h264.ts", "mpeg2.ts", "h264.mpg", "mpeg2.mpg", "hevc.ts"], ["h264.ts", "mpeg2.mpg"]))
+@pytest.mark.parametrize("seconds", mark_long([95441.0, 95442.2, 95443.0], [95442.2]))
 def test_time_stamps_that_wrap(recording, tmp_path, name, seconds):
     """They have 33 bits: 26.5 hours."""
     assert seconds < 2**33 / 90000 < seconds + 3.2

@@ -53,10 +53,10 @@ def test_every_row_is_looked_up_at_its_borders(table_folder):
         for tokens in {*tile.tokens, tile.tokens[1] + 1}:
             for features in (tile.features, tile.features + 1):
                 assert (tile.op, "bf16", "90", str(tokens), str(features)) in lookups
-    assert {place for place in lookups.values() if place >= 0} == set(range(max(lookups.values()) + 1))
+    assert {index for index in lookups.values() if index >= 0} == set(range(max(lookups.values()) + 1))
     for missing in ("attention_sideways", BACKEND_CHOICE):
-        assert {place for key, place in lookups.items() if key[0] == missing} == {-1}
-    assert {place for key, place in lookups.items() if key[2] == "75"} == {-1}
+        assert {index for key, index in lookups.items() if key[0] == missing} == {-1}
+    assert {index for key, index in lookups.items() if key[2] == "75"} == {-1}
 
 
 def test_the_images_are_what_the_table_says(table_folder):

@@ -1,4 +1,4 @@
-"""What commands tell of themselves, and where they refuse to write."""
+"""The help of commands, and where they refuse to write."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_help_is_the_docstring_as_written_and_every_default():
     parser.add_argument("--number", type=int, default=0, help="how many")
     parser.add_argument("--names", nargs="+", default=("a", "b"), help="which")
     parser.add_argument("--file", help="where")
-    parser.add_argument("--quiet", action="store_true", help="no word")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
     text = parser.format_help()
     assert DOC in text
     assert "how many (default: 0)" in text
@@ -27,7 +27,7 @@ def test_folders_are_made_and_may_be_there_already(tmp_path):
 
 
 @pytest.mark.parametrize("below", [(), ("a", "b")], ids=str)
-def test_a_file_in_the_place_of_a_folder_is_the_commands_error(tmp_path, capsys, below):
+def test_a_file_where_a_folder_is_needed_is_the_commands_error(tmp_path, capsys, below):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
         commands.make_folder(commands.parser(DOC), "--out", (tmp_path / "file").joinpath(*below))

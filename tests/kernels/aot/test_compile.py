@@ -65,7 +65,7 @@ ptxas info    : Compile time = 123.4 ms
 """
 
 
-def test_warnings_and_advice_are_told_from_the_lines_of_every_compilation():
+def test_warnings_and_advice_are_separated_from_the_lines_of_every_compilation():
     assert messages(LOG) == (
         "(C7515) Potential Performance Loss: wgmma is serialized in 'k'",
         "Potential Performance Loss: another one",

@@ -12,7 +12,7 @@ from polyvit_kernels.tiles.table import TABLE
 
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
-# One row in place of the table.
+# One row instead of the table.
 ONE_ROW = """
 from polyvit_kernels.aot import main
 from polyvit_kernels.tiles import Tile
@@ -94,7 +94,7 @@ def test_matrices_are_multiplied_by_the_tensor_cores_own_instructions(records):
     assert {"linear_gelu_forward", "linear_add_forward", "dgelu_backward"} <= multiplying
 
 
-def test_the_command_agrees_and_prints_a_line_per_kernel(records, table_folder):
+def test_the_command_succeeds_and_prints_a_line_per_kernel(records, table_folder):
     lines = (table_folder / "stdout").read_text().splitlines()
     assert len(lines) == len(records) + 2
     assert tuple(lines[0].split()) == listing.HEADINGS
@@ -160,7 +160,7 @@ def test_a_gpu_is_named_as_a_number_or_as_nvidia_does():
     assert main._parser().parse_args(["--arch", "90", "sm_100"]).arch == [90, 100]
 
 
-def test_where_nothing_can_be_written_is_told_before_anything_is_compiled(tmp_path):
+def test_where_nothing_can_be_written_is_refused_before_anything_is_compiled(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for option, path, message in (

@@ -43,8 +43,8 @@ def test_what_wants_no_gradient_gets_none(without):
     assert [name for name, leaf in leaves.items() if leaf.grad is None] == [without]
 
 
-class Telling(torch.autograd.Function):
-    """Hands its gradient on with sums of its own."""
+class AttachSums(torch.autograd.Function):
+    """Passes its gradient on with column sums of its own attached."""
 
     @staticmethod
     def forward(ctx, qkv):
@@ -57,13 +57,13 @@ class Telling(torch.autograd.Function):
 
 def test_the_bias_learns_from_the_sums_that_come_with_its_gradient():
     leaves = {name: tensor.bfloat16().requires_grad_() for name, tensor in inputs(2, 5, 32).items()}
-    Telling.apply(ops.linear(**leaves, shape=(3, 2, -1))).sum().backward()
+    AttachSums.apply(ops.linear(**leaves, shape=(3, 2, -1))).sum().backward()
     assert torch.equal(leaves["bias"].grad, torch.arange(48.0).bfloat16())
 
 
 def test_a_view_between_the_two_loses_the_sums():
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs(2, 5, 32).items()}
-    Telling.apply(ops.linear(**leaves).unflatten(-1, (3, 2, -1))).sum().backward()
+    AttachSums.apply(ops.linear(**leaves).unflatten(-1, (3, 2, -1))).sum().backward()
     assert torch.equal(leaves["bias"].grad, torch.full((48,), 10.0))
 
 

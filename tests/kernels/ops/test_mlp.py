@@ -1,4 +1,4 @@
-"""Linear layers with GELU by the comparison rule: truth is `reference.py` in fp64, the yardstick plain PyTorch at the same dtype."""
+"""Linear layers with GELU by the comparison rule: truth is `reference.py` in fp64, the baseline plain PyTorch at the same dtype."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from samples import normal
 
 import polyvit_kernels as ops
 from polyvit_kernels import reference
-from polyvit_kernels.ops.update import _adamw_cuda, _sgd_cuda
+from polyvit_kernels.ops.update import _adamw, _sgd
 from polyvit_kernels.tiles import lookup
 
 
@@ -173,7 +173,7 @@ def test_updates_name_the_buffer_that_does_not_fit(name, change, message):
 
 
 def sharing_cases(name):
-    """Buffers of which two share memory, and the names of those."""
+    """Buffers of which two overlap in memory, and the names of those."""
     size, moments = 8, list(zeros(name, 8))
     param, grad, whole = normal(size), normal(size), normal(12)
     yield (param, param, *moments), {}, "param and grad"
@@ -187,7 +187,7 @@ def sharing_cases(name):
 def test_updates_refuse_buffers_that_share_memory(name):
     for buffers, more, names in sharing_cases(name):
         before = [buffer.clone() for buffer in buffers]
-        with pytest.raises(ValueError, match=f"{names} share memory, but each buffer needs its own"):
+        with pytest.raises(ValueError, match=f"{names} overlap in memory, but each buffer needs its own"):
             update(name, buffers, 1, **more)
         assert all(torch.equal(buffer, old) for buffer, old in zip(buffers, before, strict=True))
     whole = normal(4 * 8).abs().view(4, 8)
@@ -257,7 +257,7 @@ def test_compiled_as_one_graph_the_values_are_the_same(name):
 def test_the_implementation_for_gpus_gives_what_torchs_gives(name, dtype, monkeypatch):
     monkeypatch.setattr(lookup, "architecture", lambda device: 90)
     found, expected = arguments(name, dtype), arguments(name, dtype)
-    {"sgd": _sgd_cuda, "adamw": _adamw_cuda}[name](*found)
+    {"sgd": _sgd, "adamw": _adamw}[name](*found, lookup.pick_for)
     getattr(torch.ops.polyvit, f"{name}_")(*expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)

@@ -46,11 +46,11 @@ def test_operations_under_autocast_take_the_rounded_form():
     assert layer.factor() == 2
     assert layer.factor(torch.float16) == 1
     assert torch.equal(ops.linear(torch.ones(1, 4), layer.weight, layer.bias)[0], layer.weight.sum(1) + layer.bias)
-    assert weights.rounded(layer.weight, torch.bfloat16).data_ptr() == layer.buffer.rounded.data_ptr()
+    assert weights.cast_weight(layer.weight, torch.bfloat16).data_ptr() == layer.buffer.rounded.data_ptr()
 
 
 CHANGES = {
-    "a parameter in place": lambda layer: layer.weight.mul_(2),
+    "a write to the parameter": lambda layer: layer.weight.mul_(2),
     "the other parameter": lambda layer: layer.bias.zero_(),
     "the buffer": lambda layer: layer.buffer.values.mul_(2),
     "a part of the buffer": lambda layer: layer.buffer.values[:8].add_(1),
@@ -66,7 +66,7 @@ def test_it_is_not_taken_after_others_have_written(name):
     touched = [parameter for parameter in (layer.weight, layer.bias) if not weights.is_attached(parameter)]
     assert touched
     for parameter in touched:
-        assert torch.equal(weights.rounded(parameter, torch.bfloat16), parameter.bfloat16())
+        assert torch.equal(weights.cast_weight(parameter, torch.bfloat16), parameter.bfloat16())
 
 
 def test_who_writes_both_says_so():
@@ -77,7 +77,7 @@ def test_who_writes_both_says_so():
     assert weights.is_attached(layer.weight)
     layer.buffer.values.mul_(2)
     layer.buffer.refresh()
-    assert torch.equal(weights.rounded(layer.weight, torch.bfloat16), layer.weight.bfloat16())
+    assert torch.equal(weights.cast_weight(layer.weight, torch.bfloat16), layer.weight.bfloat16())
 
 
 def test_the_gradient_is_added_to_an_fp32_one_as_it_comes():
@@ -118,9 +118,9 @@ COPIES = {
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_have_none(name):
     layer = Layer()
-    twin = COPIES[name](layer.weight)
-    assert not weights.is_attached(twin)
-    assert torch.equal(weights.rounded(twin, torch.bfloat16), layer.weight.bfloat16())
+    other = COPIES[name](layer.weight)
+    assert not weights.is_attached(other)
+    assert torch.equal(weights.cast_weight(other, torch.bfloat16), layer.weight.bfloat16())
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -13,7 +13,7 @@ from samples import normal
 import polyvit_kernels as ops
 from polyvit_kernels import reference, tiles
 from polyvit_kernels.ops import xformers_attention
-from polyvit_kernels.ops.attention import _route, check_backend
+from polyvit_kernels.ops.attention_backends import check_backend, choose_backend
 from polyvit_kernels.tiles import lookup
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -102,7 +102,7 @@ def test_a_row_of_the_table_counts_where_its_package_is_there(monkeypatch, is_in
     monkeypatch.setattr(xformers_attention, "is_installed", lambda: is_installed)
     lookup._rows.cache_clear()
     try:
-        assert _route("attention", 197, 64, 0, torch.bfloat16) == expected
+        assert choose_backend("attention", 197, 64, 0, torch.bfloat16) == expected
     finally:
         lookup._rows.cache_clear()
 

@@ -8,7 +8,8 @@ from compare import DEVICE, assert_within_rule, largest_difference
 from samples import normal
 
 from polyvit_kernels import reference
-from polyvit_kernels.ops.patch_embed import _patch_embed_by_torch, _tubelets
+from polyvit_kernels.ops.patch_embed import _gather_tubelets, _patch_embed
+from polyvit_kernels.ops.registration import pick_torch
 from polyvit_kernels.tiles import Tile
 from polyvit_kernels.tiles.table import TABLE
 from polyvit_kernels.triton_kernels import patch_embed as patches
@@ -39,12 +40,12 @@ def assert_kernels_obey(grid, *parameters, dtype=torch.float32, out_dtype=torch.
     found = patches.forward(grid, *parameters, out_dtype, FORWARD)
     exact = [tensor.double() for tensor in parameters]
     expected = {"tokens": reference.patch_embed(grid.double(), *exact)}
-    plain_results = _patch_embed_by_torch(grid, *parameters, out_dtype)
+    plain_results = _patch_embed(grid, *parameters, out_dtype, pick_torch)
     assert_within_rule({"tokens": found}, {"tokens": plain_results}, expected, dtype)
 
     rows = patches.tubelets(grid, weight, mean, std, pos_embed.shape[1], BACKWARD).view(len(grid), pos_embed.shape[1], -1)
     assert not rows[:, 0].any()
-    assert largest_difference(rows[:, 1:], _tubelets(grid, weight, mean, std)) <= 2 * torch.finfo(dtype).eps * rows.abs().max()
+    assert largest_difference(rows[:, 1:], _gather_tubelets(grid, weight, mean, std)) <= 2 * torch.finfo(dtype).eps * rows.abs().max()
 
 
 @pytest.mark.parametrize(

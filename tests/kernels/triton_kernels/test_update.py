@@ -8,7 +8,8 @@ from compare import DEVICE, assert_within_rule
 from samples import normal
 
 from polyvit_kernels import reference
-from polyvit_kernels.ops.update import _adamw_by_torch, _sgd_by_torch
+from polyvit_kernels.ops.registration import pick_torch
+from polyvit_kernels.ops.update import _adamw, _sgd
 from polyvit_kernels.tiles import pick
 from polyvit_kernels.tiles.table import TABLE
 from polyvit_kernels.triton_kernels import update
@@ -34,7 +35,7 @@ def buffers(name, size, seed=0):
 
 
 def run(name, form, tensors, *, count=COUNT, ok=True, scale=SCALE, copy=None, **more):
-    """In place; `form` is our launcher or torch's update."""
+    """Update the tensors by `form`, our launcher or torch's."""
     numbers = (number(LR), number(scale), torch.tensor(ok, device=DEVICE))
     *params, ema = tensors.values()
     if name == "sgd":
@@ -48,7 +49,7 @@ def ours(name, tensors, **more):
 
 
 def plain(name, tensors, **more):
-    run(name, {"sgd": _sgd_by_torch, "adamw": _adamw_by_torch}[name], tensors, **more)
+    run(name, {"sgd": _sgd, "adamw": _adamw}[name], tensors, pick=pick_torch, **more)
 
 
 def true(name, tensors, count=COUNT):

@@ -188,12 +188,6 @@ def test_a_gpu_that_one_example_overfills_gets_a_dash(capsys, monkeypatch):
     assert cells(text, "Memory", "huge")[-4:] == ["-", "-", "-", "-"]
 
 
-def test_small_models_have_no_table_of_gpus(capsys, monkeypatch):
-    text = printed(tiny_config(), capsys, monkeypatch)
-    assert "GiB" not in text
-    assert "one example" not in text
-
-
 def test_a_checkpoint_is_as_large_as_estimated(tmp_path, capsys):
     from polyvit_fast.train.loop import train
 
