@@ -2,7 +2,7 @@
  *
  *   cc example_attention.c -lpolyvit_kernels -ldl -lm && ./a.out [batch tokens heads head_dim]
  *
- * Ends with 0 when the numbers agree, 1 when not, 77 where there is no GPU to run on. */
+ * Ends with 0 when the numbers match, 1 when not, 77 where there is no GPU to run on. */
 #include "polyvit_kernels.h"
 
 #include <dlfcn.h>
@@ -40,7 +40,7 @@ static void must_launch(int status) {
 static void open_gpu(void) {
   void *driver = dlopen("libcuda.so.1", RTLD_NOW), *context;
   if (!driver) stop(NO_GPU, "no GPU to run on: no CUDA driver", dlerror());
-  const struct { void *place; const char *name; } functions[] = {
+  const struct { void *target; const char *name; } functions[] = {
       {&cuInit, "cuInit"}, {&cuDeviceGet, "cuDeviceGet"}, {&cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain"},
       {&cuCtxSetCurrent, "cuCtxSetCurrent"}, {&cuMemAlloc, "cuMemAlloc_v2"}, {&cuMemcpyHtoD, "cuMemcpyHtoD_v2"},
       {&cuMemcpyDtoH, "cuMemcpyDtoH_v2"}, {&cuCtxSynchronize, "cuCtxSynchronize"}, {&cuEventCreate, "cuEventCreate"},
@@ -48,7 +48,7 @@ static void open_gpu(void) {
   for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
     void *found = dlsym(driver, functions[i].name);
     if (!found) stop(NO_GPU, "no GPU to run on: the CUDA driver is too old for", functions[i].name);
-    memcpy(functions[i].place, &found, sizeof found);
+    memcpy(functions[i].target, &found, sizeof found);
   }
   int device;
   if (cuInit(0) || cuDeviceGet(&device, 0)) stop(NO_GPU, "no GPU to run on: no CUDA device", "the driver finds none");
@@ -124,7 +124,7 @@ static void reference(const polyvit_attention *call, const uint16_t *qkv, const 
   free(p);
 }
 
-static int agrees(const char *what, double error, double largest) {
+static int is_close(const char *what, double error, double largest) {
   int close = error <= 0.02 * largest;
   printf("%-8s greatest error %.5f of values up to %.3f: %s\n", what, error, largest, close ? "as bf16 rounds" : "WRONG");
   return close;
@@ -146,7 +146,7 @@ static int compare(const polyvit_attention *call, const uint16_t *qkv, const uin
     }
   }
   free(true_out), free(true_grad);
-  return agrees("out", errors[0], largest[0]) & agrees("gradient", errors[1], largest[1]);
+  return is_close("out", errors[0], largest[0]) & is_close("gradient", errors[1], largest[1]);
 }
 
 int main(int count, char **arguments) {

@@ -61,14 +61,14 @@ static int is_long(const polyvit_row *row) { return !strncmp(row->op, "attention
 
 enum { QKV = 4, GRAD = 3 };
 
-static void put_qkv_strides(polyvit_argument *place, const polyvit_attention *call) {
+static void put_qkv_strides(polyvit_argument *arguments, const polyvit_attention *call) {
   static const char *const names[QKV] = {"stride_batch", "stride_token", "stride_part", "stride_head"};
-  for (int i = 0; i < QKV; i++) place[i] = polyvit_integer(names[i], call->qkv_strides[i]);
+  for (int i = 0; i < QKV; i++) arguments[i] = polyvit_integer(names[i], call->qkv_strides[i]);
 }
 
-static void put_grad_strides(polyvit_argument *place, const polyvit_attention *call) {
+static void put_grad_strides(polyvit_argument *arguments, const polyvit_attention *call) {
   static const char *const names[GRAD] = {"grad_batch", "grad_token", "grad_head"};
-  for (int i = 0; i < GRAD; i++) place[i] = polyvit_integer(names[i], call->grad_strides[i]);
+  for (int i = 0; i < GRAD; i++) arguments[i] = polyvit_integer(names[i], call->grad_strides[i]);
 }
 
 int polyvit_attention_forward(const polyvit_attention *call, const void *qkv, void *out, float *sums, void *stream) {

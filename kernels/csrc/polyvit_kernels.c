@@ -133,7 +133,7 @@ static int cuda_failed(const char *what, int error) {
 
 static int open_driver(void) {
   static const struct {
-    void *place;
+    void *target;
     const char *name;
   } functions[] = {
       {&driver.init, "cuInit"},
@@ -152,9 +152,9 @@ static int open_driver(void) {
   if (!library) return polyvit_fail(POLYVIT_NO_GPU, "no CUDA driver: %s", dlerror());
   for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
     void *found = dlsym(library, functions[i].name);
-    if (!found && functions[i].place != &driver.context_id)
+    if (!found && functions[i].target != &driver.context_id)
       return polyvit_fail(POLYVIT_NO_GPU, "the CUDA driver has no %s: it is too old", functions[i].name);
-    memcpy(functions[i].place, &found, sizeof found);
+    memcpy(functions[i].target, &found, sizeof found);
   }
   int error = driver.init(0);
   if (error) return polyvit_fail(POLYVIT_NO_GPU, "no CUDA GPU: cuInit gives %s", error_name(error));
@@ -217,9 +217,9 @@ static int find_function(const polyvit_kernel *kernel, void **function) {
   loaded_context *context = NULL;
   int status = enter_context(&context);
   if (!status) {
-    void **place = &context->functions[kernel - polyvit_images];
-    if (!*place) status = load_image(context, kernel, place);
-    *function = *place;
+    void **loaded = &context->functions[kernel - polyvit_images];
+    if (!*loaded) status = load_image(context, kernel, loaded);
+    *function = *loaded;
   }
   pthread_mutex_unlock(&lock);
   return status;
@@ -240,20 +240,21 @@ int polyvit_kernels_load(const polyvit_kernel *kernel) {
 
 /* ---- a launch ---- */
 
-typedef union slot {
+typedef union parameter_value {
   uint64_t address;
   int32_t i32;
   int64_t i64;
   float fp32;
-} slot;
+} parameter_value;
 
-static int fill_slot(slot *place, const polyvit_kernel *kernel, const polyvit_parameter *parameter, const polyvit_argument *argument) {
+static int fill_value(parameter_value *target, const polyvit_kernel *kernel, const polyvit_parameter *parameter,
+                      const polyvit_argument *argument) {
   const char *type = parameter->type;
   polyvit_kind kind = type[0] == '*' ? POLYVIT_POINTER : type[0] == 'i' ? POLYVIT_INTEGER : POLYVIT_REAL;
   if (argument->kind != kind)
     return polyvit_fail(POLYVIT_BAD_ARGUMENT, "%s: %s is a %s", kernel->name, parameter->name, type);
   if (kind == POLYVIT_REAL) {
-    place->fp32 = (float)argument->real;
+    target->fp32 = (float)argument->real;
     return POLYVIT_OK;
   }
   int64_t value = kind == POLYVIT_POINTER ? (int64_t)(uintptr_t)argument->pointer : argument->integer;
@@ -265,19 +266,19 @@ static int fill_slot(slot *place, const polyvit_kernel *kernel, const polyvit_pa
   if (!strcmp(type, "i32") && (value < INT32_MIN || value > INT32_MAX))
     return polyvit_fail(POLYVIT_BAD_ARGUMENT, "%s: %s is %lld, which 32 bits do not hold", kernel->name, parameter->name, (long long)value);
   if (!strcmp(type, "i32"))
-    place->i32 = (int32_t)value;
+    target->i32 = (int32_t)value;
   else
-    place->i64 = value;
+    target->i64 = value;
   return POLYVIT_OK;
 }
 
-static int fill_slots(slot *slots, const polyvit_kernel *kernel, const polyvit_argument *arguments, size_t count) {
+static int fill_values(parameter_value *values, const polyvit_kernel *kernel, const polyvit_argument *arguments, size_t count) {
   for (int i = 0; i < kernel->num_parameters; i++) {
     const polyvit_argument *given = NULL;
     for (size_t k = 0; k < count && !given; k++)
       if (!strcmp(arguments[k].name, kernel->parameters[i].name)) given = &arguments[k];
     if (!given) return polyvit_fail(POLYVIT_BAD_ARGUMENT, "%s needs the argument %s", kernel->name, kernel->parameters[i].name);
-    int status = fill_slot(&slots[i], kernel, &kernel->parameters[i], given);
+    int status = fill_value(&values[i], kernel, &kernel->parameters[i], given);
     if (status) return status;
   }
   if (count != (size_t)kernel->num_parameters)
@@ -290,8 +291,8 @@ int polyvit_kernels_launch(const polyvit_kernel *kernel, void *stream, const int
   if (!kernel || !grid || (count && !arguments)) return polyvit_fail(POLYVIT_BAD_ARGUMENT, "kernel, grid and arguments are needed");
   if (kernel->num_parameters > MAX_PARAMETERS)
     return polyvit_fail(POLYVIT_BAD_ARGUMENT, "%s has more than %d parameters", kernel->name, MAX_PARAMETERS);
-  slot slots[MAX_PARAMETERS];
-  int status = fill_slots(slots, kernel, arguments, count);
+  parameter_value values[MAX_PARAMETERS];
+  int status = fill_values(values, kernel, arguments, count);
   if (status) return status;
   for (int i = 0; i < 3; i++)
     if (grid[i] < 0 || grid[i] > (i ? MAX_GRID_YZ : INT32_MAX))
@@ -303,7 +304,7 @@ int polyvit_kernels_launch(const polyvit_kernel *kernel, void *stream, const int
   /* Triton's kernels end with two pointers to scratch memory, which those of the table do not use. */
   uint64_t no_scratch = 0;
   void *parameters[MAX_PARAMETERS + 2];
-  for (int i = 0; i < kernel->num_parameters; i++) parameters[i] = &slots[i];
+  for (int i = 0; i < kernel->num_parameters; i++) parameters[i] = &values[i];
   parameters[kernel->num_parameters] = parameters[kernel->num_parameters + 1] = &no_scratch;
   int error = driver.launch(function, (unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2], (unsigned)kernel->num_warps * WARP, 1, 1,
                             (unsigned)kernel->shared_bytes, stream, parameters, NULL);
