@@ -44,10 +44,6 @@ INSTEAD = {
 EXCEPTIONS: list[tuple[str, str, str]] = [
     ("lab", "polyvit_fast/data/sources/listing.py", "the ending of a file's name"),
     ("lab", "tests/data/image_kinds.py", "a colour space"),
-    ("race", "tests/gluon/gluon_machine.py", "a data race in a GPU's shared memory"),
-    ("race", "tests/gluon/test_gluon_executor.py", "the same"),
-    ("share", "kernels/polyvit_kernels/tiles/table.py", "two programs on one SM"),
-    ("share", "kernels/polyvit_kernels/triton_kernels/gelu.py", "two kernels that call one function"),
 ]
 """(word, file, why it is right there)."""
 
