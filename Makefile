@@ -1,6 +1,7 @@
 # Each target first makes .venv when it is missing. Python 3.11 or newer, gcc and git are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 SOURCES := polyvit_fast kernels tests benchmarks setup.py
 
 .PHONY: help demo test test-all test-gpu check measure bench aot wheel clean
@@ -21,11 +22,11 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	@echo "== tests without a GPU (6 minutes on 2 cores)"
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 test-all: .venv/installed-tests
 	@echo "== tests without a GPU, long forms too"
-	$(BIN)/pytest -q -m "not gpu"
+	$(BIN)/pytest -q -m "not gpu" -n $(WORKERS) --dist worksteal
 
 test-gpu: .venv/installed-tests
 	$(BIN)/python benchmarks/gpu.py --out $$(mktemp -d) --only tests

@@ -1,6 +1,6 @@
 """Attention on the packed projection, each way, against torch's backends, compilers and packages.
 
-Run: pytest benchmarks/bench_attention.py. The backward gives the packed gradient; what peers spend on concatenating theirs is in their time.
+Run: pytest benchmarks/bench_attention.py. The backward gives the packed gradient; the time in which peers concatenate theirs is counted.
 Where the tile table sends a length to a library, ours is that, and our own kernels are a candidate of their own.
 """
 

@@ -22,7 +22,7 @@ import pytest
 from harness import OURS, Group, candidate_params
 from machine import DEVICE, HAS_GPU
 from ported import Build
-from steps import LOSS_TOLERANCE, Case, Trainer, config_of, fastest_backend, group_of, our_trainer, our_trainers_apart, peer_trainer
+from steps import LOSS_TOLERANCE, StepCase, Trainer, config_of, fastest_backend, group_of, our_trainer, our_trainers_apart, peer_trainer
 
 from polyvit_fast.config import MODELS, Modality, Model, Task
 from polyvit_fast.data.audio.modality import Audio
@@ -47,24 +47,24 @@ def task_of(modality: Modality, batch: int, num_classes: int = 1000, **changes) 
     return Task(modality=modality, train=Synthetic(), val=Synthetic(), num_classes=num_classes, steps=1, batch=batch, **changes)
 
 
-def vit(size: str, batch: int, residual: Literal["fp32", "bf16"] = "fp32") -> Case:
+def vit(size: str, batch: int, residual: Literal["fp32", "bf16"] = "fp32") -> StepCase:
     model = replace(MODELS[size], gelu="erf", depth=2 if machine.IS_TINY else MODELS[size].depth)
-    return Case(model=model, task=task_of(Image(size=224), batch), residual=residual)
+    return StepCase(model=model, task=task_of(Image(size=224), batch), residual=residual)
 
 
-def vit_with_drop_path() -> Case:
+def vit_with_drop_path() -> StepCase:
     case = vit("B", 256)
     return replace(case, model=replace(case.model, rescale_drop_path=True), task=replace(case.task, drop_path_rate=0.1))
 
 
-def vivit_b() -> Case:
-    return Case(model=MODELS["B"], task=task_of(Video(frames=32, tubelet_frames=2), 16, 400))
+def vivit_b() -> StepCase:
+    return StepCase(model=MODELS["B"], task=task_of(Video(frames=32, tubelet_frames=2), 16, 400))
 
 
-def ast_b() -> Case:
+def ast_b() -> StepCase:
     """1,212 patches, as many as AST's overlapping ones of ten seconds."""
     sound = Audio(clip_seconds=16.16, num_mel_bins=192, channels=1)
-    return Case(model=replace(MODELS["B"], gelu="erf"), task=task_of(sound, 64, 527, loss="sigmoid", multi_label=True))
+    return StepCase(model=replace(MODELS["B"], gelu="erf"), task=task_of(sound, 64, 527, loss="sigmoid", multi_label=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class SingleTask:
     """A model on one task, and the candidates in the order in which they begin, should time run out."""
 
     title: str
-    case: Callable[[], Case]
+    case: Callable[[], StepCase]
     candidates: tuple[str, ...]
     unit: str
     tolerance: float = LOSS_TOLERANCE
@@ -84,7 +84,7 @@ class SingleTask:
         return group_of(self.title, case.task.batch, self.unit, {name: trainers[name] for name in self.candidates}, self.tolerance)
 
 
-def find_trainers(case: Case, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
+def find_trainers(case: StepCase, model: PolyViT) -> dict[str, Callable[[], Trainer]]:
     """All ways to make the step, should the libraries have this model."""
     ours, backend = partial(our_trainer, case.config, model), fastest_backend(case.model, case.task)
     found: dict[str, Callable[[], Trainer]] = {
@@ -141,7 +141,7 @@ def usual(library: str, *more: str) -> tuple[str, ...]:
     return (OURS, f"{library} {peers.COMPILED}", *more, library, OURS_EAGER)
 
 
-def images(title: str, case: Callable[[], Case], candidates: tuple[str, ...], tolerance: float = LOSS_TOLERANCE) -> SingleTask:
+def images(title: str, case: Callable[[], StepCase], candidates: tuple[str, ...], tolerance: float = LOSS_TOLERANCE) -> SingleTask:
     return SingleTask(title=title, case=case, candidates=candidates, unit="images", tolerance=tolerance)
 
 
@@ -158,8 +158,10 @@ CASES: tuple[SingleTask | CoTraining, ...] = (  # in the order in which they beg
     images("ViT-Ti/16 224, batch 256", partial(vit, "Ti", 256), usual(TIMM, f"{TIMM} {peers.REDUCED}")),
 )
 ON_A_CPU: tuple[SingleTask | CoTraining, ...] = (
-    images("ViT-Ti/16 224, batch 4", partial(vit, "Ti", 4), (OURS, VIT, TIMM)),
-    CoTraining(title="PolyViT-Ti, three tasks", model=replace(MODELS["Ti"], depth=2) if machine.IS_TINY else MODELS["Ti"], tasks=three_small_tasks),
+    images("ViT-Ti/16 224, batch 4", partial(vit, "Ti", 4), (OURS, VIT) if machine.IS_TINY else (OURS, VIT, TIMM)),
+    CoTraining(
+        title="PolyViT-Ti, three tasks", model=replace(MODELS["Ti"], depth=2) if machine.IS_TINY else MODELS["Ti"], tasks=three_small_tasks
+    ),
 )
 
 

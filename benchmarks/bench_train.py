@@ -78,7 +78,10 @@ def config_of(tasks: Mapping[str, Task], data: str, folder: Path, files: Path) -
     def source(of: Source, num_samples: int) -> Source:
         return Made(num_samples=num_samples) if data == MADE else replace(of, num_samples=num_samples, root=str(files))  # pyright: ignore[reportCallIssue]
 
-    made = {name: replace(task, steps=STEPS, train=source(task.train, NUM_FILES), val=source(task.val, NUM_VAL_FILES)) for name, task in tasks.items()}
+    made = {
+        name: replace(task, steps=STEPS, train=source(task.train, NUM_FILES), val=source(task.val, NUM_VAL_FILES))
+        for name, task in tasks.items()
+    }
     return Train(
         tasks=made,
         model=MODELS["B"] if HAS_GPU else demo.config.model,
@@ -104,7 +107,7 @@ class Speed:
         return Speed(*(getattr(self, name) + getattr(other, name) for name in ("examples", "seconds", "waited", "flops")))
 
     def describe(self) -> dict[str, Any]:
-        """What the table says beside the rate."""
+        """What the table says after the rate."""
         note = f"waits for data {self.waited / self.seconds:.1%} of the time"
         return {"mfu": machine.compute_mfu(self.flops, self.seconds), "data_wait_ratio": self.waited / self.seconds, "note": note}
 

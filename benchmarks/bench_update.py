@@ -88,10 +88,10 @@ def true_sgd(state: Inputs) -> Inputs:
 def take_optimizer(state: Inputs, optimizer: Callable[..., torch.optim.Optimizer], sizes: list[int]) -> Inputs:
     """One of torch's over views of a copy of the parameters, its first update done; it scales as torch's GradScaler has it scale."""
     state = clone(state)
-    parts = [part.requires_grad_() for part in state["param"].split(sizes)]
-    for part, grad in zip(parts, state["grad"].split(sizes), strict=True):
-        part.grad = grad
-    made: Any = optimizer(parts, lr=state["lr"], fused=True)
+    views = [view.requires_grad_() for view in state["param"].split(sizes)]
+    for view, grad in zip(views, state["grad"].split(sizes), strict=True):
+        view.grad = grad
+    made: Any = optimizer(views, lr=state["lr"], fused=True)
     made.grad_scale, made.found_inf = state["scale"].reciprocal(), state["ok"].logical_not().float()
     made.step()
     return {"step": made.step, "param": state["param"], "grad": state["grad"], "copy": state["copy"]}

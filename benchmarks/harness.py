@@ -1,6 +1,6 @@
 """Ours and its peers on the same work: each is checked first, then all are timed in turn, and pytest-benchmark gets the times.
 
-A `Group` holds the candidates of one piece of work and is a fixture of their tests. Each candidate's test builds it, asserts that it is
+A `Group` holds the candidates for the same work and is a fixture of their tests. Each candidate's test builds it, asserts that it is
 right and opens its entry in pytest-benchmark. After the group's last test the candidates take turns, so that what the machine does
 meanwhile (clocks, heat, neighbours) happens to all of them alike.
 """
@@ -165,7 +165,7 @@ def _any_warning() -> Iterator[None]:
 
 
 def describe(runner: Runner, seconds: float) -> dict[str, Any]:
-    """What is reported beside a median."""
+    """What is reported with a median."""
     floor = machine.floor_seconds(runner.num_bytes, runner.flops)
     return {
         "tflops": runner.flops / seconds / 1e12,
@@ -309,7 +309,7 @@ def candidate_params(groups: Mapping[str, tuple[Callable[[], Group], Sequence[st
 
 
 def bind(candidate: Candidate, inputs: Inputs, direction: str) -> Run:
-    """One call: the forward as in training, or the gradients of one graph that stays, for upstream gradients that all candidates share."""
+    """One call: the forward as in training, or the gradients of one graph that stays; upstream gradients are the same for everybody."""
     tensors = candidate.take(inputs)
     if direction == STEP:
         return lambda: candidate.operation(**tensors)

@@ -7,14 +7,15 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# What lies here is measured, even where another version is installed. `tests/compare.py` judges the results, and ported models need the
-# declarations of `tests/drop_in`.
-sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "tests", "tests/drop_in")]
+# What lies here is measured, even where another version is installed or none. `tests/compare.py` judges the results, and ported models
+# need the declarations of `tests/drop_in`.
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "kernels", "tests", "tests/drop_in")]
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -45,6 +46,12 @@ def slugify(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def shorten(name: str) -> str:
+    """A GPU's name as the tile table's files have it: h100 for NVIDIA H100 80GB HBM3; the slug where no word names the model alone."""
+    model = re.search(r"\b[A-Z]+\d+[A-Z]*\b", name)
+    return model.group().lower() if model else slugify(name)
+
+
 def floor_seconds(num_bytes: float, flops: float) -> float | None:
     """The least time for so many bytes and operations at the GPU's measured rates; None where nobody measured them."""
     if find_name() not in RATES:
@@ -69,6 +76,7 @@ def read_clocks() -> dict[str, float]:
         return {}
 
 
+@cache
 def find_versions() -> dict[str, str]:
     """Versions of Python, CUDA, cuDNN and the installed packages that matter here."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}

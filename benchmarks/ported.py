@@ -141,7 +141,7 @@ def _sizes(model: Model, task: Task) -> dict[str, object]:
 
 @torch.no_grad()
 def _load(theirs: nn.Module, state: Mapping[str, Tensor], kernel: Tensor, positions: Tensor) -> None:
-    """Fill one of Hugging Face's; a layer's parts in the order in which all of its versions have them."""
+    """Fill one of Hugging Face's; a layer's modules in the order in which all of its versions have them."""
     own = dict(theirs.named_parameters())
     named = {name.partition("embeddings.")[2]: parameter for name, parameter in own.items() if "embeddings." in name}
     named["patch_embeddings.projection.weight"].copy_(kernel)
@@ -156,8 +156,8 @@ def _load(theirs: nn.Module, state: Mapping[str, Tensor], kernel: Tensor, positi
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         norms = [module for module in layer.modules() if isinstance(module, nn.LayerNorm)]
         for kind in ("weight", "bias"):
-            parts = [*ours[f"attn.qkv.{kind}"].chunk(3), *(ours[f"{name}.{kind}"] for name in ("attn.proj", "mlp.fc1", "mlp.fc2"))]
-            for module, tensor in zip([*linears, *norms], [*parts, ours[f"norm1.{kind}"], ours[f"norm2.{kind}"]], strict=True):
+            tensors = [*ours[f"attn.qkv.{kind}"].chunk(3), *(ours[f"{name}.{kind}"] for name in ("attn.proj", "mlp.fc1", "mlp.fc2"))]
+            for module, tensor in zip([*linears, *norms], [*tensors, ours[f"norm1.{kind}"], ours[f"norm2.{kind}"]], strict=True):
                 getattr(module, kind).copy_(tensor)
     head = [module for module in theirs.modules() if isinstance(module, nn.Linear)][-1]
     norm = next(module for name, module in theirs.named_modules() if name.count(".") == 1 and name.endswith(".layernorm"))

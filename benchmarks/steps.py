@@ -44,7 +44,7 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class StepCase:
     """A model on one task's batch; the dtype of our residual stream on a GPU."""
 
     model: Model
@@ -198,7 +198,7 @@ def our_trainers_apart(config: Train, model: PolyViT, *, captured: bool) -> Trai
 
 
 def peer_trainer(
-    case: Case,
+    case: StepCase,
     build: Build,
     ours: PolyViT,
     *,

@@ -137,9 +137,9 @@ class EvalOptions:
     checkpoint: str = "newest"
     """newest, best, or the step of a checkpoint."""
     tasks: tuple[str, ...] = ()
-    """Names of the tasks to evaluate. Default: all."""
+    """Names of the tasks to evaluate. None: all."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
-    """Where to evaluate. Default: where the run was trained."""
+    """Where the model computes."""
 
 
 def _eval(arguments: list[str]) -> int:

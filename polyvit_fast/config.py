@@ -122,7 +122,7 @@ class Task:
     batch: int = 64
     """Examples per step, over all processes and micro-batches together."""
     micro_batches: int = 1
-    """Compute the batch in this many equal parts, one after the other, to fit into memory. The gradient is that of the whole batch."""
+    """Compute the batch in this many equal chunks, one after the other, to fit into memory. The gradient is that of the whole batch."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: cross-entropy, averaged over the batch.
     sigmoid: binary cross-entropy, summed over the classes and averaged over the batch."""
@@ -367,8 +367,8 @@ class Train:
     log: tyro.conf.OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
     distributed: tyro.conf.OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
     schedule: Annotated[str | Schedule, tyro.conf.arg(constructor=str, metavar="NAME")] = "weighted"
-    """Which task each step trains: task-by-task, alternating, uniform, weighted or accumulating. An experiment file may also
-    give a function Train -> list of task tuples."""
+    """Which task each step trains: task-by-task, alternating, uniform, weighted or accumulating.
+    An experiment file may instead give a function that takes a Train and returns the tasks of every step as a list of tuples of names."""
     out: str = ""
     """Run folder. Empty: runs/NAME."""
     seed: int = 0

@@ -26,7 +26,7 @@ SOUNDS = _suffixes(
     "wav wave rf64 w64 bwf flac ogg oga opus spx mp3 mp2 mp1 mpa m4a m4b m4r aac adts loas aif aiff aifc au snd caf wma mka weba ac3 "
     "eac3 ec3 dts thd amr awb ape wv tta tak mpc ra voc sph nist ircam avr pvf htk svx 8svx paf sds sd2 gsm vox dsf dff shn qcp"
 )
-"""What stands behind the last dot of the names of pictures, videos and sounds, in lower case; some may hold two kinds."""
+"""The endings of file names (after the last dot, in lower case) of pictures, videos and sounds; some kinds of file may hold two."""
 MEDIA_SUFFIXES = PICTURES | VIDEOS | SOUNDS
 
 
@@ -35,7 +35,7 @@ class MediaError(Exception):
 
 
 DEFECTS = (AttributeError, NameError, TypeError, ImportError, AssertionError, LookupError, NotImplementedError)
-"""What a decoder raises by a mistake in its code, whatever the file: no verdict on that file."""
+"""What a decoder raises because of a bug in its code. It says nothing about the file."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Media:
 
     @property
     def name(self) -> str:
-        """What messages call it: `path`, or `shard.tar:member`."""
+        """Its name in messages: `path`, or `shard.tar:member`."""
         return f"{self.path}:{self.member}" if self.member else self.path
 
     def open(self) -> io.BufferedReader:
-        """A seekable stream over exactly these bytes. Raises MediaError when the file is missing, special or empty."""
+        """A seekable stream of exactly these bytes. Raises MediaError when the file is missing, special or empty."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -69,7 +69,7 @@ class Media:
             file = open(self.path, "rb")  # noqa: SIM115 - the caller closes it
         except OSError as error:
             raise MediaError(f"the file cannot be read: {error.strerror}") from None
-        return file if self.size is None else io.BufferedReader(_Span(file, self.offset, size))
+        return file if self.size is None else io.BufferedReader(_FileSlice(file, self.offset, size))
 
     def read(self) -> bytes:
         """All bytes. Raises MediaError as `open` does."""
@@ -78,7 +78,7 @@ class Media:
 
 
 def printable(text: str) -> str:
-    """The text on one line that any terminal and log can hold: what is no UTF-8 or a control character as \\xe9, \\n and the like."""
+    """The text on one line that any terminal or log can hold: control characters and what is not UTF-8 become \\n, \\xe9 and so on."""
     return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
@@ -95,8 +95,8 @@ class Sample:
     labels: tuple[int, ...]
 
 
-class _Span(io.RawIOBase):
-    """Bytes `offset` to `offset + size` of an open file, as a file of its own."""
+class _FileSlice(io.RawIOBase):
+    """Bytes `offset` to `offset + size` of an open file, as a file."""
 
     def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
         self.file, self.offset, self.size, self.position = file, offset, size, 0
@@ -112,9 +112,9 @@ class _Span(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer) -> int:
-        wanted = max(0, min(len(buffer), self.size - self.position))
+        count = max(0, min(len(buffer), self.size - self.position))
         self.file.seek(self.offset + self.position)
-        content = self.file.read(wanted)
+        content = self.file.read(count)
         buffer[: len(content)] = content
         self.position += len(content)
         return len(content)

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: RFC 8259 has neither NaN nor infinities, which Python would write all the same."""
+"""JSON that every reader accepts: RFC 8259 has neither NaN nor infinities, which Python's json writes nevertheless."""
 
 from __future__ import annotations
 

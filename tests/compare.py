@@ -21,25 +21,25 @@ Operation = Callable[..., Tensor]
 def assert_as_exact_as_torch(ours: Operation, plain: Operation, truth: Operation, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Hold `ours` to the rule, for the output and the gradient of every floating-point input, called by keyword.
 
-    `plain` is the yardstick at the same `dtype`; `truth` is computed in fp64 from the same rounded inputs. All run on `DEVICE`.
+    `plain` is the baseline at the same `dtype`; `truth` is computed in fp64 from the same rounded inputs. All run on `DEVICE`.
     """
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     found = outputs_and_gradients(ours, inputs)
     with one_thread():
-        yardstick = outputs_and_gradients(plain, inputs)
-    assert_within_rule(found, yardstick, outputs_and_gradients(truth, exact), dtype)
+        baseline = outputs_and_gradients(plain, inputs)
+    assert_within_rule(found, baseline, outputs_and_gradients(truth, exact), dtype)
 
 
-def assert_within_rule(found: dict[str, Tensor], yardstick: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Hold tensors by name to the rule. The yardstick must be sane itself: within 32 roundings of the truth's largest value."""
+def assert_within_rule(found: dict[str, Tensor], baseline: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Hold tensors by name to the rule. The baseline must be sane itself: within 32 roundings of the truth's largest value."""
     assert found.keys() == true.keys()
     for name, value in true.items():
-        assert found[name].dtype == yardstick[name].dtype, f"{name}: {found[name].dtype}"
+        assert found[name].dtype == baseline[name].dtype, f"{name}: {found[name].dtype}"
         assert found[name].shape == value.shape, f"{name}: {found[name].shape}"
-        error, allowed = largest_difference(found[name], value), largest_difference(yardstick[name], value)
-        mean_error, mean_allowed = mean_difference(found[name], value), mean_difference(yardstick[name], value)
+        error, allowed = largest_difference(found[name], value), largest_difference(baseline[name], value)
+        mean_error, mean_allowed = mean_difference(found[name], value), mean_difference(baseline[name], value)
         assert allowed <= 32 * torch.finfo(dtype).eps * largest_difference(value, torch.zeros_like(value)) + 1e-5, (
             f"{name}: plain PyTorch is off by {allowed:.3g}"
         )
@@ -59,7 +59,7 @@ def outputs_and_gradients(operation: Operation, inputs: dict[str, Tensor]) -> di
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, PyTorch sums on one thread: the parts that several sum are more exact, and a yardstick must not depend on their number."""
+    """Inside, PyTorch sums on one thread: the parts that several sum are more exact, and a baseline must not depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,18 +7,18 @@ def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def passes(error, yardstick) -> bool:
-    """Whether the rule lets errors pass where plain PyTorch makes those of the yardstick."""
+def passes(error, baseline) -> bool:
+    """Whether the rule lets errors pass where plain PyTorch makes those of the baseline."""
     true = torch.ones(error.shape, dtype=torch.float64)
     try:
-        assert_within_rule({"y": (true + error).float()}, {"y": (true + yardstick).float()}, {"y": true}, torch.bfloat16)
+        assert_within_rule({"y": (true + error).float()}, {"y": (true + baseline).float()}, {"y": true}, torch.bfloat16)
     except AssertionError:
         return False
     return True
 
 
 @pytest.mark.parametrize("numel", [32, 1000, 30_000])
-def test_errors_of_the_same_law_pass_whatever_the_seed(numel):
+def test_errors_of_the_same_distribution_pass_whatever_the_seed(numel):
     assert all(passes(0.01 * normal(numel, seed=seed), 0.01 * normal(numel, seed=-seed - 1)) for seed in range(100))
 
 

@@ -22,8 +22,8 @@ def test_permutation_holds_every_number_once(count, seed):
 
 
 def test_permutations_are_spread_evenly():
-    places = np.array([permutation(6, seed, "spread") for seed in range(6000)])
-    counts = np.array([np.bincount(column, minlength=6) for column in places.T])
+    positions = np.array([permutation(6, seed, "spread") for seed in range(6000)])
+    counts = np.array([np.bincount(column, minlength=6) for column in positions.T])
     chi_square = ((counts - 1000) ** 2 / 1000).sum()  # 25 degrees of freedom: above 60 once in 10,000 times
     assert chi_square < 60
 

@@ -29,11 +29,11 @@ INSTEAD = {
     "layer_norm_beside": "layer_norm_residual",
     "beside": "next to, with, besides",
     "(?-i:PARTS)": "EPILOGUE_SUBTILES",
-    "laws?": "distribution, rule",
-    "deviations?": "standard deviation is std; difference",
+    "(?<!mu-)laws?": "distribution, rule",
+    "(?<!standard )deviations?": "standard deviation; difference",
     "chances?": "probability",
     "pieces?": "chunk, part",
-    "places?": "position, index, file",
+    "(?<!in )places?": "position, index, file",
     "slots?(?!=True)": "index, buffer, view",
     "shares?": "fraction, ratio, part; tasks have a tokenizer in common",
     "yardsticks?": "baseline",
@@ -41,7 +41,10 @@ INSTEAD = {
 }
 """Patterns for whole words, and what to write."""
 
-EXCEPTIONS: list[tuple[str, str, str]] = []
+EXCEPTIONS: list[tuple[str, str, str]] = [
+    ("lab", "polyvit_fast/data/sources/listing.py", "the ending of a file's name"),
+    ("lab", "tests/data/image_kinds.py", "a colour space"),
+]
 """(word, file, why it is right there)."""
 
 

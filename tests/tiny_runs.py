@@ -1,4 +1,4 @@
-"""Records that tests of several rooms build on: tasks and a run that take a second."""
+"""Small tasks and runs for tests: training one takes a second."""
 
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""What GPU decoders share: their stream, copies to the GPU, and the fallback to the CPU's decoder for what the GPU refuses."""
+"""What all GPU decoders need: their stream, copies to the GPU, and the fallback to the CPU's decoder for what the GPU refuses."""
 
 from __future__ import annotations
 

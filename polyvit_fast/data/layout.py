@@ -1,6 +1,6 @@
-"""The outermost structure of a media file: where it says that it ends, and where a second recording begins that FFmpeg never shows.
+"""The outermost structure of a media file: where it ends by its own sizes, and where an appended recording begins.
 
-FFmpeg reads what is there. It tells neither that a file lacks its end nor, in these formats, that another file was appended to it.
+FFmpeg reads what is there: it reports neither that the end of a file is missing nor, in these formats, that another file was appended.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ ASF_OBJECTS = frozenset(  # the data and the four kinds of index
 PNG = b"\x89PNG\r\n\x1a\n"
 MXF = b"\x06\x0e\x2b\x34"
 BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx ssix free skip wide uuid meta emsg prft pdin pnot PICT udta".split())
-"""That stand at the top of MP4 and MOV files; what begins otherwise is no part of the file."""
+"""The boxes at the top level of MP4 and MOV files; anything else does not belong to the file."""
 MOOF_BYTES = 1 << 20
-FARTHEST = 1 << 62  # that a file can be asked for; damaged sizes lead beyond
+FARTHEST = 1 << 62  # the largest offset that a file can seek to; damaged sizes lead beyond
 
 
 @dataclass(frozen=True)
 class Layout:
-    """In bytes."""
+    """The size of a file and offsets in it, in bytes."""
 
     size: int
     end: int = 0
-    """Where the file's own sizes say that it ends; 0 where they do not."""
+    """Where the file ends by its own sizes; 0 where they do not say."""
     joints: tuple[int, ...] = ()
-    """Where other recordings begin, joined to the first: of those that FFmpeg does not read, the next one."""
+    """Where appended recordings begin; of those that FFmpeg does not read, only the first."""
     read_on: bool = False
-    """Whether FFmpeg reads them too."""
+    """Whether FFmpeg reads the appended recordings too."""
 
 
 def read_layout(file: BufferedReader) -> Layout:
-    """From the headers of the outermost parts; leaves the file at its start. Raises MediaError for MP4 without a table of contents."""
+    """The layout from the outermost headers. The file is left at its start. Raises MediaError for MP4 without a table of contents."""
     size = file.seek(0, 2)
     head = _at(file, 0, 16)
     if head[4:8] in BOXES:
@@ -79,7 +79,7 @@ def _at(file: BufferedReader, offset: int, count: int) -> bytes:
 
 
 def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
-    """MP4 and MOV. Fragments name the time that they start at, which must not run backwards."""
+    """MP4 and MOV. Fragments state the time at which they start, which must not run backwards."""
     at, end, seen, started = 0, 0, set(), {}
     while at + 8 <= size:
         header = _at(file, at, 16)
@@ -101,7 +101,7 @@ def _boxes(file: BufferedReader, size: int) -> tuple[int, tuple[int, ...]]:
         at += length
         end = at
     if b"mdat" in seen and not seen & {b"moov", b"moof"} and end <= size:
-        raise MediaError("truncated: its table of contents (moov) is missing, as when a recording was broken off")
+        raise MediaError("truncated: its table of contents (moov) is missing, as when a recording was interrupted")
     return end, ()
 
 
@@ -129,7 +129,7 @@ def _children(box: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _riff(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
-    """AVI. Pieces of OpenDML follow the first one; the number of frames, not of bytes, tells whether frames are missing."""
+    """AVI. Further chunks of OpenDML follow the first one; whether frames are missing shows in their number, not in bytes."""
     at = 0
     while len(header := _at(file, at, 12)) == 12 and header[:4] == b"RIFF":
         if at and header[8:] == b"AVI ":
@@ -162,7 +162,7 @@ def _asf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
     at = max(24, int.from_bytes(_at(file, 16, 8), "little"))
     while len(header := _at(file, at, 24)) == 24 and header[:16] in ASF_OBJECTS:
         length = int.from_bytes(header[16:], "little")
-        if length < 24:  # of a broadcast, whose length was not known
+        if length < 24:  # a broadcast, whose length was not known
             return 0, ()
         at += length
     return at, (at,) if header[:16] == ASF_HEADER else ()
@@ -191,7 +191,7 @@ def _flv(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
 
 
 def _ivf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
-    """The header may tell how many frames follow."""
+    """The header may state how many frames follow."""
     header = _at(file, 0, 32)
     at, count = 32, int.from_bytes(header[24:28], "little")
     for _ in range(count or 1 << 32):
@@ -203,7 +203,7 @@ def _ivf(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
 
 
 def _ogg(file: BufferedReader) -> tuple[int, tuple[int, ...]]:
-    """Page after page; the first ones of all streams stand at the start."""
+    """Page after page; the first pages of all streams are at the start."""
     at, end, begun = 0, 0, False
     while len(page := _at(file, at, 27)) == 27 and page[:4] == b"OggS":
         first = bool(page[5] & 2)

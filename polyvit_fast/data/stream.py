@@ -1,7 +1,7 @@
 """Batches along the schedule. Which samples a step sees, and how each is augmented, are pure functions of (seed, task, step).
 
-There is nothing to save: whoever knows the step knows the data. A `Loader` turns a task's step into a batch; `prefetch` runs loaders
-ahead of the training loop in a thread; a broken file is replaced by another of its task, always the same one, with its own label.
+So there is no state to save: the step determines the data. A `Loader` turns a task's step into a batch; `prefetch` runs loaders in a
+thread, ahead of the training loop. A broken file is replaced by another of its task, always the same one, with the label of that file.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from polyvit_fast.randomness import generator, key, permutation
 
 
 class DataError(RuntimeError):
-    """Training data that cannot go on: too many broken files, a decoder that hangs, or none for a kind of files."""
+    """Training cannot go on with this data: too many files are broken, a decoder hangs, or there is none for a kind of files."""
 
 
 NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError, *DEFECTS)
-"""Good files would be called broken one after the other, so these pass and end the run."""
+"""Errors that end the run. Treated as broken files, they would condemn good files one after the other."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -43,14 +43,14 @@ class Interrupted(Exception):  # noqa: N818 - no error
 
 @dataclass(frozen=True)
 class Batch:
-    """One task's examples for one step, or some of its validation examples."""
+    """The examples of one task for one step, or some of its validation examples."""
 
     grid: Tensor
     """[batch, frames, rows, columns, channels] in training, [batch, views, frames, …] in evaluation; uint8 or float32."""
     labels: Tensor
     """int64 [batch], or float32 multi-hot [batch, num_classes] of a multi-label task."""
     mixup_ratio: float = 1.0
-    """Weight of each example against the one that it is mixed with; 1 mixes nothing."""
+    """Weight of each example against the one that it is mixed with; 1 switches mixing off."""
 
 
 @lru_cache(maxsize=64)
@@ -59,7 +59,7 @@ def _epoch_order(seed: int, task: str, epoch: int, num_samples: int) -> np.ndarr
 
 
 def sample_index(seed: int, task: str, position: int, num_samples: int) -> int:
-    """The sample at `position` of a task's endless sequence, in which every epoch holds every sample exactly once."""
+    """The sample at `position` of a task's endless sequence, in which every epoch has every sample exactly once."""
     epoch, offset = divmod(position, num_samples)
     return int(_epoch_order(seed, task, epoch, num_samples)[offset])
 
@@ -75,14 +75,14 @@ def label_tensor(task: Task, samples: Sequence[Sample]) -> Tensor:
 
 
 EVAL_GRIDS = 128
-"""Grids that an evaluation computes at once, at most: they keep a GPU busy, and need less memory than training on a few."""
+"""The most grids that an evaluation computes at once: enough to keep a GPU busy, with less memory than training on a few takes."""
 
 
 class Loader:
     """The batches of one task: training batches by step, validation batches in order.
 
-    `rank` of `world_size` loads its share of every training batch; the shares of all ranks together are the batch of one process.
-    Validation batches do not depend on them.
+    `rank` of `world_size` loads its part of every training batch; the parts of all ranks together are the batch of one process.
+    Validation batches do not depend on the ranks.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Loader:
             raise ValueError(f"task {name}: {error}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
-        share = _share(name, self.task, world_size) if train else 0
-        self.first, self.size = rank * share, share or _evaluation_size(self.task)
+        self.size = local_batch_size(name, self.task, world_size) if train else _evaluation_size(self.task)
+        self.first = rank * self.size if train else 0
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
         options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
         self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
@@ -117,15 +117,15 @@ class Loader:
                 report(f"task {name}: {remark}")
 
     def grid_dtype(self) -> torch.dtype:
-        """That of the grids, from one decoded sample."""
+        """The dtype of the grids, from one decoded sample."""
         return self._decode_or_replace(sample_index(self.config.seed, self.name, 0, len(self.samples)), 0)[1].dtype
 
     def fingerprint(self) -> Fingerprint:
-        """Words for all samples, their order, labels and files as they are now: from them, the seed and the step follows what it sees."""
+        """The fingerprint of all samples, their order, labels and files as they are now."""
         return take_fingerprint(self.samples)
 
     def positions(self, step: int) -> range:
-        """The places in the task's endless sequence that its `step`-th batch covers on this rank."""
+        """The positions in the task's endless sequence that its `step`-th batch covers on this rank."""
         start = step * self.task.batch + self.first
         return range(start, start + self.size)
 
@@ -143,8 +143,8 @@ class Loader:
         return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in used]), ratio)
 
     def _decode_together(self, used: list[int], positions: Sequence[int]) -> Tensor:
-        """The grids of a batch; in `used`, the samples that are broken at their position give way to their stand-ins."""
-        # A file that failed before is tried again, but alone: another part of it may be whole, and what a step sees must not depend on
+        """The grids of a batch. In `used`, samples that are broken at their position are replaced by their substitutes."""
+        # A file that failed before is decoded again, but alone: another part of it may be good, and what a step sees must not depend on
         # the steps before it.
         trusted = [row for row, index in enumerate(used) if index not in self.broken]
         try:
@@ -159,10 +159,10 @@ class Loader:
         for row, position in enumerate(positions):
             if row not in grids:
                 used[row], grids[row] = self._decode_or_replace(used[row], position)
-        return _together([grids[row] for row in range(len(used))])
+        return _concatenate([grids[row] for row in range(len(used))])
 
     def load_validation(self, start: int) -> Batch:
-        """Up to `size` samples from `start`, all views of each; broken files are left out and reported. Empty behind the last sample."""
+        """Up to `size` samples from `start`, all views of each. Broken files are left out and reported. Empty after the last sample."""
         indices = [i for i in range(start, min(start + self.size, len(self.samples))) if i not in self.broken]
         if not indices:
             return Batch(self._no_grid(), label_tensor(self.task, []))
@@ -181,65 +181,65 @@ class Loader:
                 except Exception as error:
                     self._mark_broken(index, error)
             samples = [self.samples[i] for i in good]
-            return Batch(_together(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
+            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
 
     def _no_grid(self) -> Tensor:
         return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)
 
     def _decode(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         try:
-            grid = self._ask_decoder(indices, positions)
+            grid = self._call_decoder(indices, positions)
         except UnavailableError as error:
             raise DataError(f"task {self.name}: {error}") from error
         except DEFECTS as error:
             files = ", ".join(printable(self.samples[i].media.name) for i in self._find_culprits(indices, positions) or indices)
-            error.add_note(f"task {self.name}: while decoding {files}. It is a defect of the decoder, not of a file: please report it")
+            error.add_note(f"task {self.name}: while decoding {files}. It is a bug in the decoder, not a broken file: please report it")
             raise
         self._report_note()
         return grid
 
-    def _ask_decoder(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def _call_decoder(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
         return self.decoder([self.samples[i].media for i in indices], rngs)
 
     def _find_culprits(self, indices: Sequence[int], positions: Sequence[int]) -> list[int]:
-        """Those of a batch's samples with which the decoder's defect shows when each is decoded alone."""
+        """The samples of a batch with which the decoder's bug shows when each is decoded alone."""
         culprits = []
         for index, position in zip(indices, positions, strict=True):
             try:
-                self._ask_decoder([index], [position])
+                self._call_decoder([index], [position])
             except DEFECTS:
                 culprits.append(index)
-            except Exception:  # the file's own fault
+            except Exception:  # a broken file
                 continue
         return culprits
 
     def release(self) -> None:
-        """Let the decoder give back the memory that it keeps for the next batch, for there is none, or not soon."""
+        """Let the decoder free the memory that it keeps for the next batch, when there is none soon."""
         if isinstance(self.decoder, GpuDecoder):
             self.decoder.release()
 
     def _report_note(self) -> None:
-        """Tell what a decoder for the GPU leaves to the CPU, and why, when that is news."""
+        """Report what a GPU decoder leaves to the CPU, and why, if that was not reported yet."""
         note = getattr(self.decoder, "note", "")
         if note != self.note:
             self.note = note
             self.report(f"task {self.name}: {note}")
 
-    def _decode_or_replace(self, wanted: int, position: int) -> tuple[int, Tensor]:
-        """The sample at this position and its grid: the wanted one, or the first of its stand-ins that can be decoded there."""
+    def _decode_or_replace(self, index: int, position: int) -> tuple[int, Tensor]:
+        """The sample at this position and its grid: `index`, or the first of its substitutes that can be decoded there."""
         for attempt in count():
-            index = self._stand_in(wanted, attempt)
+            candidate = self._choose_substitute(index, attempt)
             try:
-                return index, self._decode([index], [position])
+                return candidate, self._decode([candidate], [position])
             except NO_FILES_FAULT:
                 raise
             except Exception as error:
-                self._mark_broken(index, error)
-        raise AssertionError("unreachable")
+                self._mark_broken(candidate, error)
+        raise AssertionError("there is always another substitute")
 
-    def _stand_in(self, wanted: int, attempt: int) -> int:
-        return key(self.config.seed, "replace", self.name, wanted, attempt) % len(self.samples) if attempt else wanted
+    def _choose_substitute(self, index: int, attempt: int) -> int:
+        return key(self.config.seed, "replace", self.name, index, attempt) % len(self.samples) if attempt else index
 
     def _mark_broken(self, index: int, error: Exception) -> None:
         if index in self.broken:
@@ -255,36 +255,37 @@ class Loader:
             )
 
 
-def _together(grids: list[Tensor]) -> Tensor:
+def _concatenate(grids: list[Tensor]) -> Tensor:
     with own_stream(grids[0].device):
         return torch.cat(grids)
 
 
-def _share(name: str, task: Task, world_size: int) -> int:
-    """One process's part of a task's batch. Raises ValueError when there is no such part."""
+def local_batch_size(name: str, task: Task, world_size: int) -> int:
+    """The number of examples that each process gets of a task's batch. Raises ValueError when the batch does not divide."""
     if task.batch % world_size:
         raise ValueError(f"tasks.{name}.batch = {task.batch} does not divide by the {world_size} processes")
-    share, pieces = task.batch // world_size, task.micro_batches
-    if share % pieces:
+    size = task.batch // world_size
+    if size % task.micro_batches:
         raise ValueError(
-            f"tasks.{name}: the share of each of the {world_size} processes, {share}, does not divide into micro_batches = {pieces}"
+            f"tasks.{name}: each of the {world_size} processes gets {size} examples of a batch, which do not divide into "
+            f"micro_batches = {task.micro_batches}"
         )
-    if task.mixup and task.mixup_pairs == "neighbours" and share % 2 and world_size > 1:
+    if task.mixup and task.mixup_pairs == "neighbours" and size % 2 and world_size > 1:
         raise ValueError(
-            f"tasks.{name}: mixup pairs neighbours, but {world_size} processes cut the batch of {task.batch} into shares of {share}; "
-            "choose a batch that makes them even, or mixup_pairs = reversed"
+            f"tasks.{name}: mixup pairs neighbours, but each of the {world_size} processes gets {size} examples of the batch of "
+            f"{task.batch}; choose a batch that makes that number even, or mixup_pairs = reversed"
         )
-    return share
+    return size
 
 
 def _evaluation_size(task: Task) -> int:
-    # Not by the number of processes: with it, rounding would change, and a metric in its last digits.
+    # It does not depend on the number of processes, with which rounding would change, and so a metric in its last digits.
     return max(1, min(task.batch // task.micro_batches, EVAL_GRIDS) // task.modality.eval_views)
 
 
 @dataclass(frozen=True)
-class Job:
-    """A batch to be made: whose, which, and how."""
+class BatchRequest:
+    """A batch to be made: of which loader and step, and how."""
 
     loader: Loader
     step: int
@@ -297,30 +298,30 @@ class Job:
         return self.loader.name
 
 
-def training_jobs(loaders: dict[str, Loader], plan: StepPlan, first_step: int) -> Iterator[Job]:
-    """The batches of the plan's steps from `first_step` on, in order; who asks for one has made the one before."""
+def request_batches(loaders: dict[str, Loader], plan: StepPlan, first_step: int) -> Iterator[BatchRequest]:
+    """The batches of the plan's steps from `first_step` on, in order. Each is to be made before the next is asked for."""
     counts, last = dict.fromkeys(loaders, 0), {name: step for step, names in enumerate(plan) for name in names}
     for step, names in enumerate(plan):
         for name in names:
             if step >= first_step:
-                yield _training_job(loaders[name], counts[name])
+                yield _request_step(loaders[name], counts[name])
                 if step == last[name]:
                     loaders[name].release()
             counts[name] += 1
 
 
-def _training_job(loader: Loader, step: int) -> Job:
-    return Job(loader, step, lambda: loader.step_samples(step), lambda: loader.load(step))
+def _request_step(loader: Loader, step: int) -> BatchRequest:
+    return BatchRequest(loader, step, lambda: loader.step_samples(step), lambda: loader.load(step))
 
 
-def validation_jobs(loader: Loader, rank: int = 0, world_size: int = 1) -> Iterator[Job]:
-    """The batches of `rank`, dealt to all ranks in turn: together every validation sample of a task exactly once.
+def request_validation_batches(loader: Loader, rank: int = 0, world_size: int = 1) -> Iterator[BatchRequest]:
+    """The validation batches of `rank`: batches go to all ranks in turn, so that together they have every sample exactly once.
 
-    Every rank has equally many; those that come after the last sample are empty.
+    Every rank has the same number of batches; those after the last sample are empty.
     """
     for first in range(0, len(loader.samples), loader.size * world_size):
         start = first + loader.size * rank
-        yield Job(
+        yield BatchRequest(
             loader,
             start,
             lambda start=start: list(loader.samples[start : start + loader.size]),
@@ -329,14 +330,14 @@ def validation_jobs(loader: Loader, rank: int = 0, world_size: int = 1) -> Itera
 
 
 def prefetch(
-    jobs: Iterable[Job], *, depth: int, timeout_seconds: float, stop: Callable[[], object] = lambda: False
+    requests: Iterable[BatchRequest], *, depth: int, timeout_seconds: float, stop: Callable[[], object] = lambda: False
 ) -> Iterator[tuple[str, Batch]]:
-    """(task, batch) of each job in order, up to `depth` of them made ahead in a thread.
+    """(task, batch) for each request in order, up to `depth` of them made ahead in a thread.
 
-    Raises what a job raised, in its place in the order; DataError with the file's name when a job takes over `timeout_seconds`; Interrupted
-    when `stop` becomes true while a batch is waited for.
+    What making a batch raised is raised when its turn comes. Raises DataError with the file's name when a batch takes longer than
+    `timeout_seconds`, and Interrupted when `stop` becomes true while a batch is waited for.
     """
-    worker = _Worker(jobs, depth, stop)
+    worker = _PrefetchThread(requests, depth, stop)
     try:
         while True:
             item = worker.next(timeout_seconds)
@@ -348,16 +349,16 @@ def prefetch(
         worker.thread.join(2.0)  # Python must not end in the middle of a decoder
 
 
-class _Worker:
+class _PrefetchThread:
     """The thread behind `prefetch`."""
 
-    def __init__(self, jobs: Iterable[Job], depth: int, stop: Callable[[], object]) -> None:
+    def __init__(self, requests: Iterable[BatchRequest], depth: int, stop: Callable[[], object]) -> None:
         self.queue: Queue[tuple[str, Batch] | Exception | None] = Queue(maxsize=depth)
         self.stopped = threading.Event()
-        self.running: tuple[Job, float] | None = None
+        self.running: tuple[BatchRequest, float] | None = None
         self.stop = stop
         self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self.thread = threading.Thread(target=self._work, args=(jobs,), daemon=True, name="prefetch")
+        self.thread = threading.Thread(target=self._work, args=(requests,), daemon=True, name="prefetch")
         self.thread.start()
 
     def next(self, timeout_seconds: float) -> tuple[str, Batch] | None:
@@ -370,21 +371,21 @@ class _Worker:
                     raise Interrupted from None
                 running = self.running
                 if running and time.monotonic() - running[1] > timeout_seconds:
-                    raise DataError(_name_the_hung(running[0], timeout_seconds)) from None
+                    raise DataError(_describe_hang(running[0], timeout_seconds)) from None
                 continue
             if isinstance(item, Exception):
                 raise item
             return item
 
-    def _work(self, jobs: Iterable[Job]) -> None:
+    def _work(self, requests: Iterable[BatchRequest]) -> None:
         if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # a thread begins with the first one
+            torch.cuda.set_device(self.gpu)  # a new thread's current GPU is the first one
         try:
-            for job in jobs:
-                self.running = (job, time.monotonic())
-                batch = job.run()
+            for request in requests:
+                self.running = (request, time.monotonic())
+                batch = request.run()
                 self.running = None
-                self._put((job.task, batch))
+                self._put((request.task, batch))
                 if self.stopped.is_set():
                     return
             self._put(None)
@@ -398,19 +399,17 @@ class _Worker:
                 return
 
 
-def _name_the_hung(job: Job, timeout_seconds: float) -> str:
-    """What to tell when a batch does not end: each of its files is tried alone, in a process that can be killed."""
+def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
+    """The message for a batch that does not end. Each of its files is decoded alone, in a process that can be killed."""
     from polyvit_fast.data.checking.check import find_broken
 
     try:
-        verdicts = find_broken(job.task, job.loader.task, job.samples(), deadline_seconds=timeout_seconds)
-        guilty = (
-            "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "every file of it decodes alone in time"
-        )
+        verdicts = find_broken(request.task, request.loader.task, request.samples(), deadline_seconds=timeout_seconds)
+        cause = "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "each file alone is decoded in time"
     except ValueError as error:
-        guilty = str(error)
+        cause = str(error)
     return (
-        f"task {job.task}: its batch {job.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({guilty}). "
-        "Put a good file in its place and start again with --changed-files allow: the run resumes. Or leave it out (`polyvit-fast check` "
+        f"task {request.task}: its batch {request.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({cause}). "
+        "Replace the file by a good one and start again with --changed-files allow: the run resumes. Or leave it out (`polyvit-fast check` "
         "writes a clean manifest) and start with another --out"
     )

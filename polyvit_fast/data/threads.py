@@ -1,7 +1,7 @@
-"""A function over many items on a few threads, for work that releases Python's lock (decoding by FFmpeg does).
+"""A function over many items on a few threads, for work that releases Python's lock (as decoding by FFmpeg does).
 
-In these threads PyTorch uses no further ones, whatever `torch.set_num_threads` says: with a pool in each of them there would be more
-threads than cores, woken and waited for at every operator.
+In these threads PyTorch uses no further threads, whatever `torch.set_num_threads` says: with a pool in each of them there would be more
+threads than cores, to be woken and waited for at every operator.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_thr
     return results
 
 
-class _Thread:
-    """A thread that outlives its work, as PyTorch's number of threads belongs to a thread and is set when that begins."""
+class _DecodeThread:
+    """A thread that is used again and again: PyTorch's number of threads belongs to a thread, and is set once when that starts."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # A daemon instead of an executor's: Python joins those at exit, so a hung decoder would hang the exit too.
+        # A daemon, not an executor's thread: Python waits for those at exit, so a hung decoder would hang the exit too.
         threading.Thread(target=self._live, daemon=True, name="decode").start()
 
     def begin(self, work: Callable[[], None], ended: SimpleQueue[None]) -> None:
-        """Do the work, be idle again and say so."""
+        """Do the work, then be idle again and put None into `ended`."""
 
         def call() -> None:
             work()
@@ -61,18 +61,18 @@ class _Thread:
         self._calls.put(call)
 
     def _live(self) -> None:
-        with suppress(RuntimeError):  # no further thread is to be had
+        with suppress(RuntimeError):  # no further thread can be started
             _compute_alone()
         while True:
             self._calls.get()()
 
 
 def _compute_alone() -> None:
-    """Let PyTorch use this thread alone for what this thread asks of it. Raises RuntimeError when that cannot be had."""
+    """Let PyTorch compute on this thread alone when this thread calls it. Raises RuntimeError when no helper thread can be started."""
     with _birth:
         number = torch.get_num_threads()
-        # What is set here is also what threads begin with that first use PyTorch from now on, and keep. Another thread, as short as
-        # this line, gives those after it their number back.
+        # The number that is set here is also the default of every thread that uses PyTorch for the first time from now on. Another,
+        # short thread restores the default for those after it.
         other = threading.Thread(target=torch.set_num_threads, args=(number,))
         torch.set_num_threads(1)
         try:
@@ -83,19 +83,19 @@ def _compute_alone() -> None:
         other.join()
 
 
-_idle: list[_Thread] = []
+_idle: list[_DecodeThread] = []
 _birth = threading.Lock()
 
 
-def _idle_thread() -> _Thread:
+def _idle_thread() -> _DecodeThread:
     try:
         return _idle.pop()
     except IndexError:
-        return _Thread()
+        return _DecodeThread()
 
 
 def _forget_threads() -> None:
-    """A forked process has none of them."""
+    """Forget all threads in a forked process, which has none of them."""
     global _birth
     _idle.clear()
     _birth = threading.Lock()

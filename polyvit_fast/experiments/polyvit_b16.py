@@ -33,7 +33,7 @@ Differences from the paper's code:
   code does the first for images and the second for videos and sounds.
 - The learning rate does not jump back to its peak in the last step, and momentum is kept in fp32 instead of bf16.
 - Images are resampled with antialiasing. A clip's brightness is multiplied by 0.6 to 1.4 instead of shifted by up to 32 of 255.
-- Spectrograms are AST's, with AST's mean and standard deviation of AudioSet. The code that made the paper's spectrograms was not released;
+- Spectrograms are AST's, with AST's mean and std of AudioSet. The code that made the paper's spectrograms was not released;
   its settings do not normalise them.
 """
 
@@ -41,7 +41,7 @@ from polyvit_fast.config import MODELS, DataOptions, LogOptions, Optim, Task, Tr
 from polyvit_fast.data import Audio, Folder, Image, Manifest, Video
 
 WARMUP_STEPS = {"images": 500, "kinetics400": 8_390, "moments": 30_910, "audioset": 795, "vggsound": 6_735}
-"""Warm-up of each task when it is trained alone (of the five image tasks together); here their sum."""
+"""Warm-up of each task trained alone, and of the five image tasks together. This experiment warms up for their sum."""
 CLIP = Video(
     size=224,
     frames=32,

@@ -23,8 +23,8 @@ class ClassTokenAttention(Attention):
     def forward(self, x: Tokens, residual: Tokens | None = None, factors: Factors | None = None) -> ClassToken:
         """What `Attention.forward` gives for the first token.
 
-        The parameters of `qkv` are read, by `attend_first`, where it is a linear layer with a bias and nothing else. An adapter in its
-        place, or a layer with hooks, is called with all tokens.
+        Where `qkv` is a linear layer with a bias and nothing else, `attend_first` reads its parameters; an adapter around it, or a layer
+        with hooks, is called with all tokens.
         """
         dropout, first = self.dropout * self.training, None if residual is None else residual[:, :1]
         dtype = matmul_dtype(x if residual is None else residual)

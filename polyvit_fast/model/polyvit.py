@@ -1,4 +1,4 @@
-"""PolyViT: a tokenizer per modality, one trunk that all tasks share, a linear head per task (arXiv 2111.12993, section 3)."""
+"""PolyViT: a tokenizer per modality, one trunk for all tasks, a linear head per task (arXiv 2111.12993, section 3)."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def initialise(model: PolyViT, seed: int, zero_heads: Collection[str] = ()) -> N
 
     | parameter | distribution |
     |---|---|
-    | tokenizers.*.weight, heads.*.weight | truncated normal of variance 1 / fan_in (LeCun), cut at two standard deviations |
-    | tokenizers.*.pos_embed | normal, standard deviation 0.02 |
+    | tokenizers.*.weight, heads.*.weight | truncated normal of variance 1 / fan_in (LeCun), cut at twice its std |
+    | tokenizers.*.pos_embed | normal of std 0.02 |
     | *.attn.qkv.weight | uniform of variance 2 / (fan_in + fan_out) (Xavier), for query, key and value each by itself |
     | *.attn.proj.weight, *.mlp.fc1.weight, *.mlp.fc2.weight | the same, as one matrix |
-    | *.mlp.fc1.bias, *.mlp.fc2.bias | normal, standard deviation 1e-6 |
+    | *.mlp.fc1.bias, *.mlp.fc2.bias | normal of std 1e-6 |
     | *.norm1.weight, *.norm2.weight, norm.weight | 1 |
     | all other biases, tokenizers.*.cls_token, the weight of the head of a task in `zero_heads` | 0 |
 
@@ -151,8 +151,8 @@ def _normal(shape: torch.Size, std: float, rng: np.random.Generator) -> Tensor:
 
 
 def _truncated_normal(shape: torch.Size, std: float, rng: np.random.Generator) -> Tensor:
-    """Values of the given standard deviation, from a normal distribution that is cut at twice its own."""
+    """Values of the given std, from a normal distribution that is cut at twice its own std."""
     inside = math.erf(2 / math.sqrt(2))  # the probability of lying within the cuts
-    shrinkage = math.sqrt(1 - 4 * math.exp(-2) / (inside * math.sqrt(2 * math.pi)))  # of the standard deviation, by the cuts
+    shrinkage = math.sqrt(1 - 4 * math.exp(-2) / (inside * math.sqrt(2 * math.pi)))  # of the std, by the cuts
     uniform = torch.from_numpy(rng.random(shape, dtype=np.float32)).mul_(2 * inside).sub_(inside)
     return torch.erfinv(uniform).mul_(math.sqrt(2) * std / shrinkage)

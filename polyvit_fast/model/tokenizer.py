@@ -60,16 +60,6 @@ class Tokenizer(nn.Module):
         own = {task: record for task, record in own_normalisation.items() if record.name == modality.name}
         self.own_normalisation = nn.ModuleDict({task: Normalisation(record) for task, record in own.items()})
 
-    @property
-    def mean(self) -> Tensor:
-        """Per channel, fp32."""
-        return self.normalisation.mean
-
-    @property
-    def std(self) -> Tensor:
-        """Per channel, fp32."""
-        return self.normalisation.std
-
     def forward(
         self, grid: Grid, drop_path_rate: float = 0.0, recompute: bool = False, task: str = ""
     ) -> Float[Tensor, "batch tokens dim"]:

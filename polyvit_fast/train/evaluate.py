@@ -15,7 +15,7 @@ from torch import Tensor
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
 from polyvit_fast.data.sources.classes import recall_classes
-from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, validation_jobs
+from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, request_validation_batches
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World, process_group
 from polyvit_fast.train.metrics import Metrics
@@ -66,8 +66,8 @@ def evaluate(
 
 def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World) -> dict[str, float]:
     started, metrics, total = time.monotonic(), Metrics(loader.task), len(loader.samples)
-    jobs = validation_jobs(loader, world.rank, world.size)
-    batches = prefetch(jobs, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
+    requests = request_validation_batches(loader, world.rank, world.size)
+    batches = prefetch(requests, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
     for number, batch in enumerate(_iterate_together(batches, world), 1):
         logits = _compute_logits(model, config, loader, batch)
         for answers in world.gather((logits, batch.labels)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
-from polyvit_fast.data.stream import Batch, Job
+from polyvit_fast.data.stream import Batch, BatchRequest
 
 NUM_BUFFERS = 2
 ALIGNMENT = 256  # bytes: what kernels may expect of an address
@@ -82,10 +82,10 @@ class _Layout:
         return grid, buffer[self._labels_start : self.num_bytes].view(self.labels_dtype).view(self.labels)
 
 
-def pin(jobs: Iterable[Job]) -> Iterator[Job]:
+def pin(requests: Iterable[BatchRequest]) -> Iterator[BatchRequest]:
     """The same batches in pinned memory, from which the GPU copies by itself; pinned in the thread that decodes them."""
-    for job in jobs:
-        yield replace(job, run=lambda run=job.run: _pin(run()))
+    for request in requests:
+        yield replace(request, run=lambda run=request.run: _pin(run()))
 
 
 def _pin(batch: Batch) -> Batch:

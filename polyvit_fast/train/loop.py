@@ -10,7 +10,7 @@ import torch
 
 from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
-from polyvit_fast.data.stream import DataError, Interrupted, prefetch, training_jobs
+from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
 from polyvit_fast.train.evaluate import evaluate, use_device
@@ -85,16 +85,16 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
 
 def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[str, Inputs]]]:
     """The step, captured where that is possible, and the batches of the plan on the device, the next ones decoded ahead."""
-    config, step, jobs = run.config, run.step, training_jobs(run.loaders, run.plan, run.done)
+    config, step, requests = run.config, run.step, request_batches(run.loaders, run.plan, run.done)
     ahead = {"depth": config.data.prefetch, "timeout_seconds": config.data.decode_timeout_seconds, "stop": lambda: stop.signal}
     if step.device.type == "cpu":
-        return step, ((name, Inputs.from_batch(batch)) for name, batch in prefetch(jobs, **ahead))
+        return step, ((name, Inputs.from_batch(batch)) for name, batch in prefetch(requests, **ahead))
     dtypes = {name: loader.grid_dtype() for name, loader in run.loaders.items()}
     buffers, captured = InputBuffers(config, dtypes, step.device, run.world.size), step
     if config.compute.capture and not config.distributed.sharded and run.done < len(run.plan):
         run.log.message("capturing the steps as CUDA graphs")
         captured = capture(step, buffers, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
-    return captured, feed(prefetch(pin(jobs), **ahead), buffers)
+    return captured, feed(prefetch(pin(requests), **ahead), buffers)
 
 
 def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> None:

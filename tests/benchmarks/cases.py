@@ -1,7 +1,7 @@
 """Small models on small grids, for tests of whole steps."""
 
 import torch
-from steps import Case
+from steps import StepCase
 
 from polyvit_fast.config import Modality, Model, Task
 from polyvit_fast.data.image.modality import Image
@@ -11,13 +11,13 @@ from polyvit_fast.model.polyvit import PolyViT
 PICTURE = Image(size=32)
 
 
-def case_of(modality: Modality = PICTURE, gelu="erf", **changes) -> Case:
+def case_of(modality: Modality = PICTURE, gelu="erf", **changes) -> StepCase:
     task = Task(**({"modality": modality, "train": Synthetic(), "val": Synthetic(), "num_classes": 7, "steps": 1, "batch": 4} | changes))
-    return Case(model=Model(dim=48, depth=3, num_heads=4, mlp_dim=96, gelu=gelu), task=task)
+    return StepCase(model=Model(dim=48, depth=3, num_heads=4, mlp_dim=96, gelu=gelu), task=task)
 
 
 @torch.no_grad()
-def model_of(case: Case) -> PolyViT:
+def model_of(case: StepCase) -> PolyViT:
     """With weights so large that every part matters."""
     model, generator = PolyViT.from_config(case.config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():

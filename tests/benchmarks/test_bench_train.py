@@ -3,7 +3,7 @@
 import bench_train
 import pytest
 import torch
-from bench_train import FILES, MADE, Made, Speed, config_of, speeds
+from bench_train import FILES, MADE, Made, Speed, config_of, read_speeds
 
 from polyvit_fast.experiments import demo
 from polyvit_fast.model.cost import forward_flops
@@ -17,12 +17,12 @@ def line(step, **tasks):
 def test_an_interval_s_speed_is_that_of_all_tasks_together_and_the_first_does_not_count(tmp_path):
     config = config_of(demo.config.tasks, MADE, tmp_path, tmp_path)
     lines = [line(5, tones=(5, 1.0, 1.0)), line(10, tones=(2, 320.0, 0.5), shapes=(3, 160.0, 0.0)), {"kind": "eval", "step": 10}]
-    [found] = speeds(config, lines)
+    [found] = read_speeds(config, lines)
     # 32 examples in 0.1 s, half of it waiting, and 48 in 0.3 s.
     assert (found.examples, found.seconds, found.waited) == (80, pytest.approx(0.4), pytest.approx(0.05))
     tones, shapes = (forward_flops(config.model, config.tasks[name].modality, 6) for name in ("tones", "shapes"))
     assert found.flops == 3 * (32 * tones + 48 * shapes)
-    assert (found + Speed(waited=0.35)).note.endswith("waits for data 100.0% of the time")
+    assert (found + Speed(waited=0.35)).describe()["note"] == "waits for data 100.0% of the time"
 
 
 def test_made_batches_are_the_same_memory_each_time(tmp_path):

@@ -1,7 +1,7 @@
-"""To which part of a step a kernel belongs, and the table."""
+"""To which part of a step a kernel belongs, and what its family takes."""
 
 import pytest
-from step_profile import family, lines, shares
+from step_profile import find_family, format_families, sum_families
 
 KERNELS = {
     "attention forward": [
@@ -59,14 +59,14 @@ KERNELS = {
 
 @pytest.mark.parametrize(("name", "expected"), [(name, family) for family, names in KERNELS.items() for name in names])
 def test_a_kernel_has_its_family(name, expected):
-    assert family(name) == expected
+    assert find_family(name) == expected
 
 
-def test_families_are_told_a_step_the_largest_first_with_their_kernels():
-    found = shares([("Memset", 40.0, 2), ("nvjet_a", 2000.0, 20), ("nvjet_b", 4000.0, 20)], steps=2)
+def test_families_are_summed_over_a_step_the_largest_first_with_their_kernels():
+    found = sum_families([("Memset", 40.0, 2), ("nvjet_a", 2000.0, 20), ("nvjet_b", 4000.0, 20)], steps=2)
     assert list(found) == ["cuBLAS", "casts and copies"]
     assert (found["cuBLAS"].us, found["cuBLAS"].launches) == (3000.0, 20.0)
-    title, products, first, *_ = lines("ours", found, 0.0041)
+    title, products, first, *_ = format_families("ours", found, 0.0041)
     assert title == "ours: 4.10 ms a step; its kernels take 3.02 ms"
     assert products.split() == ["cuBLAS", "3.000", "ms", "99.3%", "20", "launches"]
     assert first.split() == ["2.000", "ms", "nvjet_b"]

@@ -1,113 +1,122 @@
-"""The tuner's writing and telling, on real files, and its command without a GPU."""
+"""Which candidate wins and which are refused, and that the table gives what was written: kernels are launched in Triton's interpreter."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
+import machine
 import pytest
+import torch
 import tune
-from candidates import CASES, label
-from contest import Outcome
+from launchers import KERNELS
+from tune import CASES, TileCase, TuningOutcome, label
 
-from polyvit_kernels import tiles
-from polyvit_kernels.tiles import Tile
-from polyvit_kernels.tiles import table as tile_table
+from polyvit_kernels.tiles import Tile, load_rows
 
+pytestmark = pytest.mark.skipif(machine.HAS_GPU, reason="the sizes are those of the interpreter")
+
+ALL = [case for cases in CASES.values() for case in cases]
+SGD = next(case for case in ALL if case.op == "sgd_update")
 SCRIPT = Path(tune.__file__)
-CASE = CASES["attention"][0]
-JOB = tune.job_of(CASE, "attention", (), is_small=False)
-OLD = tune.row_in_use(CASE, 90, portable=True)
-NEW = Tile(op=CASE.op, archs=(), blocks={**OLD.blocks, "BLOCK_M": 128}, num_warps=8)
 
 
-def outcome(new=NEW, **seconds):
-    return Outcome(job=JOB, old=OLD, new=new, seconds={label(OLD): [5e-5] * 3, label(NEW): [4e-5] * 3} | seconds, refused={"x": "spills"})
+def find_case(op: str) -> TileCase:
+    """The first of an operation, at its smallest."""
+    return next(case for case in ALL if case.op == op)
 
 
-@pytest.fixture
-def place(tmp_path):
-    table = tmp_path / "tile_table.py"
-    table.write_text(Path(tile_table.__file__).read_text())
-    tune.rewrite(table, ())
-    return tune.Place(table=table, folder=tmp_path / "nvidia-h200")
+@pytest.mark.parametrize("op", sorted({case.op for case in ALL}))
+def test_rows_in_use_are_right(op):
+    case = find_case(op)
+    inputs = KERNELS[op].inputs(case.small, torch.float32)
+    assert tune.find_faults(KERNELS[op], inputs, [case.row_in_use()], torch.float32) == {}
 
 
-def test_an_outcome_becomes_a_row_and_a_record(place):
-    tune.write(outcome(), 90, place)
-    (row,) = tune.read_rows(place.table)
-    assert (row.op, row.archs, row.tokens, row.features, row.dtypes) == (CASE.op, (90,), (193, 208), 64, ("bf16", "fp16"))
-    assert (row.blocks, row.num_warps, row.source) == (NEW.blocks, 8, "nvidia-h200/tuning.json")
-    (found,) = json.loads(place.results.read_text())["cases"]
-    assert (found["old_us"], found["new_us"], found["refused"]) == (50.0, 40.0, {"x": "spills"})
-    assert found["seconds"][label(NEW)] == [4e-5] * 3
+def test_a_candidate_that_leaves_keys_out_or_lacks_a_block_is_refused():
+    case = next(case for case in ALL if case.op == "attention_short_forward" and case.size[1] == 197)
+    right = case.row_in_use()
+    wrong = replace(right, blocks={**right.blocks, "KEYS_1": 0, "KEYS_2": 0})
+    broken = replace(right, blocks={})
+    inputs = KERNELS[case.op].inputs(case.small, torch.float32)
+    faults = tune.find_faults(KERNELS[case.op], inputs, [right, wrong, broken], torch.float32)
+    assert faults.keys() == {label(wrong), label(broken)}
+    assert "result 0: error" in faults[label(wrong)]
+    assert "KeyError" in faults[label(broken)]
 
 
-def test_a_second_run_replaces_rows_and_records_of_this_card_only(place):
-    tune.write(outcome(), 90, place)
-    tune.write(outcome(), 80, tune.Place(table=place.table, folder=place.folder.parent / "nvidia-a100"))
-    tune.write(outcome(new=OLD), 90, place)
-    assert [(row.archs, row.blocks) for row in tune.read_rows(place.table)] == [((80,), NEW.blocks), ((90,), OLD.blocks)]
-    (found,) = json.loads(place.results.read_text())["cases"]
-    assert found["new"] == label(OLD)
+def test_the_fastest_wins_but_the_row_in_use_gives_way_for_one_percent_only():
+    us = {"a": 3.0, "b": 1.0, "c": 1.009}
+    assert tune.rank(us, in_use="a") == ["b", "c", "a"]
+    assert tune.rank(us, in_use="c") == ["c", "b", "a"]
+    assert tune.rank(us, in_use="refused") == ["b", "c", "a"]
+    assert tune.rank({}, in_use="a") == []
 
 
-def test_no_row_is_written_where_nothing_was_right_or_the_long_kernel_is_faster(place):
-    text = place.table.read_text()
-    tune.write(outcome(new=None), 90, place)
-    tune.write(outcome(new=Tile(op="attention_long_forward", archs=(90,), blocks=NEW.blocks)), 90, place)
-    assert place.table.read_text() == text
+def test_candidates_are_the_row_in_use_and_others_with_blocks_that_its_kernel_has():
+    for case in ALL:
+        first, *others = tune.list_candidates(case)
+        assert label(first) == label(case.row_in_use())
+        assert len({label(row) for row in (first, *others)}) == 1 + len(others)
+        assert case.op == "attention" or others
+        assert all(row.blocks.keys() == first.blocks.keys() for row in others if row.backend == first.backend)
 
 
-def test_old_and_new_are_told_in_a_line():
-    assert tune.line(outcome()) == (
-        f"attention_short_forward 128×197×12×64: {label(OLD)} 50.0 us → {label(NEW)} 40.0 us (1.25 times as fast); "
-        "2 raced to the end, 1 refused"
-    )
-    assert tune.line(outcome(new=OLD)).startswith(f"attention_short_forward 128×197×12×64: stays {label(OLD)} 50.0 us")
-    assert "no candidate is right" in tune.line(outcome(new=None))
+def test_a_wrong_row_in_use_is_replaced(monkeypatch):
+    wrong = Tile(op="sgd_update", archs=(90,), dtypes=("fp32",), blocks={"BLOCK": 3})  # a block must be a power of two
+    monkeypatch.setattr(TileCase, "row_in_use", lambda self: wrong)
+    outcome = tune.decide(SGD, is_small=True, most_candidates=2)
+    assert label(wrong) in outcome.refused
+    assert outcome.new is not None
+    assert outcome.new.blocks["BLOCK"] > 3
 
 
-def test_time_is_shared_and_what_is_left_goes_on():
-    begin = time.monotonic()
-    ends = dict(tune.deadlines(["attention", "mlp", "update"], 150))
-    assert ends["attention"] - begin == pytest.approx(80, abs=1)
-    assert ends["mlp"] - begin == pytest.approx(150 * 6 / 7, abs=1)
-    assert ends["update"] - begin == pytest.approx(150, abs=1)
+PICK = """
+import torch
+from polyvit_kernels import tiles
+row = tiles.pick("sgd_update", 90, torch.float32)
+print(row.blocks["BLOCK"], row.num_warps, row.source)
+print(tiles.pick("sgd_update", 80, torch.float32).source)
+"""
 
 
-def test_where_there_is_no_short_row_the_long_kernel_is_what_is_in_use():
-    assert tune.row_in_use(CASES["attention"][1], 120).op == "attention_long_backward"
-    assert tune.row_in_use(CASES["attention"][1], 80).op == "attention_short_backward"
+def test_the_table_gives_what_was_written(tmp_path):
+    packages = tmp_path / "packages"
+    shutil.copytree(machine.ROOT / "kernels" / "polyvit_kernels", packages / "polyvit_kernels")
+    measured = packages / "polyvit_kernels" / "tiles" / "measured" / "new.json"
+    chosen = replace(SGD.row_in_use(), blocks={"BLOCK": 2048}, num_warps=8)
+    us = {label(SGD.row_in_use()): 50.0, label(chosen): 40.0}
+    results = tmp_path / "nvidia-new" / "tuning.json"
+    for new in (SGD.row_in_use(), chosen):  # the second replaces the first
+        tune.write(TuningOutcome(case=SGD, old=SGD.row_in_use(), new=new, us=us, refused={"x": "spills"}), measured, results, 90)
+    [row] = load_rows(measured)
+    assert (row.op, row.archs, row.dtypes, row.blocks) == ("sgd_update", (90,), ("fp32",), {"BLOCK": 2048})
+    [found] = json.loads(results.read_text())["cases"]
+    assert (found["chosen"], found["us"], found["refused"]) == (label(chosen), us, {"x": "spills"})
+    done = subprocess.run([sys.executable, "-c", PICK], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(packages)})
+    assert done.stdout.splitlines() == ["2048 8 nvidia-new/tuning.json", "compiled"], done.stderr
 
 
-def test_a_card_that_the_table_does_not_know_is_not_tuned():
-    assert tune.known(90)
-    assert not tune.known(103)
-    assert tiles.pick("sgd_update", 103, next(iter(tiles.DTYPES))).archs  # it takes an older card's rows
+def test_the_command_decides_writes_and_says_so(tmp_path, capsys):
+    files = {"--measured": tmp_path / "new.json", "--results": tmp_path / "nvidia-new" / "tuning.json"}
+    options = [str(word) for pair in files.items() for word in pair]
+    assert tune.main(["--small", "--ops", "update", *options]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}_update" in printed for name in ("adamw", "sgd"))
+    assert "3 timed, 0 refused" in printed
+    assert {row.op for row in load_rows(files["--measured"])} == {"adamw_update", "sgd_update"}
+    assert tune.main(["--small", "--ops", "update", "--seconds", "0", *options]) == 0
+    assert "sgd_update 86567656: no time was left" in capsys.readouterr().out
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+def test_without_a_gpu_the_command_says_so(capsys):
+    assert tune.main([]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
 
 
-def test_without_a_gpu_the_command_says_so():
-    if tune.card.HAS_GPU:
-        pytest.skip("there is one")
-    done = run()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no CUDA GPU" in done.stderr
-
-
-def test_help_says_what_is_written_and_what_holds_unless_told_otherwise():
-    done = run("--help")
-    text = " ".join(done.stdout.split())
-    assert not done.returncode
-    for words in (
-        "tile_table.py",
-        "<card>/tuning.json",
-        "start no new case after this many seconds (default: 180)",
-        "--dry-run print what",
-    ):
-        assert words in text
+def test_a_file_of_rows_has_the_name_of_the_model():
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA GeForce RTX 4090": "nvidia-geforce-rtx-4090"}
+    assert {name: machine.shorten(name) for name in names} == names

@@ -1,4 +1,4 @@
-"""Files that several tests of data share."""
+"""Files that several tests of data use."""
 
 import pytest
 from video_files import write_gradients

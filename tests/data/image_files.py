@@ -84,7 +84,7 @@ BAD = {
     "jpeg that claims 65500 x 65500": (lying_jpeg(65500, 65500), "65500 x 65500 pixels, more than max_pixels = 89478485"),
     "30000 x 30000 png": (png_header(30000, 30000), "it has 30000 x 30000 pixels, more than max_pixels = 89478485"),
     "png that claims 8000 x 8000": (png_header(8000, 8000), "truncated or damaged|not an image"),
-    "gif with a huge frame": (GIF, "it has more pixels than its header tells, or than Pillow decodes"),
+    "gif with a huge frame": (GIF, "it has more pixels than its header states, or than Pillow decodes"),
 }
 
 

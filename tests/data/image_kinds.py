@@ -97,8 +97,8 @@ def png(levels, bits, colour, *chunks, interlaced=False):
     passes = [levels[top::down, left::across] for top, left, down, across in ADAM7] if interlaced else [levels]
     rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part)
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, colour, 0, 0, interlaced)
-    pieces = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+    chunks_of_file = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks_of_file)
 
 
 def pngs():
@@ -184,19 +184,19 @@ def tiff(
     kinds = {tag: LONG if tag in (offsets, counts) else SHORT for tag in fields}
     count_format, entry_format, address, head, inline = ("Q", "HHQ", "Q", 16, 8) if big else ("H", "HHI", "I", 8, 4)
     end = head + struct.calcsize(f"={count_format}") + len(fields) * (struct.calcsize(f"={entry_format}") + inline) + inline
-    place = {}
+    offset_of = {}
     for tag in sorted(fields):
         size = struct.calcsize(f"={len(fields[tag])}{FORMATS[kinds[tag]]}")
         if size > inline:
-            place[tag], end = end, end + size
+            offset_of[tag], end = end, end + size
     fields[offsets] = list(end + np.cumsum([0, *map(len, blocks[:-1])]))
     mark = b"II" if order == "<" else b"MM"
     start = struct.pack(f"{order}HHHQ", 43, 8, 0, head) if big else struct.pack(f"{order}HI", 42, head)
     entries, outside = b"", b""
     for tag in sorted(fields):
         value = struct.pack(f"{order}{len(fields[tag])}{FORMATS[kinds[tag]]}", *fields[tag])
-        outside += value if tag in place else b""
-        value = struct.pack(f"{order}{address}", place[tag]) if tag in place else value.ljust(inline, b"\0")
+        outside += value if tag in offset_of else b""
+        value = struct.pack(f"{order}{address}", offset_of[tag]) if tag in offset_of else value.ljust(inline, b"\0")
         entries += struct.pack(f"{order}{entry_format}", tag, kinds[tag], len(fields[tag])) + value
     return mark + start + struct.pack(f"{order}{count_format}", len(fields)) + entries + bytes(inline) + outside + b"".join(blocks)
 
@@ -315,3 +315,5 @@ def turned():
 
 
 KINDS = bmps() | pngs() | jpegs() | tiffs() | pnms() | others() | turned()
+SHORT_KINDS = {name for name in KINDS if "orientation" not in name or name.endswith("-6")}
+"""All kinds, but of the orientations one; the others are long forms of tests."""

@@ -123,7 +123,7 @@ def read_waves(*paths, sample_rate_hz=RATE, max_seconds=100.0, num_threads=2):
 
 def waves_of(reader, *paths):
     found = {}
-    reader.read_waves([Media(str(path)) for path in paths], lambda i, wave: found.update({i: wave.copy()}))
+    reader.read([Media(str(path)) for path in paths], lambda i, wave: found.update({i: wave.copy()}))
     return [found[i] for i in range(len(paths))]
 
 

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -48,8 +47,9 @@ def test_a_source_may_bring_its_own_decoder():
     assert type(build_task_decoder(Folder(path="anywhere"), pictures, **OPTIONS)) is ImageDecoder
 
 
-def test_decoding_on_a_cpu_imports_no_gpu_decoder():
-    code = "import sys; from polyvit_fast.data import *; build_decoder(Image(), batch=1, train=True, num_threads=1); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "polyvit_fast.data.image.cpu" in loaded
-    assert not [name for name in loaded if name.startswith("polyvit_fast.data") and name.endswith("gpu")]
+@pytest.mark.parametrize(("modality", "name"), [(Image(), "image"), (Video(), "video"), (Audio(), "audio")])
+def test_the_gpu_decoder_is_imported_only_where_it_is_asked_for(monkeypatch, modality, name):
+    monkeypatch.setitem(sys.modules, f"polyvit_fast.data.{name}.gpu", None)
+    assert build_decoder(modality, **OPTIONS)
+    with pytest.raises(ImportError):
+        build_decoder(modality, **OPTIONS, device="cuda")

@@ -22,7 +22,7 @@ def by_cpu(media, rngs):
 
 
 class Refusing(GpuDecoder):
-    """Draws, then raises what it is told to raise."""
+    """Draws, then raises the next of `errors`."""
 
     def __init__(self, errors, on_cpu=by_cpu):
         super().__init__(on_cpu, CPU)

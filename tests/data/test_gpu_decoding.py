@@ -1,4 +1,4 @@
-"""Decoding on a GPU against decoding on the CPU: what runs on a CPU is tested beside each file; here is what only a GPU can show."""
+"""Decoding on a GPU against decoding on the CPU: the tests of each module run on a CPU, here is what only a GPU can show."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -91,8 +91,8 @@ def test_an_image_does_not_depend_on_its_neighbours(photos):
     assert torch.equal(torch.cat([decoder([one], [rng]) for one, rng in zip(photos, rngs(8), strict=True)]), batch)
 
 
-def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
-    """nvImageCodec may share decoders among tasks, and regrows their buffers: batches that come again must be the same to the bit."""
+def test_two_tasks_of_pictures_in_turn_next_to_a_busy_stream(tmp_path):
+    """nvImageCodec may use one decoder for several tasks and regrow buffers: batches that come again must be the same to the bit."""
     tasks = {
         kind: replace(demo_task(kind, PICTURE, 64, steps=40), train=DemoFiles(kind=kind, num_samples=64, root=str(tmp_path)))
         for kind in ("shapes", "textures")
@@ -123,7 +123,7 @@ def test_two_tasks_of_pictures_in_turn_beside_a_busy_stream(tmp_path):
     assert not any(loader.broken or loader.note for loader in loaders)
 
 
-def test_broken_images_are_told_and_the_next_batch_works(photos, tmp_path):
+def test_broken_images_are_reported_and_the_next_batch_works(photos, tmp_path):
     (tmp_path / "cut.webp").write_bytes(photos[5].read()[:-900])
     (tmp_path / "text.jpg").write_bytes(b"<html>404 not found</html>" * 9)
     decoder = build_decoder(Image(), batch=8, train=True, num_threads=2, device="cuda")
@@ -182,7 +182,7 @@ def test_colours_of_bt709_are_nvdecs_too(clips, tmp_path):
     assert difference[0] < difference[1] + 1
 
 
-def test_broken_videos_are_told_and_the_next_batch_works(clips, tmp_path):
+def test_broken_videos_are_reported_and_the_next_batch_works(clips, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(clips[0].read()[:20_000])
     decoder = build_decoder(CLIPS, batch=8, train=True, num_threads=2, device="cuda")
     before = decoder(clips, rngs(5))

@@ -1,13 +1,14 @@
 import struct
 
 import pytest
-from video_kinds import KINDS
+from long_forms import mark_long
+from video_kinds import KINDS, SHORT_KINDS
 
 from polyvit_fast.data.layout import Layout, read_layout
 from polyvit_fast.media import MediaError
 
-JOINED = ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "mjpeg.mov", "mpeg4.avi", "h264.flv", "vp8.ivf", "vp8.ogv", "wmv.asf"]
-JOINED += ["animated.gif", "animated.png"]
+APPENDED = ["h264.mp4", "h264-fast-start.mp4", "h264-fragments.mp4", "mjpeg.mov", "mpeg4.avi", "h264.flv", "vp8.ivf", "vp8.ogv", "wmv.asf"]
+APPENDED += ["animated.gif", "animated.png"]
 
 
 def layout(path, content):
@@ -19,7 +20,7 @@ def layout(path, content):
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", mark_long(KINDS, SHORT_KINDS))
 def test_whole_files_lack_nothing_and_hold_one_recording(video, tmp_path, name):
     content = video(name).read_bytes()
     found = layout(tmp_path / "a", content)
@@ -30,7 +31,7 @@ def test_whole_files_lack_nothing_and_hold_one_recording(video, tmp_path, name):
         assert (found.end <= len(content), found.joints) == (True, ())
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", APPENDED)
 def test_a_second_recording_is_found(video, tmp_path, name):
     first, second = (video(name, count=count).read_bytes() for count in (20, 30))
     found = layout(tmp_path / "a", first + second)
@@ -69,18 +70,18 @@ def test_matroska_and_asf_of_unknown_length_and_boxes_up_to_the_end_promise_noth
 def test_a_recording_that_was_broken_off_has_no_table_of_contents(video, tmp_path):
     content = bytearray(video("h264.mp4").read_bytes())  # the table stands at its end
     at = content.index(b"mdat") - 4
-    for length in (0, 2000 - at):  # up to the end of the file, and told
+    for length in (0, 2000 - at):  # up to the end of the file, and stated
         content[at : at + 4] = length.to_bytes(4, "big")
         with pytest.raises(MediaError, match="truncated: its table of contents"):
             layout(tmp_path / "a", content[:2000])
 
 
-def test_pieces_of_a_large_avi_are_one_recording(tmp_path):
-    pieces = b"".join(
+def test_chunks_of_a_large_avi_are_one_recording(tmp_path):
+    chunks = b"".join(
         b"RIFF" + struct.pack("<I", 4 + count) + kind + bytes(count + count % 2) for kind, count in ((b"AVI ", 99), (b"AVIX", 50))
     )
-    assert layout(tmp_path / "a", pieces * 1) == Layout(len(pieces))
-    assert layout(tmp_path / "a", pieces + pieces).joints == (len(pieces),)
+    assert layout(tmp_path / "a", chunks * 1) == Layout(len(chunks))
+    assert layout(tmp_path / "a", chunks + chunks).joints == (len(chunks),)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def write_moving(path, codec="libvpx-vp9", height=180, width=240, count=24, colo
         photo(height + count, width + 2 * count).resize((width // 4, height // 4)).resize((width + 2 * count, height + count))
     )
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"g": "10", "b": "2M", "deadline": "realtime", "cpu-used": "8"})
+        stream = container.add_stream(
+            codec, rate=25, options={"g": "10", "b": "2M", "deadline": "realtime", "cpu-used": "8", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if colorspace:
             stream.codec_context.colorspace = colorspace

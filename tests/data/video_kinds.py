@@ -47,7 +47,7 @@ def numbers_of(clips):
 X264 = {"g": "20", "bf": "3", "b_strategy": "0", "sc_threshold": "0", "preset": "veryfast", "crf": "20", "threads": "1"}
 OPEN_GOP = X264 | {"x264-params": "open-gop=1:keyint=20:min-keyint=20:scenecut=0"}
 X265 = "keyint=20:min-keyint=20:open-gop=1:bframes=3:b-adapt=0:scenecut=0:log-level=none:pools=none:frame-threads=1:crf=12"
-VPX = {"g": "20", "deadline": "realtime", "cpu-used": "8", "b": "500k"}
+VPX = {"g": "20", "deadline": "realtime", "cpu-used": "8", "b": "500k", "threads": "1"}
 MPEG = {"g": "15", "b": "500k"}
 MPEG_B = MPEG | {"bf": "2"}
 AV1 = {"preset": "8", "g": "20", "crf": "10", "svtav1-params": "lp=1"}
@@ -98,7 +98,9 @@ KINDS = {
     "vp8.ivf": Kind("ivf", "libvpx", VPX),
     "vp9.webm": Kind("webm", "libvpx-vp9", VPX),
     "vp9.mp4": Kind("mp4", "libvpx-vp9", VPX),
-    "vp9-hidden-frames.webm": Kind("webm", "libvpx-vp9", {"g": "40", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5"}),
+    "vp9-hidden-frames.webm": Kind(
+        "webm", "libvpx-vp9", {"g": "40", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5", "threads": "1"}
+    ),
     "mjpeg.avi": Kind("avi", "mjpeg", {}, "yuvj420p"),
     "mjpeg.mov": Kind("mov", "mjpeg", {}, "yuvj420p"),
     "mpeg4.avi": Kind("avi", "mpeg4", MPEG),
@@ -132,6 +134,13 @@ KINDS = {
     "raw.mjpeg": Kind("mjpeg", "mjpeg", {}, "yuvj420p"),
     "raw.obu": Kind("obu", "libsvtav1", AV1),
 }
+
+
+SHORT_KINDS = (
+    *("h264.mp4", "h264-open-gop.mkv", "h264-open-gop.ts", "h264-open-gop.avi", "h264.flv", "h264-fragments.mp4", "vp9-hidden-frames.webm"),
+    *("vp8.ivf", "vp8.ogv", "mpeg4-b-frames.avi", "mpeg2.mpg", "wmv.asf", "animated.gif", "animated.png", "mpeg2.mxf", "raw.h264"),
+)
+"""One or more kinds for each way of reading; the others are long forms of tests."""
 
 
 def encode(path, kind):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,9 @@ Pair = tuple[nn.Module, Tensor]
 def hugging_face_vit(**changes) -> Pair:
     from transformers import ViTConfig, ViTModel
 
-    return randomised(ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=16, **changes), add_pooling_layer=False)), normal(2, 3, 32, 32)
+    return randomised(ViTModel(ViTConfig(**(SIZES | {"image_size": 32, "patch_size": 16} | changes)), add_pooling_layer=False)), normal(
+        2, 3, 32, 32
+    )
 
 
 def vivit(**changes) -> Pair:
@@ -94,12 +97,17 @@ FAMILIES: dict[str, Callable[..., Pair]] = {
 }
 
 
+def long(*names: str) -> list[object]:
+    """Parameters of a test that `make test-all` runs alone."""
+    return [pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """In training mode, with all parameters drawn: standard deviation 0.15, around 1 where they scale."""
+    """In training mode, with all parameters drawn: std 0.15, around 1 where they scale."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.modules():

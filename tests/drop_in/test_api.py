@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from compare import assert_within_rule, largest_difference
-from foreign_models import FAMILIES, hugging_face_vit, normal, timm_vit, tokens_of, torchvision_vit
+from foreign_models import FAMILIES, hugging_face_vit, long, normal, timm_vit, tokens_of, torchvision_vit
 from low_rank import LowRank
 from torch import nn
 
@@ -70,7 +70,7 @@ def test_fused_models_are_as_exact_as_their_own_code(name, mode, calls):
 
 
 @pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize("name", ["Hugging Face ViT", "Hugging Face ViViT", "Hugging Face AST", "timm ViT", "torchvision ViT"])
+@pytest.mark.parametrize("name", ["timm ViT", *long("Hugging Face ViT", "Hugging Face ViViT", "Hugging Face AST", "torchvision ViT")])
 def test_fused_models_on_the_kernels_themselves(name):
     model, batch = FAMILIES[name]()
     fused, plain = pair(model.eval())
@@ -446,7 +446,7 @@ def compiling_looks_like_exporting() -> bool:
     return bool(torch.compile(lambda x: x * torch.compiler.is_exporting(), fullgraph=True, backend="eager")(torch.ones(())))
 
 
-@pytest.mark.parametrize("name", ["Hugging Face ViT", "Hugging Face DINOv2", "timm ViT", "timm EVA", "torchvision ViT"])
+@pytest.mark.parametrize("name", ["timm ViT", *long("Hugging Face ViT", "Hugging Face DINOv2", "timm EVA", "torchvision ViT")])
 def test_compiled_in_one_graph(name, unchecked_types, registered):
     model, batch = FAMILIES[name]()
     fused, plain = pair(model)
@@ -465,12 +465,12 @@ def test_compiled_in_one_graph(name, unchecked_types, registered):
 
 
 def test_hooks_and_adapters_in_a_compiled_model(unchecked_types):
-    model, batch = timm_vit()
+    model, batch = timm_vit(depth=1)
     fused, plain = pair(model)
     for each in (fused, plain):
         torch.manual_seed(0)
         each.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, output: 1.1 * output)
-        each.blocks[1].attn.qkv = LowRank(each.blocks[1].attn.qkv)
+        each.blocks[0].attn.qkv = LowRank(each.blocks[0].attn.qkv)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     assert_as_exact(fused, plain, batch, call=compiled)
 
@@ -555,7 +555,8 @@ def test_traced_as_if_never_fused(calls):
 
 
 @pytest.mark.parametrize(
-    ("name", "strict"), [("Hugging Face ViT", False), ("timm ViT", False), ("timm ViT", True), ("torchvision ViT", True)]
+    ("name", "strict"),
+    [("Hugging Face ViT", False), ("timm ViT", False), ("timm ViT", True), pytest.param("torchvision ViT", True, marks=pytest.mark.long)],
 )
 def test_exported_as_if_never_fused(name, strict, unchecked_types):
     model, batch = FAMILIES[name]()

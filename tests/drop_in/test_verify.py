@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from foreign_models import FAMILIES, hugging_face_vit, normal, timm_vit, tokens_of
+from foreign_models import FAMILIES, hugging_face_vit, long, normal, timm_vit, tokens_of
 from torch import nn
 
 from polyvit_fast import fuse
@@ -11,7 +11,7 @@ from polyvit_fast.drop_in.verify import LEGEND, Comparison, table
 from polyvit_kernels import ops
 
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+@pytest.mark.parametrize("precision", ["fp32", *long("autocast")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_passes_on_its_own_batch(name, precision, capsys):
     model, batch = FAMILIES[name]()

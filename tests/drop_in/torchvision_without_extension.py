@@ -1,4 +1,4 @@
-"""Makes timm and torchvision importable beside a torch for which torchvision's extension was not built.
+"""Makes timm and torchvision importable with a torch for which torchvision's extension was not built.
 
 `make` puts them into .venv/foreign, out of the way of torchmetrics and transformers, which import a torchvision wherever they find one.
 """

@@ -1,4 +1,4 @@
-"""Every experiment that comes with the package works, and those of the paper hold its figures."""
+"""Every experiment of the package trains, and those of the paper have its settings."""
 
 import importlib
 import math
@@ -68,17 +68,17 @@ def test_every_experiment_trains_and_evaluates(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", experiments.names())
-def test_docstrings_say_how_and_what(name):
+def test_docstrings_state_command_cost_and_result(name):
     text = importlib.import_module(f"polyvit_fast.experiments.{name}").__doc__
     assert f"Command: polyvit-fast train {name}" in text
     assert "\nCost" in text
     assert "\nResult" in text
 
 
-def test_the_paper_s_experiments_are_planned_without_a_decoder():
+def test_a_run_is_planned_without_a_decoder():
+    # polyvit_b16 holds the tasks of all experiments of the paper.
     code = (
-        "import sys; sys.modules |= {'nvidia': None, 'av': None}; from polyvit_fast import cli; "
-        f"sys.exit(max(cli.run(['plan', name]) for name in {['polyvit_b16', *SINGLE]}))"
+        "import sys; sys.modules |= {'nvidia': None, 'av': None}; from polyvit_fast import cli; sys.exit(cli.run(['plan', 'polyvit_b16']))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

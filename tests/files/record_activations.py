@@ -1,4 +1,4 @@
-"""What flows through the last block of a trained model, forward and backward, written to activations.safetensors beside this file.
+"""What flows through the last block of a trained model, forward and backward, written to activations.safetensors next to this file.
 
 polyvit-fast train demo && python tests/files/record_activations.py runs/demo
 """

@@ -127,7 +127,7 @@ class Allocation:
             if me.is_unsettled(access):
                 me.settle()
             if clock.get(access.timeline, 0) < access.time:
-                raise FaultError(f"race on {self.name}: {what}, but nothing says that it comes after {access.what}")
+                raise FaultError(f"data race on {self.name}: {what}, but nothing says that it comes after {access.what}")
             if asynchronous and access.by_threads and access.writes and clock.get(("fence", access.timeline), 0) < access.by_threads:
                 raise FaultError(f"{what} on {self.name} needs fence_async_shared after {access.what}")
 

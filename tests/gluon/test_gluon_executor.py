@@ -92,17 +92,17 @@ def test_a_kernel_with_copies_and_products(seed):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("copy not waited for", "race on allocation 0.*a wgmma in gram_kernel.*comes after a copy to shared memory in begin_load"),
+        ("copy not waited for", "data race on allocation 0.*a wgmma in gram_kernel.*comes after a copy to shared memory in begin_load"),
         ("bytes", r"(?s)deadlock:.*gram_kernel waits for parity 0 of barrier 0.*0 of 1 arrivals and -2 bytes are missing"),
-        ("phase", "race on allocation 0|deadlock"),
+        ("phase", "data race on allocation 0|deadlock"),
         (
             "product not waited for before its operand is overwritten",
-            "race on allocation 0.*begin_load.*comes after a wgmma in gram_kernel",
+            "data race on allocation 0.*begin_load.*comes after a wgmma in gram_kernel",
         ),
         ("never waited for", "the program ends (during|without waiting for) a copy to shared memory in begin_load"),
         ("unwritten", "a load reads what nobody wrote in allocation 1"),
         ("fence", "a copy from shared memory in gram_kernel, line .* needs fence_async_shared after a store in gram_kernel"),
-        ("overwritten during a copy from it", "race on allocation 1.*a store in .*comes after a copy from shared memory"),
+        ("overwritten during a copy from it", "data race on allocation 1.*a store in .*comes after a copy from shared memory"),
         ("copy from shared memory not waited for", "gram_kernel ends before its last copy from shared memory"),
     ],
 )
@@ -237,14 +237,14 @@ def test_partitions_take_turns_in_any_order(seed):
     [
         (
             "overwritten before it is read",
-            "race on allocation 0.*begin_load.*comes after a (load in double|copy to)|more arrivals than expected",
+            "data race on allocation 0.*begin_load.*comes after a (load in double|copy to)|more arrivals than expected",
         ),
         ("never released", r"(?s)deadlock:.*partition 2, produce, waits for parity 0 of barrier 0 of allocation \d+ .*1 of 1 arrivals"),
         ("too few arrivals", "(?s)deadlock:.*partition 2, produce, waits for.*1 of 2 arrivals"),
         ("too many arrivals", "more arrivals than expected, 2 at barrier"),
-        ("handed over too early", "race on allocation 1"),
-        ("handed over by one thread", "race on allocation 1.*a load in write.*comes after a store in double"),
-        ("read before it is handed over", "race on allocation 1|reads what nobody wrote in allocation 1"),
+        ("handed over too early", "data race on allocation 1"),
+        ("handed over by one thread", "data race on allocation 1.*a load in write.*comes after a store in double"),
+        ("read before it is handed over", "data race on allocation 1|reads what nobody wrote in allocation 1"),
         ("both wait", "(?s)deadlock:.*partition 0, write, waits for parity 1 of.*partition 1, double, waits for parity 0 of"),
         ("not initialized", "barrier 0 of .* is not initialized"),
     ],

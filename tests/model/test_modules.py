@@ -72,7 +72,7 @@ def test_branches_are_left_out_per_example_with_the_given_probability(rescale, k
     for branch in factors:
         kept_ratio = (branch == torch.tensor(kept_value)).double().mean()
         assert (branch == 0).double().mean() == 1 - kept_ratio
-        assert kept_ratio == pytest.approx(0.7, abs=0.015)  # 4.6 standard deviations
+        assert kept_ratio == pytest.approx(0.7, abs=0.015)  # 4.6 std
 
 
 def test_both_branches_are_left_out_independently():
@@ -86,7 +86,7 @@ def test_both_branches_are_left_out_independently():
     sums = b(torch.zeros(4000, 1, 32), 0.5)[:, 0, 0]
     counts = torch.tensor([(sums == value).sum() for value in (0, 1, 10, 11)])
     assert counts.sum() == 4000
-    assert (counts - 1000).abs().max() < 140  # 5 standard deviations
+    assert (counts - 1000).abs().max() < 140  # 5 std
 
 
 def test_evaluation_drops_nothing():

@@ -224,7 +224,7 @@ def test_model_of_a_configuration():
 
 @dataclass(frozen=True, kw_only=True)
 class Toned(Picture):
-    """Pictures with a mean and a standard deviation of their own."""
+    """Pictures with a mean and a std of their own."""
 
     mean: float = 127.5
     std: float = 127.5

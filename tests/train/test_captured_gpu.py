@@ -15,7 +15,7 @@ from torch import nn
 from polyvit_fast.config import Model, Optim, Task, Train
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.synthetic import Synthetic
-from polyvit_fast.data.stream import Loader, prefetch, training_jobs
+from polyvit_fast.data.stream import Loader, prefetch, request_batches
 from polyvit_fast.data.video.modality import Video
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.capture import CapturedStep, capture
@@ -57,7 +57,7 @@ class Trained:
         dtypes = {name: loader.grid_dtype() for name, loader in self.loaders.items()}
         self.buffers = InputBuffers(run, dtypes, CUDA)
         self.steps = CapturedStep(self.step, self.buffers, self.plan) if captured else self.step
-        jobs = training_jobs(self.loaders, self.plan, 0)
+        jobs = request_batches(self.loaders, self.plan, 0)
         self.inputs = feed(prefetch(pin(jobs), depth=4, timeout_seconds=60), self.buffers)
 
     def go(self, num_steps: int) -> None:

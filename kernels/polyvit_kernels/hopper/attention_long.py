@@ -100,6 +100,7 @@ def _attend(
         mbarrier.wait(full.index(i_stage), j // STAGES & 1)
         # [64, BLOCK_N]
         b_s = warpgroup_mma_wait(0, deps=(panels.mma_scores(b_q, panels.stage(s_k, i_stage), BLOCK_N),))
+        # [64, BLOCK_N], [64], [64], [64]
         b_p, b_max, b_sum, b_alpha = _online_softmax_update(b_s, b_max, b_sum, scale)
         # [64, width] a panel
         b_out = panels.mma_wait(panels.mma_accumulate(b_p, panels.stage(s_v, i_stage), panels.scale_rows(b_out, b_alpha)))
@@ -229,6 +230,7 @@ def _compute_dkv(
     s_last_do = panels.first_rows(panels.stage(s_do, i_stage), TAIL)
     s_last_lse = s_lse.index(i_stage).slice(0, TAIL)
     s_last_delta = s_delta.index(i_stage).slice(0, TAIL)
+    # [64, width] a panel
     b_dk, b_dv = _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_last_q, s_last_do, s_last_lse, s_last_delta, empty.index(i_stage), scale)
     for j in range(start + 1, end):
         i_stage = j % STAGES
@@ -236,6 +238,7 @@ def _compute_dkv(
         # [BLOCK_N, width] a panel, [BLOCK_N]
         s_block_q, s_block_do = panels.stage(s_q, i_stage), panels.stage(s_do, i_stage)
         s_block_lse, s_block_delta = s_lse.index(i_stage), s_delta.index(i_stage)
+        # [64, width] a panel
         b_dk, b_dv = _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_block_q, s_block_do, s_block_lse, s_block_delta, empty.index(i_stage), scale)
     mbarrier.arrive(released, count=1)
     p_head = p_dqkv + o_row * (3 * width) + width + column

@@ -68,12 +68,11 @@ def _mask_keys(b_s, i_key, tokens, N: gl.constexpr, L: gl.constexpr):
 @gluon.jit
 def _mma_all_scores(b_q, s_k, s_k_tail, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
     """Issue the products of 64 queries with all keys, the last block first: the registers of its mask are soon free again."""
+    # [64, 64] a block, and [64, TAIL]
     b_issued = ()
     for c in gl.static_range(BLOCKS):
-        # [64, 64] a block
         b_issued = b_issued + (panels.mma_scores(b_q, panels.stage(s_k, BLOCKS - 1 - c), 64),)
     if TAIL > 0:
-        # [64, TAIL]
         b_issued = b_issued + (panels.mma_scores(b_q, panels.stage(s_k_tail, 0), TAIL),)
     return b_issued
 
@@ -102,6 +101,7 @@ def _attend(b_issued, s_v, s_v_tail, bar_v, tokens, scale, BLOCKS: gl.constexpr,
         # [64]
         b_tile_max = gl.convert_layout(gl.max(b_tile, 1), mma_rows(64))
         b_max = b_tile_max if c == 0 else gl.maximum(b_max, b_tile_max)
+        # [64, 64] a block, and [64, TAIL]
         b_s = b_s + (b_tile,)
     # The scale is positive: it goes into the exponent, one fused multiply-add per score.
     b_max = b_max * scale
@@ -113,6 +113,7 @@ def _attend(b_issued, s_v, s_v_tail, bar_v, tokens, scale, BLOCKS: gl.constexpr,
         b_sum = b_tile_sum if c == 0 else b_sum + b_tile_sum
         if c == 0:
             mbarrier.wait(bar_v, 0)
+        # [64, width] or [TAIL, width] a panel
         s_rows = panels.stage(s_v if c < BLOCKS else s_v_tail, BLOCKS - 1 - c if c < BLOCKS else 0)
         # [64, width] a panel
         b_out = panels.mma_accumulate(b_p, s_rows, b_out, c > 0)
@@ -132,12 +133,12 @@ def attention_short_fwd_kernel(
     d_block = panels.combine(d_qkv, d_qkv_rest)
     d_last = panels.combine(d_tail, d_tail_rest)
     RING: gl.constexpr = 2 if BLOCKS > 1 else 1
-    # [stages, 64, width] a panel
+    # [stages, 1, 64, width] a panel
     s_q = panels.allocate(d_block, RING)
     s_k = panels.allocate(d_block, BLOCKS)
     s_v = panels.allocate(d_block, BLOCKS)
     if TAIL > 0:
-        # [1, TAIL, width] a panel
+        # [1, 1, TAIL, width] a panel
         s_q_tail = panels.allocate(d_last, 1)
         s_k_tail = panels.allocate(d_last, 1)
         s_v_tail = panels.allocate(d_last, 1)
@@ -241,12 +242,12 @@ def attention_short_bwd_kernel(
     d_last = panels.combine(d_tail, d_tail_rest)
     d_do_block = panels.combine(d_grad, d_grad_rest)
     d_do_last = panels.combine(d_grad_tail, d_grad_tail_rest)
-    # [BLOCKS, 64, width] a panel
+    # [BLOCKS, 1, 64, width] a panel
     s_q = panels.allocate(d_block, BLOCKS)
     s_k = panels.allocate(d_block, BLOCKS)
     s_v = panels.allocate(d_block, BLOCKS)
     s_do = panels.allocate(d_do_block, BLOCKS)
-    # [1, TAIL, width] a panel; empty tuples without a tail
+    # [1, 1, TAIL, width] a panel; empty tuples without a tail
     s_q_tail = panels.allocate(d_last, 1)
     s_k_tail = panels.allocate(d_last, 1)
     s_v_tail = panels.allocate(d_last, 1)
@@ -299,6 +300,7 @@ def attention_short_bwd_kernel(
         # [TAIL, width] a panel
         b_do_tail = panels.load_coalesced(panels.stage(s_do_tail, 0))
         s_delta.index(BLOCKS).slice(0, TAIL).store(panels.row_dots(b_do_tail, b_out[BLOCKS]))
+        # [width] a panel
         b_dv_sums = panels.add(b_dv_sums, panels.column_sums(b_do_tail))
     panels.store_vector(p_sum + 2 * width, b_dv_sums)
     panels.store_vector(p_sum + width, panels.scale(b_dv_sums, 0.0))
@@ -326,7 +328,9 @@ def attention_short_bwd_kernel(
             # [TAIL]
             s_lse_tail = s_lse.index(BLOCKS).slice(0, TAIL)
             s_delta_tail = s_delta.index(BLOCKS).slice(0, TAIL)
+            # [TAIL, width] a panel
             s_q_rows, s_do_rows = panels.stage(s_q_tail, 0), panels.stage(s_do_tail, 0)
+            # [64, width] a panel
             b_dk, b_dv = _accumulate_dkv(b_k, b_v, b_dk, b_dv, s_q_rows, s_do_rows, s_lse_tail, s_delta_tail, scale, TAIL)
         panels.store_rows(p_dq + 2 * width, panels.mma_wait(b_dv, len(s_k)), j * 64, 3 * width, tokens)
         panels.store_rows(p_dq + width, panels.scale(panels.mma_wait(b_dk), scale * LN_2), j * 64, 3 * width, tokens)

@@ -109,9 +109,9 @@ def _multiply(d_a, d_b, ring, handoff, num_tiles, tiles_n, depth, BIAS: gl.const
         for i_k in range(0, depth, BLOCK_K):
             i_stage = i_step % STAGES
             mbarrier.wait(bar_full.index(i_stage), i_step // STAGES & 1)
-            # [BLOCK_K, BLOCK_N], with a bias after the permutation
             s_right = s_b.index(i_stage)
             if BIAS:
+                # [BLOCK_K, BLOCK_N], as it is stored without a bias
                 s_right = s_right.permute((1, 0))
             # [BLOCK_M / 2, BLOCK_N]
             b_sum = warpgroup_mma(s_a.index(2 * i_stage + HALF), s_right, b_sum, is_async=True, use_acc=BIAS or i_k > 0)
@@ -267,11 +267,15 @@ def _run(
     BLOCK_N: gl.constexpr = d_b.block_type.shape[0 if BIAS else 1]
     tiles_n = gl.cdiv(groups * 8, BLOCK_N)
     sizes = (gl.cdiv(num_rows, 2 * HALF_M) * tiles_n, tiles_n, num_rows, groups * 8)
-    # [2 * STAGES, BLOCK_M / 2, BLOCK_K], [STAGES, …] as B is loaded, [2, BLOCK_M / 2, BLOCK_N]
+    # [2 * STAGES, HALF_M, BLOCK_K]
     s_a = gl.allocate_shared_memory(d_a.dtype, [STAGES * 2] + d_a.block_type.shape, d_a.layout)
+    # [STAGES, BLOCK_N, BLOCK_K] or [STAGES, BLOCK_K, BLOCK_N]
     s_b = gl.allocate_shared_memory(d_b.dtype, [STAGES] + d_b.block_type.shape, d_b.layout)
+    # [2, HALF_M, BLOCK_N]
     s_out = gl.allocate_shared_memory(d_a.dtype, [2, HALF_M, BLOCK_N], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    # [_BIAS_STAGES, BLOCK_N]
     s_bias = gl.allocate_shared_memory(gl.float32, [_BIAS_STAGES, BLOCK_N], vector_shared())
+
     ring = (s_a, s_b, _init_barriers(STAGES), _init_barriers(STAGES))
     handoff = (s_out, _init_barriers(2), _init_barriers(2), s_bias)
     gl.warp_specialize(

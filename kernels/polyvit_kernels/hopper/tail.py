@@ -222,6 +222,7 @@ def attend_tail(
     for c in gl.static_range(BLOCKS):
         # [WARPS, 16, 16] a block
         b_s = b_s + (_scores(b_q, _warp_rows(s_k, c)),)
+        # [WARPS, 16]
         b_warp_max = gl.maximum(b_warp_max, gl.max(b_s[c], 2))
     # [16]
     b_max = gl.max(b_warp_max, 0) * scale
@@ -235,15 +236,17 @@ def attend_tail(
     for c in gl.static_range(BLOCKS):
         # [WARPS, 16, 16]
         b_p = gl.exp2(b_s[c] * scale - b_max[None, :, None])
+        # [WARPS, 16]
         b_warp_sum = b_warp_sum + gl.sum(b_p, 2)
         # [WARPS, 16, width]
         b_out = _accumulate(b_p, _warp_rows(s_v, c), b_out)
     # [16]
     b_sum = gl.sum(b_warp_sum, 0)
+    # [16, 32], or narrower at the end
     b_reduced = _reduce_warps(b_out)
     b_chunks = ()
     for i in gl.static_range(len(b_reduced)):
-        # [16, 32], or narrower at the end
+        # The shape of the chunk.
         b_chunks = b_chunks + (_scale_rows(b_reduced[i], 1.0 / b_sum),)
     _store_rows(p_out, b_chunks, BLOCKS * 64, stride, tokens)
     # [16]

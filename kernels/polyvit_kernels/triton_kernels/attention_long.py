@@ -136,6 +136,7 @@ def attention_long_fwd_kernel(
         )  # fmt: skip
     p_head = p_out + (i_first * heads + i_head) * HEAD_DIM
     store_rows(p_head, b_out / b_sum[:, None], i_query, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    # [BLOCK_M]
     p_row = p_lse + _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
     tl.store(p_row, b_max + tl.log2(b_sum), mask=i_query < length)
 
@@ -165,6 +166,7 @@ def attention_long_bwd_kernel_delta(
     # [BLOCK_M, BLOCK_D]
     b_do = load_rows(p_do, i_query, grad_token, length, HEAD_DIM, BLOCK_D, True)
     b_o = load_rows(p_out + (i_first * heads + i_head) * HEAD_DIM, i_query, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D, True)
+    # [BLOCK_M]
     p_row = p_delta + _lse_offset(i_first, i_sequence, i_head, tokens, heads, VARLEN) + i_query
     tl.store(p_row, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1), mask=i_query < length)
 

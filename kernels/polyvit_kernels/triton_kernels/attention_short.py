@@ -85,11 +85,13 @@ def attention_short_fwd_kernel(
         b_s1 = tl.dot(b_q, tl.trans(b_k1), input_precision="ieee")
         if KEYS_2 == 0:
             b_s1 = tl.where(i_1[None, :] < tokens, b_s1, float("-inf"))
+        # [BLOCK_M]
         b_max = tl.maximum(b_max, tl.max(b_s1, 1))
     if KEYS_2 > 0:
         # [BLOCK_M, KEYS_2]
         b_s2 = tl.dot(b_q, tl.trans(b_k2), input_precision="ieee")
         b_s2 = tl.where(i_2[None, :] < tokens, b_s2, float("-inf"))
+        # [BLOCK_M]
         b_max = tl.maximum(b_max, tl.max(b_s2, 1))
 
     # The scale is positive: it goes into the exponent, one fused multiply-add per score.
@@ -99,12 +101,12 @@ def attention_short_fwd_kernel(
     b_sum = tl.sum(b_p, 1)
     b_out = tl.dot(b_p.to(b_v0.dtype), b_v0, input_precision="ieee")
     if KEYS_1 > 0:
-        # [BLOCK_M, KEYS_1]
+        # [BLOCK_M, KEYS_1], [BLOCK_M], [BLOCK_M, BLOCK_D]
         b_p = tl.exp2(b_s1 * scale - b_max[:, None])
         b_sum += tl.sum(b_p, 1)
         b_out = tl.dot(b_p.to(b_v0.dtype), b_v1, b_out, input_precision="ieee")
     if KEYS_2 > 0:
-        # [BLOCK_M, KEYS_2]
+        # [BLOCK_M, KEYS_2], [BLOCK_M], [BLOCK_M, BLOCK_D]
         b_p = tl.exp2(b_s2 * scale - b_max[:, None])
         b_sum += tl.sum(b_p, 1)
         b_out = tl.dot(b_p.to(b_v0.dtype), b_v2, b_out, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""GELU and its derivative for the epilogues of linear layers, in fp32 registers; the portable and Hopper's kernels share them.
+"""GELU and its derivative for the epilogues of linear layers, in fp32 registers; the portable kernels and Hopper's both call them.
 
 The backward of GELU needs no pass of its own: the forward stores the derivative ("slope") where it has the input in registers, and the
 backward of the next layer multiplies by it (`linear.dgelu_bwd_kernel`).

@@ -40,7 +40,7 @@ def layer_norm_fwd_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The sum with the residual, that normalised, its mean and reciprocal standard deviation. Without a residual, its pointers are None."""
+    """The sum with the residual, that normalised, its mean and reciprocal std. Without a residual, its pointers are None."""
     # [ROWS], [BLOCK]
     i_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i_columns = tl.arange(0, BLOCK)
@@ -118,6 +118,7 @@ def layer_norm_bwd_kernel(
         # [ROWS]
         i_rows = i_block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_rows = i_rows < rows
+        # [ROWS, 1] or [ROWS, BLOCK]
         mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & m_columns[None, :]
         # [ROWS, BLOCK]; beyond the vectors both are 0, so b_normal, which is not, adds nothing there
         b_x = tl.load(p_x + i_rows[:, None] * stride_x + i_columns[None, :], mask, 0.0).to(tl.float32)
@@ -141,6 +142,7 @@ def layer_norm_bwd_kernel(
         if p_factors is not None:
             # [ROWS]; the index is divided in 32 bits, which takes a fraction of the instructions of 64
             b_factors = tl.load(p_factors + (i_block * ROWS + tl.arange(0, ROWS)) // tokens, m_rows, 0.0)
+            # [ROWS, BLOCK]
             b_dx *= b_factors[:, None]
         if p_low is not None:
             tl.store(p_low + o_dx, b_dx.to(p_low.dtype.element_ty), mask)
@@ -171,8 +173,8 @@ def layer_norm_bwd_kernel_parameters(
     i_programs = tl.arange(0, BLOCK_PROGRAMS)
     i_columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     m_columns = i_columns < WIDTH
-    mask = m_columns[:, None] & (i_programs < programs)[None, :]
     # [BLOCK_COLUMNS, BLOCK_PROGRAMS]
+    mask = m_columns[:, None] & (i_programs < programs)[None, :]
     o_partials = i_columns[:, None] + i_programs[None, :] * SUMS * WIDTH
     # [BLOCK_COLUMNS]
     b_d_weight = tl.sum(tl.load(p_partials + o_partials, mask, 0.0), 1)
@@ -192,7 +194,7 @@ _PARAMETER_WARPS = 8
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, tile: Tile
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(x + residual, that normalised, its means, its reciprocal standard deviations); the first is None without a residual."""
+    """(x + residual, that normalised, its means, its reciprocal stds); the first is None without a residual."""
     width = x.shape[-1]
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))

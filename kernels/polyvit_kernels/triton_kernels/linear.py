@@ -89,6 +89,7 @@ def _matmul(
             b_b = tl.load(p_b, mask=(o_k < depth - i_k)[:, None] & m_n, other=0.0)
         # [BLOCK_M, BLOCK_N]
         b_sum = tl.dot(b_a, b_b, b_sum, input_precision="ieee")
+        # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
         p_a += BLOCK_K
         p_b += step
     return b_sum
@@ -113,6 +114,7 @@ def _output_offsets(i_row, i_column, num_rows, num_columns, EVEN_N: tl.constexpr
         m_n = tl.full([COLUMNS], 1, tl.int1)
     else:
         m_n = o_n < num_columns - i_column
+        # [ROWS, COLUMNS]
         m_out &= m_n[None, :]
     return o_out, m_out, m_n
 

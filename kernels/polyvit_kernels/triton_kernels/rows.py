@@ -37,6 +37,7 @@ def store_rows(p_rows, b_rows, i_row, stride, tokens, HEAD_DIM: tl.constexpr, BL
     i_column = tl.arange(0, BLOCK_D)
     # [rows, BLOCK_D]
     p_block = p_rows + i_row[:, None] * stride + i_column[None, :]
+    # [rows, BLOCK_D] or [rows, 1]
     if HEAD_DIM < BLOCK_D:
         m_block = (i_row[:, None] < tokens) & (i_column[None, :] < HEAD_DIM)
     else:
@@ -51,6 +52,7 @@ def store_columns(p_rows, b_columns, i_row, stride, tokens, HEAD_DIM: tl.constex
     i_column = tl.arange(0, BLOCK_D)
     # [BLOCK_D, rows]
     p_block = p_rows + i_row[None, :] * stride + i_column[:, None]
+    # [BLOCK_D, rows] or [1, rows]
     if HEAD_DIM < BLOCK_D:
         m_block = (i_row[None, :] < tokens) & (i_column[:, None] < HEAD_DIM)
     else:

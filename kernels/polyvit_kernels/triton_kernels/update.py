@@ -129,7 +129,7 @@ def sgd(
     ema_decay: float,
     tile: Tile,
 ) -> None:
-    """SGD in place on contiguous buffers of one size."""
+    """Update contiguous buffers of one size by SGD."""
     if not len(param):
         return
     launch: Any = sgd_update_kernel[(triton.cdiv(len(param), tile.blocks["BLOCK"]),)]
@@ -155,7 +155,7 @@ def adamw(
     ema_decay: float,
     tile: Tile,
 ) -> None:
-    """AdamW in place on contiguous buffers of one size."""
+    """Update contiguous buffers of one size by AdamW."""
     if not len(param):
         return
     launch: Any = adamw_update_kernel[(triton.cdiv(len(param), tile.blocks["BLOCK"]),)]

@@ -38,7 +38,7 @@ class AudioDecoder:
     def __call__(
         self, media: Sequence[Media], rngs: Sequence[np.random.Generator]
     ) -> Float32[Tensor, "sample view 1 rows columns channels"]:
-        """Grids, whose channels share memory. Raises MediaError on a broken file."""
+        """Grids, whose channels are views of one. Raises MediaError on a broken file."""
         _, rows, columns, _ = self.audio.grid
         spectrograms = torch.empty(len(media), self.num_views, rows, columns)
 

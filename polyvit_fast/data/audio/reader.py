@@ -1,8 +1,8 @@
-"""Sound files to mono waveforms of one sample rate. Which kind a file is, its content tells, not its name.
+"""Sound files to mono waveforms of one sample rate. The kind of a file follows from its content, not from its name.
 
-DALI decodes what libsndfile does, in batches: faster than PyAV, and with libsndfile's samples, which FFmpeg does not always give (it swaps
-the bytes of RIFX). PyAV (FFmpeg) decodes the rest: Ogg, MP3, AAC, WMA, videos. Channels are averaged either way. PyAV also resamples,
-for DALI's resampler turns frequencies that the new rate cannot hold into other ones, at full strength.
+DALI decodes what libsndfile can, in batches: this is faster than PyAV, and gives libsndfile's samples, which FFmpeg does not always give
+(it swaps the bytes of RIFX). PyAV (FFmpeg) decodes the rest: Ogg, MP3, AAC, WMA, videos. Channels are averaged either way. PyAV also
+resamples, because DALI's resampler aliases: frequencies that the new rate cannot represent come back as others, at full strength.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError
 
 CHUNK_BYTES = 1 << 28  # files and waveforms at a time: whole songs of a batch would be gigabytes
-LOUDEST = 1e12  # full scale is 1, in some files 2**31; the energy of this is still far from float32's end
+LOUDEST = 1e12  # full scale is 1, in some files 2**31; the energy of this is still far below float32's maximum
 
 
 class SoundReader:
-    """Reads up to `batch` files at a time. A file's waveform does not depend on the others."""
+    """Reads up to `batch` files at a time. The waveform of a file does not depend on the other files."""
 
     def __init__(self, *, batch: int, num_threads: int, sample_rate_hz: int, max_seconds: float) -> None:
         self.num_threads, self.sample_rate_hz, self.max_seconds = num_threads, sample_rate_hz, max_seconds
@@ -56,7 +56,7 @@ class SoundReader:
 
         def finish(k: int) -> None:
             rate, wave = int(rates.at(k)), np.from_dlpack(waves[k])
-            check_size(len(wave), 1, rate, self.max_seconds)  # some headers say less than libsndfile reads
+            check_size(len(wave), 1, rate, self.max_seconds)  # some headers state less than libsndfile reads
             use(indices[k], self._finish(rate, wave))
 
         map_in_threads(finish, range(len(indices)), self.num_threads)
@@ -64,7 +64,7 @@ class SoundReader:
     def _finish(self, rate: int, wave: Wave) -> Float32[np.ndarray, " resampled"]:
         if not len(wave):
             raise MediaError("there are no samples in it")
-        if not np.maximum(wave.max(), -wave.min()) <= LOUDEST:  # not a number is neither
+        if not np.maximum(wave.max(), -wave.min()) <= LOUDEST:  # also true of NaN
             raise MediaError(f"some of its samples are infinite, not a number or beyond {LOUDEST:g}")
         return resample(wave, rate, self.sample_rate_hz)
 

@@ -1,7 +1,7 @@
 """Waveforms to log-mel spectrograms: windows of 25 ms every 10 ms, neither centred nor padded, in one of two forms.
 
 kaldi: Kaldi's `compute-fbank-feats` with a Hann window and no dither, as AST (arXiv 2104.01778) calls it.
-mbt: MBT (arXiv 2107.00135, section 4.2), Hamming windows; what the paper leaves open is as in TensorFlow's and librosa's HTK filters.
+mbt: MBT (arXiv 2107.00135, section 4.2), Hamming windows; what the paper leaves open follows TensorFlow's and librosa's HTK filters.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from polyvit_fast.data.device import send
 Form = Literal["kaldi", "mbt"]
 FRAMES_PER_SECOND = 100
 PRE_EMPHASIS = 0.97
-FLOORS = {"kaldi": 2.0**-23, "mbt": 1e-6}  # energies below are raised to it before the logarithm
+FLOORS = {"kaldi": 2.0**-23, "mbt": 1e-6}  # lower energies are raised to it before the logarithm
 LOWEST_HZ = {"kaldi": 20.0, "mbt": 0.0}
-NUM_GROUPS = 4  # of mel bands: two fifths of a whole matrix's time; eight are no faster
+NUM_GROUPS = 4  # of mel bands: takes two fifths of the time of one matrix; eight are no faster
 
 
 def num_samples(frames: int, sample_rate_hz: int) -> int:
-    """Samples that give exactly this many frames."""
+    """How many samples give exactly `frames` frames."""
     return (frames - 1) * (sample_rate_hz // FRAMES_PER_SECOND) + _window_size(sample_rate_hz)
 
 
 def num_frames(samples: int, sample_rate_hz: int) -> int:
-    """Frames whose windows lie within so many samples."""
+    """How many frames have their windows within `samples` samples."""
     return max(0, 1 + (samples - _window_size(sample_rate_hz)) // (sample_rate_hz // FRAMES_PER_SECOND))
 
 
 def log_mel(
     waves: Float[Tensor, "batch samples"], *, form: Form, sample_rate_hz: int, num_mel_bins: int
 ) -> Float[Tensor, "batch frames mel"]:
-    """Natural logarithms of the energies in mel bands, on the device of `waves`."""
+    """The natural logarithms of the energies in mel bands, on the device of `waves`."""
     window, groups = _window(form, sample_rate_hz, waves.device), _band_groups(form, sample_rate_hz, num_mel_bins, waves.device)
     frames = waves.unfold(-1, len(window), sample_rate_hz // FRAMES_PER_SECOND)
     padded = frames.new_zeros(*frames.shape[:-1], _fft_size(sample_rate_hz))
@@ -71,7 +71,7 @@ def _window(form: Form, sample_rate_hz: int, device: torch.device) -> Float[Tens
 
 @cache
 def _band_groups(form: Form, sample_rate_hz: int, num_mel_bins: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
-    """Neighbouring bands, and from which frequency to which they have any: a whole matrix would be zeros for the most part."""
+    """(lowest frequency, end, weights) of groups of neighbouring bands: one matrix for all bands would be zeros for the most part."""
     groups = []
     for bands in _bands(form, sample_rate_hz, num_mel_bins).tensor_split(NUM_GROUPS, -1):
         used = bands.any(-1).nonzero()
@@ -85,11 +85,11 @@ def _bands(form: Form, sample_rate_hz: int, num_mel_bins: int) -> Float[Tensor, 
     hertz = np.arange(_fft_size(sample_rate_hz) // 2 + 1) * sample_rate_hz / _fft_size(sample_rate_hz)
     lowest, highest = _mel(np.array([LOWEST_HZ[form], sample_rate_hz / 2]))
     corners = np.linspace(lowest, highest, num_mel_bins + 2)
-    places = _mel(hertz) if form == "kaldi" else hertz
+    positions = _mel(hertz) if form == "kaldi" else hertz
     if form == "mbt":
         corners = 700 * np.expm1(corners / 1127)
     left, centre, right = corners[:-2], corners[1:-1], corners[2:]
-    rising, falling = (places[:, None] - left) / (centre - left), (right - places[:, None]) / (right - centre)
+    rising, falling = (positions[:, None] - left) / (centre - left), (right - positions[:, None]) / (right - centre)
     return torch.from_numpy(np.minimum(rising, falling).clip(0)).float()
 
 

@@ -1,6 +1,6 @@
-"""Waveforms of any sound file, or of the sound of any video file, through PyAV (FFmpeg), on plain CPU threads.
+"""Waveforms of any sound file, or of the sound of any video file, through PyAV (FFmpeg) on CPU threads.
 
-FFmpeg's filter `amovie` decodes many packets at a call. Packet by packet, threads wait for Python's lock so often that two are no
+FFmpeg's filter `amovie` decodes many packets per call. Packet by packet, threads would wait for Python's lock so often that two are no
 faster than one.
 """
 
@@ -18,22 +18,22 @@ from polyvit_fast.data.audio.container import format_cut, states_duration
 from polyvit_fast.media import Media, MediaError
 
 Wave = Float32[np.ndarray, " samples"]
-# FFmpeg's demuxers; playlists, which name other files, stay shut.
+# FFmpeg's demuxers. Playlists are left out, as they name other files.
 FORMATS = "mp3,aac,ogg,mov,matroska,asf,wav,flac,aiff,au,w64,caf,amr,ac3,eac3,avi,mpegts,mpeg,flv,voc"
-# No header tells the length of some, and FFmpeg guesses it by a bit rate or the time stamps; that of others is checked by the byte.
+# The lengths of these are FFmpeg's guesses from a bit rate or time stamps, as some have no header that states it, or are checked in bytes.
 GUESSED = ("aac", "ac3", "eac3", "amr", "mpegts", "mpeg", "avi", "asf")
-CHANGES = "its sample rate or channels change midway, which is not supported"
+FORMAT_CHANGES = "its sample rate or channels change midway, which is not supported"
 RATES_HZ = (1_000, 768_000)
-MAX_NUMBERS = 1 << 28  # a GiB of float32, channels counted: 15 minutes of six at 48 kHz
+MAX_NUMBERS = 1 << 28  # 1 GiB of float32 in all channels: 15 minutes of six at 48 kHz
 BLOCK_SAMPLES = 1 << 16
-ENCODER_SAMPLES = 4096  # that a header may count before and after the sound, as packets hold a fixed number and decoders start late
-FILTER_SAMPLES = 64  # more than the resampling filter spans, in samples of the lower rate
+ENCODER_SAMPLES = 4096  # that a header may count in addition: packets hold a fixed number, and decoders start late
+FILTER_SAMPLES = 64  # more than the length of the resampling filter, in samples of the lower rate
 
 
 def decode(media: Media, max_seconds: float) -> tuple[int, Wave]:
     """(sample rate, waveform) of the first sound stream, channels averaged, full scale 1. A few damaged packets are left out.
 
-    Raises MediaError when the file holds no sound, is truncated or damaged, or lasts longer than `max_seconds`; it is not read on then.
+    Raises MediaError when the file holds no sound, is truncated or damaged, or as soon as it turns out to be longer than `max_seconds`.
     """
     from av.error import FFmpegError
 
@@ -59,12 +59,12 @@ def decode(media: Media, max_seconds: float) -> tuple[int, Wave]:
 
 
 def resample(wave: Wave, from_hz: int, to_hz: int) -> Float32[np.ndarray, " resampled"]:
-    """The waveform at another rate, as `ffmpeg -ar` gives it: frequencies that it cannot hold are filtered out."""
+    """The waveform at another rate, as `ffmpeg -ar` gives it: frequencies that the new rate cannot represent are filtered out."""
     if from_hz == to_hz:
         return wave
     import av
 
-    # Of fewer samples than its filter is long, FFmpeg gives back none.
+    # FFmpeg returns nothing for fewer samples than its filter is long.
     padded = np.pad(wave, (0, max(0, FILTER_SAMPLES * max(from_hz, to_hz) // to_hz - len(wave))))
     graph = _chain(
         ("abuffer", {"sample_rate": str(from_hz), "sample_fmt": "flt", "channel_layout": "mono"}),
@@ -78,7 +78,7 @@ def resample(wave: Wave, from_hz: int, to_hz: int) -> Float32[np.ndarray, " resa
 
 
 def check_size(samples: int, channels: int, rate: int, max_seconds: float) -> None:
-    """Raise MediaError when a sound is too long, too large for the memory, or its sample rate is none."""
+    """Raise MediaError when a sound is too long or too large for the memory, or its sample rate is not supported."""
     if not RATES_HZ[0] <= rate <= RATES_HZ[1]:
         raise MediaError(f"its sample rate is {rate} Hz; {RATES_HZ[0]} to {RATES_HZ[1]} are supported")
     if samples > max_seconds * rate:
@@ -88,11 +88,11 @@ def check_size(samples: int, channels: int, rate: int, max_seconds: float) -> No
 
 
 def _chain(*filters: tuple[str, dict[str, str]]) -> Any:
-    """One of FFmpeg's filters after the other."""
+    """FFmpeg's filters, one after the other."""
     from av.filter import Graph
 
     graph = Graph()
-    graph.threads = 1  # files are decoded side by side instead
+    graph.threads = 1  # files are decoded in parallel instead
     contexts = [graph.add(name, **options) for name, options in (*filters, ("abuffersink", {}))]
     for one, following in pairwise(contexts):
         one.link_to(following)
@@ -112,7 +112,7 @@ def _decode(source: dict[str, str]) -> Iterator[Any]:
             begun = True
     except PatchWelcomeError:
         if begun:
-            raise MediaError(CHANGES) from None
+            raise MediaError(FORMAT_CHANGES) from None
         yield from _decode_by_packets(source)  # `amovie` expects other numbers of MPEG's layers I and II than it gets
 
 
@@ -130,13 +130,13 @@ def _decode_by_packets(source: dict[str, str]) -> Iterator[Any]:
                 continue
             shapes |= {(frame.sample_rate, frame.layout.name) for frame in frames}
             if len(shapes) > 1:
-                raise MediaError(CHANGES)
+                raise MediaError(FORMAT_CHANGES)
             for frame in frames:
                 yield from planar.resample(frame)
 
 
 def _pull(graph: Any) -> Iterator[Any]:
-    """The frames that come out of the filters, and None for every packet that cannot be decoded."""
+    """The output frames of the filters, and None for every packet that cannot be decoded."""
     from av.error import InvalidDataError
 
     while True:
@@ -150,19 +150,19 @@ def _pull(graph: Any) -> Iterator[Any]:
 
 @contextmanager
 def _find_url(media: Media) -> Iterator[str]:
-    """What FFmpeg opens, inside. It reads by itself: through a Python file it would wait for the lock."""
+    """A URL that FFmpeg opens by itself: reading through a Python file, it would wait for Python's lock."""
     with ExitStack() as stack:
         path = media.path
         try:
             path.encode()
-        except UnicodeEncodeError:  # FFmpeg takes UTF-8 alone, so a file with another name goes by its descriptor
+        except UnicodeEncodeError:  # FFmpeg takes names in UTF-8 only, so another file is opened by its descriptor
             path = f"/proc/self/fd/{stack.enter_context(open(path, 'rb')).fileno()}"
         url = f"file:{path}"
         yield url if media.size is None else f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{url}"
 
 
 def _open(url: str, media: Media, max_seconds: float) -> tuple[dict[str, str], float]:
-    """What `amovie` must know to decode the file, and how many seconds its header states, 0 for none."""
+    """(options of `amovie` for the file, the seconds that its header states or 0)."""
     with _open_container(url) as container:
         if not container.streams.audio:
             raise MediaError("there is no sound in it")
@@ -192,11 +192,11 @@ def _stated_seconds(media: Media, container: Any, stream: Any) -> float:
         return 0.0
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # of several, it is the longest one's
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # of several streams, it is that of the longest
 
 
 def _counts_frames(media: Media) -> bool:
-    """Whether an MP3's first frame, after its tags (ID3v2), tells how many there are."""
+    """Whether the first frame of an MP3, after its tags (ID3v2), states how many there are."""
     with media.open() as file:
         start = file.read(10)
         size = sum((byte & 127) << shift for byte, shift in zip(start[6:], (21, 14, 7, 0), strict=False))

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-# Rows are brightness and two differences of colours (NTSC's YIQ): hue is an angle in the plane of the two, saturation a radius.
+# NTSC's YIQ. Rows are brightness and two colour differences: hue is an angle in the plane of these two, saturation a radius.
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 class Colours(NamedTuple):
-    """A change of colours. The default changes nothing."""
+    """A change of colours: three factors and an angle. The default changes nothing."""
 
     brightness: float = 1.0
     contrast: float = 1.0
@@ -33,17 +33,17 @@ def draw_colours(rng: np.random.Generator, jitter: float, hue_degrees: float) ->
 def jitter_colours(
     pictures: UInt8[np.ndarray, "*frames height width 3"], rng: np.random.Generator, jitter: float, hue_degrees: float
 ) -> UInt8[np.ndarray, "*frames height width 3"]:
-    """All pictures with the same random colours, as `draw_colours` draws them."""
+    """All pictures after the same random change of colours, as `draw_colours` draws it."""
     return recolour(pictures, *draw_colours(rng, jitter, hue_degrees))
 
 
 def recolour(
     pictures: UInt8[np.ndarray, "*frames height width 3"], brightness: float, contrast: float, saturation: float, hue_degrees: float
 ) -> UInt8[np.ndarray, "*frames height width 3"]:
-    """One affine map of the colours: hue and saturation, then contrast about middle grey, then brightness."""
+    """The pictures after one affine map of their colours: hue and saturation, then contrast about middle grey, then brightness."""
     matrix, offset = affine_map(brightness, contrast, saturation, hue_degrees)
     mapped = np.empty(pictures.shape, np.uint8)
-    # Picture by picture, whose intermediate results stay in the cache; those of a whole clip would not.
+    # Picture by picture: the intermediate results of one stay in the cache, those of a whole clip would not.
     for frame, out in zip(pictures.reshape(-1, *pictures.shape[-3:]), mapped.reshape(-1, *pictures.shape[-3:]), strict=True):
         out[:] = np.rint(frame.astype(np.float32) @ matrix + offset).clip(0, 255)
     return mapped
@@ -52,7 +52,7 @@ def recolour(
 def affine_map(
     brightness: float, contrast: float, saturation: float, hue_degrees: float
 ) -> tuple[Float32[np.ndarray, "from=3 to=3"], np.float32]:
-    """The matrix, to the right of rows of RGB, and the number added to all channels afterwards."""
+    """The matrix by which rows of RGB are multiplied from the right, and the number that is then added to all channels."""
     angle = math.radians(hue_degrees)
     turn = np.eye(3)
     turn[1:, 1:] = saturation * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])

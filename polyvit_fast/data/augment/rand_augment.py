@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719): random operations of one strength, each result a function of its generator."""
+"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719): random operations of one strength, drawn from the picture's own generator."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def rand_augment(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """`picture` after `num_ops` operations drawn with replacement from the paper's 14, all at `magnitude` of 10.
 
-    Magnitude 10 is the far end of AutoAugment's ranges (arXiv 1805.09501, table 6), 0 changes nothing but for the three operations
-    without a strength. Those that have a direction get a random one.
+    Magnitude 10 is the far end of AutoAugment's ranges (arXiv 1805.09501, table 6); 0 changes nothing, except for the three operations
+    without a strength. Operations that have a direction get a random one.
     """
     return apply_operations(picture, draw_operations(rng, num_ops, magnitude))
 
 
 class Operation(NamedTuple):
-    """One of `OPERATIONS`, by its place among them, and the part of its range and direction in which it acts, from -1 to 1."""
+    """An index into `OPERATIONS`, and the strength from -1 to 1: the fraction of the operation's range, and its direction."""
 
     number: int
     strength: float
 
 
 def draw_operations(rng: np.random.Generator, num_ops: int, magnitude: float) -> list[Operation]:
-    """The operations of one picture, in their order."""
+    """The operations on one picture, in their order."""
     operations = []
     for _ in range(num_ops):
         number = int(rng.integers(len(OPERATIONS)))

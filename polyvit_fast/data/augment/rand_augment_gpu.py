@@ -1,7 +1,7 @@
-"""RandAugment of whole batches, in PyTorch on any device: the fourteen operations of `rand_augment`, level for level as Pillow does them.
+"""RandAugment of whole batches, in PyTorch on any device: the fourteen operations of `rand_augment`, with Pillow's results.
 
-Pictures that undergo the same operation are changed together. Most operations are tables of 256 levels or moves of pixels, which are
-Pillow's own integers; those that blend may be 1 level off, where the device fuses a product and a sum.
+Pictures that undergo the same operation are changed together. Most operations are tables of 256 levels or moves of pixels, whose integers
+are Pillow's; operations that blend may be 1 level off where the device fuses a product and a sum.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from polyvit_fast.data.augment.rand_augment import GREY, Operation
 from polyvit_fast.data.device import send_array
 
 Pictures = UInt8[Tensor, "batch height width 3"]
-FIXED_POINT = 1 << 16  # Pillow counts places in the source in these parts of a pixel
+FIXED_POINT = 1 << 16  # Pillow's coordinates in the source picture count in fractions of a pixel
 LUMA = (19595, 38470, 7471)  # of 1 << 16
 
 
 def rand_augment(pictures: Pictures, operations: Sequence[Sequence[Operation]]) -> Pictures:
-    """Each picture after its own `operations`, one after the other."""
+    """Each picture after its own `operations`, applied one after the other."""
     pictures = pictures.clone()
     for step in range(max(map(len, operations), default=0)):
         rows: dict[int, list[int]] = {}
@@ -82,7 +82,7 @@ def _colour(x: Pictures, strengths: np.ndarray) -> Pictures:
 
 
 def _sharpness(x: Pictures, strengths: np.ndarray) -> Pictures:
-    """Against a smoothed picture whose outermost pixels are the picture's own."""
+    """Blend with a smoothed picture, whose outermost pixels are the picture's own."""
     planes = x.permute(0, 3, 1, 2).float()
     sums = 9 * functional.avg_pool2d(planes, 3, stride=1) + 4 * planes[..., 1:-1, 1:-1]
     smooth = x.clone()
@@ -120,7 +120,7 @@ def _matrices(strengths: np.ndarray, at_full_strength: tuple[float, ...]) -> np.
 
 
 def _move_pixels(x: Pictures, matrices: np.ndarray) -> Pictures:
-    """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f), the nearest one, or is grey where that lies outside."""
+    """Move pixels: (x, y) shows the pixel nearest to (a x + b y + c, d x + e y + f), or grey where that lies outside."""
     height, width = x.shape[1:3]
     a, b, c, d, e, f = matrices.T
     centred = np.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2])
@@ -129,13 +129,13 @@ def _move_pixels(x: Pictures, matrices: np.ndarray) -> Pictures:
     columns = (a * right + b * down[:, None] + c) // FIXED_POINT
     rows = (d * right + e * down[:, None] + f) // FIXED_POINT
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    places = torch.where(inside, rows * width + columns, 0).flatten(1)
-    moved = x.flatten(1, 2).gather(1, places[..., None].expand(-1, -1, 3)).view_as(x)
+    positions = torch.where(inside, rows * width + columns, 0).flatten(1)
+    moved = x.flatten(1, 2).gather(1, positions[..., None].expand(-1, -1, 3)).view_as(x)
     return torch.where(inside[..., None], moved, GREY[0])
 
 
 def _blend(x: Pictures, other: UInt8[Tensor, "batch rows columns channels"], strengths: np.ndarray) -> Pictures:
-    """`other` moved towards, and beyond, `x`."""
+    """A blend that leads from `other` towards, and beyond, `x`."""
     factors = send_array((1 + 0.9 * strengths).astype(np.float32), x.device)[:, None, None, None]
     start = other.float()
     return (start + factors * (x.float() - start)).clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Is every file good? Each is really decoded, in processes of their own, which may hang or crash without harm."""
+"""Check whether every file is good: each is really decoded, in separate processes, which may hang or crash without harm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from polyvit_fast.config import Decoder, Source, Task, Train
-from polyvit_fast.data.checking.digests import Checked, Split, sha256
+from polyvit_fast.data.checking.digests import CheckedSplit, Split, sha256
 from polyvit_fast.data.checking.findings import SPLITS, Findings, Verdict
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.decoders import build_task_decoder
@@ -26,16 +26,17 @@ from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.media import DEFECTS, Media, MediaError, Sample, printable
 from polyvit_fast.randomness import generator
 
-START_SECONDS = 120.0  # for importing and building a decoder; the deadline of a file counts from the moment it is handed over
-AHEAD = 100  # samples per process that others may go on with while one hangs
+START_SECONDS = 120.0  # for imports and the decoder; the deadline of a file counts from the moment it is handed over
+AHEAD = 100  # samples per process with which the others may go on while one hangs
 
 
 def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: float) -> int:
-    """Check all files of all tasks with a progress bar; give the number of broken ones. Findings are told and kept as they come.
+    """Check all files of all tasks with a progress bar; return the number of broken ones. Findings are reported and stored at once.
 
-    `out` gets broken.tsv with task, split, file and reason, and for each split that was checked to its end TASK-SPLIT.csv, a manifest of
-    the good files, and TASK-SPLIT.sha256, by which the next check knows what has changed; duplicates.tsv names files whose bytes are equal
-    though one of them is for validation, or their labels differ. Raises ValueError at the end when some splits could not be checked.
+    `out` gets broken.tsv with task, split, file and reason; for each split that was checked completely TASK-SPLIT.csv, a manifest of the
+    good files, and TASK-SPLIT.sha256, with which the next check finds what has changed; and duplicates.tsv with files whose bytes are
+    equal although one of them is for validation, or their labels differ. Raises ValueError at the end when some splits could not be
+    checked.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,7 +47,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
     with Progress(*columns, console=console, transient=True) as progress:
         try:
             for name, task in config.tasks.items():
-                checked: dict[Split, Checked] = {}
+                checked: dict[Split, CheckedSplit] = {}
                 for split in SPLITS:
                     if isinstance(_source(task, split), Synthetic):
                         continue
@@ -56,9 +57,9 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
                         findings.fail(name, split, error)
                 findings.compare(name, task, checked)
         except KeyboardInterrupt:
-            findings.tell(f"stopped; so far {findings.summarise()}")
+            findings.report(f"stopped; so far {findings.summarise()}")
             raise
-    findings.tell(findings.summarise())
+    findings.report(findings.summarise())
     if findings.failures:
         raise ValueError(f"{len(findings.failures)} splits could not be checked, for the reasons above: {'; '.join(findings.failures)}")
     return findings.num_broken
@@ -66,20 +67,20 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
 
 def _check_split(
     name: str, task: Task, split: Split, findings: Findings, progress: Any, num_workers: int, deadline_seconds: float
-) -> Checked:
-    """Check a split and write what `check_files` says of it. Raises ValueError when it cannot be listed or its kind not be decoded."""
+) -> CheckedSplit:
+    """Check a split and store the findings. Raises ValueError when it cannot be listed, or its kind of files cannot be decoded."""
     source = _source(task, split)
     try:
         samples = source.samples(task)
         remarks = source.remarks(task)
     except (ValueError, OSError) as error:
         if split == "val" and _lacks_classes(task):
-            raise ValueError("its files were not checked, for its labels need the class list of train, which cannot be read") from error
+            raise ValueError("its files were not checked: its labels need the class list of train, which cannot be read") from error
         raise ValueError(getattr(error, "strerror", None) or str(error)) from error
     if not samples:
         raise ValueError(f"{source} has no samples")
     for remark in remarks:
-        findings.tell(f"{name} {split}: {remark}")
+        findings.report(f"{name} {split}: {remark}")
     bar = progress.add_task(f"{name} {split}", total=len(samples))
     verdicts = []
     try:
@@ -95,7 +96,7 @@ def _check_split(
 
 
 def _lacks_classes(task: Task) -> bool:
-    """Whether the training source, whose class list is for every split, cannot tell it."""
+    """Whether the class list of the training source, which holds for every split, cannot be read."""
     try:
         task.train.class_names(task)
     except (ValueError, OSError):
@@ -106,7 +107,7 @@ def _lacks_classes(task: Task) -> bool:
 def find_broken(
     task_name: str, task: Task, samples: Sequence[Sample], *, deadline_seconds: float, num_workers: int = 2, split: Split = "train"
 ) -> list[Verdict]:
-    """The verdicts on those of `samples` that are broken, hang or crash, each decoded alone."""
+    """The verdicts on those of `samples` that are broken, hang or crash the decoder, each decoded alone."""
     return [verdict for verdict in scan(task_name, task, split, samples, num_workers, deadline_seconds) if verdict.reason]
 
 
@@ -119,11 +120,11 @@ def scan(
 ) -> Generator[Verdict, None, None]:
     """The verdict on every sample, in order, from `num_workers` processes.
 
-    A file that takes longer than `deadline_seconds` or brings the decoder down is named like any other broken one.
+    A file that takes longer than `deadline_seconds` or crashes the decoder counts as broken.
     """
-    # Each thread waits for a process at a time; a few samples are handed out ahead.
-    workers = [_Worker(name, task, split) for _ in range(min(num_workers, len(samples)))]
-    idle: SimpleQueue[_Worker] = SimpleQueue()
+    # Each thread waits for one process; some samples are handed out ahead.
+    workers = [_CheckProcess(name, task, split) for _ in range(min(num_workers, len(samples)))]
+    idle: SimpleQueue[_CheckProcess] = SimpleQueue()
     for worker in workers:
         idle.put(worker)
 
@@ -150,8 +151,8 @@ def scan(
         executor.shutdown()
 
 
-class _Worker:
-    """A process that decodes one file at a time; started when there is one, and again after each that it did not survive."""
+class _CheckProcess:
+    """A process that decodes one file at a time. It is started for the first file, and again after a file that ended it."""
 
     def __init__(self, name: str, task: Task, split: Split) -> None:
         self.name, self.task, self.split = name, task, split
@@ -159,9 +160,9 @@ class _Worker:
         self.pipe: Any = None
 
     def judge(self, media: Media, deadline_seconds: float) -> tuple[str, str]:
-        """(why a file cannot be used, the SHA-256 of its bytes): the first is empty when it can, the second when it cannot be read.
+        """(why a file cannot be used, empty if it can; the SHA-256 of its bytes, empty if they cannot be read).
 
-        Raises ValueError when nothing of its kind can be decoded on this machine, RuntimeError when the decoder has a defect.
+        Raises ValueError when no file of its kind can be decoded on this machine, RuntimeError when the decoder has a bug.
         """
         if self.process is None or not self.process.is_alive():
             self._start()
@@ -176,7 +177,7 @@ class _Worker:
         if isinstance(answer, UnavailableError):
             raise ValueError(f"task {self.name}: {answer}") from answer
         if isinstance(answer, _Defect):
-            fault = "the decoder has a defect, which is no fault of the file; please report it with what follows"
+            fault = "the decoder has a bug, and the file is not to blame; please report it with what follows"
             raise RuntimeError(f"task {self.name}, file {printable(media.name)}: {fault}\n{answer.traceback}")
         with suppress(EOFError):
             if self.pipe.poll(deadline_seconds):
@@ -185,7 +186,7 @@ class _Worker:
         return answer, ""
 
     def kill(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if it runs."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
@@ -198,7 +199,7 @@ class _Worker:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _start(self) -> None:
-        # A fork of this process would hold DALI's locks but not its threads; the server imports PyTorch once for all of them.
+        # A fork of this process would hold DALI's locks but not its threads. The fork server imports PyTorch once for all processes.
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self.pipe, theirs = context.Pipe()
@@ -220,8 +221,8 @@ class _Worker:
 
 
 def _work(pipe: Any, task: Task, split: Split) -> None:
-    """The life of such a process: it answers each file with the reason against it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its processes
+    """The main function of such a process: it answers each file with the reason why it cannot be used."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent, which then ends its processes
     torch.set_num_threads(1)
     try:
         task = replace(task, modality=task.modality.thorough())
@@ -240,7 +241,7 @@ def _work(pipe: Any, task: Task, split: Split) -> None:
 
 @dataclass(frozen=True)
 class _Defect:
-    """What a decoder raised by a mistake in its code."""
+    """The traceback of what a decoder raised because of a bug in its code."""
 
     traceback: str
 

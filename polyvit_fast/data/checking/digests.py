@@ -1,4 +1,4 @@
-"""Files by their contents: what has changed since an earlier check, and which samples are the same file under two names."""
+"""Files by their contents: which have changed since an earlier check, and which samples are the same file under two names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def format_digests(digests: Iterable[tuple[str, str]]) -> str:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """The SHA-256 of each name in a file of `sha256sum`'s form; none when it is not there. Lines of another form are passed over."""
+    """The SHA-256 of each name in a file in the format of `sha256sum`; empty when it is missing. Other lines are skipped."""
     try:
         text = path.read_bytes().decode(errors="surrogateescape")
     except OSError:
@@ -55,7 +55,7 @@ def _unescape(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Same:
+class EqualPair:
     """Two samples of one task whose bytes are equal."""
 
     split: Split
@@ -67,32 +67,32 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A split that was checked to its end: its samples, and of each good one the SHA-256 of its bytes."""
+class CheckedSplit:
+    """A split that was checked completely: its samples, and the SHA-256 of the bytes of each good one."""
 
     samples: Sequence[Sample]
     digests: Sequence[str]
     """Empty where a file is broken."""
 
 
-def find_leaks(train: Checked, val: Checked) -> Iterator[Same]:
-    """Validation samples whose bytes stand in the training split too, each with the first one that they equal."""
+def find_leaks(train: CheckedSplit, val: CheckedSplit) -> Iterator[EqualPair]:
+    """Validation samples whose bytes are in the training split too, each with the first training sample that it equals."""
     first: dict[str, int] = {}
     for index, digest in enumerate(train.digests):
         first.setdefault(digest, index)
     for index, digest in enumerate(val.digests):
         if digest and digest in first:
-            yield _same("val", val.samples[index], "train", train.samples[first[digest]])
+            yield _pair("val", val.samples[index], "train", train.samples[first[digest]])
 
 
-def find_contradictions(split: Split, checked: Checked) -> Iterator[Same]:
+def find_contradictions(split: Split, checked: CheckedSplit) -> Iterator[EqualPair]:
     """Samples of a split whose bytes are those of an earlier one with other labels."""
     first: dict[str, int] = {}
     for index, digest in enumerate(checked.digests):
         earlier = first.setdefault(digest, index) if digest else index
         if set(checked.samples[earlier].labels) != set(checked.samples[index].labels):
-            yield _same(split, checked.samples[index], split, checked.samples[earlier])
+            yield _pair(split, checked.samples[index], split, checked.samples[earlier])
 
 
-def _same(split: Split, sample: Sample, other_split: Split, other: Sample) -> Same:
-    return Same(split, sample.media.name, sample.labels, other_split, other.media.name, other.labels)
+def _pair(split: Split, sample: Sample, other_split: Split, other: Sample) -> EqualPair:
+    return EqualPair(split, sample.media.name, sample.labels, other_split, other.media.name, other.labels)

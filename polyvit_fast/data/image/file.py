@@ -1,4 +1,4 @@
-"""Image files as DALI decodes them rightly: JPEG, PNG and WebP as they are, other kinds decoded by Pillow beforehand."""
+"""Image files in a form that DALI decodes correctly: JPEG, PNG and WebP as they are, other kinds decoded by Pillow beforehand."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from polyvit_fast.data.image.jpeg import END, PILLOW_ERRORS, START, read_frame
 from polyvit_fast.media import Media, MediaError
 
 SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP": rb"RIFF....WEBP", "PPM": rb"P6"}
-"""How files of each kind begin that DALI is given."""
+"""The first bytes of each kind of file that DALI is given."""
 PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
-CODESTREAM = b"\xff\x4f\xff\x51"  # how a JPEG 2000's begins
+CODESTREAM = b"\xff\x4f\xff\x51"  # with which a JPEG 2000 codestream begins
 TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2))
-"""What turns a picture upright, for each EXIF orientation that asks for it."""
+"""The operation that turns a picture upright, by EXIF orientation."""
 PILLOW_KINDS = (
     *("BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "CUR", "ICNS", "PSD", "DDS", "FTEX"),
     *("BLP", "SGI", "SUN", "PCX", "DCX", "PIXAR", "MSP", "XBM", "XPM", "XVTHUMB", "GBR", "FLI", "PCD", "TGA"),
 )
-"""Pillow's names of the kinds that it decodes, in the order in which they are tried: the last two have no signature of a few bytes.
+"""Pillow's names of the kinds that it decodes, in the order in which they are tried: the last two have no short signature.
 
-Left out are kinds that run a program or only name themselves (EPS, WMF, BUFR, GRIB, HDF5, MPEG), hold a file of any other kind (IPTC) or
-measurements whose range nobody tells (FITS, SPIDER, MCIDAS, IMT), and one that Pillow is about to drop (IM).
+Left out are kinds that run a program or that Pillow only identifies (EPS, WMF, BUFR, GRIB, HDF5, MPEG), that hold a file of any other
+kind (IPTC) or measurements of unknown range (FITS, SPIDER, MCIDAS, IMT), and one that Pillow is about to drop (IM).
 """
 
 
 def read_for_dali(media: Media, max_pixels: int) -> bytes:
-    """A file that DALI decodes or refuses, never mistakes. Raises MediaError when it is truncated or of a kind that is not supported."""
+    """A file that DALI decodes correctly or refuses. Raises MediaError when it is truncated or its kind is not supported."""
     content = media.read()
     if content.startswith(START):
         frame = read_frame(content, max_pixels)
@@ -53,12 +53,12 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def kind_of(content: bytes) -> str:
-    """A key of `SIGNATURES`, or nothing for another kind."""
+    """The key of `SIGNATURES` that fits, empty for another kind."""
     return next((kind for kind, signature in SIGNATURES.items() if re.match(signature, content, re.DOTALL)), "")
 
 
 def make_specimen(kind: str) -> bytes:
-    """A picture of 8 × 8 pixels, whole and of the plainest sort: whatever cannot decode it decodes none of its kind."""
+    """A good and simple file with 8 × 8 pixels: a decoder that refuses it decodes no file of its kind."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -67,7 +67,7 @@ def make_specimen(kind: str) -> bytes:
 
 
 def _check_png(content: bytes) -> None:
-    """What is inside, checksums tell the decoder."""
+    """Raise MediaError when the end is missing. What lies inside is protected by checksums."""
     at = 8
     while at + 12 <= len(content):
         if content[at + 4 : at + 8] == b"IEND":
@@ -83,7 +83,7 @@ def _check_webp(content: bytes) -> None:
 
 
 def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
-    """The first picture in a file of one of these kinds, upright, as a file that DALI decodes."""
+    """The first picture in a file of one of these kinds, upright, as a PPM file."""
     from PIL import Image
 
     try:
@@ -91,21 +91,21 @@ def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
         _check_length(content, picture.format)
         check_size(picture.height, picture.width, max_pixels)
         tags = getattr(picture, "tag_v2", {})
-        _check_meaning(content, picture, tags)
-        upright = _upright(picture)
+        _check_levels(content, picture, tags)
+        upright = _turn_upright(picture)
         if upright.mode[0] == "I":
             pixels = _rgb_of_16_bits(upright, tags)
         else:
             pixels = (upright if upright.mode == "RGB" else upright.convert("RGB")).tobytes()
-    except Image.DecompressionBombError as error:  # by Pillow's own limit, for pictures inside a file
-        raise MediaError(f"it has more pixels than its header tells, or than Pillow decodes ({error})") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, for pictures inside a file
+        raise MediaError(f"it has more pixels than its header states, or than Pillow decodes ({error})") from error
     except PILLOW_ERRORS as error:
         raise MediaError(f"{PIXELS_FAILURE} ({error})") from error
     return b"P6 %d %d 255\n" % upright.size + pixels
 
 
 def _open(content: bytes, kinds: Sequence[str]) -> Any:
-    """A picture whose header was read. Raises MediaError when it is of none of these kinds, or its header is damaged."""
+    """The picture after its header was read. Raises MediaError when it is of none of these kinds, or its header is damaged."""
     from PIL import Image
 
     Image.init()
@@ -118,7 +118,7 @@ def _open(content: bytes, kinds: Sequence[str]) -> Any:
             accepted = accepts is None or accepts(content[:16])
             if accepted is True:
                 return open_picture(io.BytesIO(content), "")
-            damaged = damaged or accepted or ""  # that Pillow was built without a library
+            damaged = damaged or accepted or ""  # a text says that Pillow was built without a library
         except PILLOW_ERRORS as error:
             if accepts:
                 damaged = damaged or f"truncated, damaged or of a sort that is not supported: its {kind} header cannot be read ({error})"
@@ -126,7 +126,7 @@ def _open(content: bytes, kinds: Sequence[str]) -> Any:
 
 
 def _check_length(content: bytes, kind: str) -> None:
-    """Raise MediaError when the end of a file is missing without which Pillow shows a smaller picture, or one with holes."""
+    """Raise MediaError when the end of a file is missing and Pillow would show a smaller picture, or one with holes."""
     size = int.from_bytes(content[4:8], "big")
     if kind == "ICNS" and len(content) < size:
         raise MediaError(f"truncated: the ICNS has {len(content)} of its {size} bytes")
@@ -134,20 +134,20 @@ def _check_length(content: bytes, kind: str) -> None:
         raise MediaError("truncated: the JPEG 2000's end is missing")
 
 
-def _check_meaning(content: bytes, picture: Any, tags: Mapping[int, Any]) -> None:
-    """Raise MediaError when nothing tells what colours its numbers mean. `tags` are those of a TIFF."""
+def _check_levels(content: bytes, picture: Any, tags: Mapping[int, Any]) -> None:
+    """Raise MediaError when the file does not state which colours its numbers are. `tags` are those of a TIFF."""
     if picture.format == "PCX" and picture.mode == "L" and content[-769:-768] != b"\x0c":
         raise MediaError("truncated: the palette at the end of the PCX is missing")
     kind = tags.get(SAMPLE_FORMAT, (1,))[0]
     if kind != 1 or picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
         found = "floating-point" if picture.mode == "F" else "signed" if kind == 2 else "32-bit"
         raise MediaError(
-            f"a {picture.format} of {found} numbers, whose range it does not tell; unsigned ones of up to 16 bits are supported"
+            f"a {picture.format} of {found} numbers, whose range it does not state; unsigned ones of up to 16 bits are supported"
         )
 
 
-def _upright(picture: Any) -> Any:
-    """The picture, decoded, as its EXIF tag says."""
+def _turn_upright(picture: Any) -> Any:
+    """The picture, decoded and turned as its EXIF tag says."""
     from PIL import ExifTags, Image
 
     picture.load()
@@ -159,7 +159,7 @@ def _upright(picture: Any) -> Any:
 
 
 def _rgb_of_16_bits(picture: Any, tags: Mapping[int, Any]) -> bytes:
-    """Levels of 16 bits, or as many as a TIFF has, rounded to 8: Pillow's own conversion cuts them off at 255."""
+    """Levels of 16 bits, or as many as a TIFF has, rounded to 8: Pillow's own conversion clips them at 255."""
     top = (1 << tags.get(BITS_PER_SAMPLE, (16,))[0]) - 1
     levels = (np.asarray(picture).astype(np.uint32) * 255 + top // 2) // top
     grey = (255 - levels if tags.get(PHOTOMETRIC) == 0 else levels).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""What a JPEG lacks: its end, whole scans, restart intervals, or codes whose place libjpeg fills with grey and a mere warning.
+"""What a JPEG lacks: its end, whole scans, restart intervals, or codes, for which libjpeg shows grey with a mere warning.
 
-The markers tell the first three at once (`read_frame`). Missing codes are found by decoding alone: `check_codes` has libjpeg do it, and
-when DALI does, `capture_stderr` catches what it says, and `check_warnings` judges it.
+The markers show the first three at once (`read_frame`). Missing codes show only in decoding: `check_codes` has libjpeg decode, and when
+DALI decodes, `capture_stderr` catches its warnings and `check_warnings` judges them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PILLOW_ERRORS = (
         struct.error,
         zlib.error,
     ),
-    Warning,  # where the user has made errors of warnings
+    Warning,  # where the user has turned warnings into errors
 )
 """What Pillow raises on damaged files."""
 
@@ -46,7 +46,7 @@ _AFTER_CODES = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _DAMAGE = re.compile(r"premature end|bad (Huffman|arithmetic) code|found marker 0x\w+ instead of RST", re.IGNORECASE)
 _EXTRA = re.compile(r"(\d+) extraneous bytes before marker 0x(\w\w)")
-_HARMLESS_EXTRA = 4  # bytes that some cameras write before a marker; more are padding if they are all alike, else codes gone astray
+_HARMLESS_EXTRA = 4  # bytes that some cameras write before a marker; more are padding if all are equal, else stray codes
 _FILLER = bytes(byte % 255 for byte in random.Random(0).randbytes(64))
 
 
@@ -67,7 +67,7 @@ class Frame:
         return self.coding % 8 == 3
 
     def num_units(self, components: bytes) -> int:
-        """How many units, blocks or groups of blocks, a scan of these components has."""
+        """How many units (blocks or groups of blocks) a scan of these components has."""
         across, down = (max(factors) for factors in zip(*self.sampling.values(), strict=True))
         # A scan of one component has no blocks beyond the picture's edge.
         own_across, own_down = self.sampling[components[0]] if len(components) == 1 else (1, 1)
@@ -76,7 +76,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Scan:
-    """Where codes stand, and what they are: the bits from `low_bit` up of coefficients `first` to `last` of `components`."""
+    """Where codes lie, and which: the bits from `low_bit` up of coefficients `first` to `last` of `components`."""
 
     start: int
     end: int
@@ -89,7 +89,7 @@ class Scan:
 
 
 def read_frame(content: bytes, max_pixels: int) -> Frame | None:
-    """The frame of a JPEG; None when its header cannot be read, which the decoder will tell.
+    """The frame of a JPEG; None when its header cannot be read, which the decoder will report.
 
     Raises MediaError when its end, a scan or a restart marker is missing.
     """
@@ -107,9 +107,9 @@ def read_frame(content: bytes, max_pixels: int) -> Frame | None:
 
 
 def check_codes(content: bytes) -> None:
-    """Raise MediaError when codes are missing. It takes two decodings; arithmetic codes, which may be left out, are not judged.
+    """Raise MediaError when codes are missing. It decodes twice; arithmetic codes are not judged, as they may be left out.
 
-    Behind the codes of a scan other bytes are put: a decoder that finds all codes does not read on, else it shows another picture.
+    The second time, other bytes follow the codes of each scan: a decoder that has all codes does not read them, else the picture changes.
     """
     try:
         frame, scans = _read_markers(content)
@@ -117,13 +117,13 @@ def check_codes(content: bytes) -> None:
         return
     if frame is None or frame.coding > 8:
         return
-    parts, at = [], 0
+    filled, at = [], 0
     for scan in scans:
         codes = _RESTART.sub(lambda marker: _FILLER + marker[0], content[scan.start : scan.end])
-        parts += [content[at : scan.start], codes, _FILLER]
+        filled += [content[at : scan.start], codes, _FILLER]
         at = scan.end
     try:
-        complete = _pixels(content) == _pixels(b"".join([*parts, content[at:]]))
+        complete = _pixels(content) == _pixels(b"".join([*filled, content[at:]]))
     except PILLOW_ERRORS:
         return  # not a kind that Pillow's libjpeg decodes
     if not complete:
@@ -131,14 +131,14 @@ def check_codes(content: bytes) -> None:
 
 
 def check_grey(content: np.ndarray, last_pixel: list[int]) -> None:
-    """As `check_codes`, when a crop from a JPEG ends in the grey that libjpeg paints from the first missing code to the picture's end."""
+    """As `check_codes`, if a crop from a JPEG ends in the grey that libjpeg shows from the first missing code to the picture's end."""
     if last_pixel == GREY and content[:2].tobytes() == START:
         check_codes(content.tobytes())
 
 
 @contextmanager
 def capture_stderr() -> Iterator[list[str]]:
-    """The lines that appear on standard error meanwhile, complete at the end. Only for a process that does nothing else meanwhile."""
+    """The lines that are written to standard error inside, complete at the end. Only for a process that does nothing else."""
     lines: list[str] = []
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -153,19 +153,19 @@ def capture_stderr() -> Iterator[list[str]]:
 
 
 def check_warnings(content: bytes, warnings: list[str]) -> None:
-    """Raise MediaError when what libjpeg said of a JPEG means damage."""
+    """Raise MediaError when a warning of libjpeg means that the JPEG is damaged."""
     if not content.startswith(START):
         return
     for line in warnings:
         extra = _EXTRA.search(line)
         if _DAMAGE.search(line) or (extra and not _is_padding(content, int(extra[1]), int(extra[2], 16))):
             raise MediaError(f"truncated or damaged: libjpeg says: {line.strip()}")
-    if warnings:  # libjpeg tells of its first complaint only
+    if warnings:  # libjpeg reports only its first warning
         check_codes(content)
 
 
 def _read_markers(content: bytes, *, quick: bool = False) -> tuple[Frame | None, list[Scan]]:
-    """`quick`: where one scan holds all and the file ends with an end mark, that is taken for the scan's, and not searched for.
+    """The frame and the scans. With `quick`, the end of a file with a single scan is taken for the scan's end, which is not searched for.
 
     Raises MediaError when there is no end mark, struct.error or IndexError when a header is too short.
     """
@@ -174,7 +174,7 @@ def _read_markers(content: bytes, *, quick: bool = False) -> tuple[Frame | None,
         kind, at = marker[0][1], marker.end()
         if kind == 0xD9:
             return frame, scans
-        if kind == 0x01 or 0xD0 <= kind <= 0xD8:  # these stand alone
+        if kind == 0x01 or 0xD0 <= kind <= 0xD8:  # markers without a segment
             continue
         size = int.from_bytes(content[at : at + 2], "big")
         segment = content[at + 2 : at + size]
@@ -197,7 +197,7 @@ def _read_markers(content: bytes, *, quick: bool = False) -> tuple[Frame | None,
 
 
 def _check_scans(content: bytes, frame: Frame, scans: list[Scan]) -> None:
-    """Raise MediaError when a component, or a restart marker, is missing. What libjpeg then shows is grey, too."""
+    """Raise MediaError when a component or a restart marker is missing, for which libjpeg also shows grey."""
     begun = [scan.components for scan in scans if frame.coding % 8 != 2 or scan.first == 0]
     if not set(frame.sampling) <= set(b"".join(begun)):
         raise MediaError("truncated: the JPEG ends before its last scan")
@@ -210,7 +210,7 @@ def _check_scans(content: bytes, frame: Frame, scans: list[Scan]) -> None:
 
 
 def _is_complete(frame: Frame, scans: list[Scan]) -> bool:
-    """Whether the scans of a progressive JPEG hold all bits of all coefficients; without the last ones it is coarser than it could be."""
+    """Whether the scans of a progressive JPEG hold all bits of all coefficients; without the last scans it is coarser."""
     low_bits = {name: [1] * 64 for name in frame.sampling}
     for scan in scans:
         for name in scan.components:
@@ -219,7 +219,7 @@ def _is_complete(frame: Frame, scans: list[Scan]) -> bool:
 
 
 def _is_padding(content: bytes, count: int, marker: int) -> bool:
-    """Whether `count` bytes that no code uses, before a marker, may be meant so: few, all alike, or no part of the codes."""
+    """Whether `count` unused bytes before a marker may be intended: they are few, all equal, or not among the codes."""
     if count <= _HARMLESS_EXTRA:
         return True
     _, scans = _read_markers(content)

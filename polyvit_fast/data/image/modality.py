@@ -12,7 +12,7 @@ from polyvit_fast.config import Modality
 class Image(Modality):
     """Pictures: the first of a file, turned upright as its EXIF tag says, alpha dropped, 16 bits rounded to 8.
 
-    JPEG, PNG and WebP through DALI; BMP, TIFF, GIF, PPM and its kin, JPEG 2000, AVIF, QOI, ICO, CUR, ICNS, PSD, DDS, FTEX, BLP, SGI, Sun,
+    JPEG, PNG and WebP through DALI; BMP, TIFF, GIF, PBM, PGM, PPM, JPEG 2000, AVIF, QOI, ICO, CUR, ICNS, PSD, DDS, FTEX, BLP, SGI, Sun,
     PCX, DCX, Pixar, MSP, XBM, XPM, XV thumbnails, GIMP brushes, FLI, Photo CD and TGA through Pillow.
     """
 
@@ -26,9 +26,9 @@ class Image(Modality):
     eval_crop: Literal["resize", "centre"] = "resize"
     """In evaluation. resize: the whole picture, stretched to the grid (as the paper); centre: the square in the middle."""
     min_area_ratio: float = 0.05
-    """Smallest share of the picture that an inception crop covers; its aspect ratio lies between 3/4 and 4/3."""
+    """Smallest fraction of the picture that an inception crop covers; its aspect ratio lies between 3/4 and 4/3."""
     crop_ratio: float = 0.875
-    """Side of the resize_crop and centre squares, as a share of the picture's short side (224 of 256)."""
+    """Side of the resize_crop and centre squares, as a fraction of the picture's short side (224 of 256)."""
     flip: bool = True
     """Mirror every other training picture left to right."""
     colour_jitter: float = 0.0
@@ -78,7 +78,7 @@ class Image(Modality):
         return 1
 
     def thorough(self) -> Image:
-        """With the whole picture, and heeding what libjpeg and libtiff warn of: for a process that does nothing else meanwhile."""
+        """With the whole picture, and with attention to the warnings of libjpeg and libtiff: for a process that does nothing else."""
         fields: dict[str, Any] = vars(self) | {"eval_crop": "resize"}
         return ThoroughImage(**fields)
 

@@ -1,7 +1,7 @@
-"""What a TIFF's strips and tiles lack, where libtiff fills the gap and Pillow shows the picture all the same.
+"""Damaged strips and tiles of a TIFF, for which libtiff fills the gap so that Pillow shows the picture all the same.
 
-Of most codes libtiff says so (`check_complaints`); of JPEG, Deflate and blank fax codes it does not, so each strip or tile is examined
-(`check_strips`). Other bytes that happen to be valid codes remain unknown.
+libtiff reports most damage (`check_complaints`), but not that of JPEG, Deflate and blank fax codes: there each strip or tile is examined
+(`check_strips`). Damaged bytes that happen to be valid codes are not found.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from polyvit_fast.media import MediaError
 
 COMPRESSION, FILL_ORDER, JPEG_TABLES = 259, 266, 347
 STRIPS, TILES = (273, 279), (324, 325)
-"""Tags of where they start and of their sizes."""
+"""The tags of their offsets and of their sizes."""
 JPEG, DEFLATE, FAX = 7, (8, 32946), (2, 4)
 CHUNK_BYTES = 1 << 20
-BLANK = b"\0\0\0"  # no code of these fax encodings has as many
+BLANK = b"\0\0\0"  # no code of these fax encodings has as many zeros
 BLACK_AND_WHITE = bytes(range(0x31, 0xE1, 7))
 
-# What it says of tags is left out: they do not change the picture, or Pillow refuses it.
+# Complaints about tags are left out: they do not change the picture, or Pillow refuses it.
 _COMPLAINT = re.compile(r"^(\w*Decode\w*|TIFFFill\w*|TIFFRead\w*(Strip|Tile|Scanline)|\w*JPEG\w*|tempfile\.tif): (?!Warning)")
 
 
 def check_complaints(content: bytes, lines: list[str]) -> None:
-    """Raise MediaError when libtiff, while it decoded this TIFF, said on standard error that data are damaged."""
+    """Raise MediaError when libtiff, decoding this TIFF, has written to standard error that data are damaged."""
     for line in lines if _is_tiff(content) else ():
         if _COMPLAINT.search(line):
             raise MediaError(f"truncated or damaged: libtiff says: {line.strip()}")
@@ -43,10 +43,10 @@ def check_strips(content: bytes, max_pixels: int) -> None:
         with TiffImagePlugin.TiffImageFile(io.BytesIO(content)) as picture:
             tags = dict(picture.tag_v2)
     except PILLOW_ERRORS:
-        return  # another kind that begins alike
+        return  # another kind of file that begins in the same way
     compression, tables = tags.get(COMPRESSION), tags.get(JPEG_TABLES)
-    other = bytearray(content)
-    for start, end in _places(tags):
+    filled = bytearray(content)
+    for start, end in _find_strips(tags):
         part = content[start:end]
         if compression == JPEG and part.startswith(START):
             _check_jpeg(tables[:-2] + part[2:] if isinstance(tables, bytes) else part, max_pixels)
@@ -54,17 +54,17 @@ def check_strips(content: bytes, max_pixels: int) -> None:
             _check_deflate(part)
         elif compression in FAX and BLANK in part:
             blank = part.index(BLANK)
-            other[start + blank : start + len(part)] = (BLACK_AND_WHITE * len(part))[: len(part) - blank]
-    # A decoder that needs none of these bytes shows the same picture whatever they are.
-    if other != content and _pixels(content) != _pixels(bytes(other)):
-        raise MediaError("truncated or damaged: zeros stand where the TIFF should have fax codes")
+            filled[start + blank : start + len(part)] = (BLACK_AND_WHITE * len(part))[: len(part) - blank]
+    # A decoder that does not need these bytes shows the same picture whatever they are.
+    if filled != content and _pixels(content) != _pixels(bytes(filled)):
+        raise MediaError("truncated or damaged: the TIFF has zeros where fax codes should be")
 
 
-def _places(tags: dict[int, Any]) -> list[tuple[int, int]]:
-    """Where its strips or tiles start and end."""
+def _find_strips(tags: dict[int, Any]) -> list[tuple[int, int]]:
+    """(start, end) of each strip or tile."""
     starts, sizes = TILES if TILES[0] in tags else STRIPS
-    places = zip(tags.get(starts, ()), tags.get(sizes, ()), strict=False)
-    return [(start, start + size) for start, size in places if isinstance(start, int) and isinstance(size, int) and size]
+    ranges = zip(tags.get(starts, ()), tags.get(sizes, ()), strict=False)
+    return [(start, start + size) for start, size in ranges if isinstance(start, int) and isinstance(size, int) and size]
 
 
 def _is_tiff(content: bytes) -> bool:
@@ -78,7 +78,7 @@ def _check_jpeg(part: bytes, max_pixels: int) -> None:
 
 
 def _check_deflate(part: bytes) -> None:
-    """The checksum at the end counts, which libtiff does not read."""
+    """Raise MediaError unless the data end with their checksum, which libtiff does not read."""
     stream = zlib.decompressobj()
     try:
         while not stream.eof and stream.decompress(part, CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""The classes of a task: one list of names for all its splits and sources, and labels that lie in it."""
+"""The classes of a task: one list of names for all its splits and sources, and the check that labels belong to it."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from polyvit_fast.media import Sample
 def class_list(task: Task, source: Source | None = None) -> tuple[str, ...] | None:
     """The names of the task's classes in the order of their numbers, one list for all its splits; None where no source knows names.
 
-    That of the training source rules, else that of the validation source, else that of `source`, where it is neither. The others may lack
-    classes. Raises ValueError when one has a name more, when two names differ in their Unicode form alone, or when there are not
-    `num_classes`. Names are in Unicode's composed form (NFC), without blanks at their ends.
+    It is the training source's list, else the validation source's, else that of `source`. The other sources may lack classes. Raises
+    ValueError when one has an additional name, when two names differ only in their Unicode form, or when there are not `num_classes`.
+    Names are in Unicode's composed form (NFC), without blanks at their ends.
     """
-    ruling, names, known = None, (), frozenset[str]()
+    decisive, names, known = None, (), frozenset[str]()
     for one in _distinct(task.train, task.val, source):
         own = _own_names(one, task)
         if own is None:
             continue
-        if ruling is None:
-            ruling, names, known = one, own, frozenset(own)
+        if decisive is None:
+            decisive, names, known = one, own, frozenset(own)
             if len(names) != task.num_classes:
                 raise ValueError(f"{one.describe_classes(names)} where num_classes = {task.num_classes}")
         other = next((name for name in own if name not in known), None)
         if other is not None:
             alike = next((f", which has {name!r}" for name in names if name.casefold() == other.casefold()), "")
             raise ValueError(
-                f"{one.describe_classes(own)}, but {other!r} is not in the task's list{alike}: {ruling.describe_classes(names)}. "
-                "Classes are known by their names: the training split must have all of them, spelt alike in every split"
+                f"{one.describe_classes(own)}, but {other!r} is not in the task's list{alike}: {decisive.describe_classes(names)}. "
+                "Classes are identified by their names: the training split must have all of them, with the same spelling in every split"
             )
-    return names if ruling else None
+    return names if decisive else None
 
 
 def remark_uncompared(task: Task, source: Source, names: Sequence[str]) -> list[str]:
-    """That this source alone has `names` of classes, so that nothing shows whether the training split numbers them alike."""
+    """A remark where only this source knows `names`, so that nothing shows whether the training split has the same numbers."""
     if source == task.train or source != task.val or task.train.class_names(task) is not None:
         return []
     order = ", ".join(f"{number} is {name}" for number, name in enumerate(names[:3])) + (", …" if len(names) > 3 else "")
@@ -76,7 +76,7 @@ def shorten(names: Sequence[str]) -> str:
 
 
 def first_difference(before: Sequence[str] | None, now: Sequence[str] | None) -> str:
-    """Where the class list of a checkpoint and today's differ; empty when they agree, or when the checkpoint's had no names."""
+    """The first difference between a checkpoint's class list and today's; empty when there is none, or the checkpoint had no names."""
     if before is None or tuple(before) == now:
         return ""
     if now is None:
@@ -88,12 +88,12 @@ def first_difference(before: Sequence[str] | None, now: Sequence[str] | None) ->
 
 
 def recall_classes(task: Task, names: Sequence[str] | None, where: str) -> Task:
-    """The task with the class list that is stored at `where`. Its training source is not asked, so it need not be there any more."""
-    return replace(task, train=_Recalled(names=None if names is None else tuple(names), where=where))
+    """The task with the class list that is stored at `where`. Its training source is not read, and need not exist any more."""
+    return replace(task, train=_StoredClasses(names=None if names is None else tuple(names), where=where))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recalled(Source):
+class _StoredClasses(Source):
     """Class names without samples."""
 
     names: tuple[str, ...] | None
@@ -112,7 +112,7 @@ class _Recalled(Source):
 def check_labels(labels: Sequence[int], task: Task, where: str) -> None:
     """Raise ValueError, beginning with `where`, when a sample's labels are not classes of the task, or not as many as it allows.
 
-    `labels` are as the source has them: a class that is named twice is no list of classes, but most likely flags, one for each class.
+    `labels` are as the source has them: where a class is named twice, they are most likely not classes but flags, one for each class.
     """
     for label in labels:
         if not 0 <= label < task.num_classes:

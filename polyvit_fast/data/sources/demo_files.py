@@ -1,10 +1,10 @@
-"""The demo's media files, drawn from seeds: real JPEG, H.264, FLAC and WAV for five small tasks, each of which needs what it claims to.
+"""The demo's media files, drawn from seeds: real JPEG, H.264, FLAC and WAV for five small tasks. Each can be solved in one way only.
 
-| kind | file | question | what gives no answer |
+| kind | file | question | what does not help |
 |---|---|---|---|
-| shapes | JPEG | which shape? | place, size, turn, texture and colours, which are those of every class |
+| shapes | JPEG | which shape? | position, size, angle, texture and colours, which are the same for all classes |
 | textures | JPEG | what covers the shape? | the same: the pictures are of the same kind |
-| motion | H.264 | how does the pattern move? | any single frame: the frames of all classes have one law |
+| motion | H.264 | how does the pattern move? | a single frame: the frames of all classes have the same distribution |
 | tones | FLAC | how does the tone go on? | its pitch, loudness and timbre, and the noise |
 | chords | WAV | which of six voices sound? | their number, loudness and phase, and the noise |
 """
@@ -29,16 +29,17 @@ from jaxtyping import Bool, Float, Int16, UInt8
 from polyvit_fast.config import Source, Task
 from polyvit_fast.data.sources.manifest import Manifest
 from polyvit_fast.data.threads import map_in_threads
+from polyvit_fast.files import write_atomically
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator
 
-VERSION = 2  # of the recipes below: files of another version are made anew
+VERSION = 2  # of the recipes below; files of another version are made again
 PICTURE_SIZE = 72
 NUM_FRAMES, FRAMES_PER_SECOND = 12, 12
 SAMPLE_RATE_HZ, SOUND_SECONDS = 8_000, 1.05
 VOICES_HZ = (233.0, 377.0, 610.0, 987.0, 1597.0, 2584.0)  # neighbours in the ratio 1.618: no harmonic of one is another
 VIDEO_ENCODERS = ("libx264", "mpeg4")
-EXACT = {"flags": "+bitexact", "dct": "int", "idct": "simple"}  # FFmpeg's own encoder, alike with all instructions
+EXACT = {"flags": "+bitexact", "dct": "int", "idct": "simple"}  # FFmpeg's own encoder: the same bytes with all instruction sets
 
 _logger = logging.getLogger(__name__)
 Kind = Literal["shapes", "textures", "motion", "tones", "chords"]
@@ -48,7 +49,7 @@ Plane = Float[np.ndarray, "rows columns"]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFiles(Source):
-    """The demo's own files. Those that are missing are made first, from seeds: equal bytes on every CPU, given equal encoder versions."""
+    """The demo's own files. Missing ones are made first, from seeds: the same bytes on every CPU, with the same encoder versions."""
 
     kind: Kind
     """What the files show."""
@@ -64,7 +65,7 @@ class DemoFiles(Source):
             raise ValueError(f"num_samples = {self.num_samples} must be at least 1")
 
     def samples(self, task: Task) -> Sequence[Sample]:
-        """The files, as a manifest beside them lists them. Raises ValueError when they cannot be written."""
+        """The files, as the manifest in their folder lists them. Raises ValueError when they cannot be written."""
         manifest = Path(self.root) / self.kind / f"{self.split}.csv"
         try:
             self._complete(manifest)
@@ -73,7 +74,7 @@ class DemoFiles(Source):
         return Manifest(path=str(manifest), classes=str(manifest.with_name("classes.txt"))).samples(task)
 
     def count(self, task: Task) -> int:
-        """Files of this split, be they made already or not."""
+        """Files of this split, whether they exist already or not."""
         return self.num_samples
 
     def class_names(self, task: Task) -> tuple[str, ...]:
@@ -81,28 +82,28 @@ class DemoFiles(Source):
         return RECIPES[self.kind].classes
 
     def describe_classes(self, names: Sequence[str]) -> str:
-        """Whose names they are."""
+        """The kind of demo files, and how many classes it has."""
         return f"demo files of {self.kind}: they have {len(names)} classes"
 
     def _complete(self, manifest: Path) -> None:
-        """Make what is missing. The stamp tells the version of the files that are there, be they many or few."""
+        """Make what is missing. The stamp holds the version of the existing files."""
         recipe, folder = RECIPES[self.kind], manifest.with_suffix("")
         stamp = folder / "VERSION"
         if not stamp.is_file() or stamp.read_text() != str(VERSION):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            _write(stamp, str(VERSION).encode())
-        there = set(os.listdir(folder))
+            write_atomically(stamp, str(VERSION))
+        existing = set(os.listdir(folder))
         names = [f"{index:04d}{recipe.suffix}" for index in range(self.num_samples)]
-        missing = [index for index, name in enumerate(names) if name not in there]
+        missing = [index for index, name in enumerate(names) if name not in existing]
         if missing:
             self._make(recipe, missing, [folder / names[index] for index in missing])
-        _write(manifest.with_name("classes.txt"), "\n".join(recipe.classes).encode())
+        write_atomically(manifest.with_name("classes.txt"), "\n".join(recipe.classes))
         labels = [" ".join(recipe.classes[label] for label in self._draw(recipe, index)[0]) for index in range(self.num_samples)]
         rows = [("path", "labels"), *((f"{self.split}/{name}", label) for name, label in zip(names, labels, strict=True))]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        _write(manifest, text.getvalue().encode())
+        write_atomically(manifest, text.getvalue())
 
     def _make(self, recipe: Recipe, indices: Sequence[int], paths: Sequence[Path]) -> None:
         from rich.console import Console
@@ -110,7 +111,7 @@ class DemoFiles(Source):
 
         def make(item: tuple[int, Path]) -> None:
             index, path = item
-            _write(path, recipe.encode(*self._draw(recipe, index)))
+            write_atomically(path, recipe.encode(*self._draw(recipe, index)))
             progress.advance(bar)
 
         console = Console(stderr=True)
@@ -120,7 +121,7 @@ class DemoFiles(Source):
         console.print(f"made {len(indices)} files in {paths[0].parent}", highlight=False)
 
     def _draw(self, recipe: Recipe, index: int) -> tuple[tuple[int, ...], Rng]:
-        """A file's labels, and the generator that the rest of it follows from."""
+        """A file's labels, and the generator that determines the rest of it."""
         rng = generator("demo", VERSION, self.kind, self.split, index)
         if not recipe.multi_label:
             return (index % len(recipe.classes),), rng
@@ -139,14 +140,7 @@ class Recipe:
     multi_label: bool = False
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none: readers never see a half-written one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-# Pictures: a textured shape in two colours on a plain ground of a third.
+# Pictures: a textured shape in two colours on a plain background of a third.
 
 SHAPES: dict[str, Callable[[Plane, Plane], Bool[np.ndarray, "rows columns"]]] = {
     "circle": lambda x, y: x**2 + y**2 < 0.85,
@@ -156,7 +150,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Bool[np.ndarray, "rows columns"]]] = 
     "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.8,
     "triangle": lambda x, y: (y > -0.6) & (y < 1.1 - 1.8 * abs(x)),
 }
-TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {  # of coordinates in which a period is 2 pi; above 0 is the second colour
+TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {  # of coordinates with the period 2 pi; the second colour is above 0
     "plain": lambda x, y: -np.ones_like(x),
     "across": lambda x, y: np.sin(y),
     "down": lambda x, y: np.sin(x),
@@ -176,10 +170,10 @@ def _encode_picture(shape: str, texture: str, rng: Rng) -> bytes:
 
 def _draw_picture(shape: str, texture: str, rng: Rng) -> UInt8[np.ndarray, "rows columns 3"]:
     fine = 2  # drawn this much larger and then averaged, for smooth edges
-    place = (np.arange(PICTURE_SIZE * fine) + 0.5) / fine - PICTURE_SIZE / 2
+    axis = (np.arange(PICTURE_SIZE * fine) + 0.5) / fine - PICTURE_SIZE / 2
     radius, angle, period = rng.uniform(20, 28), rng.uniform(-0.35, 0.35), rng.uniform(8, 13)
     left, up = rng.uniform(radius - 33, 33 - radius, 2)
-    x, y = np.meshgrid(place - left, -place - up)
+    x, y = np.meshgrid(axis - left, -axis - up)
     turned = (x * np.cos(angle) + y * np.sin(angle)) / radius, (y * np.cos(angle) - x * np.sin(angle)) / radius
     inside = SHAPES[shape](*turned)
     phase = rng.uniform(0, 2 * np.pi, 2)
@@ -206,7 +200,7 @@ def _encode_texture(labels: tuple[int, ...], rng: Rng) -> bytes:
     return _encode_picture(str(rng.choice(list(SHAPES))), tuple(TEXTURES)[labels[0]], rng)
 
 
-# Clips: a pattern without end that drifts, or turns around the middle of the picture.
+# Clips: an endless pattern that drifts, or turns around the middle of the picture.
 
 MOTIONS: dict[str, tuple[float, float, float]] = {  # (to the right, down, clockwise)
     "left": (-1, 0, 0),
@@ -225,13 +219,13 @@ def _encode_motion(labels: tuple[int, ...], rng: Rng) -> bytes:
 def _draw_clip(motion: str, rng: Rng) -> UInt8[np.ndarray, "frames rows columns 3"]:
     """A sum of plane waves with random directions and phases, in two colours.
 
-    Such a pattern has the same law after any shift and any turn. So a frame of any class has the law of a frame of any other class.
+    Such a pattern has the same distribution after any shift and any rotation, so a single frame says nothing about its class.
     """
     right, down, clockwise = MOTIONS[motion]
     speed, turn = rng.uniform(2.0, 3.5), rng.uniform(0.09, 0.15)  # pixels and radians per frame
     num_waves = 16
     length, direction, phase = rng.uniform(14, 28, num_waves), *rng.uniform(0, 2 * np.pi, (2, num_waves))
-    place = np.arange(PICTURE_SIZE) - (PICTURE_SIZE - 1) / 2
+    axis = np.arange(PICTURE_SIZE) - (PICTURE_SIZE - 1) / 2
     dark, _, light = _draw_colours(rng)
     frames = []
     for time in range(NUM_FRAMES):
@@ -239,11 +233,11 @@ def _draw_clip(motion: str, rng: Rng) -> UInt8[np.ndarray, "frames rows columns 
         along_x, along_y = 2 * np.pi / length * np.cos(angle), 2 * np.pi / length * np.sin(angle)
         shifted = phase - speed * time * (right * along_x + down * along_y)
         # cos(a + b) for all pixels at once: the real part of a product of a column and a row for every wave. By einsum, because the
-        # threads of matrix products would get in each other's way here, and their roundings differ between processors.
-        rows, columns = np.exp(1j * np.outer(place, along_y)), np.exp(1j * (np.outer(along_x, place) + shifted[:, None]))
+        # threads of matrix products would get in each other's way here, and their rounding differs between CPUs.
+        rows, columns = np.exp(1j * np.outer(axis, along_y)), np.exp(1j * (np.outer(along_x, axis) + shifted[:, None]))
         field = np.einsum("yw,wx->yx", rows, columns).real / np.sqrt(num_waves / 2)
-        share = (0.5 + 1.2 * field).clip(0, 1)[..., None]
-        frames.append(dark + share * (light - dark))
+        brightness = (0.5 + 1.2 * field).clip(0, 1)[..., None]
+        frames.append(dark + brightness * (light - dark))
     clip = np.stack(frames)
     return (clip + rng.normal(0, 4, clip.shape)).clip(0, 255).astype(np.uint8)
 
@@ -254,7 +248,7 @@ def _encode_h264(frames: UInt8[np.ndarray, "frames rows columns 3"]) -> bytes:
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # One thread: with more, the result depends on their number. No assembly: that for AVX-512 does not repeat itself, that for
+        # One thread: with more, the result depends on their number. No assembly: that for AVX-512 is not deterministic, and that for
         # SSSE3 and later differs from that for SSE2.
         options = {"crf": "20", "preset": "veryfast", "threads": "1", "x264-params": "asm=0"} | EXACT
         stream: Any = container.add_stream(_video_encoder(), rate=FRAMES_PER_SECOND, options=options)
@@ -276,7 +270,7 @@ def _video_encoder() -> str:
     return name
 
 
-# Sounds: a tone that goes on in one of six ways, or up to four of six voices at once.
+# Sounds: a tone that develops in one of six ways, or up to four of six voices at once.
 
 Wave = Float[np.ndarray, " time"]
 TONES: dict[str, Callable[[Wave, Rng], tuple[Wave, Wave]]] = {  # from seconds to (octaves above the pitch, loudness)
@@ -332,7 +326,7 @@ def _encode_flac(sound: Int16[np.ndarray, " time"]) -> bytes:
 
     file = io.BytesIO()
     with av.open(file, "w", format="flac", options={"metadata_header_padding": "0"}) as container:
-        # Fixed predictors are whole numbers; fitted ones come from floating point, which may differ between processors.
+        # Fixed predictors are integers; fitted ones come from floating point, which may differ between CPUs.
         stream = container.add_stream("flac", rate=SAMPLE_RATE_HZ, layout="mono", options={"lpc_type": "fixed"})
         frame = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
         frame.sample_rate = SAMPLE_RATE_HZ

@@ -1,7 +1,7 @@
-"""What guards a resume: whether the training files are still those that the checkpoint's steps saw.
+"""Whether the training files are still those that a checkpoint's steps saw: the guard of a resume.
 
-Names, labels and order are taken whole, sizes and times of all files (of a million at most, evenly spread), and contents of some, for
-reading all of a large dataset takes hours: `polyvit-fast check` does that. Times alone prove nothing, as a copy has other ones.
+A fingerprint covers all names, labels and their order, the sizes and times of all files (of a million at most, evenly spread), and the
+contents of some: reading all of a large dataset takes hours (`polyvit-fast check` does it). Times alone prove nothing, as copies differ.
 """
 
 from __future__ import annotations
@@ -18,31 +18,36 @@ from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError, Sample
 
 Fingerprint = dict[str, str]
-"""Words for `names` (with labels and order), `sizes`, `times` and `contents`; all but the first are strings of digests, one for a chunk of
-consecutive files, or for a file whose contents were read."""
+"""Texts for `names` (with labels and order), `sizes`, `times` and `contents`. All but the first are digests, one for each chunk of
+consecutive files, or for each file whose contents were read."""
 
 NUM_CHUNKS = 4096
 MAX_FILES = 1_000_000
 CONTENT_FILES, CONTENT_BYTES = 256, 64 << 20
-NUM_THREADS = 16  # a network's file system answers many questions in the time of one
+NUM_THREADS = 16  # a network file system answers many requests in the time of one
 DIGEST_BYTES = 4
 SHOWN = 3
 
 
 def take_fingerprint(samples: Sequence[Sample]) -> Fingerprint:
-    """That of the files as they are now. One that cannot be read counts as empty. 100,000 local files take about two seconds."""
-    listed = _list(samples)
+    """The fingerprint of the files as they are now. Unreadable ones count as empty. 100,000 local files take about two seconds."""
+    listed = _thin(samples)
     paths = list({sample.media.path: None for sample in listed})
     states = dict(zip(paths, map_in_threads(_stat, paths, NUM_THREADS), strict=True))
     sizes, times = np.array([states[sample.media.path] for sample in listed], np.int64).reshape(-1, 2).T
     chosen = _choose(samples)
     limit = CONTENT_BYTES // max(1, len(chosen))
     contents = map_in_threads(lambda sample: _digest(_read_ends(sample.media, limit)), chosen, NUM_THREADS)
-    return {"names": fingerprint_names(samples), "sizes": _digests(sizes), "times": _digests(times), "contents": _text(contents)}
+    return {
+        "names": fingerprint_names(samples),
+        "sizes": _digest_chunks(sizes),
+        "times": _digest_chunks(times),
+        "contents": _encode(contents),
+    }
 
 
 def fingerprint_names(samples: Sequence[Sample]) -> str:
-    """A word for all samples, their order and their labels: which of them a step sees follows from it, the seed and the step."""
+    """A digest of all samples, their order and their labels, which with the seed determine what a step sees."""
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(f"{sample.media.name}\x1f{sample.labels}\x1e".encode(errors="surrogateescape"))
@@ -50,36 +55,36 @@ def fingerprint_names(samples: Sequence[Sample]) -> str:
 
 
 def find_changes(before: str | Mapping[str, str], now: Fingerprint, samples: Sequence[Sample]) -> tuple[str, bool]:
-    """(in what the files differ from those of an earlier fingerprint, whether their list is the same); an empty text: in nothing.
+    """(how the files differ from those of an earlier fingerprint, empty where they do not; whether the list of files is the same).
 
-    Earlier versions kept a word for the names alone; it says nothing of sizes and contents, so that these count as equal.
+    Earlier versions kept a text for the names only, which says nothing about sizes and contents: these then count as equal.
     """
     if isinstance(before, str):
         before = {"names": before}
     if before["names"] != now["names"]:
         return f"names and labels: {before['names']}; now {now['names']}", False
-    listed = _list(samples)
-    parts = (("sizes", [listed[chunk] for chunk in _chunks(len(listed))]), ("contents", [[sample] for sample in _choose(samples)]))
-    for word, chunks in parts:
-        changed = _differing(before.get(word, now[word]), now[word], chunks)
+    listed = _thin(samples)
+    digests = (("sizes", [listed[chunk] for chunk in _chunks(len(listed))]), ("contents", [[sample] for sample in _choose(samples)]))
+    for kind, chunks in digests:
+        changed = _name_changed(before.get(kind, now[kind]), now[kind], chunks)
         if changed:
-            return f"{word} of {changed}", True
+            return f"{kind} of {changed}", True
     return "", True
 
 
 def find_newer(before: Mapping[str, str], now: Fingerprint, samples: Sequence[Sample]) -> str:
     """Files with other times than in an earlier fingerprint of the same list; empty when there are none."""
-    listed = _list(samples)
-    return _differing(before["times"], now["times"], [listed[chunk] for chunk in _chunks(len(listed))])
+    listed = _thin(samples)
+    return _name_changed(before["times"], now["times"], [listed[chunk] for chunk in _chunks(len(listed))])
 
 
-def _list(samples: Sequence[Sample]) -> Sequence[Sample]:
+def _thin(samples: Sequence[Sample]) -> Sequence[Sample]:
     return samples[:: -(-len(samples) // MAX_FILES) or 1]
 
 
-def _differing(before: str, now: str, chunks: Sequence[Sequence[Sample]]) -> str:
-    """The files, by name, whose words differ."""
-    changed = [chunk for chunk, one, other in zip(chunks, _split(before), _split(now), strict=True) if one != other]
+def _name_changed(before: str, now: str, chunks: Sequence[Sequence[Sample]]) -> str:
+    """The names of the files whose digests differ."""
+    changed = [chunk for chunk, one, other in zip(chunks, _decode(before), _decode(now), strict=True) if one != other]
     return ", ".join(_name(chunk) for chunk in changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if changed[SHOWN:] else "")
 
 
@@ -103,7 +108,7 @@ def _choose(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _read_ends(media: Media, limit: int) -> bytes:
-    """The first and last bytes of a file, `limit` of them in all; all bytes of a shorter one."""
+    """The first and last bytes of a file, `limit` in total; all bytes of a shorter one."""
     try:
         with media.open() as stream:
             head = stream.read(limit // 2)
@@ -115,23 +120,23 @@ def _read_ends(media: Media, limit: int) -> bytes:
 
 
 def _chunks(count: int) -> list[slice]:
-    """Consecutive parts of `count` files, `NUM_CHUNKS` at most."""
+    """At most `NUM_CHUNKS` chunks of `count` consecutive files."""
     bounds = [index * count // NUM_CHUNKS for index in range(NUM_CHUNKS + 1)] if count > NUM_CHUNKS else range(count + 1)
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _digests(numbers: np.ndarray) -> str:
-    return _text([_digest(np.ascontiguousarray(numbers[chunk], "<i8").tobytes()) for chunk in _chunks(len(numbers))])
+def _digest_chunks(numbers: np.ndarray) -> str:
+    return _encode([_digest(np.ascontiguousarray(numbers[chunk], "<i8").tobytes()) for chunk in _chunks(len(numbers))])
 
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def _text(digests: Sequence[bytes]) -> str:
+def _encode(digests: Sequence[bytes]) -> str:
     return b64encode(b"".join(digests)).decode()
 
 
-def _split(text: str) -> list[bytes]:
+def _decode(text: str) -> list[bytes]:
     content = b64decode(text)
     return [content[start : start + DIGEST_BYTES] for start in range(0, len(content), DIGEST_BYTES)]

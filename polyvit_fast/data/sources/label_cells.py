@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from polyvit_fast.data.sources.classes import normalise, shorten
 
 NUMBER = re.compile("[0-9]{1,18}|-0*[1-9][0-9]{0,17}")
-"""Whole numbers; negative ones are read, to be told that they are out of range."""
+"""Integers; negative ones are read as well, so that the message can say that they are out of range."""
 
 
 class LabelCells:
     """Reads cells: numbers or names, separated by ; or else by blanks, or a JSON list of them (["Speech; loud", "Music"]).
 
-    A cell that is a name as a whole is that one, so that names may hold blanks and semicolons.
+    A cell that is a name as a whole means that class, so names may contain blanks and semicolons.
     """
 
     def __init__(self, names: Sequence[str] | None, num_classes: int, classes: str = "") -> None:
@@ -24,7 +24,7 @@ class LabelCells:
         self.seen: dict[str, tuple[int, ...]] = {}
 
     def read(self, cell: str) -> tuple[int, ...]:
-        """The class numbers in a cell, as many as it has. Raises ValueError for what is neither number nor name, or may be both."""
+        """All class numbers in a cell. Raises ValueError for what is neither a number nor a name, or may be both."""
         if cell not in self.seen:
             self.seen[cell] = self._read(cell)
         return self.seen[cell]
@@ -38,7 +38,7 @@ class LabelCells:
         return tuple(self._name(part, cell) if isinstance(part, str) else part for part in parts)
 
     def _number(self, part: str, cell: str) -> int:
-        """The class that a word means, which may be a number."""
+        """The class that a word means, which may be a number or a name."""
         if self.classes or not NUMBER.fullmatch(part):
             return self._name(part, cell)
         number, named = int(part), self.index.get(normalise(part))
@@ -64,7 +64,7 @@ class LabelCells:
 
 
 def format_labels(labels: Sequence[int], names: Sequence[str] | None, num_classes: int) -> str:
-    """A cell that `Manifest` reads as these labels: names where the task has a list of them, with its `classes` set or not."""
+    """A cell that `Manifest` reads as these labels, whether its `classes` is set or not: names where the task has a list of them."""
     if names is None:
         return " ".join(map(str, labels))
     words = [names[label] for label in labels]

@@ -1,4 +1,4 @@
-"""The media files of a folder: linked folders are followed, nothing is counted twice, nothing goes missing without a word."""
+"""The media files of a folder. Linked folders are followed, no file is listed twice, and what is left out is counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _endings(text: str) -> frozenset[str]:
 
 
 OWN = {"image": PICTURES, "video": VIDEOS, "audio": SOUNDS | (VIDEOS - PICTURES)}
-"""Endings of the media that a modality, by its name, decodes; others lie beside them as covers, thumbnails or soundtracks."""
+"""Endings of the media that a modality, by its name, decodes; other media next to them are covers, thumbnails or soundtracks."""
 NO_MEDIA = (
     _endings("txt md rst rtf pdf doc docx html htm url webloc lnk desktop nfo info log out err description svg svgz")
     | _endings("json jsonl ndjson xml yaml yml toml ini cfg conf csv tsv lst xls xlsx parquet arrow feather db sqlite sqlite3")
@@ -26,20 +26,20 @@ NO_MEDIA = (
         "zip tar gz tgz bz2 xz zst 7z rar part partial crdownload aria2 ytdl download tmp temp bak swp lock icloud ffs_db ffs_lock ffs_tmp"
     )
 )
-"""Endings of notes and drawings, tables, subtitles and other sidecars, checksums, arrays and programs, archives, unfinished copies."""
+"""Endings of notes and drawings, tables, subtitles and other sidecars, checksums, arrays, programs, archives and unfinished copies."""
 NO_MEDIA_NAMES = (
     _endings("thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini readme license licence copying notice authors changelog makefile")
     | _endings("checksums md5sum md5sums sha1sum sha1sums sha256sum sha256sums sha512sum sha512sums")
     | {"icon\r", "thumbs.db:encryptable"}  # of a folder on macOS, and of a copy from Windows
 )
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
-"""Operating systems and storage devices keep copies and thumbnails in them."""
+"""Folders in which operating systems and storage devices keep copies and thumbnails."""
 
 
 def left_out_as(name: str, modality: str) -> str:
-    """Under what to count a file that is left out, because its name says that it holds nothing of this modality; empty: it is a sample.
+    """The kind under which a file is counted as left out, as its name shows that it is not of this modality; empty: it is a sample.
 
-    A name that says nothing, without an ending or with an unknown one, is a sample: its content decides.
+    A file without an ending, or with an unknown one, is a sample: its content decides.
     """
     low = name.lower()
     if low in NO_MEDIA_NAMES:
@@ -52,7 +52,7 @@ def left_out_as(name: str, modality: str) -> str:
 
 
 def hidden_as(name: str) -> str:
-    """Under what to count a file or folder that is hidden or the system's own; empty: it is neither."""
+    """The kind under which a file or folder is counted as hidden or the system's own; empty: it is neither."""
     if name.startswith("."):
         return name if name == ".DS_Store" else "._*" if name.startswith("._") else ".*"
     return f"{name}/" if name.lower() in SYSTEM_FOLDERS else ""
@@ -60,26 +60,26 @@ def hidden_as(name: str) -> str:
 
 @dataclass
 class Listing:
-    """What lies in a folder."""
+    """The content of a folder."""
 
     files: list[str] = field(default_factory=list)
-    """Paths of the samples: a folder's own in sorted order, then those of each folder in it; last those behind links to folders."""
+    """Paths of the samples: a folder's own in sorted order, then those of each folder in it, and last those behind links to folders."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many files and folders were left out for their name, by what they were counted under."""
+    """How many files and folders were left out because of their names, by kind."""
     again: list[str] = field(default_factory=list)
-    """Links to a folder that is listed already, or that holds it; and folders in linked ones that are. Their files count once."""
+    """Links to a folder that is already listed or contains the link, and listed folders in linked ones. Their files count once."""
 
 
 def list_media(folder: str, modality: str, owners: dict[str, str]) -> Listing:
     """The media files in a class folder and below; each real folder once, however many links lead to it.
 
-    `owners` grows: it maps the real path of every folder that was listed to its class folder. Raises ValueError when something cannot be
-    listed, a link leads nowhere, or a folder belongs to another class already.
+    `owners` maps the real path of every folder that was listed to its class folder, and is added to. Raises ValueError when something
+    cannot be listed, a link leads nowhere, or a folder already belongs to another class.
     """
     listing = Listing()
     waiting, links = [(folder, os.path.realpath(folder))], deque[tuple[str, str]]()
     while waiting or links:
-        # Links come last, so that what is reached without one keeps its name and its place.
+        # Links come last, so that a folder that can be reached without one keeps its name and its position.
         here, real = waiting.pop() if waiting else links.popleft()
         owner = owners.get(real)
         if owner == folder:
@@ -105,7 +105,7 @@ def list_media(folder: str, modality: str, owners: dict[str, str]) -> Listing:
 def scan(folder: str, modality: str, left_out: Counter[str]) -> list[os.DirEntry[str]]:
     """The folders and samples in a folder, sorted by name; `left_out` counts the rest.
 
-    Raises ValueError that names what cannot be listed, or leads nowhere.
+    Raises ValueError that names what cannot be listed, or which link leads nowhere.
     """
     found = []
     try:
@@ -132,7 +132,7 @@ def _check_link(entry: os.DirEntry[str]) -> None:
 
 
 def leads_back(entry: os.DirEntry[str], real: str) -> bool:
-    """Whether an entry of the folder with this real path is a link to that folder or to one that holds it."""
+    """Whether an entry of the folder with this real path is a link to that folder or to one that contains it."""
     target = os.path.realpath(entry.path) if entry.is_symlink() else ""
     return bool(target) and os.path.commonpath((target, real)) == target
 

@@ -18,17 +18,17 @@ from polyvit_fast.media import Media, Sample
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Source):
-    """A folder per class. The names of the training split's, in sorted order, are classes 0, 1, …; other splits may lack some.
+    """A folder per class. The training split's folders, sorted by name, are classes 0, 1, …; other splits may lack some.
 
-    Every file in a class folder and below is a sample, but for names that begin with a dot or say that they are no media of the task's
-    modality (Thumbs.db, .txt, .json …); files beside the class folders are not. Links to folders are followed, each folder once.
+    Every file in a class folder and below is a sample, except where its name begins with a dot or is not that of a file of the task's
+    modality (Thumbs.db, .txt, .json …). Files outside the class folders are no samples. Links to folders are followed, each folder once.
     """
 
     path: str
-    """Holds the class folders."""
+    """Folder with the class folders."""
 
     def samples(self, task: Task) -> Sequence[Sample]:
-        """Class by class, files in sorted order. Raises ValueError when class names and `num_classes` do not fit, or a class is empty."""
+        """Class by class, files in sorted order. Raises ValueError when class names do not match `num_classes`, or a class is empty."""
         return [Sample(Media(file), (label,)) for label, listing in self._listings(task) for file in listing.files]
 
     def class_names(self, task: Task) -> tuple[str, ...]:
@@ -42,22 +42,22 @@ class Folder(Source):
     def remarks(self, task: Task) -> list[str]:
         """Classes without a folder, names that no other split confirms, files that were left out, and links that lead back."""
         names = class_list(task, self) or ()
-        folders, beside, again = self._class_folders()
+        folders, outside, again = self._class_folders()
         lacking = [name for name in names if name not in set(map(normalise, folders))]
         left_out = Counter[str]()
         for _, listing in self._listings(task):
             left_out += listing.left_out
             again += listing.again
-        told = remark_uncompared(task, self, names)
+        remarks = remark_uncompared(task, self, names)
         if lacking:
-            told.append(f"{self.path} has no folder for {len(lacking)} of the task's {len(names)} classes: {shorten(lacking)}")
+            remarks.append(f"{self.path} has no folder for {len(lacking)} of the task's {len(names)} classes: {shorten(lacking)}")
         if left_out:
-            told.append(f"{self.path}: left out, by their names no {task.modality.name} files: {count_names(left_out)}")
-        if beside:
-            told.append(f"{self.path}: left out, for they lie beside the class folders: {count_names(beside)}")
+            remarks.append(f"{self.path}: left out, as their names are not those of {task.modality.name} files: {count_names(left_out)}")
+        if outside:
+            remarks.append(f"{self.path}: left out, because they are in no class folder: {count_names(outside)}")
         if again:
-            told.append(f"{self.path}: {len(again)} links or folders lead to what is listed already ({shorten(again)}): counted once")
-        return told
+            remarks.append(f"{self.path}: {len(again)} links or folders lead to what is already listed ({shorten(again)}): counted once")
+        return remarks
 
     def _listings(self, task: Task) -> Iterator[tuple[int, Listing]]:
         names = class_list(task, self) or ()
@@ -68,22 +68,22 @@ class Folder(Source):
                 continue
             listing = list_media(folders[name], task.modality.name, owners)
             if not listing.files:
-                rest = f" of media; left out for their names: {count_names(listing.left_out)}" if listing.left_out else ""
+                rest = f" of media; left out because of their names: {count_names(listing.left_out)}" if listing.left_out else ""
                 raise ValueError(f"class folder {folders[name]} is empty{rest}")
             yield label, listing
 
     def _class_folders(self) -> tuple[list[str], Counter[str], list[str]]:
-        """Their names; what lies beside them, counted by ending; links to this folder or one that holds it, which are no classes."""
-        names, beside, again = [], Counter[str](), []
+        """(names of the class folders, files outside them by ending, links to this folder or one that contains it)."""
+        names, outside, again = [], Counter[str](), []
         real = os.path.realpath(self.path)
         for entry in scan(self.path, "", Counter()):
             if not entry.is_dir():
-                beside[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
+                outside[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
             elif leads_back(entry, real):
                 again.append(entry.path)
             else:
                 names.append(entry.name)
-        return names, beside, again
+        return names, outside, again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Manifest(Source):
     """A table with a line per sample: `path` and `label`, or `path` and `labels` (separated by ; or spaces, where there are several).
 
     The first line names the columns; further columns are ignored. A file named .tsv has tabs, any other commas. A path may name a member of
-    a tar shard, as train-0000.tar:000017.jpg.
+    a tar shard, such as train-0000.tar:000017.jpg.
     """
 
     path: str
@@ -103,7 +103,7 @@ class Manifest(Source):
     names that the task's other split has."""
 
     def samples(self, task: Task) -> Sequence[Sample]:
-        """Line by line. Raises ValueError that names file and line. Whether the files exist shows when they are read."""
+        """Line by line. Raises ValueError that names file and line. Whether the files exist becomes known when they are read."""
         samples = [line.sample for line in self._lines(task)]
         if not samples:
             raise ValueError(f"manifest {self.path}: it lists no samples")
@@ -124,46 +124,46 @@ class Manifest(Source):
         return tuple(names)
 
     def describe_classes(self, names: Sequence[str]) -> str:
-        """The file with their names, and how many it has."""
+        """The file with the names, and how many it lists."""
         return f"classes {self.classes}: it lists {len(names)} names"
 
     def remarks(self, task: Task) -> list[str]:
         """Paths that look mistaken, lines that repeat an earlier one, and classes that no line names."""
-        odd: dict[str, list[_Line]] = {}
+        odd: dict[str, list[_TableLine]] = {}
         seen, everywhere, count = set[int](), True, 0
         for line in self._lines(task):
-            for reason in _oddities(line):
+            for reason in _find_oddities(line):
                 odd.setdefault(reason, []).append(line)
             seen.update(line.sample.labels)
             everywhere, count = everywhere and len(line.sample.labels) == task.num_classes > 1, count + 1
-        told = remark_uncompared(task, self, class_list(task, self) or ()) if self.classes else []
-        told += [
+        remarks = remark_uncompared(task, self, class_list(task, self) or ()) if self.classes else []
+        remarks += [
             f"{self.path}, line 1: column {name} is not read; two columns may have had one name" for name in renamed_columns(self.path)
         ]
-        told += [f"{self.path}, {_name_lines(lines)}: {reason} ({lines[0].path!r})" for reason, lines in odd.items()]
+        remarks += [f"{self.path}, {_name_lines(lines)}: {reason} ({lines[0].path!r})" for reason, lines in odd.items()]
         lacking = [str(label) for label in range(task.num_classes) if label not in seen]
         if lacking:
-            told.append(f"{self.path} names {len(seen)} of the task's {task.num_classes} classes; none has {shorten(lacking)}")
+            remarks.append(f"{self.path} names {len(seen)} of the task's {task.num_classes} classes; none has {shorten(lacking)}")
         if everywhere and count:
-            told.append(f"{self.path} gives every class to every sample: labels are a list of classes, not a flag for each")
-        return told
+            remarks.append(f"{self.path} gives every class to every sample: labels are a list of classes, not a flag for each")
+        return remarks
 
-    def _lines(self, task: Task) -> Iterator[_Line]:
+    def _lines(self, task: Task) -> Iterator[_TableLine]:
         """The table's lines. Raises ValueError when one is faulty, or gives a file other labels than an earlier one."""
         cells = LabelCells(class_list(task, self), task.num_classes, self.classes)
         root = self.root or os.path.dirname(self.path)
         members: dict[str, dict[str, Media]] = {}
-        first: dict[str, _Line] = {}
+        first: dict[str, _TableLine] = {}
         for number, path, cell in read_rows(self.path):
             where = f"{self.path}, line {number}"
             try:
-                media = _media(os.path.join(root, path), members)
+                media = _find_media(os.path.join(root, path), members)
                 labels = cells.read(cell)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             check_labels(labels, task, where)
-            line = _Line(number, path, Sample(media, labels))
-            # What leads through a link to ".." is not what it looks like, and is left as it is.
+            line = _TableLine(number, path, Sample(media, labels))
+            # A path with ".." behind a link is not what it looks like, so it is left as it is.
             earlier = first.setdefault(media.name if ".." in media.name else os.path.normpath(media.name), line)
             if set(earlier.sample.labels) != set(labels):
                 raise ValueError(f"{where}: {path} has other labels than on line {earlier.number}; a file's labels stand on one line")
@@ -172,19 +172,19 @@ class Manifest(Source):
 
 
 @dataclass(slots=True)
-class _Line:
+class _TableLine:
     """A line of a table."""
 
     number: int
     path: str
-    """As the table has it."""
+    """As it stands in the table."""
     sample: Sample
     repeats: bool = False
     """Whether an earlier line names the same file."""
 
 
-def _oddities(line: _Line) -> Iterator[str]:
-    """What may be a mistake in a line."""
+def _find_oddities(line: _TableLine) -> Iterator[str]:
+    """Possible mistakes in a line."""
     if line.repeats:
         yield "it repeats an earlier line, so that its sample counts once more"
     if line.path != line.path.strip():
@@ -197,12 +197,12 @@ def _oddities(line: _Line) -> Iterator[str]:
         yield "its path begins with ~, which is not replaced by the home folder"
 
 
-def _name_lines(lines: Sequence[_Line]) -> str:
+def _name_lines(lines: Sequence[_TableLine]) -> str:
     return f"line {lines[0].number}" + (f" and {len(lines) - 1} more" if len(lines) > 1 else "")
 
 
-def _media(path: str, members: dict[str, dict[str, Media]]) -> Media:
-    """A file, or a member of a shard whose index `members` keeps."""
+def _find_media(path: str, members: dict[str, dict[str, Media]]) -> Media:
+    """A file, or a member of a shard, whose index is kept in `members`."""
     shard = _find_shard(path, members)
     if not shard:
         return Media(path)
@@ -215,8 +215,8 @@ def _media(path: str, members: dict[str, dict[str, Media]]) -> Media:
 
 
 def _find_shard(path: str, known: Container[str]) -> str:
-    """What stands before the colon that parts a shard from its member; empty when the path is that of a file."""
-    prefixes = [path[:place] for place, character in enumerate(path) if character == ":"]
+    """The shard in a path like shard.tar:member; empty when the path is that of a file."""
+    prefixes = [path[:end] for end, character in enumerate(path) if character == ":"]
     if not prefixes:
         return ""
     found = next((prefix for prefix in prefixes if prefix in known), None)

@@ -1,6 +1,6 @@
-"""The members of tar shards, each with its place, from one pass over the headers that a small index file beside the shard remembers.
+"""The members of tar shards and their offsets, from one pass over the headers, whose result is kept in a small index file.
 
-Members are refused that could mean something else than their bytes: links, devices, names that leave the folder.
+Members are refused that could mean something other than their bytes: links, devices, names that leave the folder.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
-from uuid import uuid4
 
 from polyvit_fast.data.sources.shard_labels import MAX_BYTES, Labels, parse_labels
+from polyvit_fast.files import write_atomically
 from polyvit_fast.media import Media, printable
 
-INDEX_VERSION = 2  # of the index file: another one is written anew
+INDEX_VERSION = 2  # of the index file; a file of another version is written again
 LABEL_SUFFIXES = ("cls", "json")
 COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
@@ -30,35 +30,35 @@ COMPRESSIONS = {
     b"PK\x03\x04": "zip",
     b"7z\xbc\xaf": "7z",
 }
-VOLUME_LABEL = b"V"  # a tape's name, which GNU tar writes when told to: no file
-META = re.compile(r"__[^/]*__($|/)")  # what WebDataset passes over: members about the shard
+VOLUME_LABEL = b"V"  # a tape's name, which GNU tar writes on request: no file
+META = re.compile(r"__[^/]*__($|/)")  # members about the shard, which WebDataset skips
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass
-class Example:
+class ShardExample:
     """The members of one key."""
 
     key: str
     labels: Labels | None = None
-    """Its classes, when a member tells them: numbers or names."""
+    """Its classes, where a member states them: numbers or names."""
     label_member: str = ""
-    """The member that tells them; empty: there is none."""
+    """The member that states the classes; empty: there is none."""
     label_fault: str = ""
     """Why that member cannot be used."""
     media: list[Media] = field(default_factory=list)
-    """Every other member; which of them is the media file, the reader decides."""
+    """All other members; the source chooses the media file among them."""
 
 
 def suffix_of(member: str) -> str:
-    """What stands behind the first dot of a member's base name, in lower case: the part that is not its key."""
+    """All behind the first dot of a member's base name, in lower case: what does not belong to its key."""
     return member.rpartition("/")[2].partition(".")[2].lower()
 
 
-def read_index(shard: str) -> list[Example]:
-    """The members of a tar file by key, from its index file when that is up to date, else from the tar itself.
+def read_index(shard: str) -> list[ShardExample]:
+    """The members of a tar file by key, from its index file if that is up to date, else from the tar itself.
 
-    Raises ValueError that names the shard and the reason why it cannot be used.
+    Raises ValueError with the shard and the reason why it cannot be used.
     """
     try:
         status = os.stat(shard)
@@ -78,7 +78,7 @@ def read_index(shard: str) -> list[Example]:
     return examples
 
 
-def _load(path: str, shard: str, state: dict[str, int]) -> list[Example] | None:
+def _load(path: str, shard: str, state: dict[str, int]) -> list[ShardExample] | None:
     """The examples in an index file; None when there is none for this state of the shard."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -92,27 +92,21 @@ def _load(path: str, shard: str, state: dict[str, int]) -> list[Example] | None:
                 return None
             if labels is not None and any(type(label) not in (int, str) for label in labels):
                 return None
-            examples.append(Example(str(key), None if labels is None else tuple(labels), str(label_member), str(label_fault), media))
+            examples.append(ShardExample(str(key), None if labels is None else tuple(labels), str(label_member), str(label_fault), media))
         return examples
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _save(path: str, examples: list[Example], state: dict[str, int]) -> None:
-    """Write an index file whole or not at all. A folder that cannot be written is no fault: the next run scans again."""
+def _save(path: str, examples: list[ShardExample], state: dict[str, int]) -> None:
+    """Write an index file. That its folder cannot be written is no error: the next run scans the shard again."""
     rows = [(e.key, e.labels, e.label_member, e.label_fault, [(m.member, m.offset, m.size) for m in e.media]) for e in examples]
-    temporary = f"{path}.{uuid4().hex}.tmp"
     with suppress(OSError):
-        try:
-            with open(temporary, "x", encoding="utf-8", errors="surrogateescape") as file:
-                json.dump(state | {"examples": rows}, file, ensure_ascii=False, allow_nan=False)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
+        write_atomically(path, json.dumps(state | {"examples": rows}, ensure_ascii=False, allow_nan=False))
 
 
-def _scan(shard: str) -> list[Example]:
-    examples: dict[str, Example] = {}
+def _scan(shard: str) -> list[ShardExample]:
+    examples: dict[str, ShardExample] = {}
     seen: set[str] = set()
     archives: dict[tuple[str, bool], int] = {}
     with open(shard, "rb") as file:
@@ -128,9 +122,9 @@ def _scan(shard: str) -> list[Example]:
             seen.add(member.name)
             key, is_label = f"{folder}/{stem}" if folder else stem, suffix_of(member.name) in LABEL_SUFFIXES
             if archives.setdefault((key, is_label), archive) != archive:
-                fault = f"sample {printable(key)} stands in two of the archives that are joined in this file"
+                fault = f"sample {printable(key)} is in two of the archives that are concatenated in this file"
                 raise ValueError(f"{where}: {fault}; give the samples of one of them other names")
-            example = examples.setdefault(key, Example(key))
+            example = examples.setdefault(key, ShardExample(key))
             if is_label:
                 _take_label(example, file, member, where)
             else:
@@ -138,11 +132,11 @@ def _scan(shard: str) -> list[Example]:
     return list(examples.values())
 
 
-def _take_label(example: Example, file: BinaryIO, member: tarfile.TarInfo, where: str) -> None:
-    """Note the classes that a member tells. A .cls member's word goes before that of a .json member."""
+def _take_label(example: ShardExample, file: BinaryIO, member: tarfile.TarInfo, where: str) -> None:
+    """Store the classes that a member states. A .cls member takes precedence over a .json member."""
     kind = suffix_of(member.name)
     if suffix_of(example.label_member) == kind:
-        raise ValueError(f"{where}: {example.label_member!r} tells the classes of the same sample")
+        raise ValueError(f"{where}: {example.label_member!r} states the classes of the same sample")
     if kind == "json" and example.label_member:
         return
     example.label_member, example.labels, example.label_fault = member.name, None, ""
@@ -156,7 +150,7 @@ def _take_label(example: Example, file: BinaryIO, member: tarfile.TarInfo, where
 def _members(shard: str, file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
     """(number of the archive, header) of every member, in order: `cat a.tar b.tar` makes a file of two archives.
 
-    Raises ValueError when the file is no tar, ends or breaks before an end mark, or holds something else behind one.
+    Raises ValueError when the file is no tar, ends or is damaged before an end mark, or has something else behind one.
     """
     start: int | None = 0
     archive, name = 0, ""
@@ -174,17 +168,17 @@ def _members(shard: str, file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]
             reason = f"{kind} at member {name!r} or behind it ({error})" if name else _refusal(file, error)
             raise ValueError(f"shard {shard}: {reason}") from None
         if archive and end == start:
-            raise ValueError(f"shard {shard}: damaged: behind the tar's end mark, at byte {end}, stands what is no tar header")
+            raise ValueError(f"shard {shard}: damaged: behind the tar's end mark, at byte {end}, is something that is no tar header")
         start, archive = _find_next_archive(shard, file, end), archive + 1
 
 
 def _refusal(file: BinaryIO, error: Exception) -> str:
-    """Why a file in which not one header was found is no tar."""
+    """Why a file without a single valid header is no tar."""
     file.seek(0)
     head = file.read(8)
     kind = next((kind for magic, kind in COMPRESSIONS.items() if head.startswith(magic)), "")
     if kind:
-        return f"not an uncompressed tar file but one of {kind}: samples are read by their place, so unpack it first"
+        return f"not an uncompressed tar file but one of {kind}: samples are read at their offsets, so unpack it first"
     return f"not an uncompressed tar file, or a truncated one ({error})"
 
 

@@ -1,4 +1,4 @@
-"""What the label members of a shard tell: class numbers or class names, and nothing that could be taken for either."""
+"""The labels in a shard's members: class numbers or class names; values that could be mistaken for either are refused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PRINTED = (
     re.compile(r"(\w+\.)?(tensor|array|Array|Tensor|bytes|bytearray|u?int\d*|float\d*|str_?|bool_?)\(.*\)"),
     re.compile(r"""[\[({]\s*([bu]?['"]|(\w+\.)?tensor\().*[\])}]"""),
 )
-"""Values as programs print them: nothing and truth values, quoted text or bytes, tensors and numbers of a type, lists of them."""
+"""Values as programs print them: None and booleans, quoted text or bytes, typed numbers and tensors, and lists of them."""
 
 Labels = tuple[int | str, ...]
 
 
 def parse_labels(content: bytes, kind: str) -> Labels | None:
-    """The classes that a .cls or .json member tells; None for JSON that tells none. Raises ValueError with the reason alone."""
+    """The classes in a .cls or .json member; None for JSON without any. Raises ValueError with only the reason."""
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes are too many for a label")
     try:
@@ -42,9 +42,9 @@ def _parse_class(text: str) -> int | str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is the name of a class: one line that holds a letter or a picture sign and that nobody takes for a number.
+    """Whether a text is the name of a class: one line with a letter or a pictograph that is neither a number nor a printed value.
 
-    Nor for another value that a program printed, as tensor(1), b'1' and None are; 3d_model and 1a are names, and none is one.
+    Printed values are texts like tensor(1), b'1' and None. The texts 3d_model, 1a and none are names.
     """
     if not any(unicodedata.category(character)[0] == "L" or unicodedata.category(character) == "So" for character in text):
         return False
@@ -71,12 +71,12 @@ def _parse_json(text: str) -> Labels | None:
     except (ValueError, RecursionError):
         raise ValueError(f"{text[:40]!r} is not JSON") from None
     if isinstance(content, dict):
-        told = {name: content[name] for name in ("labels", "label") if content.get(name) is not None}
-        if not told:
+        found = {name: content[name] for name in ("labels", "label") if content.get(name) is not None}
+        if not found:
             return None
-        content, *others = told.values()
+        content, *others = found.values()
         if any(_as_list(other) != _as_list(content) for other in others):
-            raise ValueError(f'"label" is {_brief(told["label"])} but "labels" is {_brief(told["labels"])}')
+            raise ValueError(f'"label" is {_brief(found["label"])} but "labels" is {_brief(found["labels"])}')
     labels = _as_list(content)
     for label in labels:
         if isinstance(label, str) and NUMBER.fullmatch(label.strip()):
@@ -87,18 +87,18 @@ def _parse_json(text: str) -> Labels | None:
 
 
 class _TwiceError(ValueError):
-    """A member of a JSON object that tells labels stands in it twice."""
+    """A JSON object has two members with labels of the same name."""
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name in ("label", "labels"):
         if sum(other == name for other, _ in pairs) > 1:
-            raise _TwiceError(f'"{name}" stands twice in it')
+            raise _TwiceError(f'"{name}" appears twice in it')
     return dict(pairs)
 
 
 def _whole_number(digits: str) -> int | str:
-    """A number; as text, which is then refused as a label, where it is too long for one or has a sign that means nothing."""
+    """An integer; where it is too long or is -0, a text, which is then refused as a label."""
     return int(digits) if len(digits) < 20 and digits != "-0" else digits
 
 

@@ -1,6 +1,6 @@
-"""WebDataset shards: tar files in which the members of one key (their name up to the first dot of its last part) are one sample.
+"""WebDataset shards: tar files in which the members of one key (the path up to the first dot of the base name) are one sample.
 
-A shard's headers are read once, into a small index file beside it; samples are then read by their place, in any order. Nothing is
+A shard's headers are read once, into a small index file next to it. Samples are then read at their offsets, in any order, and nothing is
 unpacked to disk.
 """
 
@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from polyvit_fast.config import Source, Task
 from polyvit_fast.data.sources.classes import check_labels, class_list, shorten
-from polyvit_fast.data.sources.shard_index import Example, read_index, suffix_of
+from polyvit_fast.data.sources.shard_index import ShardExample, read_index, suffix_of
 from polyvit_fast.media import MEDIA_SUFFIXES, Media, Sample, printable
 
 SHOWN = 5  # members that a message names
@@ -41,18 +41,18 @@ class Shards(Source):
         return [self._sample(shard, example, task, numbers) for shard, example in self._examples()]
 
     def class_names(self, task: Task) -> tuple[str, ...] | None:
-        """The names in the label members, sorted; None when those tell numbers. Raises ValueError when some tell names, others numbers."""
-        told = [_find_classes(shard, (status := os.stat(shard)).st_size, status.st_mtime_ns) for shard in self._shards()]
-        by_name, by_number = ([where for classes in told if (where := classes[kind])] for kind in (1, 2))
+        """The names in the label members, sorted; None when those are numbers. Raises ValueError when some are names, others numbers."""
+        found = [_find_classes(shard, (status := os.stat(shard)).st_size, status.st_mtime_ns) for shard in self._shards()]
+        by_name, by_number = ([where for classes in found if (where := classes[kind])] for kind in (1, 2))
         if by_name and by_number:
-            raise ValueError(f"{by_name[0]}, but {by_number[0]}: all label members must tell names, or all numbers")
-        return tuple(sorted(frozenset().union(*(names for names, _, _ in told)))) if by_name else None
+            raise ValueError(f"{by_name[0]}, but {by_number[0]}: all label members must hold names, or all numbers")
+        return tuple(sorted(frozenset().union(*(names for names, _, _ in found)))) if by_name else None
 
     def describe_classes(self, names: Sequence[str]) -> str:
         """Which shards name the classes."""
         return f"shards {', '.join(self.paths)}: they name {len(names)} classes ({shorten(names)})"
 
-    def _examples(self) -> list[tuple[str, Example]]:
+    def _examples(self) -> list[tuple[str, ShardExample]]:
         """(shard, members) of every sample."""
         examples = []
         for shard in self._shards():
@@ -68,16 +68,16 @@ class Shards(Source):
             raise ValueError(f"shard {next(s for s in shards if shards.count(s) > 1)} appears twice in paths")
         return shards
 
-    def _is_sample(self, example: Example) -> bool:
-        """Whether the members of a key are a sample, or should be, and no text about the shard."""
+    def _is_sample(self, example: ShardExample) -> bool:
+        """Whether the members of a key are, or should be, a sample, and not notes about the shard."""
         return bool(example.label_member or self._candidates(example) or any(_is_media(media) for media in example.media))
 
-    def _candidates(self, example: Example) -> list[Media]:
+    def _candidates(self, example: ShardExample) -> list[Media]:
         """The members that could be the sample's media file."""
-        wanted = self.media_suffix.lower().lstrip(".")
-        return [media for media in example.media if (suffix_of(media.member) == wanted if wanted else _is_media(media))]
+        suffix = self.media_suffix.lower().lstrip(".")
+        return [media for media in example.media if (suffix_of(media.member) == suffix if suffix else _is_media(media))]
 
-    def _sample(self, shard: str, example: Example, task: Task, numbers: dict[str, int]) -> Sample:
+    def _sample(self, shard: str, example: ShardExample, task: Task, numbers: dict[str, int]) -> Sample:
         where = f"shard {shard}, sample {printable(example.key)}"
         media = self._candidates(example)
         if len(media) != 1:
@@ -92,16 +92,16 @@ class Shards(Source):
         check_labels(labels, task, where)
         return Sample(media[0], labels)
 
-    def _refusal(self, example: Example, candidates: list[Media]) -> str:
-        """Why a sample does not have its one media file."""
+    def _refusal(self, example: ShardExample, candidates: list[Media]) -> str:
+        """Why a sample does not have exactly one media file."""
         members = [media.member for media in candidates or example.media]
         held = ", ".join(map(printable, members[:SHOWN])) + (f" and {len(members) - SHOWN} more" if len(members) > SHOWN else "")
-        wanted = self.media_suffix.lower().lstrip(".")
-        if wanted:
+        suffix = self.media_suffix.lower().lstrip(".")
+        if suffix:
             advice = (
                 f"the suffix is all behind the first dot of a name, here {suffix_of(members[0])}" if members else "its files are missing"
             )
-            return f"it must hold one .{wanted} member but holds {held or 'none'}; {advice}"
+            return f"it must hold one .{suffix} member but holds {held or 'none'}; {advice}"
         advice = "; set media_suffix to choose one of several" if candidates else ""
         if len(candidates) > SHOWN:
             advice = ": a key ends at the first dot, so names must not hold further ones"
@@ -114,12 +114,12 @@ def _is_media(media: Media) -> bool:
 
 @lru_cache(maxsize=4096)
 def _find_classes(shard: str, size: int, mtime_ns: int) -> tuple[frozenset[str], str, str]:
-    """(the names that a shard's label members tell, where the first of them stands, where the first number does)."""
+    """(the names in a shard's label members, the position of the first name for messages, that of the first number)."""
     first: dict[type, str] = {}
     names = set()
     for example in read_index(shard):
         for label in example.labels or ():
-            first.setdefault(type(label), f"shard {shard}, member {example.label_member!r} tells the {_kind(label)} {label!r}")
+            first.setdefault(type(label), f"shard {shard}, member {example.label_member!r} holds the {_kind(label)} {label!r}")
             names |= {label} if isinstance(label, str) else set()
     return frozenset(names), first.get(str, ""), first.get(int, "")
 

@@ -1,4 +1,4 @@
-"""Samples without files: a pattern for each class, with noise. For trying a model or a configuration out anywhere."""
+"""Samples without files: a pattern for each class, with noise. For trying out a model or a configuration anywhere."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from polyvit_fast.config import Decoder, Source, Task
 from polyvit_fast.media import Media, Sample
 from polyvit_fast.randomness import generator
 
-PERIOD = 8  # pixels; divides every usual patch, so that each token shows the whole pattern
-EXTRA_LABEL_CHANCE = 0.2
+PERIOD = 8  # pixels; a divisor of every common patch size, so that each token shows the whole pattern
+EXTRA_LABEL_PROB = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +26,18 @@ class Synthetic(Source):
     num_samples: int = 1000
     """Samples; class i is that of samples i, i + num_classes, …"""
     seed: int = 0
-    """Of the noise and of the further labels of multi-label tasks; give train and val different ones."""
+    """Seed of the noise and of the further labels of multi-label tasks; give train and val different ones."""
 
     def __post_init__(self) -> None:
         if self.num_samples <= 0:
             raise ValueError(f"num_samples = {self.num_samples} must be at least 1")
 
     def samples(self, task: Task) -> Sequence[Sample]:
-        """Media that name their number, and their labels."""
+        """Media whose paths hold their number, and their labels."""
         return [Sample(Media(f"synthetic:{index}"), self._labels(task, index)) for index in range(self.num_samples)]
 
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
-        """Grids that depend on the sample's number alone: float32, in the units of the modality's normalisation."""
+        """A decoder whose grids depend only on the sample's number: float32, in the units of the modality's normalisation."""
         views = 1 if train else task.modality.eval_views
         shape = (views, *task.modality.grid)
         mean, std = (np.array(numbers, np.float32) for numbers in task.modality.normalisation)
@@ -53,7 +53,7 @@ class Synthetic(Source):
         first = index % task.num_classes
         if not task.multi_label:
             return (first,)
-        extra = generator(self.seed, "synthetic labels", index).random(task.num_classes) < EXTRA_LABEL_CHANCE
+        extra = generator(self.seed, "synthetic labels", index).random(task.num_classes) < EXTRA_LABEL_PROB
         return tuple(c for c in range(task.num_classes) if c == first or extra[c])
 
     def _noise(self, index: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""By the mark that a file begins with; UTF-32's begins like one of UTF-16."""
+"""By the byte-order mark that a file begins with. UTF-32 comes first, as its mark begins with that of UTF-16."""
 NO_TEXT = (
     (b"\x1f\x8b", "it is compressed (gzip); unpack it"),
     (b"BZh91AY&", "it is compressed (bzip2); unpack it"),
@@ -28,13 +28,13 @@ NO_TEXT = (
     (b"\xd0\xcf\x11\xe0", "it is a spreadsheet (.xls); save it as text, a table as CSV"),
     (b"PAR1\x15", "it is a Parquet file; save it as text, a table as CSV"),
 )
-"""What a file is that begins with these bytes, and what to do."""
+"""(first bytes of a file, what it is and what to do)."""
 
 
 def read_rows(path: str) -> Iterator[tuple[int, str, str]]:
-    """(line, path, label cell) of every line of a table but the first, which names the columns, and empty ones.
+    """(line, path, label cell) of every line of a table, except empty ones and the first, which names the columns.
 
-    A line that goes on in the next ones, inside quotes, counts by its first. Raises ValueError that names file and line.
+    A row that spans several lines, inside quotes, counts as its first line. Raises ValueError that names file and line.
     """
     with open_text(path, "manifest") as file:
         texts: list[str] = []
@@ -57,13 +57,13 @@ def read_rows(path: str) -> Iterator[tuple[int, str, str]]:
                 fault = f"line {line + _open_quote(texts)}: a double quote is opened there and not closed where its cell ends ({fault})"
             raise ValueError(f"{path}, {fault}{_suspect(''.join(texts), separator) if line == 1 else ''}") from None
         except UnicodeError as error:
-            raise ValueError(f"{path}, line {rows.line_num + 1}: it is not the text that its first bytes promise ({error})") from None
+            raise ValueError(f"{path}, line {rows.line_num + 1}: it is not text in the encoding of its first bytes ({error})") from None
         except OSError as error:
             raise ValueError(f"manifest {path}: {error.strerror}") from None
 
 
 def renamed_columns(path: str) -> list[str]:
-    """Columns that pandas renamed because another one has their name, such as label.1 beside label."""
+    """Columns that pandas renamed because another one has the same name, such as label.1 next to label."""
     with open_text(path, "manifest") as file:
         header = next(csv.reader(file, delimiter=_separator(path)), [])
     return [name for name in header if re.fullmatch(r"(path|labels?)\.[0-9]+", name.strip().lower())]
@@ -74,7 +74,7 @@ def _separator(path: str) -> str:
 
 
 def _suspect(header: str, separator: str) -> str:
-    """For a message: by what else the columns seem to be separated; empty when that would not name the right ones."""
+    """For a message: which other separator the columns seem to have; empty when it would not give the right column names."""
     for other, word in SEPARATORS.items():
         names = [name.strip().strip('"').lower() for name in header.split(other)]
         if other != separator and "path" in names and any(name in names for name in LABEL_COLUMNS):
@@ -90,18 +90,18 @@ def _remember(file: TextIO, texts: list[str]) -> Iterator[str]:
 
 
 def _open_quote(texts: list[str]) -> int:
-    """The line, counted from 0, on which the quote opens that the last line does not close as it should."""
+    """The line, counted from 0, on which the quote opens that the last line fails to close."""
     count = opened = 0
     for number, text in enumerate(texts[:-1]):
         quotes = text.count('"')
-        if quotes > count % 2:  # each odd one opens, and each even one closes or is the second of a doubled one
+        if quotes > count % 2:  # odd ones open, even ones close or are the second of a doubled quote
             opened = number
         count += quotes
     return opened if count % 2 else len(texts) - 1
 
 
 def open_text(path: str, what: str) -> TextIO:
-    """A text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ValueError, beginning with `what` it is."""
+    """Open a text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ValueError that begins with `what`."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{what} {path}: {'Is a directory' if os.path.isdir(path) else 'not a regular file'}")

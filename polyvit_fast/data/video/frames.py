@@ -1,7 +1,7 @@
 """Frames of a video file by number, through PyAV (FFmpeg): every container and codec, on plain CPU threads.
 
-PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses (H.264, HEVC, AV1): it is as quick on the others
-(VP8, VP9, MJPEG), and one decoder means that colours are equal everywhere.
+PyAV decodes all codecs on a CPU, not only those that DALI's CPU decoder refuses (H.264, HEVC, AV1): it is as fast on the others
+(VP8, VP9, MJPEG), and with a single decoder colours are equal everywhere.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from polyvit_fast.data.video.timeline import (
     FileOrder,
     Timeline,
     counted_timeline,
+    format_joint,
     has_regular_index,
     header_timeline,
-    joined_at,
     packets,
 )
 from polyvit_fast.media import Media, MediaError
 
-FORMATS = f"mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif,{SEQUENTIAL}"  # demuxers; playlists, which name other files, stay shut
-SEEK_FRAMES = 250  # a gap this long holds a keyframe in nearly every file, so that seeking beats decoding on
+FORMATS = f"mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif,{SEQUENTIAL}"  # demuxers. Playlists are left out, as they name other files
+SEEK_FRAMES = 250  # in nearly every file a gap this long has a keyframe, so that seeking is faster than decoding on
 FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
-MAX_ASPECT = 16  # a thinner picture would be huge once its short side has the wanted size
+MAX_ASPECT = 16  # a thinner picture would become huge when its short side is scaled
 
 
 @dataclass(frozen=True)
 class VideoHeader:
-    """What a video file says of itself and of its first frame, in FFmpeg's words and numbers."""
+    """The header of a video file and properties of its first frame, with FFmpeg's names and numbers."""
 
     container: str
     codec: str
@@ -49,12 +49,12 @@ class VideoHeader:
     pixels: str
     colorspace: int
     plain: bool
-    """Whether its k-th frame is frame k, and frames are upright, progressive and of the usual (limited) range of levels."""
+    """Whether its k-th frame is frame k, and frames are upright, progressive and have the usual (limited) range of levels."""
 
 
 def read_header(media: Media, max_pixels: int) -> VideoHeader:
-    """Decodes the first frame only. Raises MediaError as `read_clips` does."""
-    with _opened(media, max_pixels) as (container, stream, timeline):
+    """The header of a file, of which only the first frame is decoded. Raises MediaError as `read_clips` does."""
+    with _open_video(media, max_pixels) as (container, stream, timeline):
         _, frame, orientation = _reader(container, stream, timeline).frame(0)
         _check_size(frame, max_pixels)
         return VideoHeader(
@@ -81,61 +81,61 @@ def read_clips(
     resize: Callable[[int, int], tuple[int, int]],
     max_pixels: int,
 ) -> UInt8[np.ndarray, "clips frames height width 3"]:
-    """The RGB frames whose numbers `choose` picks, given how many there are, in the (height, width) that `resize` gives for their own.
+    """The RGB frames that `choose` numbers, given how many there are, scaled to the (height, width) that `resize` gives for their own.
 
-    The file is decoded from the keyframe before the first wanted frame on. Frames are turned and mirrored as the file says; non-square
-    pixels are taken as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, when its time stamps
-    start anew where it cannot be read on, and when the decoder reports damage on the way to a wanted frame.
+    The file is decoded from the last keyframe before the first of these frames. Frames are turned and mirrored as the file says;
+    non-square pixels count as square. Raises MediaError when the file is no video, is truncated or exceeds `max_pixels`, when its time
+    stamps restart where it cannot be read on, and when the decoder reports damage on the way to one of the frames.
     """
     from av.video.reformatter import VideoReformatter
 
-    with _opened(media, max_pixels) as (container, stream, timeline):
+    with _open_video(media, max_pixels) as (container, stream, timeline):
         numbers = choose(timeline.num_frames)
         reader, converter = _reader(container, stream, timeline), VideoReformatter()
         clips = None
         for number in np.unique(numbers):
             shown = reader.frame(int(number))
             _check_size(shown.frame, max_pixels)
-            if clips is None:  # all frames get the size of the first: theirs may change in the middle of a stream
-                clips = np.empty((*numbers.shape, *_resized(shown, resize), 3), np.uint8)
-            clips[numbers == number] = _picture(converter, shown, clips.shape[-3], clips.shape[-2])
+            if clips is None:  # all frames get the size of the first, for sizes may change in the middle of a stream
+                clips = np.empty((*numbers.shape, *_choose_size(shown, resize), 3), np.uint8)
+            clips[numbers == number] = _convert(converter, shown, clips.shape[-3], clips.shape[-2])
         assert clips is not None
         return clips
 
 
 @contextmanager
-def _opened(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]]:
-    """The container, its video stream and that one's timeline."""
+def _open_video(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]]:
+    """The container, its video stream and the stream's timeline."""
     with media.open() as file:
         layout = read_layout(file)
         if layout.end > layout.size:
             raise MediaError(f"truncated: it ends after {layout.size} of at least {layout.end} bytes")
         if layout.joints and not layout.read_on:
-            raise MediaError(joined_at(layout.joints[0]))
-        with _open(file, max_pixels) as container, _telling("damaged: {}".format):
+            raise MediaError(format_joint(layout.joints[0]))
+        with _open(file, max_pixels) as container, _translate_errors("damaged: {}".format):
             stream = _video_stream(container, max_pixels)
             timeline = header_timeline(container, stream) or counted_timeline(
-                container, stream, layout.joints, partial(_videos, media, max_pixels, end=layout.size)
+                container, stream, layout.joints, partial(_find_videos, media, max_pixels, end=layout.size)
             )
             if timeline.order is None:
                 yield container, stream, timeline
                 return
-    with media.open() as file, _open(file, max_pixels) as container, _telling(timeline.failure):
+    with media.open() as file, _open(file, max_pixels) as container, _translate_errors(timeline.failure):
         yield container, _video_stream(container, max_pixels), timeline
 
 
-def _videos(media: Media, max_pixels: int, start: int, end: int) -> set[tuple[str, int]]:
-    """The container and the id of each video stream in a part of a file; none where it cannot be read alone."""
+def _find_videos(media: Media, max_pixels: int, start: int, end: int) -> set[tuple[str, int]]:
+    """(container, id) of each video stream in a part of a file; nothing where the part cannot be read by itself."""
     part = replace(media, offset=media.offset + start, size=end - start)
-    with suppress(MediaError), part.open() as file, _open(file, max_pixels) as container, _telling(str):
+    with suppress(MediaError), part.open() as file, _open(file, max_pixels) as container, _translate_errors(str):
         keys = [packet for packet in packets(container, *container.streams.video) if packet.is_keyframe]
         return {(container.format.name, packet.stream.id) for packet in keys}
     return set()
 
 
 @contextmanager
-def _telling(failure: Callable[[str], str]) -> Iterator[None]:
-    """What FFmpeg and the disk report is the file's failure."""
+def _translate_errors(failure: Callable[[str], str]) -> Iterator[None]:
+    """Turn the errors of FFmpeg and of the disk into a MediaError with the text of `failure`."""
     from av.error import FFmpegError
 
     try:
@@ -151,8 +151,11 @@ def _open(file: Any, max_pixels: int) -> Any:
     try:
         return av.open(
             file,
-            options=_decoder_limit(max_pixels),  # opening decodes frames already
-            container_options={"format_whitelist": FORMATS, "fflags": "-genpts"},  # time stamps made up by FFmpeg are wrong in AVI
+            options=_decoder_limit(max_pixels),  # opening already decodes frames
+            container_options={
+                "format_whitelist": FORMATS,
+                "fflags": "-genpts",
+            },  # the time stamps that FFmpeg would make up are wrong in AVI
             metadata_errors="replace",
         )
     except ArgumentError:
@@ -162,22 +165,24 @@ def _open(file: Any, max_pixels: int) -> Any:
 
 
 def _decoder_limit(max_pixels: int) -> dict[str, str]:
-    return {"max_pixels": str(2 * max_pixels + 100_000)}  # decoders count sides that are rounded up to multiples of 128
+    return {"max_pixels": str(2 * max_pixels + 100_000)}  # decoders round sides up to multiples of 128
 
 
 def _video_stream(container: Any, max_pixels: int) -> Any:
     from av.stream import Disposition
 
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a sound file's cover is one
+    streams = [
+        s for s in container.streams.video if not s.disposition & Disposition.attached_pic
+    ]  # a sound file's cover is a video stream too
     if not streams:
         raise MediaError("there is no video stream in it")
-    stream = next((s for s in streams if s.frames != 1), streams[0])  # an animated AVIF begins with a still
+    stream = next((s for s in streams if s.frames != 1), streams[0])  # an animated AVIF begins with a still picture
     context = stream.codec_context
     if context is None:
         raise MediaError("its video codec is not supported")
     _check_size(context, max_pixels)
-    context.options = _decoder_limit(max_pixels)  # frames may grow in the middle of a stream
-    context.thread_count = 1  # files are decoded side by side instead
+    context.options = _decoder_limit(max_pixels)  # frames may become larger in the middle of a stream
+    context.thread_count = 1  # files are decoded in parallel instead
     return stream
 
 
@@ -197,8 +202,8 @@ class _Shown(NamedTuple):
     orientation: Orientation
 
 
-class _Reader(ABC):
-    """The frames shown at ascending numbers."""
+class _FrameReader(ABC):
+    """Gives the frames that are shown at ascending numbers."""
 
     def __init__(self, container: Any, stream: Any, timeline: Timeline) -> None:
         self.container, self.stream, self.timeline = container, stream, timeline
@@ -207,7 +212,7 @@ class _Reader(ABC):
         self.decoded: Iterator[_Shown] = iter(())
 
     def frame(self, number: int) -> _Shown:
-        """The last frame that is not later than `number`. Raises MediaError when the file ends far before it."""
+        """The last frame that is not later than `number`. Raises MediaError when the file ends long before it."""
         if self.shown is None or number - self.shown.number > SEEK_FRAMES:
             self.jump(number)
         while self.next is not None and (self.shown is None or self.next.number <= number):
@@ -222,11 +227,11 @@ class _Reader(ABC):
 
     @abstractmethod
     def jump(self, number: int) -> None:
-        """Makes `next` a frame that is not later than `number`, where there is one."""
+        """Make `next` a frame that is not later than `number`, where there is one."""
 
     def start(self, decoded: Iterator[tuple[int, Any]]) -> None:
-        """Goes on with these frames and their numbers."""
-        self.decoded = _oriented(decoded)
+        """Continue with these frames and their numbers."""
+        self.decoded = _orient(decoded)
         self.shown, self.next = None, next(self.decoded, None)
 
     def _check_end(self, number: int, shown: _Shown) -> None:
@@ -237,18 +242,18 @@ class _Reader(ABC):
             raise MediaError(self.timeline.failure(f"none of its {self.timeline.num_frames} frames after frame {last} can be decoded"))
 
 
-def _oriented(decoded: Iterator[tuple[int, Any]]) -> Iterator[_Shown]:
+def _orient(decoded: Iterator[tuple[int, Any]]) -> Iterator[_Shown]:
     orientation = UPRIGHT
     for number, frame in decoded:
         orientation = orientation_of(frame, orientation)
         yield _Shown(number, frame, orientation)
 
 
-class _ByTime(_Reader):
-    """Seeks."""
+class _TimeReader(_FrameReader):
+    """Seeks to time stamps."""
 
     def jump(self, number: int) -> None:
-        # Containers seek by decoding time, which runs ahead of the time shown, so that the keyframe found may be too late.
+        # Containers seek by decoding time, which is ahead of the time shown, so the keyframe that is found may be too late.
         for earlier in (number, number - 10, number - 50, number - SEEK_FRAMES):
             if earlier > 0:
                 self._seek(self.timeline.pts(earlier))
@@ -268,13 +273,13 @@ class _ByTime(_Reader):
                     continue
                 first = packet
             for frame in packet.decode():
-                # Frames shown before the keyframe that they follow in the file (open GOP) lack their references.
+                # Frames that follow the keyframe in the file but are shown before it (open GOP) lack their references.
                 if frame.pts is not None and frame.pts >= first.pts:
                     yield self.timeline.number(frame.pts), frame
 
 
-class _ByOrder(_Reader):
-    """Reads a newly opened file from its start, for time stamps do not lead to its frames, and decodes from the wanted ones on."""
+class _OrderReader(_FrameReader):
+    """Reads a newly opened file from its start, as its time stamps do not identify frames, and decodes from the entry it needs on."""
 
     def __init__(self, container: Any, stream: Any, timeline: Timeline, order: FileOrder) -> None:
         super().__init__(container, stream, timeline)
@@ -293,17 +298,17 @@ class _ByOrder(_Reader):
         for count, frame in enumerate(self._frames(entry)):
             if not numbers:
                 yield count, frame
-            elif frame.pts is not None and frame.pts >= numbers[entry]:  # others follow the keyframe but need frames before it
+            elif frame.pts is not None and frame.pts >= numbers[entry]:  # the others follow the keyframe but need frames before it
                 yield frame.pts, frame
 
     def _frames(self, entry: int) -> Iterator[Any]:
-        """From a packet on; their time stamps are their numbers."""
+        """The frames from packet `entry` on; their time stamps are their numbers."""
         numbers, recording = self.order.numbers, bisect_right(self.order.starts, entry)
         for number, packet in self.packets:
             self.read = number
             if number < entry or (numbers and numbers[number] < 0):
                 continue
-            if self.order.joined and recording < (recording := bisect_right(self.order.starts, number)):
+            if self.order.concatenated and recording < (recording := bisect_right(self.order.starts, number)):
                 yield from self._finish()
             if numbers:
                 packet.pts = numbers[number]
@@ -311,22 +316,22 @@ class _ByOrder(_Reader):
         yield from self._finish()
 
     def _finish(self) -> list[Any]:
-        """The frames that the decoder still holds: those of the next recording may look as if they came before."""
+        """The frames that the decoder still holds. The next recording's time stamps may lie before theirs, so this comes first."""
         frames = self.stream.codec_context.decode(None)
         self.stream.codec_context.flush_buffers()
         return frames
 
 
-def _reader(container: Any, stream: Any, timeline: Timeline) -> _Reader:
-    return _ByTime(container, stream, timeline) if timeline.order is None else _ByOrder(container, stream, timeline, timeline.order)
+def _reader(container: Any, stream: Any, timeline: Timeline) -> _FrameReader:
+    return _TimeReader(container, stream, timeline) if timeline.order is None else _OrderReader(container, stream, timeline, timeline.order)
 
 
-def _resized(shown: _Shown, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
+def _choose_size(shown: _Shown, resize: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
     height, width = shown.frame.height, shown.frame.width
     return resize(width, height) if shown.orientation.swaps_sides else resize(height, width)
 
 
-def _picture(converter: Any, shown: _Shown, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+def _convert(converter: Any, shown: _Shown, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
     if shown.orientation.swaps_sides:
         height, width = width, height
     return shown.orientation.apply(converter.reformat(shown.frame, width, height, "rgb24", threads=1).to_ndarray())

@@ -1,6 +1,6 @@
 """Videos on the GPU: NVDEC decodes, DALI scales and crops, PyTorch mirrors and changes colours.
 
-A file's header and first frame tell whether NVDEC decodes it as the CPU's decoder does. The CPU decodes all other files.
+NVDEC gets the files that it decodes as the CPU's decoder does, by their headers and first frames. The CPU decodes all others.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _squares(video: Video, header: VideoHeader, draws: ClipDraws | None) -> list
 
 
 def _augment(view: UInt8[Tensor, "frames size size 3"], request: _ClipRequest) -> None:
-    """Correct the colours of one clip, mirror it and change its colours, in place."""
+    """Write over a clip: correct its colours, mirror it and change its colours."""
     maps: list[ColourMap] = [bt709_map()] if request.header.colorspace == BT709 else []
     if request.draws:
         if request.draws.mirrored:

@@ -12,7 +12,7 @@ THOROUGH_CLIPS = 8  # of 32 frames with stride 2 they are 20 seconds, twice the 
 
 @dataclass(frozen=True, kw_only=True)
 class Video(Modality):
-    """Clips: MP4, MOV, MKV, WebM, AVI and MPEG with H.264, HEVC, AV1, VP8, VP9, MPEG-4 or MJPEG, turned and mirrored as it says."""
+    """Clips: MP4, MOV, MKV, WebM, AVI and MPEG with H.264, HEVC, AV1, VP8, VP9, MPEG-4 or MJPEG, turned and mirrored as the file says."""
 
     name: ClassVar[str] = "video"
     size: int = 224

@@ -1,4 +1,4 @@
-"""Which way up a frame is shown: the display matrix of a file or stream (ISO/IEC 14496-12, 8.3.2), taken to the nearest of eight."""
+"""Which way up a frame is shown: the display matrix of a file or stream (ISO/IEC 14496-12, 8.3.2), rounded to the nearest of eight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: Any, before: Orientation = UPRIGHT) -> Orientation:
-    """Of a decoded frame, given that of the one before it, which lasts up to the next keyframe (ITU-T H.264, D.2.27)."""
+    """The orientation of a decoded frame, given that of the one before, which holds up to the next keyframe (ITU-T H.264, D.2.27)."""
     from av.sidedata.sidedata import Type
 
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
@@ -41,12 +41,12 @@ def orientation_of(frame: Any, before: Orientation = UPRIGHT) -> Orientation:
 
 
 def nearest(a: float, b: float, c: float, d: float) -> Orientation:
-    """Of a matrix that shows what is stored at column x and row y at column a x + c y and row b x + d y.
+    """The orientation of a matrix that shows what is stored at column x and row y at column a x + c y and row b x + d y.
 
-    Other angles go to the nearest quarter turn; stretching and shearing are not followed.
+    Angles are rounded to quarter turns; stretching and shearing are ignored.
     """
     determinant = a * d - b * c
-    if determinant == 0:  # a matrix of zeros: nothing could be seen
+    if determinant == 0:  # a matrix of zeros would show nothing
         return UPRIGHT
     if determinant < 0:
         a, b = -a, -b

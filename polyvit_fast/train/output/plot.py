@@ -114,7 +114,9 @@ def _draw_percentages(axes: Axes, present: np.ndarray) -> None:
     points = np.unique(np.linspace(0, present.shape[1], MAX_COLUMNS).astype(int))
     sums = np.cumsum(present, axis=1)[:, np.maximum(points, 1) - 1]
     bands = range(len(present))[::-1]  # the first task on top, as above
-    axes.stackplot(points, (100 * sums / sums.sum(0))[bands], colors=[_colour(row) for row in bands], edgecolor="white", linewidth=0.6)
+    axes.stackplot(
+        points, (100 * sums / sums.sum(0))[bands], colors=[_colour(row) for row in bands], edgecolor="white", linewidth=0.6, alpha=0.9
+    )
     axes.set(ylim=(0, 100), ylabel="minibatches so far [%]", title="Each task's percentage of the minibatches")
 
 

@@ -3,9 +3,10 @@ import struct
 
 import numpy as np
 import pytest
+from long_forms import mark_long
 from sound_files import encode, mux, noise, write_video
 
-from polyvit_fast.data.audio.container import Part, check_container, format_cut, states_duration
+from polyvit_fast.data.audio.container import FileTail, check_container, format_cut, states_duration
 from polyvit_fast.data.audio.reader import SoundReader
 from polyvit_fast.media import Media, MediaError
 
@@ -13,7 +14,7 @@ RATE = 48_000
 
 
 def check(content):
-    check_container(Part(io.BufferedReader(io.BytesIO(content))))
+    check_container(FileTail(io.BufferedReader(io.BytesIO(content))))
 
 
 def samples(path):
@@ -29,15 +30,15 @@ EXACT += [("asf", "wmav2"), ("asf", "wmav1"), ("avi", "pcm_s16le"), ("avi", "lib
 EXACT += [("ogg", "libopus"), ("ogg", "flac")]
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.4, 3])
+@pytest.mark.parametrize("seconds", mark_long([0.1, 0.4, 3], [0.4]))
 @pytest.mark.parametrize(("container", "codec"), EXACT)
 def test_a_part_of_a_file_is_truncated_however_short_it_is(tmp_path, container, codec, seconds):
     content = mux(noise(seconds, RATE)[:, 0], RATE, container, codec)
     (tmp_path / "a").write_bytes(content)
     more = samples(tmp_path / "a") - seconds * RATE  # packets are filled up, and some tell nothing of the encoder's delay
     assert -2048 * (container == "asf") <= more < 5000  # FFmpeg's encoder of WMA drops the last packet
-    for share in (0.3, 0.5, 0.75, 0.9, 0.97):
-        (tmp_path / "a").write_bytes(content[: int(share * len(content))])
+    for fraction in (0.3, 0.5, 0.75, 0.9, 0.97):
+        (tmp_path / "a").write_bytes(content[: int(fraction * len(content))])
         with pytest.raises(MediaError, match=r"^truncated: "):
             samples(tmp_path / "a")
 
@@ -49,9 +50,9 @@ def test_ogg_ends_with_the_page_that_says_so(subtype, seconds):
     check(content)
     check(content + bytes(1000))
     check(content + content)  # one stream after the other
-    for share in (0.5, 0.9, 0.99):
+    for fraction in (0.5, 0.9, 0.99):
         with pytest.raises(MediaError, match="truncated: it ends in the middle of an Ogg page"):
-            check(content[: int(share * len(content))])
+            check(content[: int(fraction * len(content))])
     with pytest.raises(MediaError, match="truncated: the page that ends an Ogg stream is missing"):
         check(content[: content.rindex(b"OggS")])
 
@@ -68,7 +69,7 @@ PIPED += [
 ]
 
 
-@pytest.mark.parametrize("seconds", [0.1, 3])
+@pytest.mark.parametrize("seconds", mark_long([0.1, 3], [0.1]))
 @pytest.mark.parametrize(("container", "codec"), PIPED)
 def test_a_file_that_was_written_to_a_pipe_is_whole(tmp_path, container, codec, seconds):
     (tmp_path / "a").write_bytes(mux(noise(seconds, RATE)[:, 0], RATE, container, codec, piped=True))
@@ -78,11 +79,11 @@ def test_a_file_that_was_written_to_a_pipe_is_whole(tmp_path, container, codec, 
 def test_a_length_that_ffmpeg_guesses_is_no_promise(tmp_path):
     """By the bit rate of its first frames, the silence, this file would be much longer."""
     wave = np.concatenate([np.zeros(RATE, np.float32), noise(3, RATE)[:, 0]])
-    for container, told in (("matroska", False), ("avi", None)):
+    for container, stated in (("matroska", False), ("avi", None)):
         content = mux(wave, RATE, container, "libmp3lame", piped=True)
         (tmp_path / "a").write_bytes(content)
         assert abs(samples(tmp_path / "a") - 4 * RATE) < 6000
-        assert told is None or states_duration(Media(str(tmp_path / "a"))) == told
+        assert stated is None or states_duration(Media(str(tmp_path / "a"))) == stated
     (tmp_path / "a").write_bytes(mux(wave, RATE, "matroska", "libmp3lame"))
     assert states_duration(Media(str(tmp_path / "a")))
 
@@ -95,7 +96,7 @@ def test_one_transport_stream_after_the_other_is_the_sum(tmp_path):
     assert samples(tmp_path / "b") == pytest.approx(3 * samples(tmp_path / "a"), abs=2048)
 
 
-JOINED = "^another recording begins at byte {}, where a second file was joined to it: split it there$"
+APPENDED = "^another recording begins at byte {}, where a second file was appended: split it there$"
 UNREAD = [("mp4", "aac"), ("ipod", "alac"), ("mov", "pcm_s16le"), ("3gp", "aac"), ("flv", "aac"), ("asf", "wmav2")]
 READ = [
     ("asf", "wmav2", True),
@@ -113,7 +114,7 @@ def test_a_second_file_that_ffmpeg_does_not_read_is_named(tmp_path, container, c
     path.write_bytes(content + bytes(128))
     assert abs(samples(path) - RATE) < 6000
     path.write_bytes(content + content)
-    with pytest.raises(MediaError, match=JOINED.format(len(content))):
+    with pytest.raises(MediaError, match=APPENDED.format(len(content))):
         samples(path)
 
 
@@ -128,20 +129,20 @@ def test_the_sound_of_a_second_video_is_not_lost_silently(tmp_path):
     path = write_video(tmp_path / "a.mp4", sound_seconds=1, video_seconds=1)
     content = path.read_bytes()
     path.write_bytes(content + content)
-    with pytest.raises(MediaError, match=JOINED.format(len(content))):
+    with pytest.raises(MediaError, match=APPENDED.format(len(content))):
         samples(path)
     (tmp_path / "a.tar").write_bytes(bytes(512) + content + content)
     with (
         Media(str(tmp_path / "a.tar"), 512, 2 * len(content), "a").open() as file,
-        pytest.raises(MediaError, match=JOINED.format(len(content))),
+        pytest.raises(MediaError, match=APPENDED.format(len(content))),
     ):
-        check_container(Part(file))
+        check_container(FileTail(file))
 
 
 def test_a_second_amr_file_is_no_change_of_rate(tmp_path):
     content = b"#!AMR\n" + (b"\x3c" + bytes(31)) * 50
     (tmp_path / "a").write_bytes(content + content)
-    with pytest.raises(MediaError, match=JOINED.format(len(content))):
+    with pytest.raises(MediaError, match=APPENDED.format(len(content))):
         samples(tmp_path / "a")
 
 

@@ -240,7 +240,7 @@ WHOLE = {suffix: encode(noise(0.2, RATE), RATE, suffix) for suffix in (".wav", "
 WHOLE[".m4a"] = encode(noise(0.2, 48_000), 48_000, ".m4a")
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(WHOLE)),
     st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=4)), max_size=4),

@@ -54,7 +54,7 @@ def test_masks_are_there(media):
     assert not masked.all()
 
 
-def test_a_broken_file_is_told_and_the_next_call_works(media, tmp_path):
+def test_a_broken_file_is_reported_and_the_next_call_works(media, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"no sound at all" * 9)
     decoder = GpuAudioDecoder(AudioDecoder(AUDIOS[0], 4, True, 2), torch.device("cpu"))
     assert decoder.graphs[0].pipeline is None

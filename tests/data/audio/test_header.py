@@ -17,7 +17,7 @@ def header(path, content):
 @pytest.mark.parametrize("tag", [b"ID3\x04\0\0\0\0\1\0" + bytes(128), b"ID3\x03" + bytes(6), b"ID3\x04\0\x10\0\0\0\x05" + bytes(15)])
 @pytest.mark.parametrize("kind", ["wav", "flac", "aiff"])
 def test_a_tag_in_front_is_passed_over(tmp_path, tag, kind):
-    """libsndfile takes the place of the samples from the tag's start, and loses as many bytes at the end."""
+    """libsndfile counts the offset of the samples from the tag's start, and loses as many bytes at the end."""
     content = {"wav": PLAIN, "flac": FLAC, "aiff": encode(noise(1, RATE), RATE, ".aiff")}[kind]
     without = header(tmp_path / "a", content)
     assert header(tmp_path / "b", tag + content) == SoundHeader(RATE, 1, without.samples, len(content), len(tag))
@@ -27,7 +27,7 @@ def test_a_tag_in_front_is_passed_over(tmp_path, tag, kind):
 
 
 def test_numbers_that_are_none(tmp_path):
-    """Infinite rates and sizes beyond all files are told, and nothing is read for them."""
+    """Infinite rates and sizes beyond all files are refused, and nothing is read for them."""
     caf = encode(noise(1, RATE), RATE, ".caf")
     for rate in (float("inf"), float("nan"), -1.0, 1e300):
         with pytest.raises(MediaError, match=r"its sample rate is -?\d+ Hz; 1000 to 768000 are supported|not a sound that can be decoded"):

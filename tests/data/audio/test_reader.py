@@ -195,7 +195,7 @@ def test_a_folder_is_no_file(tmp_path, reader):
         waves_of(reader, tmp_path)
 
 
-def test_a_member_of_a_tar_is_read_in_its_place(tmp_path, reader):
+def test_a_member_of_a_tar_is_read_at_its_offset(tmp_path, reader):
     for suffix in (".wav", ".flac", ".mp3"):
         content = encode(noise(0.3, RATE), RATE, suffix)
         (tmp_path / "alone").write_bytes(content)
@@ -206,7 +206,7 @@ def test_a_member_of_a_tar_is_read_in_its_place(tmp_path, reader):
 
 
 @pytest.mark.parametrize(("limit", "calls"), [(1, 5), (150_000, 3), (10**9, 1)])
-def test_long_files_are_decoded_in_pieces(tmp_path, monkeypatch, limit, calls):
+def test_long_files_are_decoded_in_chunks(tmp_path, monkeypatch, limit, calls):
     paths = [write(tmp_path / f"{i}.wav", noise(0.5 + 0.1 * i, RATE, seed=i), RATE) for i in range(5)]
     whole = read_waves(*paths)
     monkeypatch.setattr(module, "CHUNK_BYTES", limit)

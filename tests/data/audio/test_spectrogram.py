@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from long_forms import mark_long
 
 from polyvit_fast.data.audio.spectrogram import log_mel, num_frames, num_samples
 from polyvit_fast.data.dali import new_pipeline
@@ -41,10 +42,10 @@ def power(frame, size):
     return np.abs(np.exp(-2j * np.pi * turns) @ frame) ** 2
 
 
-def triangle(place, left, centre, right):
-    if left < place <= centre:
-        return (place - left) / (centre - left)
-    return (right - place) / (right - centre) if centre < place < right else 0.0
+def triangle(position, left, centre, right):
+    if left < position <= centre:
+        return (position - left) / (centre - left)
+    return (right - position) / (right - centre) if centre < position < right else 0.0
 
 
 def kaldi_reference(wave, rate, bins):
@@ -93,7 +94,9 @@ def test_equals_the_definition(form, signal):
     assert_close(spectrogram(wave, form), REFERENCES[form](wave.astype(float), RATE, 128), signal)
 
 
-@pytest.mark.parametrize(("rate", "bins"), [(8000, 40), (32_000, 64), (44_100, 128), (8000, 2), (1000, 128)])
+@pytest.mark.parametrize(
+    ("rate", "bins"), mark_long([(8000, 40), (32_000, 64), (44_100, 128), (8000, 2), (1000, 128)], [(8000, 40), (1000, 128)])
+)
 @pytest.mark.parametrize("form", REFERENCES)
 def test_other_rates_and_numbers_of_bands(form, rate, bins):
     wave = np.random.default_rng(1).normal(0, 0.1, num_samples(3, rate)).astype(np.float32)
@@ -116,7 +119,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(signal):
     truth = kaldi_reference(wave.astype(float), RATE, 128)
     plain = np.abs(plain_kaldi(torch.from_numpy(wave)).numpy() - truth)
     ours = np.abs(spectrogram(wave, "kaldi") - truth)
-    assert ours.mean() <= 2 * plain.mean() + 1e-5  # the largest is chance: that of a band that holds next to nothing
+    assert ours.mean() <= 2 * plain.mean() + 1e-5  # not the maximum, which comes from a band with next to no energy
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")

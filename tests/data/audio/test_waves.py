@@ -81,7 +81,7 @@ def test_all_channels_count_the_same(tmp_path):
     assert np.abs(wave - six.mean(1)).max() < 1e-7
 
 
-def test_a_member_of_a_tar_is_read_in_its_place(tmp_path):
+def test_a_member_of_a_tar_is_read_at_its_offset(tmp_path):
     content = encode(noise(1, RATE), RATE, ".mp3")
     (tmp_path / "a.mp3").write_bytes(content)
     (tmp_path / "a.tar").write_bytes(b"x" * 777 + content + content[:5000])

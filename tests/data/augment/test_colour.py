@@ -43,7 +43,7 @@ def test_hue_turns_and_keeps_the_brightness():
     for degrees in (-120, -40, 60, 120):
         turned = recolour(red, 1.0, 1.0, 1.0, float(degrees))[0, 0] / 255
         assert abs(luma(turned) - luma(red[0, 0] / 255)) < 0.01
-        # YIQ's angle and HSV's hue agree to within some 15 degrees; their directions are opposite.
+        # YIQ's angle and HSV's hue differ by up to some 15 degrees; their directions are opposite.
         hue = colorsys.rgb_to_hsv(*turned)[0] * 360
         assert abs((hue + degrees + 180) % 360 - 180) < 20
 

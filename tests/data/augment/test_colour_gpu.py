@@ -4,7 +4,7 @@ import torch
 
 from polyvit_fast.data.augment import colour
 from polyvit_fast.data.augment.colour import GREY, Colours, draw_colours
-from polyvit_fast.data.augment.colour_gpu import bt709_map, colour_map, mirrored, recolour
+from polyvit_fast.data.augment.colour_gpu import bt709_map, colour_map, mirror, recolour
 from polyvit_fast.randomness import generator
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 30, 41, 3)).astype(np.uint8)
@@ -46,6 +46,6 @@ def test_colours_of_bt709_come_back():
 
 @pytest.mark.parametrize("which", [[False] * 3, [True] * 3, [True, False, True]])
 def test_only_the_chosen_are_mirrored(which):
-    result = mirrored(torch.from_numpy(PICTURES[:3]), which).numpy()
+    result = mirror(torch.from_numpy(PICTURES[:3]), which).numpy()
     for picture, original, turned in zip(result, PICTURES, which, strict=False):
         assert np.array_equal(picture, original[:, ::-1] if turned else original)

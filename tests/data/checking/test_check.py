@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from long_forms import mark_long
 from PIL import Image as Pillow
 from tiny_runs import Tile, tile_task, tiny_config
 
@@ -94,7 +95,7 @@ def test_every_fault_is_named_and_the_rest_goes_on():
 def test_a_defect_of_the_decoder_is_no_broken_file_and_ends_the_check():
     task = tile_task(train=Treacherous(num_samples=21))
     verdicts = scan("tiles", task, "train", task.train.samples(task)[19:], 1, 60.0)
-    message = r"(?s)task tiles, file synthetic:20: the decoder has a defect, which is no fault of the file; .*grid.no_such_attribute"
+    message = r"(?s)task tiles, file synthetic:20: the decoder has a bug, and the file is not to blame; .*grid.no_such_attribute"
     assert next(verdicts) == Verdict(0, "synthetic:19")
     with pytest.raises(RuntimeError, match=message):
         next(verdicts)
@@ -102,7 +103,7 @@ def test_a_defect_of_the_decoder_is_no_broken_file_and_ends_the_check():
 
 
 @pytest.mark.parametrize(("fault", "message"), [("defective", "AttributeError: .*no_such_attribute"), ("crash", "SIGSEGV")])
-def test_a_decoder_that_cannot_be_built_is_told(fault, message):
+def test_a_decoder_that_cannot_be_built_is_reported(fault, message):
     task = tile_task(train=Treacherous(num_samples=2, build=fault))
     with pytest.raises(RuntimeError, match=f"task tiles: a process that checks its files did not start: {message}"):
         list(scan_train(task, 1, 60.0))
@@ -157,10 +158,10 @@ def test_clean_manifests_hold_the_good_files(pictures, tmp_path, capsys):
     folder = Folder(path=str(pictures))
     config = tiny_config(tasks={"pictures": picture_task(folder), "tiles": tile_task()})
     assert check_files(config, tmp_path / "out", 1, 60.0) == 4
-    told = capsys.readouterr().out
-    assert "pictures train: 4 of 6 files are good" in told
-    assert f"{pictures}/red/1.png: the file is empty" in told
-    assert "pictures: its validation files are its training files" in told
+    lines = capsys.readouterr().out
+    assert "pictures train: 4 of 6 files are good" in lines
+    assert f"{pictures}/red/1.png: the file is empty" in lines
+    assert "pictures: its validation files are its training files" in lines
     files = ["broken.tsv", "pictures-classes.txt", "pictures-train.csv", "pictures-train.sha256", "pictures-val.csv", "pictures-val.sha256"]
     assert sorted(os.listdir(tmp_path / "out")) == files
     rows = [line.split("\t") for line in (tmp_path / "out" / "broken.tsv").read_text().splitlines()]
@@ -242,10 +243,10 @@ def test_files_of_any_name_are_checked_listed_and_read_back(tmp_path, capsys):
             file.write(b"broken")
     capsys.readouterr()
     assert check_files(config, tmp_path / "out", 1, 60.0) == 2 * len(ODD_NAMES)
-    told = capsys.readouterr().out
-    assert "p train: " + str(tmp_path / "files" / "blue" / "caf\\xe9.png") + ": " in told
-    assert "new\\nline.png: " in told
-    assert "\x1b" not in told
+    lines = capsys.readouterr().out
+    assert "p train: " + str(tmp_path / "files" / "blue" / "caf\\xe9.png") + ": " in lines
+    assert "new\\nline.png: " in lines
+    assert "\x1b" not in lines
     with open(tmp_path / "out" / "broken.tsv", newline="", errors="surrogateescape") as file:
         rows = list(csv.reader(file, delimiter="\t"))
     assert [row[2] for row in rows[1:]] == [sample.media.name for sample in source.samples(task)]
@@ -261,11 +262,9 @@ def test_equal_files_are_named_where_they_should_not_be(tmp_path, capsys):
         (tmp_path / folder / "red" / "empty.png").write_bytes(b"")
     task = replace(picture_task(train), val=val)
     assert check_files(tiny_config(tasks={"p": task}), tmp_path / "out", 1, 60.0) == 2
-    told = capsys.readouterr().out
-    assert f"p train: 1 files are equal to another one with other labels: {tmp_path}/train/red/d.png = {tmp_path}/train/blue/a.png" in told
-    assert (
-        f"p val: 3 files stand in the training split too, by their bytes: {tmp_path}/val/blue/c.png = {tmp_path}/train/blue/a.png" in told
-    )
+    lines = capsys.readouterr().out
+    assert f"p train: 1 files are equal to another one with other labels: {tmp_path}/train/red/d.png = {tmp_path}/train/blue/a.png" in lines
+    assert f"p val: 3 files are in the training split too, by their bytes: {tmp_path}/val/blue/c.png = {tmp_path}/train/blue/a.png" in lines
     rows = [line.split("\t") for line in (tmp_path / "out" / "duplicates.tsv").read_text().splitlines()]
     assert rows[1] == ["p", "train", f"{tmp_path}/train/red/d.png", "1", "train", f"{tmp_path}/train/blue/a.png", "0"]
     assert [row[2].removeprefix(f"{tmp_path}/") for row in rows[2:]] == ["val/blue/c.png", "val/red/c.png", "val/red/other.png"]
@@ -295,36 +294,36 @@ def test_a_split_that_cannot_be_listed_does_not_keep_the_others_from_being_check
     message = "^3 splits could not be checked, for the reasons above: task first, train; task first, val; task p, val$"
     with pytest.raises(ValueError, match=message):
         check_files(config, tmp_path / "out", 1, 60.0)
-    told = capsys.readouterr().out
-    assert f"task first, train: folder {tmp_path}/missing: No such file or directory" in told
-    assert "task first, val: its files were not checked, for its labels need the class list of train, which cannot be read" in told
-    assert f"task p, val: manifest {tmp_path}/no.csv: No such file or directory" in told
-    assert "p train: 2 of 3 files are good" in told
-    assert f"p train: {tmp_path}/files/red/b.png: the file is empty" in told
+    lines = capsys.readouterr().out
+    assert f"task first, train: folder {tmp_path}/missing: No such file or directory" in lines
+    assert "task first, val: its files were not checked: its labels need the class list of train, which cannot be read" in lines
+    assert f"task p, val: manifest {tmp_path}/no.csv: No such file or directory" in lines
+    assert "p train: 2 of 3 files are good" in lines
+    assert f"p train: {tmp_path}/files/red/b.png: the file is empty" in lines
     assert sorted(os.listdir(tmp_path / "out")) == ["broken.tsv", "p-classes.txt", "p-train.csv", "p-train.sha256"]
 
 
-def test_where_nothing_could_be_listed_nothing_more_is_told(tmp_path, capsys):
+def test_where_nothing_could_be_listed_nothing_more_is_reported(tmp_path, capsys):
     config = tiny_config(tasks={"p": picture_task(Folder(path=str(tmp_path / "missing")))})
     with pytest.raises(ValueError, match=r"^2 splits could not be checked, for the reasons above: task p, train; task p, val$"):
         check_files(config, tmp_path / "out", 1, 60.0)
-    told = capsys.readouterr().out
-    assert told.splitlines()[-1] == "no split was checked to its end"
-    assert "its validation files are its training files" not in told
+    lines = capsys.readouterr().out
+    assert lines.splitlines()[-1] == "no split was checked completely"
+    assert "its validation files are its training files" not in lines
     assert not (tmp_path / "out").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remarked(Synthetic):
+class Commented(Synthetic):
     """Samples of a source that has something to say. Not `Synthetic` by name, so that they are checked."""
 
     def remarks(self, task: Task) -> list[str]:
         return ["line 3 repeats line 2"]
 
 
-def test_remarks_of_a_source_are_told_with_its_task_and_split(tmp_path, capsys, monkeypatch):
+def test_remarks_of_a_source_are_reported_with_its_task_and_split(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check, "Synthetic", type(None))
-    check_files(tiny_config(tasks={"t": tile_task(train=Remarked(num_samples=1))}), tmp_path / "out", 1, 60.0)
+    check_files(tiny_config(tasks={"t": tile_task(train=Commented(num_samples=1))}), tmp_path / "out", 1, 60.0)
     assert "t train: line 3 repeats line 2" in capsys.readouterr().out.splitlines()
 
 
@@ -365,7 +364,9 @@ config = Train(
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), mark_long([(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)], [(signal.SIGTERM, 75)])
+)
 def test_a_check_that_is_stopped_keeps_what_it_found(tmp_path, number, code):
     for folder in ("done", "hanging"):
         colour_folder(tmp_path / folder, ["a.png", "b.png"])
@@ -384,12 +385,12 @@ def test_a_check_that_is_stopped_keeps_what_it_found(tmp_path, number, code):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(number)
-        told = process.communicate(timeout=60)[0]
+        lines = process.communicate(timeout=60)[0]
     assert process.returncode == code
     rows = [line.split("\t")[:3] for line in found.read_text().splitlines()[1:]]
     assert rows == [["t", "train", "done/blue/b.png"], ["t", "val", "hanging/blue/b.png"]]
     assert (tmp_path / "out" / "t-train.csv").read_text().count("\n") == 4
     assert (tmp_path / "out" / "t-val.csv").read_text() == "of an earlier check"
-    assert "t val: hanging/blue/b.png: the file is empty" in told
+    assert "t val: hanging/blue/b.png: the file is empty" in lines
     if code > 0:
-        assert "stopped; so far 2 broken files, listed in out/broken.tsv; manifests" in told
+        assert "stopped; so far 2 broken files, listed in out/broken.tsv; manifests" in lines

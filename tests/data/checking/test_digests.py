@@ -4,7 +4,15 @@ import subprocess
 
 from tar_files import pair, write_shard
 
-from polyvit_fast.data.checking.digests import Checked, Same, find_contradictions, find_leaks, format_digests, read_digests, sha256
+from polyvit_fast.data.checking.digests import (
+    CheckedSplit,
+    EqualPair,
+    find_contradictions,
+    find_leaks,
+    format_digests,
+    read_digests,
+    sha256,
+)
 from polyvit_fast.data.sources.shard_index import read_index
 from polyvit_fast.media import Media, Sample
 
@@ -36,18 +44,21 @@ def test_the_form_is_that_of_sha256sum(tmp_path):
     assert subprocess.run(["sha256sum", "--check", "--strict", "list"], cwd=tmp_path, capture_output=True).returncode == 0
 
 
-def checked(*files: tuple[str, str, int]) -> Checked:
-    return Checked([Sample(Media(name), (label,)) for name, _, label in files], [digest for _, digest, _ in files])
+def checked(*files: tuple[str, str, int]) -> CheckedSplit:
+    return CheckedSplit([Sample(Media(name), (label,)) for name, _, label in files], [digest for _, digest, _ in files])
 
 
 def test_leaks_are_validation_files_with_the_bytes_of_a_training_file():
     train = checked(("a", "1", 0), ("b", "2", 0), ("c", "2", 0), ("broken", "", 1))
     val = checked(("x", "2", 1), ("y", "3", 0), ("broken too", "", 0), ("z", "1", 0))
-    assert list(find_leaks(train, val)) == [Same("val", "x", (1,), "train", "b", (0,)), Same("val", "z", (0,), "train", "a", (0,))]
+    assert list(find_leaks(train, val)) == [
+        EqualPair("val", "x", (1,), "train", "b", (0,)),
+        EqualPair("val", "z", (0,), "train", "a", (0,)),
+    ]
 
 
 def test_contradictions_are_equal_files_with_other_labels():
     split = checked(("a", "1", 0), ("b", "1", 0), ("c", "1", 2), ("d", "", 0), ("e", "", 1))
-    assert list(find_contradictions("train", split)) == [Same("train", "c", (2,), "train", "a", (0,))]
-    order = Checked([Sample(Media("a"), (0, 1)), Sample(Media("b"), (1, 0))], ["1", "1"])
+    assert list(find_contradictions("train", split)) == [EqualPair("train", "c", (2,), "train", "a", (0,))]
+    order = CheckedSplit([Sample(Media("a"), (0, 1)), Sample(Media("b"), (1, 0))], ["1", "1"])
     assert list(find_contradictions("val", order)) == []

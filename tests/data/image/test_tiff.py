@@ -9,7 +9,7 @@ from PIL import Image as Pillow
 
 from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.modality import Image
-from polyvit_fast.data.image.tiff import check_complaints, check_parts
+from polyvit_fast.data.image.tiff import check_complaints, check_strips
 from polyvit_fast.media import Media, MediaError
 
 LIMIT = 10**6
@@ -67,7 +67,7 @@ def test_damage_that_libtiff_fills_up_is_refused_without_a_stray_word(tmp_path, 
         ("group3", "truncated or damaged: libtiff says: Fax3Decode1D: Bad code word"),
         ("lzma", "truncated or damaged: libtiff says: LZMADecode: Decoding error at scanline"),
         ("jpeg", "truncated or damaged: data of the JPEG is missing"),
-        ("tiff_ccitt", "truncated or damaged: zeros stand where the TIFF should have fax codes"),
+        ("tiff_ccitt", "truncated or damaged: the TIFF has zeros where fax codes should be"),
         ("tiff_adobe_deflate", "truncated or damaged: a strip or tile of the TIFF"),
     ],
 )
@@ -139,4 +139,4 @@ def test_what_is_harmless_is_let_pass(line):
 def test_other_kinds_are_left_alone():
     for name in ("png-rgb", "jpeg-4:2:0", "gif"):
         check_complaints(KINDS[name], ["Fax4Decode: Bad code word at line 66 of strip 0 (x 27)."])
-        check_parts(KINDS[name], LIMIT)
+        check_strips(KINDS[name], LIMIT)

@@ -35,7 +35,7 @@ def test_another_name_in_validation_is_refused_with_both_folders(tmp_path):
     task = tile_task(train=train, val=val)
     message = (
         rf"{tmp_path}/val: 3 class folders \(b, c, d\), but 'd' is not in the task's list: {tmp_path}/train: 3 class folders \(a, b, c\). "
-        "Classes are known by their names"
+        "Classes are identified by their names"
     )
     for source in (train, val):
         with pytest.raises(ValueError, match=message):
@@ -91,7 +91,7 @@ def test_a_classes_file_of_another_order_means_the_same_names(tmp_path):
         val.samples(tile_task(train=train, val=other))
 
 
-def test_folders_and_tables_share_one_list(tmp_path):
+def test_folders_and_tables_have_one_list(tmp_path):
     train = folders(tmp_path / "train", "a", "b", "c")
     for text in ("path,label\nx,c\ny,a\n", "path,label\nx,2\ny,0\n"):
         val = table(tmp_path / "val.csv", text)
@@ -103,7 +103,7 @@ def test_folders_and_tables_share_one_list(tmp_path):
         table(tmp_path / "val.csv", "path,label\nx,d\n").samples(tile_task(train=train))
 
 
-def test_a_source_beside_the_tasks_own_has_its_list(tmp_path):
+def test_a_source_that_is_not_the_tasks_own_has_its_list(tmp_path):
     task = tile_task(train=folders(tmp_path / "train", "a", "b", "c"))
     assert labels(folders(tmp_path / "more", "c"), task) == [("more/c/1.jpg", (2,))]
     with pytest.raises(ValueError, match=r"other: 1 class folders \(d\), but 'd' is not in the task's list: .*train"):

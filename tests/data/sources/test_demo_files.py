@@ -54,7 +54,7 @@ contents(Path(sys.argv[1]) / "without x264", "motion")
 
 
 def test_files_do_not_depend_on_the_instructions_of_the_cpu(tmp_path, monkeypatch):
-    """FFmpeg, libjpeg-turbo and NumPy without their vector instructions, as on the oldest CPU; x264 is told to use none anywhere."""
+    """FFmpeg, libjpeg-turbo and NumPy without their vector instructions, as on the oldest CPU; x264 uses none anywhere."""
     optional = [name for name in cpu.__cpu_dispatch__ if cpu.__cpu_features__[name]]
     path = os.pathsep.join(sys.path)
     without = {"JSIMD_FORCENONE": "1", "NPY_DISABLE_CPU_FEATURES": " ".join(optional), "PYTHONPATH": path}
@@ -119,7 +119,7 @@ def test_files_of_another_version_are_made_anew(tmp_path, monkeypatch):
     assert not set(old) & set(contents(tmp_path, "shapes"))
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"demo files cannot be written to .*file/shapes: Not a directory"):
         samples(tmp_path / "file", "shapes")
@@ -146,16 +146,16 @@ def test_the_first_frame_does_not_tell_the_motion(motion):
     assert np.array_equal(first, other)
 
 
-def test_the_last_frames_of_all_motions_have_one_law():
+def test_the_last_frames_of_all_motions_have_one_distribution():
     def describe(motion, i):
-        frame = demo_files._draw_clip(motion, generator("law", motion, i))[-1].astype(float).mean(-1)
+        frame = demo_files._draw_clip(motion, generator("distribution", motion, i))[-1].astype(float).mean(-1)
         down, right = np.gradient(frame)
         return frame.mean(), frame.std(), (down**2).mean() ** 0.5, (right**2).mean() ** 0.5, (down * right).mean()
 
-    numbers = np.array([[describe(motion, i) for i in range(60)] for motion in MOTIONS])
-    means, deviations = numbers.mean(1), numbers.std(1) / 60**0.5
+    numbers = np.array([[describe(motion, i) for i in range(30)] for motion in MOTIONS])
+    means, stds = numbers.mean(1), numbers.std(1) / 30**0.5
     overall = numbers.mean((0, 1))
-    assert (abs(means - overall) < 4 * deviations).all()
+    assert (abs(means - overall) < 4 * stds).all()
 
 
 def test_patterns_move_as_their_class_says():
@@ -171,9 +171,9 @@ def test_patterns_move_as_their_class_says():
 
 
 def loud_frequencies(time_hz):
-    """The strongest frequency of each of 30 pieces of a sound, 0 where it is nearly silent."""
-    pieces = np.array_split(time_hz.astype(float), 30)
-    spectra = [np.abs(np.fft.rfft(piece * np.hanning(len(piece)), 8192)) for piece in pieces]
+    """The strongest frequency of each of 30 chunks of a sound, 0 where it is nearly silent."""
+    chunks = np.array_split(time_hz.astype(float), 30)
+    spectra = [np.abs(np.fft.rfft(chunk * np.hanning(len(chunk)), 8192)) for chunk in chunks]
     loudest = max(spectrum.max() for spectrum in spectra)
     return np.array([spectrum.argmax() * SAMPLE_RATE_HZ / 8192 if spectrum.max() > 0.3 * loudest else 0 for spectrum in spectra])
 

@@ -51,16 +51,16 @@ def test_another_size_is_named(tmp_path):
     assert find_changes(before, take_fingerprint(samples), samples) == (f"sizes of {tmp_path}/a/3.jpg", True)
     for number in range(5):
         (tmp_path / "a" / f"{number}.jpg").write_bytes(b"x")
-    told = ", ".join(f"{tmp_path}/a/{number}.jpg" for number in range(3))
-    assert find_changes(before, take_fingerprint(samples), samples) == (f"sizes of {told} and 2 more", True)
+    names = ", ".join(f"{tmp_path}/a/{number}.jpg" for number in range(3))
+    assert find_changes(before, take_fingerprint(samples), samples) == (f"sizes of {names} and 2 more", True)
 
 
-@pytest.mark.parametrize("place", [0, 500, 999])
-def test_other_contents_of_the_same_size_and_time_are_named(tmp_path, place):
+@pytest.mark.parametrize("position", [0, 500, 999])
+def test_other_contents_of_the_same_size_and_time_are_named(tmp_path, position):
     samples = files(tmp_path / "a")
     before = take_fingerprint(samples)
     content = bytearray(bytes([2]) * 1000)
-    content[place] = 77
+    content[position] = 77
     replace_keeping_the_time(tmp_path / "a" / "2.jpg", bytes(content))
     assert find_changes(before, take_fingerprint(samples), samples) == (f"contents of {tmp_path}/a/2.jpg", True)
 
@@ -69,9 +69,9 @@ def test_of_large_files_both_ends_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "CONTENT_BYTES", 6 * 100)
     samples = files(tmp_path / "a")
     before = take_fingerprint(samples)
-    for place, seen in ((49, True), (50, False), (949, False), (950, True)):
+    for position, seen in ((49, True), (50, False), (949, False), (950, True)):
         content = bytearray(bytes([2]) * 1000)
-        content[place] = 77
+        content[position] = 77
         replace_keeping_the_time(tmp_path / "a" / "2.jpg", bytes(content))
         assert bool(find_changes(before, take_fingerprint(samples), samples)[0]) == seen
 
@@ -101,14 +101,14 @@ def test_a_word_of_an_earlier_version_knows_names_alone(tmp_path):
     assert find_changes(before, take_fingerprint(samples[1:]), samples[1:])[1] is False
 
 
-def test_many_files_are_told_in_chunks_of_which_the_first_and_last_are_named(tmp_path, monkeypatch):
+def test_many_files_are_reported_in_chunks_of_which_the_first_and_last_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "NUM_CHUNKS", 4)
     monkeypatch.setattr(fingerprint, "CONTENT_FILES", 3)
     samples = files(tmp_path / "a", 10)
     before = take_fingerprint(samples)
     replace_keeping_the_time(tmp_path / "a" / "8.jpg", b"x")
-    told = f"sizes of some of the 3 files from {tmp_path}/a/7.jpg to {tmp_path}/a/9.jpg"
-    assert find_changes(before, take_fingerprint(samples), samples) == (told, True)
+    expected = f"sizes of some of the 3 files from {tmp_path}/a/7.jpg to {tmp_path}/a/9.jpg"
+    assert find_changes(before, take_fingerprint(samples), samples) == (expected, True)
     monkeypatch.setattr(fingerprint, "MAX_FILES", 5)
     every_second = take_fingerprint(samples)
     assert find_changes(every_second, take_fingerprint(samples), samples) == ("", True)

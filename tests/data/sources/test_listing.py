@@ -21,7 +21,7 @@ def relative(paths, folder):
     return [os.path.relpath(path, folder) for path in paths]
 
 
-def test_files_come_before_the_folders_beside_them_both_in_sorted_order(tmp_path):
+def test_files_come_before_the_folders_next_to_them_both_in_sorted_order(tmp_path):
     fill(tmp_path, "b/y", "b/x", "a/z", "c", "B", "a/deep/er/1")
     assert relative(list_media(str(tmp_path), "image", {}).files, tmp_path) == ["B", "c", "a/z", "a/deep/er/1", "b/x", "b/y"]
 
@@ -128,7 +128,7 @@ def test_a_class_folder_may_be_a_link_itself(tmp_path):
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "/", "../../../root", "other"])
 def test_loops_end_and_count_nothing_twice(tmp_path, target):
-    root = fill(tmp_path / "root", "class/1.jpg", "class/sub/2.jpg", "class/other/3.jpg", "beside/4.jpg")
+    root = fill(tmp_path / "root", "class/1.jpg", "class/sub/2.jpg", "class/other/3.jpg", "outside/4.jpg")
     (root / "class" / "sub" / "up").symlink_to(root / "class" / "other" if target == "other" else target)
     (root / "class" / "other" / "up").symlink_to(root / "class" / "sub")
     listing = list_media(str(root / "class"), "image", {})

@@ -38,9 +38,9 @@ def test_class_folders_in_sorted_order(tmp_path):
     ("names", "message"),
     [
         ((), "class folder .*dog is empty$"),
-        ((".DS_Store",), "class folder .*dog is empty of media; left out for their names: 1 .DS_Store"),
-        (("1.txt", "2.txt", "Thumbs.db"), "class folder .*dog is empty of media; left out for their names: 2 .txt, 1 Thumbs.db"),
-        (("1.wav",), "class folder .*dog is empty of media; left out for their names: 1 .wav"),
+        ((".DS_Store",), "class folder .*dog is empty of media; left out because of their names: 1 .DS_Store"),
+        (("1.txt", "2.txt", "Thumbs.db"), "class folder .*dog is empty of media; left out because of their names: 2 .txt, 1 Thumbs.db"),
+        (("1.wav",), "class folder .*dog is empty of media; left out because of their names: 1 .wav"),
     ],
 )
 def test_an_empty_class_folder_is_named(tmp_path, names, message):
@@ -58,9 +58,9 @@ def test_what_a_folder_leaves_out_is_remarked(tmp_path):
     source = Folder(path=str(tmp_path))
     assert listed(source.samples(task)) == [(f"{tmp_path}/cat/a.jpg", (0,)), (f"{tmp_path}/dog/b.jpg", (1,))]
     assert source.remarks(task) == [
-        f"{tmp_path}: left out, by their names no image files: 2 .txt, 1 Thumbs.db",
-        f"{tmp_path}: left out, for they lie beside the class folders: 1 .jpg",
-        f"{tmp_path}: 2 links or folders lead to what is listed already ({tmp_path}/all, {tmp_path}/cat/up): counted once",
+        f"{tmp_path}: left out, as their names are not those of image files: 2 .txt, 1 Thumbs.db",
+        f"{tmp_path}: left out, because they are in no class folder: 1 .jpg",
+        f"{tmp_path}: 2 links or folders lead to what is already listed ({tmp_path}/all, {tmp_path}/cat/up): counted once",
     ]
     assert Folder(path=str(fill(tmp_path / "plain", "x/a.jpg", "y/b.jpg"))).remarks(task) == []
 
@@ -176,12 +176,12 @@ def test_class_names(tmp_path):
         ("path,label\nno.tar:a.jpg,1\n", "line 2: shard .*no.tar: No such file or directory"),
     ],
 )
-def test_faults_are_told_with_their_line(tmp_path, text, message):
+def test_faults_are_reported_with_their_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         manifest(tmp_path, text).samples(tile_task())
 
 
-def test_a_missing_table_is_told(tmp_path):
+def test_a_missing_table_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"manifest .*no.csv: No such file or directory"):
         Manifest(path=str(tmp_path / "no.csv")).samples(tile_task())
 

@@ -53,7 +53,11 @@ def test_a_damaged_index_is_replaced(tmp_path, damage):
 
 def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "s.tar", pair("0", 1))
-    monkeypatch.setattr(shard_index, "uuid4", lambda: type("Name", (), {"hex": "no/such/folder"}))
+
+    def fail(path, content):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shard_index, "write_atomically", fail)
     assert read_index(path)[0].labels == (1,)
     assert os.listdir(tmp_path) == ["s.tar"]
 
@@ -132,7 +136,7 @@ def tar_bytes(members, kind="pax", **options):
 
 @pytest.mark.parametrize("kinds", [("pax", "pax"), ("v7", "gnu", "pax"), ("ustar", "v7"), ("gnu", "ustar", "ustar", "gnu")])
 @pytest.mark.parametrize("between", [0, 512, 10_240, 3 << 20])
-def test_archives_that_were_joined_are_read_to_the_last_one(tmp_path, kinds, between):
+def test_archives_that_were_concatenated_are_read_to_the_last_one(tmp_path, kinds, between):
     parts = [tar_bytes(pair(f"{number}/0", number), kind) for number, kind in enumerate(kinds)]
     (tmp_path / "s.tar").write_bytes(bytes(between).join(parts))
     examples = read_index(str(tmp_path / "s.tar"))
@@ -140,7 +144,7 @@ def test_archives_that_were_joined_are_read_to_the_last_one(tmp_path, kinds, bet
     assert [example.media[0].read() for example in examples] == [f"pixels of {number}/0".encode() for number in range(len(kinds))]
 
 
-def test_archives_joined_behind_cut_padding_or_with_none_left(tmp_path):
+def test_archives_appended_behind_cut_padding_or_with_none_left(tmp_path):
     first, second = tar_bytes(pair("0", 1)), tar_bytes(pair("1", 2))
     end = len(first.rstrip(b"\0")) // 512 * 512 + 512
     for number in (0, 512, 700, 1024, 2000):  # bytes of the end mark that are left
@@ -177,10 +181,12 @@ def test_members_that_were_appended(tmp_path):
         read_index(path)
 
 
-def test_samples_of_joined_archives_are_not_mixed(tmp_path):
+def test_samples_of_concatenated_archives_are_not_mixed(tmp_path):
     one, two = tar_bytes(pair("x/0", 1, "png")), tar_bytes([("x/0.jpg", b"other"), ("x/0.json", b"0")])
     (tmp_path / "s.tar").write_bytes(one + two)
-    with pytest.raises(ValueError, match=r"member 'x/0.jpg': sample x/0 stands in two of the archives that are joined in this file; give"):
+    with pytest.raises(
+        ValueError, match=r"member 'x/0.jpg': sample x/0 is in two of the archives that are concatenated in this file; give"
+    ):
         read_index(str(tmp_path / "s.tar"))
     pictures, labels = (tar_bytes(members) for members in zip(pair("0", 1), pair("1", 2), strict=True))
     (tmp_path / "s.tar").write_bytes(pictures + labels)  # a tar of pictures and a tar of their labels
@@ -205,7 +211,9 @@ def test_an_index_of_a_version_that_saw_the_first_archive_alone_is_not_used(tmp_
 def test_what_is_no_archive_behind_an_end_mark_is_refused(tmp_path, junk, second):
     first = tar_bytes(pair("0", 1))
     (tmp_path / "s.tar").write_bytes(first + junk + second)
-    with pytest.raises(ValueError, match=rf"s.tar: damaged: behind the tar's end mark, at byte {len(first)}, stands what is no tar header"):
+    with pytest.raises(
+        ValueError, match=rf"s.tar: damaged: behind the tar's end mark, at byte {len(first)}, is something that is no tar header"
+    ):
         read_index(str(tmp_path / "s.tar"))
     assert not os.path.exists(tmp_path / "s.tar.index.json")
 
@@ -219,7 +227,7 @@ def test_zeros_behind_the_end_mark_are_padding(tmp_path, zeros):
 @pytest.mark.parametrize(
     ("left", "message"),
     [
-        (100, "damaged: behind the tar's end mark, at byte 10240, stands what is no tar header"),
+        (100, "damaged: behind the tar's end mark, at byte 10240, is something that is no tar header"),
         (515, "truncated at member '1.jpg' or behind it .unexpected end of data"),
         (1024, "truncated: the tar's end mark is missing"),
         (1100, "truncated: the tar's end mark is missing"),
@@ -234,7 +242,7 @@ def test_a_cut_in_the_second_archive(tmp_path, left, message):
 
 def test_members_of_one_sample_that_tell_its_class_twice(tmp_path):
     path = write_shard(tmp_path / "s.tar", [*pair("0", 1), ("0.CLS", b"2")])
-    with pytest.raises(ValueError, match=r"member '0.CLS': '0.cls' tells the classes of the same sample"):
+    with pytest.raises(ValueError, match=r"member '0.CLS': '0.cls' states the classes of the same sample"):
         read_index(path)
 
 

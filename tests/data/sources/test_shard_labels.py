@@ -125,8 +125,8 @@ def test_labels_in_json(content, labels):
     ("content", "message"),
     [
         ("{", "'{' is not JSON"),
-        ('{"label": 0, "label": 1}', '"label" stands twice in it'),
-        ('{"labels": [0], "id": 1, "labels": [0]}', '"labels" stands twice in it'),
+        ('{"label": 0, "label": 1}', '"label" appears twice in it'),
+        ('{"labels": [0], "id": 1, "labels": [0]}', '"labels" appears twice in it'),
         ("9" * 5000, r"'9{56}\.\.\. is not a class number or name"),
         ('{"label": %s}' % ("9" * 5000), r"'9{56}\.\.\. is not a class number or name"),
         ("[-0]", r"\['-0'\] is not"),

@@ -13,7 +13,7 @@ def samples_of(*paths, task=None, **fields):
     return Shards(paths=paths, **fields).samples(task or tile_task())
 
 
-def test_samples_are_read_by_their_place(tmp_path):
+def test_samples_are_read_at_their_offsets(tmp_path):
     long_name = "folder/" + "n" * 200 + ".jpg"
     members = [
         *pair("a/000", 2),
@@ -184,9 +184,9 @@ def test_several_names_of_a_sample(tmp_path):
 def test_names_and_numbers_are_not_mixed(tmp_path):
     first = write_shard(tmp_path / "1.tar", [*pair("0", 1), *pair("1", 0)])
     second = write_shard(tmp_path / "2.tar", pair("7", "cat"))
-    message = r"shard .*2.tar, member '7.cls' tells the name 'cat', but shard .*1.tar, member '0.cls' tells the number 1: all .* or all"
+    message = r"shard .*2.tar, member '7.cls' holds the name 'cat', but shard .*1.tar, member '0.cls' holds the number 1: all .* or all"
     with pytest.raises(ValueError, match=message):
         samples_of(first, second)
     mixed = write_shard(tmp_path / "3.tar", [("0.jpg", b"x"), ("0.json", b'[1, "cat"]')])
-    with pytest.raises(ValueError, match=r"member '0.json' tells the name 'cat', but .*member '0.json' tells the number 1"):
+    with pytest.raises(ValueError, match=r"member '0.json' holds the name 'cat', but .*member '0.json' holds the number 1"):
         samples_of(mixed)

@@ -27,8 +27,8 @@ def test_labels_cover_all_classes_equally():
 def test_multi_label_samples_have_one_or_more_classes():
     samples = Synthetic(num_samples=400).samples(tile_task(num_classes=6, loss="sigmoid", multi_label=True))
     assert all(sample.labels and list(sample.labels) == sorted(set(sample.labels)) for sample in samples)
-    share = np.mean([len(sample.labels) for sample in samples]) / 6
-    assert share == pytest.approx((1 + 5 * 0.2) / 6, abs=0.03)
+    fraction = np.mean([len(sample.labels) for sample in samples]) / 6
+    assert fraction == pytest.approx((1 + 5 * 0.2) / 6, abs=0.03)
     assert {label for sample in samples for label in sample.labels} == set(range(6))
 
 

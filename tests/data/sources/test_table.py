@@ -44,7 +44,7 @@ def test_either_order_of_utf_16(tmp_path, mark):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_without_a_mark_is_told(tmp_path, encoding):
+def test_utf_16_without_a_mark_is_reported(tmp_path, encoding):
     with pytest.raises(
         ValueError, match=r"t.csv, line 1: it holds NUL characters, as UTF-16 without a byte-order mark does; save the table as"
     ):
@@ -60,7 +60,7 @@ def test_utf_16_without_a_mark_is_told(tmp_path, encoding):
         (zipped, r"it is a spreadsheet \(.xlsx, .ods\) or a ZIP archive; save it as text, a table as CSV"),
     ],
 )
-def test_what_is_no_text_is_told_as_what_it_is(tmp_path, pack, message):
+def test_what_is_no_text_is_reported_as_what_it_is(tmp_path, pack, message):
     with pytest.raises(ValueError, match=rf"^manifest {tmp_path}/t.csv: {message}"):
         rows(tmp_path, pack(b"path,label\nx.jpg,1\n"))
 
@@ -86,8 +86,8 @@ def test_no_separator_is_suspected_where_none_would_do(tmp_path):
         rows(tmp_path, "file;class\na;0\n")
 
 
-def test_utf_16_that_is_cut_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"t.csv, line \d: it is not the text that its first bytes promise"):
+def test_utf_16_that_is_cut_is_reported(tmp_path):
+    with pytest.raises(ValueError, match=r"t.csv, line \d: it is not text in the encoding of its first bytes"):
         rows(tmp_path, "path,label\nx.jpg,1\n".encode("utf-16")[:-1])
 
 
@@ -114,7 +114,7 @@ def test_bytes_that_are_no_utf_8_are_kept(tmp_path):
         ("path;label\na;0\n", r"line 1: the columns must be named, .* it names path;label"),
     ],
 )
-def test_faults_are_told_with_the_line_where_they_begin(tmp_path, text, message):
+def test_faults_are_reported_with_the_line_where_they_begin(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         rows(tmp_path, text)
 

@@ -17,7 +17,7 @@ def test_clips_of_evaluation_are_evenly_spaced_and_crops_lie_along_the_longer_si
         assert corner_shown(view, 80, 48) == pytest.approx((top, 8), abs=1)
 
 
-def test_random_clips_start_and_lie_anywhere_with_equal_chance(gradients):
+def test_random_clips_start_and_lie_anywhere_with_equal_probability(gradients):
     count = 300
     clips = decode_videos(Video(**SMALL), *[gradients] * count, train=True)[:, 0]
     starts = [frames_shown(clip)[0] for clip in clips]

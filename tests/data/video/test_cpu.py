@@ -47,7 +47,7 @@ def test_a_clip_depends_on_its_file_and_generator_alone(gradients, tmp_path):
     assert not torch.equal(together[0], together[2])
 
 
-def test_a_broken_file_is_told_and_the_next_call_works(gradients, tmp_path):
+def test_a_broken_file_is_reported_and_the_next_call_works(gradients, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(gradients.read_bytes()[:400])
     decoder = build_decoder(Video(**SMALL), batch=2, train=True, num_threads=2)

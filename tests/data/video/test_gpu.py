@@ -152,7 +152,7 @@ def test_without_nvdec_the_cpu_decodes_and_says_so(media, monkeypatch):
     assert decoder.squares.pipeline is None
 
 
-def test_broken_files_are_told_and_the_next_batch_works(media, tmp_path):
+def test_broken_files_are_reported_and_the_next_batch_works(media, tmp_path):
     (tmp_path / "cut.webm").write_bytes(media[0].read()[:9000])
     _, decoder = both(Video(**SMALL), train=True)
     before = decoder(media, rngs(4))

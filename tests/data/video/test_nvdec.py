@@ -24,7 +24,7 @@ def test_nvdec_is_looked_for_on_a_gpu_only(monkeypatch):
 GOOD = VideoHeader("mov,mp4", "h264", 100, 256, 340, "yuv420p", 2, True)
 
 
-def test_files_for_nvdec_are_told_by_their_headers():
+def test_files_for_nvdec_are_known_by_their_headers():
     assert can_decode(GOOD, CODECS["cuda"])
     assert can_decode(replace(GOOD, codec="hevc", container="matroska,webm", colorspace=1, height=2160, width=3840), CODECS["cuda"])
     assert not can_decode(GOOD, CODECS["cpu"])

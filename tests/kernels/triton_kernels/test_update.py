@@ -35,7 +35,7 @@ def buffers(name, size, seed=0):
 
 
 def run(name, form, tensors, *, count=COUNT, ok=True, scale=SCALE, copy=None, **more):
-    """In place; `form` is our launcher or torch's update."""
+    """Update the tensors by `form`, our launcher or torch's."""
     numbers = (number(LR), number(scale), torch.tensor(ok, device=DEVICE))
     *params, ema = tensors.values()
     if name == "sgd":

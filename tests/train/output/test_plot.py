@@ -73,18 +73,20 @@ def test_the_raster_shows_each_task_at_its_steps(tmp_path):
     assert spans["a"][0].max() < spans["b"][0].min() < spans["b"][0].max() < spans["c"][0].min()
 
 
-def test_density_and_presence_are_exact():
-    plan = [("a",), ("b",), ("a", "b"), ("b",)]
-    assert plot._presence(plan, ["a", "b"]).tolist() == [[True, False, True, False], [False, True, True, True]]
-    long = [("a",)] * 1500 + [("b",)] * 3000
-    density = plot._density(long, ["a", "b"])
+def test_the_density_of_columns_is_exact():
+    few = np.array([[True, False, True, False], [False, True, True, True]])
+    assert (plot._compute_density(few) == few).all()
+    many = np.arange(4500) < 1500
+    density = plot._compute_density(np.stack([many, ~many]))
     assert density.shape == (2, plot.MAX_COLUMNS)
     assert np.allclose(density.sum(0), 1)
     assert density[0].nonzero()[0].max() == 333
     assert density[0, 333] == pytest.approx(1 / 4)  # steps 1499 to 1502
 
 
-@pytest.mark.parametrize("schedule", ["weighted", "uniform", "alternating", "accumulating"])
+@pytest.mark.parametrize(
+    "schedule", ["weighted", *(pytest.param(name, marks=pytest.mark.long) for name in ("uniform", "alternating", "accumulating"))]
+)
 def test_nine_tasks_and_a_hundred_thousand_steps_are_drawn(tmp_path, schedule):
     steps = {f"task_{j}": 2000 * (j + 1) + 2222 for j in range(9)}
     image = draw(tmp_path, config(steps, schedule, task_3=0.5, task_5=0.1))
@@ -135,7 +137,7 @@ def write_metrics(folder: Path, tasks: list[str], num_points: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1000, "ki')
 
 
-@pytest.mark.parametrize(("num_tasks", "num_points"), [(1, 1), (5, 50), (9, 500)])
+@pytest.mark.parametrize(("num_tasks", "num_points"), [(1, 1), (9, 500)])
 def test_a_run_has_a_curve_for_every_task(tmp_path, num_tasks, num_points):
     tasks = [f"task_{j}" for j in range(num_tasks)]
     write_metrics(tmp_path / "run", tasks, num_points)
@@ -155,14 +157,14 @@ def test_a_run_has_a_curve_for_every_task(tmp_path, num_tasks, num_points):
 
 def test_smoothing_keeps_lines_and_passes_over_nan():
     values = [float(i) for i in range(300)]
-    smoothed = plot._smoothed(values)
+    smoothed = plot._smooth(values)
     assert np.allclose(smoothed[20:-20], values[20:-20])
     values[100] = float("nan")
-    again = plot._smoothed(values)
+    again = plot._smooth(values)
     assert np.isfinite(again).all()
     assert abs(again[100] - 100) < 1
-    assert np.isnan(plot._smoothed([float("nan")])).all()
-    assert plot._smoothed([2.0]).tolist() == [2.0]
+    assert np.isnan(plot._smooth([float("nan")])).all()
+    assert plot._smooth([2.0]).tolist() == [2.0]
 
 
 def test_a_folder_without_points_is_refused(tmp_path):

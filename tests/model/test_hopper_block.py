@@ -1,4 +1,4 @@
-"""A ViT-B block on Hopper's kernels by the comparison rule, forward and backward, with what flows through one that learns from pictures.
+"""A block on Hopper's kernels by the comparison rule, forward and backward, with what flows through one that learns from pictures.
 
 Where there is no GPU the kernels are executed on the CPU (gluon_executor.py), and the norms are torch's.
 """
@@ -10,24 +10,24 @@ from interpreted import on_hopper as on_hopper  # a fixture
 from plain_model import plain_block
 from torch.nn import functional
 
-from polyvit_fast.config import Model, Task, Train
+from polyvit_fast.config import MODELS, Model, Task, Train
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.demo_files import DemoFiles
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.model.polyvit import PolyViT
 
-MODEL = Model(dim=768, depth=2, num_heads=12, mlp_dim=3072)
 STEPS = 8
 BATCH, EXAMPLES = (8, 8) if DEVICE.type == "cuda" else (4, 1)
 """On a GPU as many rows as the table wants for Hopper's linear layers."""
 
 
-@pytest.fixture(scope="module")
-def flow(tmp_path_factory):
-    """(a block of a model that has learned for `STEPS` steps, its input `[examples, 197, 768]`, the gradient by its output)."""
+@pytest.fixture(scope="module", params=["Ti", pytest.param("B", marks=pytest.mark.long)])
+def flow(request, tmp_path_factory):
+    """(a block of a model that has learned for `STEPS` steps, its input `[examples, 197, dim]`, the gradient by its output)."""
     files = DemoFiles(kind="shapes", num_samples=64, root=str(tmp_path_factory.mktemp("files")))
     task = Task(modality=Image(size=224, patch=16), train=files, val=files, num_classes=6, batch=BATCH, steps=STEPS)
-    config = Train(tasks={"shapes": task}, model=MODEL)
+    size = MODELS[request.param]
+    config = Train(tasks={"shapes": task}, model=Model(dim=size.dim, depth=2, num_heads=size.num_heads, mlp_dim=size.mlp_dim))
     torch.manual_seed(0)
     model, loader = PolyViT.from_config(config).to(DEVICE), Loader("shapes", config, train=True)
     optimizer, kept = torch.optim.AdamW(model.parameters(), 1e-3), {}
@@ -55,14 +55,14 @@ def results(run, x, weights, upstream, autocast=True):
     return {"output": output.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
-@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 def test_output_and_gradients(residual, flow, on_hopper):
     block, x, upstream = flow
     x, upstream = x.to(residual), (upstream / upstream.std()).to(residual)
     weights = dict(block.named_parameters())
 
     def plain(x, weights):
-        return plain_block(x, weights, MODEL.num_heads)
+        return plain_block(x, weights, block.attn.num_heads)
 
     found = results(lambda x, weights: torch.func.functional_call(block, weights, (x,)), x, weights, upstream)
     with one_thread():

@@ -1,0 +1,36 @@
+import os
+
+import pytest
+
+from polyvit_fast.files import write_atomically
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_the_file_is_replaced_whole(tmp_path, durable):
+    path = tmp_path / "a.txt"
+    for content, expected in (("first\n", b"first\n"), (b"\0\xff", b"\0\xff"), ("é\udcff\r\n", b"\xc3\xa9\xff\r\n")):
+        write_atomically(path, content, durable=durable)
+        assert path.read_bytes() == expected
+    write_atomically(str(path), "")
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, name):
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new", durable=True)
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "none" / "a.txt", "text")
