@@ -23,7 +23,7 @@ def load_rows(path: Path | Traversable) -> tuple[Tile, ...]:
 
 def dump_rows(rows: Iterable[Tile], path: Path) -> None:
     """Write the rows to a file, in their order."""
-    path.write_text("[\n" + ",\n".join(json.dumps(_encode(row)) for row in rows) + "\n]\n", encoding="utf-8")
+    path.write_text("[\n" + ",\n".join(json.dumps(_encode(row), allow_nan=False) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def _decode(*, archs: list[int], **values: Any) -> Tile:
