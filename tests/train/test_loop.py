@@ -184,19 +184,19 @@ def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
 def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeypatch, eval_every_steps):
     config = change(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
     straight = run(config, tmp_path / "straight")
-    evaluating = Log.evaluating
+    show = Log.show_evaluation
 
     def signal_and_show(log: Log, *progress) -> None:
-        evaluating(log, *progress)
+        show(log, *progress)
         if log.progress.tasks[log.run_bar].completed == 20:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Log, "evaluating", signal_and_show)
+    monkeypatch.setattr(Log, "show_evaluation", signal_and_show)
     assert run(config, tmp_path / "stopped").signal == signal.SIGTERM
     newest = checkpoint.find_newest(tmp_path / "stopped")
     assert newest
     assert newest.step == 20
-    monkeypatch.setattr(Log, "evaluating", evaluating)
+    monkeypatch.setattr(Log, "show_evaluation", show)
     resumed = run(config, tmp_path / "stopped")
     for task, row in straight.metrics.items():
         assert resumed.metrics[task]["loss"] == row["loss"]
@@ -301,6 +301,7 @@ def test_unwritable_run_folder_is_refused(tmp_path, config):
         run(config, tmp_path / "file" / "run")
 
 
+@pytest.mark.long
 def test_sigterm_to_a_real_process_saves_and_resumes(tmp_path):
     command = [sys.executable, "-m", "polyvit_fast", "train", "smoke", "--out", str(tmp_path / "run"), "--tasks.pictures.steps", "2000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

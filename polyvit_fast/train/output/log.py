@@ -22,6 +22,7 @@ from rich.table import Table
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.files import write_atomically
 from polyvit_fast.train.output.table import build_table
 
 Rows = Mapping[str, Mapping[str, int | float]]
@@ -235,9 +236,7 @@ def _drop_later_lines(path: Path, step: int) -> dict[str, int]:
         if line["step"] <= step:
             kept.append(text + "\n")
             last[line["kind"]] = line["step"]
-    temporary = path.with_name(".metrics.jsonl.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))
     return last
 
 
