@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from polyvit_fast.model.polyvit import PolyViT
 
 __all__ = ["Attention", "Block", "FuseReport", "LayerNorm", "Mlp", "PolyViT", "fuse", "unfuse"]
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _MODULES = {
     "Attention": "model.modules",
