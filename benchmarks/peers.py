@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import attention
-from polyvit_kernels.ops import xformers_attention
+from polyvit_kernels.ops.attention import xformers
 
 COMPILED, AUTOTUNED, REDUCED = "torch.compile", "torch.compile max-autotune", "reduce-overhead"
 BACKENDS = {
@@ -55,7 +55,7 @@ def find_attentions() -> dict[str, Candidate | str]:
         found[name] = Candidate(operation=_pack(_pin(backend)))
         found[name + UNPACKED] = Candidate(operation=_pin(backend), take=_unpack, directions=(BACKWARD,), comparable=False)
     by_xformers = Candidate(operation=partial(attention, backend="xformers"))
-    found["xformers"] = by_xformers if xformers_attention.is_installed() else _NOT_INSTALLED
+    found["xformers"] = by_xformers if xformers.is_installed() else _NOT_INSTALLED
     found["flash-attn 2"] = _import_peer("flash_attn", _flash_attn_2)
     found["flash-attn 3"] = _import_peer("flash_attn_interface", _flash_attn_3)
     return found

@@ -2,7 +2,7 @@
  *
  *   cc example_attention.c -lpolyvit_kernels -ldl -lm && ./a.out [batch tokens heads head_dim]
  *
- * Ends with 0 when the numbers match, 1 when not, 77 where there is no GPU to run on. */
+ * Ends with 0 when the numbers are right, 1 when not, 77 where there is no GPU to run on. */
 #include "polyvit_kernels.h"
 
 #include <dlfcn.h>
@@ -40,7 +40,7 @@ static void must_launch(int status) {
 static void open_gpu(void) {
   void *driver = dlopen("libcuda.so.1", RTLD_NOW), *context;
   if (!driver) stop(NO_GPU, "no GPU to run on: no CUDA driver", dlerror());
-  const struct { void *target; const char *name; } functions[] = {
+  const struct { void *pointer; const char *name; } functions[] = {
       {&cuInit, "cuInit"}, {&cuDeviceGet, "cuDeviceGet"}, {&cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain"},
       {&cuCtxSetCurrent, "cuCtxSetCurrent"}, {&cuMemAlloc, "cuMemAlloc_v2"}, {&cuMemcpyHtoD, "cuMemcpyHtoD_v2"},
       {&cuMemcpyDtoH, "cuMemcpyDtoH_v2"}, {&cuCtxSynchronize, "cuCtxSynchronize"}, {&cuEventCreate, "cuEventCreate"},
@@ -48,7 +48,7 @@ static void open_gpu(void) {
   for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
     void *found = dlsym(driver, functions[i].name);
     if (!found) stop(NO_GPU, "no GPU to run on: the CUDA driver is too old for", functions[i].name);
-    memcpy(functions[i].target, &found, sizeof found);
+    memcpy(functions[i].pointer, &found, sizeof found);
   }
   int device;
   if (cuInit(0) || cuDeviceGet(&device, 0)) stop(NO_GPU, "no GPU to run on: no CUDA device", "the driver finds none");
@@ -155,21 +155,21 @@ int main(int count, char **arguments) {
   for (int i = 1; i < count && i <= 4; i++) *sizes[i - 1] = atoll(arguments[i]);
   open_gpu();
   size_t elements = (size_t)(call.batch * call.tokens * call.heads * call.head_dim);
-  size_t sum_bytes = (size_t)(call.batch * call.heads * call.tokens) * sizeof(float);
+  size_t lse_bytes = (size_t)(call.batch * call.heads * call.tokens) * sizeof(float);
   uint16_t *qkv = random_values(3 * elements), *grad = random_values(elements);
   uint16_t *out = malloc(elements * sizeof *out), *qkv_grad = malloc(3 * elements * sizeof *qkv_grad);
   device_memory qkv_there = on_gpu(qkv, 3 * elements * sizeof *qkv), grad_there = on_gpu(grad, elements * sizeof *grad);
   device_memory out_there = on_gpu(NULL, elements * sizeof *out), qkv_grad_there = on_gpu(NULL, 3 * elements * sizeof *qkv_grad);
-  float *sums = pointer(on_gpu(NULL, sum_bytes)), *scratch = pointer(on_gpu(NULL, sum_bytes));
+  float *lse = pointer(on_gpu(NULL, lse_bytes)), *scratch = pointer(on_gpu(NULL, lse_bytes));
 
   void *events[3];
   for (int i = 0; i < 3; i++) must(cuEventCreate(&events[i], 0), "making an event");
   for (int warm = 0; warm < 2; warm++) {
     must(cuEventRecord(events[0], NULL), "timing");
-    for (int i = 0; i < REPEATS; i++) must_launch(polyvit_attention_forward(&call, pointer(qkv_there), pointer(out_there), sums, NULL));
+    for (int i = 0; i < REPEATS; i++) must_launch(polyvit_attention_forward(&call, pointer(qkv_there), pointer(out_there), lse, NULL));
     must(cuEventRecord(events[1], NULL), "timing");
     for (int i = 0; i < REPEATS; i++)
-      must_launch(polyvit_attention_backward(&call, pointer(grad_there), pointer(qkv_there), pointer(out_there), sums, scratch,
+      must_launch(polyvit_attention_backward(&call, pointer(grad_there), pointer(qkv_there), pointer(out_there), lse, scratch,
                                              pointer(qkv_grad_there), NULL));
     must(cuEventRecord(events[2], NULL), "timing");
     must(cuCtxSynchronize(), "running the kernels");

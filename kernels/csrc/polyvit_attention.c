@@ -71,7 +71,7 @@ static void put_grad_strides(polyvit_argument *arguments, const polyvit_attentio
   for (int i = 0; i < GRAD; i++) arguments[i] = polyvit_integer(names[i], call->grad_strides[i]);
 }
 
-int polyvit_attention_forward(const polyvit_attention *call, const void *qkv, void *out, float *sums, void *stream) {
+int polyvit_attention_forward(const polyvit_attention *call, const void *qkv, void *out, float *lse, void *stream) {
   polyvit_attention full;
   const polyvit_row *row;
   int status = checked(call, &full);
@@ -81,7 +81,7 @@ int polyvit_attention_forward(const polyvit_attention *call, const void *qkv, vo
   const polyvit_kernel *kernel = kernel_of(row, name, &full, is_long(row));
   if (!kernel) return POLYVIT_NO_KERNEL;
   polyvit_argument arguments[] = {
-      polyvit_pointer("p_qkv", qkv),          polyvit_pointer("p_out", out),         polyvit_pointer("p_lse", sums),
+      polyvit_pointer("p_qkv", qkv),          polyvit_pointer("p_out", out),         polyvit_pointer("p_lse", lse),
       polyvit_integer("tokens", full.tokens), polyvit_integer("heads", full.heads), polyvit_real("scale", scale_of(&full)),
       {0}, {0}, {0}, {0}};
   put_qkv_strides(arguments + 6, &full);
@@ -126,14 +126,14 @@ static int launch_backward(const polyvit_row *row, const polyvit_attention *call
   return polyvit_kernels_launch(kernel, stream, grid, arguments, count);
 }
 
-int polyvit_attention_backward(const polyvit_attention *call, const void *grad, const void *qkv, const void *out, const float *sums,
+int polyvit_attention_backward(const polyvit_attention *call, const void *grad, const void *qkv, const void *out, const float *lse,
                                float *scratch, void *qkv_grad, void *stream) {
   polyvit_attention full;
   const polyvit_row *row;
   int status = checked(call, &full);
   if (status || !full.batch || !full.tokens) return status;
   if ((status = find_row(&full, "backward", &row))) return status;
-  const polyvit_argument common[] = {polyvit_pointer("p_grad", grad), polyvit_pointer("p_qkv", qkv), polyvit_pointer("p_lse", sums),
+  const polyvit_argument common[] = {polyvit_pointer("p_grad", grad), polyvit_pointer("p_qkv", qkv), polyvit_pointer("p_lse", lse),
                                      polyvit_pointer("p_dqkv", qkv_grad), polyvit_pointer(is_long(row) ? "p_delta" : "p_out", is_long(row) ? scratch : out)};
   if (is_long(row) && (status = launch_delta(row, &full, grad, out, scratch, stream))) return status;
   return launch_backward(row, &full, common, sizeof common / sizeof *common, stream);

@@ -133,7 +133,7 @@ static int cuda_failed(const char *what, int error) {
 
 static int open_driver(void) {
   static const struct {
-    void *target;
+    void *pointer;
     const char *name;
   } functions[] = {
       {&driver.init, "cuInit"},
@@ -152,9 +152,9 @@ static int open_driver(void) {
   if (!library) return polyvit_fail(POLYVIT_NO_GPU, "no CUDA driver: %s", dlerror());
   for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
     void *found = dlsym(library, functions[i].name);
-    if (!found && functions[i].target != &driver.context_id)
+    if (!found && functions[i].pointer != &driver.context_id)
       return polyvit_fail(POLYVIT_NO_GPU, "the CUDA driver has no %s: it is too old", functions[i].name);
-    memcpy(functions[i].target, &found, sizeof found);
+    memcpy(functions[i].pointer, &found, sizeof found);
   }
   int error = driver.init(0);
   if (error) return polyvit_fail(POLYVIT_NO_GPU, "no CUDA GPU: cuInit gives %s", error_name(error));
@@ -240,15 +240,14 @@ int polyvit_kernels_load(const polyvit_kernel *kernel) {
 
 /* ---- a launch ---- */
 
-typedef union parameter_value {
+typedef union launch_value {
   uint64_t address;
   int32_t i32;
   int64_t i64;
   float fp32;
-} parameter_value;
+} launch_value;
 
-static int fill_value(parameter_value *target, const polyvit_kernel *kernel, const polyvit_parameter *parameter,
-                      const polyvit_argument *argument) {
+static int fill_value(launch_value *target, const polyvit_kernel *kernel, const polyvit_parameter *parameter, const polyvit_argument *argument) {
   const char *type = parameter->type;
   polyvit_kind kind = type[0] == '*' ? POLYVIT_POINTER : type[0] == 'i' ? POLYVIT_INTEGER : POLYVIT_REAL;
   if (argument->kind != kind)
@@ -272,7 +271,7 @@ static int fill_value(parameter_value *target, const polyvit_kernel *kernel, con
   return POLYVIT_OK;
 }
 
-static int fill_values(parameter_value *values, const polyvit_kernel *kernel, const polyvit_argument *arguments, size_t count) {
+static int fill_values(launch_value *values, const polyvit_kernel *kernel, const polyvit_argument *arguments, size_t count) {
   for (int i = 0; i < kernel->num_parameters; i++) {
     const polyvit_argument *given = NULL;
     for (size_t k = 0; k < count && !given; k++)
@@ -291,7 +290,7 @@ int polyvit_kernels_launch(const polyvit_kernel *kernel, void *stream, const int
   if (!kernel || !grid || (count && !arguments)) return polyvit_fail(POLYVIT_BAD_ARGUMENT, "kernel, grid and arguments are needed");
   if (kernel->num_parameters > MAX_PARAMETERS)
     return polyvit_fail(POLYVIT_BAD_ARGUMENT, "%s has more than %d parameters", kernel->name, MAX_PARAMETERS);
-  parameter_value values[MAX_PARAMETERS];
+  launch_value values[MAX_PARAMETERS];
   int status = fill_values(values, kernel, arguments, count);
   if (status) return status;
   for (int i = 0; i < 3; i++)

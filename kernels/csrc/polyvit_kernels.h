@@ -19,14 +19,14 @@
 extern "C" {
 #endif
 
-/* What a function that returns `int` gives; polyvit_kernels_error() has the words. */
+/* What a function that returns `int` gives; polyvit_kernels_error() explains it. */
 typedef enum polyvit_status {
   POLYVIT_OK = 0,
   POLYVIT_NO_KERNEL = 1,    /* the table has no kernel of ours for the call */
   POLYVIT_BAD_ARGUMENT = 2, /* a size, stride, pointer or name that the kernel cannot take */
   POLYVIT_NO_GPU = 3,       /* no driver, no device, or one that the image is not for */
   POLYVIT_NO_CONTEXT = 4,   /* no CUDA context is current on this thread */
-  POLYVIT_CUDA_ERROR = 5    /* the driver refused; its name for the error is in the words */
+  POLYVIT_CUDA_ERROR = 5    /* an error of the CUDA driver, which the message names */
 } polyvit_status;
 
 /* A run-time argument of a kernel, in the order of the launch. */
@@ -56,7 +56,7 @@ typedef struct polyvit_kernel {
   size_t image_bytes;
 } polyvit_kernel;
 
-/* A row of the tile table as one GPU and dtype see it. What `features` counts depends on the op: for attention it is head_dim. */
+/* A row of the tile table for one GPU and dtype. What `features` counts depends on the op: for attention it is head_dim. */
 typedef struct polyvit_row {
   const char *op;
   const char *dtype; /* "bf16", "fp16" or "fp32" */
@@ -69,7 +69,7 @@ typedef struct polyvit_row {
   const polyvit_kernel *const *kernels;
 } polyvit_row;
 
-/* The words of this thread's last failure; empty before the first. */
+/* The message of this thread's last failure; empty before the first. */
 POLYVIT_API const char *polyvit_kernels_error(void);
 
 POLYVIT_API size_t polyvit_kernels_count(void);
@@ -78,7 +78,7 @@ POLYVIT_API size_t polyvit_kernels_count(void);
 POLYVIT_API const polyvit_row *polyvit_kernels_entry(size_t index);
 
 /* The row that polyvit_kernels.tiles.pick takes: the first that fits, for an `arch` without rows among those of the nearest older one.
- * NULL when there is none, when it is left to another backend, or when the library was built without that architecture. */
+ * NULL when there is none, when its row names another backend, or when the library was built without that architecture. */
 POLYVIT_API const polyvit_row *polyvit_kernels_find(const char *op, const char *dtype, int arch, int64_t tokens, int64_t features);
 
 /* The row's kernel of that name (NULL: any) with all of `constants`, written "HEAD_DIM=64 VARLEN=0" (NULL: any); NULL when it has none. */
@@ -135,14 +135,14 @@ typedef struct polyvit_attention {
   int64_t grad_strides[3]; /* of the output's gradient: batch, token, head; all 0: contiguous */
 } polyvit_attention;
 
-/* out [batch, tokens, heads, head_dim] = softmax(q k' / sqrt(head_dim)) v, contiguous; sums [batch, heads, tokens], the base-2 logarithms
- * of the softmax's denominators, are for the backward. */
-POLYVIT_API int polyvit_attention_forward(const polyvit_attention *call, const void *qkv, void *out, float *sums, void *stream);
+/* out [batch, tokens, heads, head_dim] = softmax(q k' / sqrt(head_dim)) v, contiguous; lse [batch, heads, tokens], the base-2
+ * log-sum-exp of the scores, is for the backward. */
+POLYVIT_API int polyvit_attention_forward(const polyvit_attention *call, const void *qkv, void *out, float *lse, void *stream);
 
-/* qkv_grad [batch, tokens, 3, heads, head_dim], contiguous, from the output's gradient. `out` and `sums` are the forward's; `scratch` has
- * the size of `sums`. Bitwise the same at every run. */
+/* qkv_grad [batch, tokens, 3, heads, head_dim], contiguous, from the output's gradient. `out` and `lse` are the forward's; `scratch` has
+ * the size of `lse`. Bitwise the same at every run. */
 POLYVIT_API int polyvit_attention_backward(const polyvit_attention *call, const void *grad, const void *qkv, const void *out,
-                                           const float *sums, float *scratch, void *qkv_grad, void *stream);
+                                           const float *lse, float *scratch, void *qkv_grad, void *stream);
 
 #ifdef __cplusplus
 }

@@ -18,7 +18,7 @@ extern const size_t polyvit_num_archs;
 /* The cubins, one after the other (polyvit_cubins.S). */
 extern const unsigned char polyvit_cubins[];
 
-/* Record the words of a failure and give the status back. */
+/* Keep the message of a failure, and return the status. */
 int polyvit_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 #endif

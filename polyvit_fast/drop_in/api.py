@@ -19,7 +19,7 @@ from polyvit_fast.drop_in.members import full_name
 from polyvit_fast.drop_in.parts import Adapter, AttentionPart, BlockPart, Part, accepts, compute
 from polyvit_fast.drop_in.verify import VerifyBatch, compare, table
 from polyvit_kernels import ops
-from polyvit_kernels.ops.attention_backends import check_backend
+from polyvit_kernels.ops.attention import check_backend
 
 
 def fuse(

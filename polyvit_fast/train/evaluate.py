@@ -20,7 +20,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World, process_group
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_kernels.ops.attention_backends import check_backend
+from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
 

@@ -3,7 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import torch
+
+from polyvit_kernels.tiles import Tile, dump_rows, pick
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels" / "csrc"
@@ -37,3 +42,52 @@ def build_library(table: Path) -> Path:
     (table / "driver").mkdir(exist_ok=True)
     compile_c(table / "driver" / "libcuda.so.1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", driver)
     return library
+
+
+def compile_table(folder: Path, rows: tuple[Tile, ...], archs: tuple[int, ...]) -> None:
+    """What the ahead-of-time compilation writes for bf16 and a table of these rows, which is kept as `rows.json`.
+
+    Its list of kernels is kept as `table.json`, what it prints as `stdout` and `stderr`.
+    """
+    dump_rows(rows, folder / "rows.json")
+    options = ("--arch", *archs, "--dtype", "bf16", "--out", folder, "--json", folder / "table.json")
+    done = run_python("-c", COMPILE_ROWS, folder / "rows.json", *options)
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+
+
+COMPILE_ROWS = """
+import sys
+from pathlib import Path
+from polyvit_kernels.aot import c_table, main
+from polyvit_kernels.tiles import load_rows, lookup
+lookup.TABLE = main.TABLE = c_table.TABLE = load_rows(Path(sys.argv.pop(1)))
+main.main()
+"""
+
+
+FEW = {
+    80: (("attention_short_forward", 50, 64), ("dgelu_backward", 64, 768)),
+    90: (
+        ("attention_short_forward", 50, 64),
+        ("attention_short_forward", 197, 64),
+        ("attention_short_backward", 50, 64),
+        ("attention_long_backward", 197, 64),
+        ("linear_gelu_forward", 64, 768),
+    ),
+    100: (("attention_long_forward", 270, 64), ("attention_long_backward", 270, 64)),
+    120: (("attention_short_forward", 150, 64), ("attention_long_backward", 150, 64), ("linear_add_forward", 64, 768)),
+}
+"""(op, tokens, features) of a few rows for each GPU: every kernel of attention and of the linear layers is among them."""
+
+
+def choose_few_rows() -> tuple[Tile, ...]:
+    """The portable rows of `FEW` on their own GPU and on those that `FEW` lacks, one of Hopper's kernels, and one that chooses a backend."""
+    hoppers = pick("attention_long_forward", 90, torch.bfloat16, tokens=270, features=64)
+    choice = pick("attention", 90, torch.bfloat16, tokens=270, features=64)
+    chosen = [hoppers, choice]
+    for arch, questions in FEW.items():
+        for op, tokens, features in questions:
+            row = pick(op, arch, torch.bfloat16, tokens=tokens, features=features, portable=True)
+            chosen.append(replace(row, archs=tuple(other for other in row.archs if other == arch or other not in FEW)))
+    return tuple(sorted(chosen, key=lambda row: row.features))

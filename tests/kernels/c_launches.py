@@ -1,7 +1,7 @@
 """What the C library launches, run on the CPU: `recording_driver.c` stands for the driver, Triton's interpreter for the GPU.
 
-A program of its own, because the driver's name must not be taken in the tests' process: c_launches.py LIBRARY DRIVER. It raises where
-something is wrong.
+A program of its own, because the driver's name must not be taken in the tests' process: c_launches.py LIBRARY DRIVER ROWS. The rows are
+those that the library was compiled from. It raises where something is wrong.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from samples import normal
 
 from polyvit_kernels import tiles
 from polyvit_kernels.aot import library
+from polyvit_kernels.tiles import lookup
 from polyvit_kernels.triton_kernels import attention_long, attention_short
 
 TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -197,7 +198,7 @@ def check_what_is_refused(gpu: Gpu) -> None:
     gpu.set(context=0)
     refused(NO_CONTEXT, "no CUDA context is current")
     gpu.set(context=121, capability=121)
-    refused(NO_GPU, "is for sm_120 and does not run on this GPU, sm_121")
+    refused(NO_GPU, "is for sm_120 and does not run on this GPU, sm_121", tokens=150)
     gpu.set(context=75, capability=75)
     refused(NO_KERNEL, "sm_75")
     gpu.set(context=89, capability=89)
@@ -233,6 +234,7 @@ def check_no_device(gpu: Gpu) -> None:
 
 if __name__ == "__main__":
     found = Gpu(Path(sys.argv[1]), Path(sys.argv[2]))
+    lookup.TABLE = tiles.load_rows(Path(sys.argv[3]))
     check_no_device(found)
     check_an_image_is_loaded_once_per_context(found)
     check_what_is_refused(found)

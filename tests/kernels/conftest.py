@@ -5,13 +5,15 @@ import os
 import jaxtyping
 import pytest
 import torch
-from ahead_of_time import build_library, run_aot
+from ahead_of_time import build_library, choose_few_rows, compile_table
 from bounds import bounds as bounds  # a fixture
 from interpreted import on_kernels as on_kernels  # another
 from interpreted import registered as registered  # another
 from lost_context import pytest_configure as pytest_configure  # a hook
 
 from polyvit_kernels.aot.main import ARCHS
+from polyvit_kernels.tiles import load_rows, lookup
+from polyvit_kernels.tiles.table import TABLE
 
 # cuBLAS repeats its results only with this, and without TF32 the baselines are as exact as their dtype.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -45,14 +47,24 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(scope="session")
-def table_folder(tmp_path_factory):
-    """What the ahead-of-time compilation writes for bf16 and every generation of GPUs, with the table as `table.json`."""
+@pytest.fixture(scope="session", params=["few rows", pytest.param("every row", marks=pytest.mark.long)])
+def table_folder(tmp_path_factory, request):
+    """What the ahead-of-time compilation writes for bf16 and every generation of GPUs; see `compile_table`."""
     folder = tmp_path_factory.mktemp("aot")
-    done = run_aot("--arch", *ARCHS, "--dtype", "bf16", "--out", folder, "--json", folder / "table.json")
-    (folder / "stdout").write_text(done.stdout)
-    (folder / "stderr").write_text(done.stderr)
+    compile_table(folder, choose_few_rows() if request.param == "few rows" else TABLE, ARCHS)
     return folder
+
+
+@pytest.fixture
+def compiled_rows(table_folder, monkeypatch):
+    """The rows of that table, from which alone `tiles.pick` now chooses."""
+    rows = load_rows(table_folder / "rows.json")
+    monkeypatch.setattr(lookup, "TABLE", rows)
+    for cached in (lookup._pick, lookup._rows):
+        cached.cache_clear()
+    yield rows
+    for cached in (lookup._pick, lookup._rows):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,7 @@ Each is registered with torch.library as `polyvit::<name>` (`registration`), whi
 On a CPU the functions call torch's own operators, as do the registered operations. `reference.py` states what each computes.
 """
 
-from polyvit_kernels.ops.attention import attention
-from polyvit_kernels.ops.attention_backends import AttentionBackend
-from polyvit_kernels.ops.attention_varlen import attention_varlen
+from polyvit_kernels.ops.attention import AttentionBackend, attention, attention_varlen
 from polyvit_kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_residual
 from polyvit_kernels.ops.linear import linear
 from polyvit_kernels.ops.mlp import Gelu, linear_add, linear_gelu, mlp

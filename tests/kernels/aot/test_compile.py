@@ -86,7 +86,7 @@ def test_serialized_wgmma_is_found_though_nothing_spills_also_when_the_kernel_co
 
 
 def test_a_gluon_kernel_takes_tensor_descriptors_and_its_limit_of_registers(tmp_path):
-    done = run_python("-c", GLUON, tmp_path, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT / 'kernels'}")
+    done = run_python("-c", GLUON, tmp_path, PYTHONPATH=f"{ROOT / 'tests' / 'gluon'}:{ROOT / 'kernels'}")
     assert not done.returncode, done.stderr
     free, limited = json.loads(done.stdout)
     for image in (free, limited):

@@ -79,24 +79,19 @@ def disassembled(image, path):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_instructions_are_those_that_the_disassembler_finds(arch, c_library, tmp_path):
     rows = [row for row in library.rows(library.load(c_library)) if row.arch == arch]
-    for op in (
-        b"attention_short_forward",
-        b"attention_short_backward",
-        b"attention_long_backward",
-        b"dgelu_backward",
-        b"layer_norm_backward",
-    ):
-        row = next(row for row in rows if row.op == op)
+    assert len({row.op for row in rows}) >= 2
+    for row in {row.op: row for row in rows}.values():
         kernel = row.kernels[0].contents
         image = string_at(kernel.image, kernel.image_bytes)
         assert cubin.count_instructions(image) == disassembled(image, tmp_path / "image")
         assert cubin.read(image).registers == kernel.num_registers
 
 
-def test_spills_are_those_that_the_disassembler_finds(tmp_path):
-    done = run_python("-c", SPILLING, tmp_path, *ARCHS)
+@pytest.mark.parametrize("archs", [(80,), pytest.param(ARCHS[1:], marks=pytest.mark.long)], ids=str)
+def test_spills_are_those_that_the_disassembler_finds(archs, tmp_path):
+    done = run_python("-c", SPILLING, tmp_path, *archs)
     assert not done.returncode, done.stderr
-    for arch in ARCHS:
+    for arch in archs:
         image = (tmp_path / str(arch)).read_bytes()
         found = disassembled(image, tmp_path / "image")
         assert cubin.count_instructions(image) == found
@@ -104,7 +99,7 @@ def test_spills_are_those_that_the_disassembler_finds(tmp_path):
         assert (usage.spill_stores, usage.spill_loads) == (found["STL"], found["LDL"])
         assert (usage.stack > 0) == (found["STL"] > 0)
         assert usage.tensor == {name: count for name, count in found.items() if "MMA" in name}
-    assert cubin.read((tmp_path / "80").read_bytes()).spill_stores > 50
+    assert archs != (80,) or usage.spill_stores > 50
 
 
 @pytest.mark.parametrize(

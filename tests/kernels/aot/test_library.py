@@ -56,14 +56,14 @@ def test_every_lookup_of_the_file_gives_its_row(c_library):
 
 
 @pytest.mark.parametrize("op", sorted({tile.op for tile in TABLE}))
-def test_lookups_are_those_of_pick(op, c_library):
+def test_lookups_are_those_of_pick(op, c_library, compiled_rows):
     held = library.load(c_library)
     sizes = (1, 16, 64, 65, 129, 197, 208, 257, 401, 1025, 3137), (16, 32, 48, 64, 80, 128, 192, 768, 1024, 3072, 5000)
     for dtype, arch, tokens, features in itertools.product(("fp32", "bf16"), (70, 80, 87, 90, 95, 100, 103, 120, 121), *sizes):
         name = next(key for key, value in tiles.DTYPES.items() if value == dtype)
         tile = tiles.pick(op, arch, name, tokens=tokens, features=features, portable=True)
         found = held.polyvit_kernels_find(op.encode(), dtype.encode(), arch, tokens, features)
-        older = max((a for a in (80, 86, 89, 90, 100, 120) if a <= arch), default=0)
+        older = max((a for row in compiled_rows for a in row.archs if a <= arch), default=0)
         served = tile.backend == "triton" and op != BACKEND_CHOICE and older in ARCHS
         if not served or dtype not in ({"bf16"} & set(tile.dtypes) or tile.dtypes):
             assert not found
@@ -76,7 +76,7 @@ def test_lookups_are_those_of_pick(op, c_library):
 
 def test_a_kernel_is_chosen_by_name_and_constants(c_library):
     held = library.load(c_library)
-    row = held.polyvit_kernels_find(b"attention_long_backward", b"bf16", 90, 401, 64)
+    row = held.polyvit_kernels_find(b"attention_long_backward", b"bf16", 90, 197, 64)
     delta = held.polyvit_kernels_choose(row, b"attention_long_bwd_kernel_delta", b"VARLEN=1  HEAD_DIM=64")
     assert delta.contents.name == b"attention_long_bwd_kernel_delta"
     assert held.polyvit_kernels_constant(delta, b"VARLEN", -1) == 1
@@ -114,7 +114,16 @@ def test_launches_through_a_driver_that_computes_on_the_host(c_library):
     driver = c_library.parent / "driver" / "libcuda.so.1"
     paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "kernels")))
     script = ROOT / "tests" / "kernels" / "c_launches.py"
-    done = run(sys.executable, script, c_library, driver, PYTHONPATH=paths, LD_LIBRARY_PATH=str(driver.parent), TRITON_INTERPRET="1")
+    done = run(
+        sys.executable,
+        script,
+        c_library,
+        driver,
+        c_library.parent / "rows.json",
+        PYTHONPATH=paths,
+        LD_LIBRARY_PATH=str(driver.parent),
+        TRITON_INTERPRET="1",
+    )
     assert not done.returncode, done.stderr
 
 

@@ -1,9 +1,11 @@
 """Every row of the tile table, compiled for GPUs that are not there."""
 
 import json
+import sys
 
 import pytest
 from ahead_of_time import run_aot, run_python
+from triton import knobs
 
 from polyvit_kernels.aot import library, listing, main
 from polyvit_kernels.aot.compiled_kernel import SHARED_BYTES
@@ -12,19 +14,46 @@ from polyvit_kernels.tiles.table import TABLE
 
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
-# One row instead of the table.
-ONE_ROW = """
+# These rows instead of the table.
+ROWS = """
 from polyvit_kernels.aot import main
 from polyvit_kernels.tiles import Tile
-main.TABLE = (Tile(op="{op}", archs=(80, 90), features=64, blocks={blocks}, num_warps={warps}, num_stages={stages}),)
+main.TABLE = tuple(Tile(**row) for row in {rows})
 main.main()
 """
 FORWARD = {"BLOCK_D": 64, "BLOCK_M": 64, "KEYS_0": 256, "KEYS_1": 0, "KEYS_2": 0}
-BACKWARD = {"BLOCK_D": 64, "BLOCK_M": 256, "BLOCK_N": 32}
+SPILLING = {"op": "attention_short_forward", "archs": (80,), "features": 64, "blocks": FORWARD | {"BLOCK_M": 128}}
+# This row was in the table: 232 registers, no spill, and wgmma one after the other.
+ADVISED = {
+    "op": "attention_short_backward",
+    "archs": (90,),
+    "features": 64,
+    "blocks": {"BLOCK_D": 64, "BLOCK_M": 256, "BLOCK_N": 32},
+    "num_warps": 8,
+    "num_stages": 2,
+}
+IMPOSSIBLE = {"op": "attention_short_forward", "archs": (80,), "features": 64, "blocks": FORWARD, "num_warps": 3}
 
 
-def one_row(op="attention_short_forward", blocks=FORWARD, warps=4, stages=1):
-    return ONE_ROW.format(op=op, blocks=blocks, warps=warps, stages=stages)
+def compile_rows(*rows, options):
+    return run_python("-c", ROWS.format(rows=rows), "--dtype", "bf16", *options)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """The command in this process: (its status or message, what it printed, its errors)."""
+
+    def run(*options, interpret=False):
+        monkeypatch.setattr(knobs.runtime, "interpret", interpret)
+        monkeypatch.setattr(sys, "argv", ["aot", *map(str, options)])
+        status = 0
+        try:
+            main.main()
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +70,10 @@ def name(record):
     return f"{record['op']} sm_{record['arch']} {record['kernel']} {constants}"
 
 
-def test_every_row_is_compiled_for_every_gpu_that_it_serves(records):
+def test_every_row_is_compiled_for_every_gpu_that_it_serves(records, compiled_rows):
     wanted = {
         (tile.op, tile.tokens, tile.features, arch)
-        for tile in TABLE
+        for tile in compiled_rows
         for arch in main.ARCHS
         if tile.backend in ("triton", "hopper") and tile.op != BACKEND_CHOICE and arch in tile.archs
     }
@@ -101,66 +130,48 @@ def test_the_command_succeeds_and_prints_a_line_per_kernel(records, table_folder
     assert lines[-1].endswith(" 0 failures"), (table_folder / "stderr").read_text()
 
 
-def test_a_kernel_that_spills_is_named(tmp_path):
-    code = one_row(blocks=FORWARD | {"BLOCK_M": 128})
-    done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
+def test_kernels_beyond_the_budget_are_named_and_marked_in_the_table(tmp_path):
+    done = compile_rows(SPILLING, ADVISED, options=("--arch", 80, 90, "--json", tmp_path / "table.json"))
     assert done.returncode == 1
     assert "beyond the budget:" in done.stderr
-    assert (
-        "attention_short_forward triton bf16 sm_80, tokens any, features 64, 255 registers, attention_short_fwd_kernel HEAD_DIM=64"
-        in done.stderr
-    )
+    name = "attention_short_forward triton bf16 sm_80, tokens any, features 64, 255 registers, attention_short_fwd_kernel HEAD_DIM=64"
+    assert name in done.stderr
     assert "spill stores" in done.stderr
-
-
-def test_a_kernel_of_which_ptxas_complains_is_named_and_marked_in_the_table(tmp_path):
-    """This row was in the table: 232 registers, no spill, and wgmma one after the other."""
-    code = one_row("attention_short_backward", BACKWARD, warps=8, stages=2)
-    done = run_python("-c", code, "--arch", "90", "--dtype", "bf16", "--json", tmp_path / "table.json")
-    assert done.returncode == 1
-    headings, line, totals = done.stdout.splitlines()
+    headings, _, line, totals = done.stdout.splitlines()
     assert "messages" in headings
     assert "  (C7515) Potential Performance Loss  " in line
-    assert totals.endswith(" 1 failures")
-    (record,) = json.loads((tmp_path / "table.json").read_text())
+    assert totals.endswith(" 2 failures")
+    (_, record) = json.loads((tmp_path / "table.json").read_text())
     (message,) = record["messages"]
     assert message in done.stderr
     assert message.startswith("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized")
 
 
 def test_a_kernel_that_does_not_compile_is_named(tmp_path):
-    code = one_row(warps=3)
-    done = run_python("-c", code, "--arch", "80", "--dtype", "bf16", "--out", tmp_path / "table")
+    done = compile_rows(IMPOSSIBLE, options=("--arch", 80, "--out", tmp_path / "table"))
     assert done.returncode == 1
     assert "attention_short_forward bf16 sm_80 tokens 1..1073741824 features 64, kernel 0: " in done.stderr
     assert "num_warps must be a power of 2" in done.stderr
     assert not list((tmp_path / "table").iterdir())
 
 
-def test_a_row_that_no_module_compiles_is_named():
-    done = run_python("-c", one_row("attention_sideways"))
-    assert done.returncode == 1
-    assert "no module compiles the rows of attention_sideways" in done.stderr
-
-
-def test_the_interpreter_is_refused():
-    done = run_aot(TRITON_INTERPRET="1")
-    assert done.returncode == 1
-    assert done.stderr == "Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it\n"
+def test_the_interpreter_is_refused(run_main):
+    status, _, _ = run_main(interpret=True)
+    assert status == "Triton's interpreter is chosen (TRITON_INTERPRET), which compiles nothing: unset it"
 
 
 @pytest.mark.parametrize("name", ["70", "sm_70"])
-def test_an_unknown_gpu_is_refused(name):
-    done = run_aot("--arch", name)
-    assert done.returncode == 2
-    assert "invalid choice: 70" in done.stderr
+def test_an_unknown_gpu_is_refused(name, run_main):
+    status, _, errors = run_main("--arch", name)
+    assert status == 2
+    assert "invalid choice: 70" in errors
 
 
 def test_a_gpu_is_named_as_a_number_or_as_nvidia_does():
     assert main._parser().parse_args(["--arch", "90", "sm_100"]).arch == [90, 100]
 
 
-def test_where_nothing_can_be_written_is_refused_before_anything_is_compiled(tmp_path):
+def test_where_nothing_can_be_written_is_refused_before_anything_is_compiled(tmp_path, run_main):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for option, path, message in (
@@ -169,10 +180,10 @@ def test_where_nothing_can_be_written_is_refused_before_anything_is_compiled(tmp
         ("--json", tmp_path / "file" / "table.json", f"--json: {tmp_path / 'file'} is a file; a folder is needed"),
         ("--json", tmp_path / "folder", f"--json: {tmp_path / 'folder'} is a folder; a file is needed"),
     ):
-        done = run_aot(option, path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr
-        assert "compiled" not in done.stderr.replace("compiled for", "")
+        status, printed, errors = run_main(option, path)
+        assert (status, printed) == (2, "")
+        assert message in errors
+        assert "compiled" not in errors.replace("compiled for", "")
 
 
 def test_help_has_examples_and_defaults():
@@ -183,11 +194,11 @@ def test_help_has_examples_and_defaults():
     assert "(default: False)" not in text
 
 
-def test_a_library_elsewhere_is_listed(c_library):
-    done = run_aot("--library", c_library)
-    assert not done.returncode, done.stderr
-    assert tuple(done.stdout.splitlines()[0].split()) == library.HEADINGS
-    assert "attention_short_fwd_kernel" in done.stdout
+def test_a_library_elsewhere_is_listed(c_library, run_main):
+    status, printed, errors = run_main("--library", c_library)
+    assert not status, errors
+    assert tuple(printed.splitlines()[0].split()) == library.HEADINGS
+    assert "attention_short_fwd_kernel" in printed
 
 
 def test_an_install_without_the_library_says_so():

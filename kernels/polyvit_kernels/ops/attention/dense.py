@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_kernels.ops import dtypes, gradients
-from polyvit_kernels.ops.attention_backends import AttentionBackend, check_backend, choose_backend, library_attention, split_heads
+from polyvit_kernels.ops.attention.backends import AttentionBackend, check_backend, choose_backend, library_attention, split_heads
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 from polyvit_kernels.ops.registration import Pick, register
 from polyvit_kernels.tiles import PACKAGES, Tile

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from polyvit_kernels.ops.attention import (
+from polyvit_kernels.ops.attention.backends import choose_backend
+from polyvit_kernels.ops.attention.dense import (
     MOST_SEQUENCES,
     attention,
     compute_on_cpu,
@@ -18,7 +19,6 @@ from polyvit_kernels.ops.attention import (
     pick_kernel,
     save_attention,
 )
-from polyvit_kernels.ops.attention_backends import choose_backend
 from polyvit_kernels.ops.dtypes import check_floating, matmul_dtype
 from polyvit_kernels.ops.registration import Pick, register
 from polyvit_kernels.tiles import PACKAGES

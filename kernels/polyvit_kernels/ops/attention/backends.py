@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops import xformers_attention as xformers
+from polyvit_kernels.ops.attention import xformers
 
 AttentionBackend = Literal["auto", "cudnn", "flash", "xformers"]
 """auto: as the tile table says for the size; else the library that computes it on a GPU: cuDNN, torch's FlashAttention, xformers."""

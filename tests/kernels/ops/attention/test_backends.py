@@ -7,7 +7,7 @@ from samples import normal
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from polyvit_kernels import tiles
-from polyvit_kernels.ops.attention_backends import ALIGNMENT, align, choose_backend, library_attention
+from polyvit_kernels.ops.attention.backends import ALIGNMENT, align, choose_backend, library_attention
 from polyvit_kernels.tiles import lookup
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -12,23 +12,23 @@ from samples import normal
 
 import polyvit_kernels as ops
 from polyvit_kernels import reference, tiles
-from polyvit_kernels.ops import xformers_attention
-from polyvit_kernels.ops.attention_backends import check_backend, choose_backend
+from polyvit_kernels.ops.attention import xformers
+from polyvit_kernels.ops.attention.backends import check_backend, choose_backend
 from polyvit_kernels.tiles import lookup
 
 HALVES = [torch.bfloat16, torch.float16]
 on_a_gpu_with_xformers = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not xformers_attention.is_installed(), reason="neither mslk nor xformers is installed"),
+    pytest.mark.skipif(not xformers.is_installed(), reason="neither mslk nor xformers is installed"),
 ]
 
 
 @pytest.fixture
 def nothing_installed(monkeypatch):
-    monkeypatch.setattr(xformers_attention, "find_spec", lambda name: None)
-    xformers_attention.load.cache_clear()
+    monkeypatch.setattr(xformers, "find_spec", lambda name: None)
+    xformers.load.cache_clear()
     yield
-    xformers_attention.load.cache_clear()
+    xformers.load.cache_clear()
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def with_package(monkeypatch, tmp_path):
 
     monkeypatch.syspath_prepend(str(tmp_path))
     installed = importlib.util.find_spec
-    monkeypatch.setattr(xformers_attention, "find_spec", lambda name: installed(name) if (tmp_path / name).exists() else None)
-    xformers_attention.load.cache_clear()
+    monkeypatch.setattr(xformers, "find_spec", lambda name: installed(name) if (tmp_path / name).exists() else None)
+    xformers.load.cache_clear()
     yield write
-    xformers_attention.load.cache_clear()
+    xformers.load.cache_clear()
     for loaded in [key for key in sys.modules if key.partition(".")[0] in ("mslk", "xformers")]:
         del sys.modules[loaded]
 
@@ -73,7 +73,7 @@ def test_auto_is_what_happens_without_a_word():
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_a_missing_package_is_named_with_what_to_install():
-    assert not xformers_attention.is_installed()
+    assert not xformers.is_installed()
     with pytest.raises(ValueError, match=r"neither mslk nor xformers is installed; pip install mslk-cuda .* or pip install xformers"):
         check_backend("xformers", "cuda")
     check_backend("cudnn", "cuda")
@@ -83,15 +83,15 @@ def test_a_missing_package_is_named_with_what_to_install():
 def test_a_package_that_cannot_be_imported_is_told_unless_the_other_one_can(with_package):
     with_package("mslk", "mslk.attention.fmha", "raise OSError('undefined symbol')")
     with pytest.raises(ValueError, match=r"mslk cannot be imported \(OSError: undefined symbol\); pip install mslk-cuda"):
-        xformers_attention.load()
+        xformers.load()
     with_package("xformers", "xformers.ops", "here = True")
-    assert xformers_attention.load().here
+    assert xformers.load().here
 
 
 def test_mslk_comes_before_xformers(with_package):
     with_package("xformers", "xformers.ops", "which = 'xformers'")
     with_package("mslk", "mslk.attention.fmha", "which = 'mslk'")
-    assert xformers_attention.load().which == "mslk"
+    assert xformers.load().which == "mslk"
 
 
 @pytest.mark.parametrize(("is_installed", "expected"), [(True, "xformers"), (False, "triton")])
@@ -99,7 +99,7 @@ def test_a_row_of_the_table_counts_where_its_package_is_there(monkeypatch, is_in
     ours = tiles.pick("attention", 90, torch.bfloat16, tokens=197, features=64)
     monkeypatch.setattr(lookup, "TABLE", (replace(ours, archs=(90,), backend="xformers"), *lookup.TABLE))
     monkeypatch.setattr(lookup, "architecture", lambda device: 90)
-    monkeypatch.setattr(xformers_attention, "is_installed", lambda: is_installed)
+    monkeypatch.setattr(xformers, "is_installed", lambda: is_installed)
     lookup._rows.cache_clear()
     try:
         assert choose_backend("attention", 197, 64, 0, torch.bfloat16) == expected
@@ -110,7 +110,7 @@ def test_a_row_of_the_table_counts_where_its_package_is_there(monkeypatch, is_in
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_what_a_compiler_is_told_of_the_results(dtype):
     qkv = torch.empty(5, 2, 3, 4, 16, device="meta", dtype=dtype).transpose(0, 1).requires_grad_()
-    out, lse = xformers_attention.xformers_attention(qkv)
+    out, lse = xformers.xformers_attention(qkv)
     (gradient,) = torch.autograd.grad(out, qkv, torch.empty_like(out))
     assert [(tuple(t.shape), t.dtype, t.is_contiguous()) for t in (out, lse, gradient)] == [
         ((2, 5, 4, 16), dtype, True),
