@@ -33,7 +33,7 @@ from triton.testing import do_bench
 from polyvit_fast import strict_json
 from polyvit_kernels import tiles
 from polyvit_kernels.aot import commands
-from polyvit_kernels.ops import xformers_attention
+from polyvit_kernels.ops.attention import xformers
 from polyvit_kernels.tiles import ANY, Tile, dump_rows, load_rows
 
 MEASURED = machine.ROOT / "kernels" / "polyvit_kernels" / "tiles" / "measured"
@@ -185,7 +185,7 @@ def list_candidates(case: TileCase) -> list[Tile]:
     """
     rows = [case.row_in_use()]
     if case.op == "attention":
-        backends = ("triton", "cudnn", "flash", *(["xformers"] if xformers_attention.is_installed() else []))
+        backends = ("triton", "cudnn", "flash", *(["xformers"] if xformers.is_installed() else []))
         rows += [Tile(op=case.op, archs=(), backend=backend) for backend in (backends if HAS_GPU else backends[:1])]
     else:
         arch = tiles.architecture(DEVICE) if HAS_GPU else INTERPRETED_ARCH
