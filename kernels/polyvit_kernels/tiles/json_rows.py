@@ -22,8 +22,11 @@ def load_rows(path: Path | Traversable) -> tuple[Tile, ...]:
 
 
 def dump_rows(rows: Iterable[Tile], path: Path) -> None:
-    """Write the rows to a file, in their order."""
-    path.write_text("[\n" + ",\n".join(json.dumps(_encode(row), allow_nan=False) for row in rows) + "\n]\n", encoding="utf-8")
+    """Write the rows to a file, in their order. A process that is killed meanwhile leaves the file that was there."""
+    text = "[\n" + ",\n".join(json.dumps(_encode(row), allow_nan=False) for row in rows) + "\n]\n"
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _decode(*, archs: list[int], **values: Any) -> Tile:

@@ -13,6 +13,7 @@ from polyvit_kernels.tiles.tile import ANY, Tile
 MEASURED = tuple(
     row
     for file in sorted(files("polyvit_kernels.tiles").joinpath("measured").iterdir(), key=lambda file: file.name)
+    if file.name.endswith(".json")
     for row in load_rows(file)
 )
 """The rows of every GPU that has been measured; `source` names the file with the times, under `benchmarks/results`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import polyvit_fast
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.files import write_atomically
 from polyvit_fast.train.run_folder.config_json import differences, from_json, to_json
 from polyvit_fast.train.run_folder.earlier_versions import upgrade
 
@@ -59,10 +59,10 @@ def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Tra
         folder.mkdir(parents=True, exist_ok=True)
         earlier = commands.read_text() if commands.is_file() else ""
         if experiment.endswith(".py"):
-            _write(folder / "experiment.py", Path(experiment).read_text())
-        _write(commands, f"{earlier}{shlex.join(argv)}\n")
-        _write(folder / "versions.json", strict_json.dumps(_versions(), indent=2) + "\n")
-        _write(folder / "config.json", strict_json.dumps(content, indent=2) + "\n")
+            write_atomically(folder / "experiment.py", Path(experiment).read_text(), durable=True)
+        write_atomically(commands, f"{earlier}{shlex.join(argv)}\n", durable=True)
+        write_atomically(folder / "versions.json", strict_json.dumps(_versions(), indent=2) + "\n", durable=True)
+        write_atomically(folder / "config.json", strict_json.dumps(content, indent=2) + "\n", durable=True)
     except OSError as error:
         raise ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out") from error
 
@@ -70,7 +70,7 @@ def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Tra
 def record_classes(folder: Path, names: Mapping[str, Sequence[str] | None]) -> None:
     """Write classes.json: for each task the names of its classes in the order of their numbers, null where it knows none."""
     try:
-        _write(folder / "classes.json", strict_json.dumps(dict(names), indent=1) + "\n")
+        write_atomically(folder / "classes.json", strict_json.dumps(dict(names), indent=1) + "\n", durable=True)
     except OSError as error:
         raise ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out") from error
 
@@ -115,19 +115,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is broken: it holds no JSON object")
     return content
-
-
-def _write(path: Path, text: str) -> None:
-    """Put `text` at `path` so that a reader finds the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, Any]:
