@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
 # Who sets OMP_NUM_THREADS tests with as many: no result may depend on their number.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
+# A pytest that a test starts is a session of its own, no worker of this one, in which pytest-benchmark would measure nothing.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
