@@ -1,16 +1,20 @@
-"""Real processes of one run, as torchrun would start them, for tests. Two of them are started once, for all tests of a session."""
+"""Real processes for tests: those of one run, as torchrun would start them, and commands as a shell starts them.
+
+All are copies of a process that has imported what they need. Two of one run are started once, for all tests of a session.
+"""
 
 import atexit
 import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,11 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from polyvit_fast import __main__
 from polyvit_fast.train.distributed.process_group import process_group
 
 SECONDS = 120.0  # many times what any of these tests takes
 
-# Processes are copies of one that has imported all this once: an import takes seconds.
+# The imports take eight seconds.
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(
     ["polyvit_fast.cli", "polyvit_fast.train.loop", "polyvit_fast.train.distributed.fsdp", "torchmetrics.classification", "torch._dynamo"]
@@ -111,6 +116,48 @@ def run_together(size: int, function: Callable[..., Any], *arguments: Any) -> li
 def _end_shared() -> None:
     for processes in _shared:
         processes.kill()
+
+
+class Command:
+    """`polyvit-fast ARGUMENTS` in a process of its own and in a folder, with its output in the file `said` there."""
+
+    def __init__(self, *arguments: str, folder: Path) -> None:
+        self._process = _START.Process(target=_run_command, args=(arguments, folder))
+        with _own_path():
+            self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, minus the number of a signal that ended it, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        """Its exit code, when it has ended."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"it did not end in {seconds} seconds"
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+        self.wait()
+
+
+def _run_command(arguments: Sequence[str], folder: Path) -> None:
+    os.setsid()
+    os.chdir(folder)
+    with open("said", "ab", buffering=0) as said:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(said.fileno(), stream.fileno())
+    sys.argv = ["polyvit-fast", *arguments]
+    __main__.main()
 
 
 @contextmanager

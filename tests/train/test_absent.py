@@ -1,9 +1,11 @@
 """What an update does to the heads and tokenizers of absent tasks: they coast or rest (`Optim.absent`)."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from long_forms import mark_long
 from processes import run_together
 from tiny_runs import Tile, change, tile_task, tiny_config
 
@@ -79,8 +81,7 @@ def train_by_torch(of, name: str, *, set_to_none: bool) -> PolyViT:
     return model
 
 
-@pytest.mark.parametrize("absent", ["coast", "rest"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "absent"), mark_long(product(OPTIMIZERS, ["coast", "rest"]), [("sgd", "coast"), ("adamw", "rest")]))
 def test_torch_coasts_by_zero_gradients_and_rests_without(name, absent):
     of = config(**vars(OPTIMIZERS[name]) | {"absent": absent})
     ours, theirs = train(of).model, train_by_torch(of, name, set_to_none=absent == "rest")
@@ -194,7 +195,7 @@ OWN = 6
 """Minibatches of the rare task, of which the second half is measured: moments start at zero."""
 
 
-@pytest.mark.parametrize("num_tasks", [2, 9, 100])
+@pytest.mark.parametrize("num_tasks", mark_long([2, 9, 100], [2, 9]))
 def test_a_rare_head_moves_by_the_root_of_the_number_of_tasks_or_as_if_alone(num_tasks):
     assert movement("rest", num_tasks) == pytest.approx(1, rel=1e-3)
     assert movement("coast", num_tasks) == pytest.approx(num_tasks**0.5, rel=0.1)
@@ -211,7 +212,7 @@ def of_processes(world: World, changes: dict) -> dict[str, torch.Tensor]:
     return {**step.parameters.state_dict(), **{f"state.{name}": tensor for name, tensor in step.optimizer.state_dict().items()}}
 
 
-@pytest.mark.parametrize("changes", [{}, {"sharded": True}], ids=["whole", "sharded"])
+@pytest.mark.parametrize("changes", mark_long([{}, {"sharded": True}], [{"sharded": True}]), ids=["whole", "sharded"])
 def test_several_processes_rest_as_one(changes):
     found, expected = run_together(2, of_processes, changes)[0], of_processes(ALONE, {})
     assert found.keys() == expected.keys()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long_forms import mark_long
 from PIL import Image as Pillow
 from safetensors.torch import load_file
 from tiny_runs import change, tile_task, tiny_config
@@ -77,7 +78,7 @@ def losses(folder: Path):
     return [(line["step"], task, row["loss"]) for line in lines for task, row in line.get("tasks", {}).items() if "loss" in row]
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "residual": "bf16"}], ids=["fp32", "bf16-residual"])
+@pytest.mark.parametrize("changes", mark_long([{}, {"precision": "bf16", "residual": "bf16"}], [{}]), ids=["fp32", "bf16-residual"])
 def test_smoke_loses_more_than_thirty_percent_of_its_loss(tmp_path, changes):
     run(experiments.load("smoke"), tmp_path / "run", log_every_steps=10, **changes)
     rows = losses(tmp_path / "run")
@@ -89,9 +90,9 @@ def test_smoke_loses_more_than_thirty_percent_of_its_loss(tmp_path, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.long),
         {"schedule": "accumulating"},
-        {"schedule": "task-by-task", "optim_changes": {"name": "sgd", "lr": 0.01, "ema_decay": 0.9}},
+        pytest.param({"schedule": "task-by-task", "optim_changes": {"name": "sgd", "lr": 0.01, "ema_decay": 0.9}}, marks=pytest.mark.long),
         {"model_changes": {"dropout": 0.2, "num_adaptor_layers": 1}, "task_changes": {"drop_path_rate": 0.3, "mixup": 0.3}},
     ],
     ids=["weighted", "accumulating", "sgd-ema", "dropout-adaptors-mixup"],
@@ -180,7 +181,7 @@ def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
     assert all(t.isfinite().all() for t in tensors(tmp_path)["model"].values())
 
 
-@pytest.mark.parametrize("eval_every_steps", [0, 10])
+@pytest.mark.parametrize("eval_every_steps", mark_long([0, 10], [10]))
 def test_a_signal_in_the_last_evaluation_loses_no_step(tmp_path, config, monkeypatch, eval_every_steps):
     config = change(config, eval_every_steps=eval_every_steps, save_every_steps=1000)
     straight = run(config, tmp_path / "straight")
@@ -237,7 +238,7 @@ def write_as_before(folder: Path) -> Path:
     return newest.path
 
 
-@pytest.mark.parametrize("earlier_version", [False, True], ids=["now", "0.4"])
+@pytest.mark.parametrize("earlier_version", mark_long([False, True], [True]), ids=["now", "0.4"])
 def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(tmp_path, config, earlier_version):
     tasks = config.tasks | {"b": replace(config.tasks["b"], val=Unlabelled(num_samples=30, seed=1))}
     config = change(config, tasks=tasks, eval_every_steps=10, save_every_steps=10, out=str(tmp_path))

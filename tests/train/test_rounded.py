@@ -1,8 +1,11 @@
 """Parameters that each update writes in bf16 too: a step that uses them is one that rounds them itself, to the bit."""
 
+from itertools import cycle, product
+
 import pytest
 import torch
 from interpreted import registered as registered  # a fixture
+from long_forms import mark_long
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Optim, Train
@@ -59,8 +62,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("path", ["torch's", "registered"])
-@pytest.mark.parametrize("name", CHANGES)
+PATHS = ("torch's", "registered")
+
+
+@pytest.mark.parametrize(("name", "path"), mark_long(product(CHANGES, PATHS), [*zip(CHANGES, cycle(PATHS), strict=False)]))
 def test_training_is_the_same_to_the_bit(name, path, monkeypatch, request):
     if path == "registered":
         request.getfixturevalue("registered")

@@ -4,14 +4,14 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from long_forms import mark_long
+from processes import Command
 from tiny_runs import tiny_config
 
 from polyvit_fast import cli
@@ -58,13 +58,13 @@ SMOKE = ["train", "smoke", "--tasks.pictures.steps", "100000", "--save-every-ste
 
 
 @pytest.fixture
-def living(tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
+def living(tmp_path) -> Iterator[Callable[[], Command]]:
     """A function that starts a long training in the folder `run` and waits until it has saved."""
     started = []
 
-    def start() -> subprocess.Popen:
+    def start() -> Command:
         saved = len(list((tmp_path / "run").glob("checkpoints/step_*")))
-        process = subprocess.Popen([sys.executable, "-m", "polyvit_fast", *SMOKE, str(tmp_path / "run")], stdout=subprocess.DEVNULL)
+        process = Command(*SMOKE, str(tmp_path / "run"), folder=tmp_path)
         started.append(process)
         while process.poll() is None and len(list((tmp_path / "run").glob("checkpoints/step_*"))) <= saved:
             time.sleep(0.1)
@@ -73,7 +73,6 @@ def living(tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
     yield start
     for process in started:
         process.kill()
-        process.wait()
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -99,7 +98,7 @@ def test_a_second_run_is_refused_before_it_touches_anything_and_readers_are_not(
     assert process.poll() is None
     assert "was not saved" not in (folder / "log.txt").read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75
+    assert process.wait() == 75
 
 
 def test_a_run_goes_on_at_once_after_the_kill_of_the_one_before(tmp_path, living):
@@ -120,6 +119,9 @@ def test_a_warmup_that_never_ends_is_warned_of(tmp_path):
     assert "warning: The warm-up of 10 steps does not end within the run of 10: lower" in (tmp_path / "log.txt").read_text()
 
 
+WARNED_OF = [("weighted", 0, False), ("weighted", 7, False), ("weighted", 8, True), ("accumulating", 0, False), ("accumulating", 4, True)]
+
+
 def forget_warmup(folder: Path) -> None:
     """Make the newest checkpoint one of a version that did not note its warm-up."""
     newest = checkpoint.find_newest(folder)
@@ -131,10 +133,7 @@ def forget_warmup(folder: Path) -> None:
     (newest.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "warmup_steps", "is_warned_of"),
-    [("weighted", 0, False), ("weighted", 7, False), ("weighted", 8, True), ("accumulating", 0, False), ("accumulating", 4, True)],
-)
+@pytest.mark.parametrize(("schedule", "warmup_steps", "is_warned_of"), mark_long(WARNED_OF, WARNED_OF[1:3]))
 def test_an_earlier_versions_run_whose_rates_were_others_is_warned_of(tmp_path, schedule, warmup_steps, is_warned_of):
     optim = Optim(warmup_steps=warmup_steps)
     config = tiny_config(schedule=schedule, optim=optim, save_every_steps=7, keep=9, out=str(tmp_path))

@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import SECONDS, Command
 
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.signals import Stop, Stopped, exit_code, stop_on_signals
 
-SECONDS = 120.0  # many times what any of these tests takes
 EXPERIMENT = '''"""Small and long; each part of it that a test names is slow, and says when it is there."""
 import os, time
 from dataclasses import dataclass
@@ -57,22 +58,25 @@ config = Train(
     model=Model(dim=16, depth=1, num_heads=2, mlp_dim=16), compute=ComputeOptions(compute_threads=1), data=DataOptions(num_threads=1),
     log=LogOptions(log_every_steps=20, save_every_steps=50_000), out="run")
 '''
-TRAIN = [sys.executable, "-m", "polyvit_fast", "train", "exp.py"]
+TRAIN = ["train", "exp.py"]
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """A function that starts a training in a folder of its own, slow at a stage, with these flags; its output goes to the file `said`."""
+def start(tmp_path) -> Iterator[Callable[..., Any]]:
+    """A function that starts a training in a folder of its own, slow at a stage, with these flags.
+
+    What has options is a new program; else a process is enough, whose output goes to the file `said`.
+    """
     started = []
 
-    def run(stage: str = "", *flags: str, before: tuple[str, ...] = (), **options) -> subprocess.Popen:
+    def run(stage: str = "", *flags: str, before: tuple[str, ...] = (), **options) -> Command | subprocess.Popen:
         (tmp_path / "exp.py").write_text(EXPERIMENT)
         (tmp_path / "slow").write_text(stage)
-        if "stdout" in options:
-            process = subprocess.Popen([*before, *TRAIN, *flags], cwd=tmp_path, **options)
+        if before or options:
+            program = [*before, sys.executable, "-m", "polyvit_fast"]
+            process = subprocess.Popen([*program, *TRAIN, *flags], cwd=tmp_path, **({"stdout": subprocess.DEVNULL} | options))
         else:
-            with open(tmp_path / "said", "w") as said:
-                process = subprocess.Popen([*before, *TRAIN, *flags], cwd=tmp_path, stdout=said, stderr=said, **options)
+            process = Command(*TRAIN, *flags, folder=tmp_path)
         started.append(process)
         return process
 

@@ -1,7 +1,9 @@
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from long_forms import mark_long
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Optim
@@ -42,17 +44,19 @@ def gradient_by_autograd(config, batches):
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("accumulate", ["mean", "sum"])
+TASK_CHANGES = (
+    {},
+    {"micro_batches": 4},
+    {"mixup": 0.4},
+    {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1},
+    {"mixup": 0.4, "mixup_pairs": "reversed"},
+    {"mixup": 0.4, "mixup_pairs": "reversed", "micro_batches": 4},
+)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"micro_batches": 4},
-        {"mixup": 0.4},
-        {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1},
-        {"mixup": 0.4, "mixup_pairs": "reversed"},
-        {"mixup": 0.4, "mixup_pairs": "reversed", "micro_batches": 4},
-    ],
+    ("changes", "accumulate"),
+    mark_long(product(TASK_CHANGES, ["mean", "sum"]), [({}, "sum"), (TASK_CHANGES[3], "mean"), (TASK_CHANGES[5], "mean")]),
     ids=str,
 )
 def test_gradient_is_that_of_the_mean_or_sum_over_tasks_and_micro_batches(changes, accumulate):

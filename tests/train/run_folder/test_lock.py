@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import product
 
 import pytest
+from long_forms import mark_long
 
 from polyvit_fast.train.run_folder.lock import LOCK, RUNNING
 
@@ -159,7 +161,7 @@ def test_another_machine_with_common_locks_is_refused_at_once(tmp_path, start):
     assert not late.reports
 
 
-@pytest.mark.parametrize("without_locks", ["", "ENOLCK", "EOPNOTSUPP"])
+@pytest.mark.parametrize("without_locks", mark_long(["", "ENOLCK", "EOPNOTSUPP"], ["ENOLCK"]))
 def test_where_locks_do_not_reach_the_other_machine_running_json_decides(tmp_path, start, without_locks):
     one, other = (Machine(name, common_locks=False) for name in ("node-a", "node-b"))
     first = start(one, without_locks)
@@ -185,8 +187,7 @@ def test_after_an_end_nobody_waits_for_a_sign_of_life(start):
     assert not second.reports
 
 
-@pytest.mark.parametrize("stale", [False, True])
-@pytest.mark.parametrize("without_locks", ["", "ENOLCK"])
+@pytest.mark.parametrize(("without_locks", "stale"), mark_long(product(["", "ENOLCK"], [False, True]), [("", True), ("ENOLCK", False)]))
 def test_of_several_that_start_at_once_one_is_let_in(tmp_path, start, without_locks, stale):
     if stale:
         gone = start(Machine("node-z", common_locks=False), without_locks)
