@@ -45,14 +45,15 @@ measure: .venv/installed-tests
 bench: .venv/installed-tests
 	$(BIN)/pytest -q benchmarks
 
-# Triton keeps what it has compiled, so after `make test` DTYPES=bf16 takes seconds.
+# For a quick look: make aot DTYPES=bf16 ARCHS=80
 DTYPES ?= bf16 fp16
+ARCHS ?= 80 90 100 120
 CMAKE = $(shell PATH="$(CURDIR)/$(BIN):$$PATH" command -v cmake)
 
 aot: .venv/installed
 	@test -n "$(CMAKE)" || { echo "CMake 3.22 or newer is needed: install the system's, or $(BIN)/pip install cmake"; exit 1; }
 	@echo "== compiling every kernel of the tile table ahead of time (about 8 minutes on 2 cores the first time)"
-	$(CMAKE) -S . -B build/aot -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python "-DPOLYVIT_DTYPES=$(DTYPES)"
+	$(CMAKE) -S . -B build/aot -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python "-DPOLYVIT_DTYPES=$(DTYPES)" "-DPOLYVIT_ARCHS=$(ARCHS)"
 	$(CMAKE) --build build/aot
 	$(CMAKE) -E chdir build/aot ctest --output-on-failure
 
