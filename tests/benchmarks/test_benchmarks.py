@@ -8,6 +8,7 @@ from pathlib import Path
 import machine
 import pytest
 from harness import OURS, read_rows
+from long_forms import mark_long
 
 HERE = Path(machine.__file__).parent
 WHOLE = ("step", "data", "train")
@@ -23,21 +24,25 @@ def run(folder, *subjects):
     return done.stdout, read_rows(folder / "rows.jsonl"), json.loads((folder / "all.json").read_text())["benchmarks"]
 
 
-def test_kernels_and_schedules(tmp_path):
-    printed, rows, benchmarks = run(tmp_path, *KERNELS)
+TITLES = {
+    "attention": ("attention",),
+    "linear": ("fc1 + GELU",),
+    "mlp": ("MLP + residual",),
+    "layer_norm": ("add + LayerNorm",),
+    "patch_embed": ("patch embed",),
+    "update": ("AdamW",),
+    "schedule": ("plan, weighted", "learning rate"),
+    "cross_entropy": (),  # without a candidate of ours
+}
+
+
+@pytest.mark.parametrize("subjects", mark_long([("attention", "schedule"), KERNELS], [("attention", "schedule")]), ids=["few", "all"])
+def test_kernels_and_schedules(tmp_path, subjects):
+    printed, rows, benchmarks = run(tmp_path, *subjects)
     groups = {row.group for row in rows if row.candidate == OURS}
-    for title in (
-        "attention",
-        "fc1 + GELU",
-        "MLP + residual",
-        "add + LayerNorm",
-        "patch embed",
-        "AdamW",
-        "plan, weighted",
-        "learning rate",
-    ):
+    for title in (title for subject in subjects for title in TITLES[subject]):
         assert any(group.startswith(title) for group in groups), title
-    assert any(row.group.startswith("soft cross-entropy") for row in rows)
+    assert any(row.group.startswith("soft cross-entropy") for row in rows) == ("cross_entropy" in subjects)
     assert {(row.group, row.candidate): row.seconds for row in rows} == {
         (each["group"], each["extra_info"]["candidate"]): each["stats"]["data"] for each in benchmarks
     }

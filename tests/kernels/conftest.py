@@ -1,5 +1,6 @@
 """What holds for every test of a kernel."""
 
+import fcntl
 import os
 
 import jaxtyping
@@ -49,9 +50,19 @@ def unchecked_types():
 
 @pytest.fixture(scope="session", params=["few rows", pytest.param("every row", marks=pytest.mark.long)])
 def table_folder(tmp_path_factory, request):
-    """What the ahead-of-time compilation writes for bf16 and every generation of GPUs; see `compile_table`."""
-    folder = tmp_path_factory.mktemp("aot")
-    compile_table(folder, choose_few_rows() if request.param == "few rows" else TABLE, ARCHS)
+    """What the ahead-of-time compilation writes for bf16 and every generation of GPUs; see `compile_table`.
+
+    The first worker that needs it makes it, and the C library made of it, for all.
+    """
+    common = tmp_path_factory.getbasetemp()
+    folder = (common.parent if hasattr(request.config, "workerinput") else common) / f"aot of {request.param}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "stdout").exists():
+            compile_table(folder, choose_few_rows() if request.param == "few rows" else TABLE, ARCHS)
+            if (folder / "polyvit_table.c").exists():
+                build_library(folder)
     return folder
 
 
@@ -71,4 +82,4 @@ def compiled_rows(table_folder, monkeypatch):
 def c_library(table_folder):
     """The C library made of it."""
     assert (table_folder / "polyvit_table.c").exists(), (table_folder / "stderr").read_text()
-    return build_library(table_folder)
+    return table_folder / "libpolyvit_kernels.so"

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from compare import DEVICE
+from long_forms import mark_long
 from triton.runtime.errors import InterpreterError
 
 from polyvit_fast.experiments.demo import config as demo
@@ -63,7 +64,7 @@ def test_strides_count(bounds):
 
 
 @pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize(("name", "batch"), [("shapes", 5), ("motion", 3), ("chords", 3)])
+@pytest.mark.parametrize(("name", "batch"), mark_long([("shapes", 5), ("motion", 3), ("chords", 3)], [("motion", 3)]))
 def test_a_step_of_the_demo(name, batch, bounds):
     config = replace(demo, tasks={name: replace(demo.tasks[name], batch=batch)}, model=replace(demo.model, depth=2), device="cpu")
     step = Step(PolyViT.from_config(config).train(), config)

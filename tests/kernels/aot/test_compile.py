@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from ahead_of_time import ROOT, run_python
 
 from polyvit_kernels.aot.compile import messages
@@ -75,6 +76,7 @@ def test_warnings_and_advice_are_separated_from_the_lines_of_every_compilation()
     )
 
 
+@pytest.mark.long
 def test_serialized_wgmma_is_found_though_nothing_spills_also_when_the_kernel_comes_from_the_cache(tmp_path):
     done = run_python("-c", ADVISED, tmp_path)
     assert not done.returncode, done.stderr
@@ -96,6 +98,7 @@ def test_a_gluon_kernel_takes_tensor_descriptors_and_its_limit_of_registers(tmp_
     assert limited["usage"]["registers"] <= 24 < free["usage"]["registers"]
 
 
+@pytest.mark.long
 def test_the_same_kernel_gives_the_same_bytes_and_none_of_this_machines_folders(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -87,7 +87,8 @@ def test_instructions_are_those_that_the_disassembler_finds(arch, c_library, tmp
         assert cubin.read(image).registers == kernel.num_registers
 
 
-@pytest.mark.parametrize("archs", [(80,), pytest.param(ARCHS[1:], marks=pytest.mark.long)], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("archs", [(80,), ARCHS[1:]], ids=str)
 def test_spills_are_those_that_the_disassembler_finds(archs, tmp_path):
     done = run_python("-c", SPILLING, tmp_path, *archs)
     assert not done.returncode, done.stderr

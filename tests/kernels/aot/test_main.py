@@ -130,6 +130,7 @@ def test_the_command_succeeds_and_prints_a_line_per_kernel(records, table_folder
     assert lines[-1].endswith(" 0 failures"), (table_folder / "stderr").read_text()
 
 
+@pytest.mark.long
 def test_kernels_beyond_the_budget_are_named_and_marked_in_the_table(tmp_path):
     done = compile_rows(SPILLING, ADVISED, options=("--arch", 80, 90, "--json", tmp_path / "table.json"))
     assert done.returncode == 1

@@ -1,8 +1,11 @@
 """Layer normalisation by the comparison rule: truth is `reference.py` in fp64, the baseline plain PyTorch at the same dtype."""
 
+from itertools import product
+
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
+from long_forms import mark_long
 from samples import activations, factors, normal
 from torch.nn import functional
 
@@ -118,8 +121,12 @@ def test_gradients_are_the_same_in_every_run():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["as it lies", "transposed", "repeated", "none"])
+OPCHECKED = [("transposed", torch.float32), ("as it lies", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), mark_long(product(["as it lies", "transposed", "repeated", "none"], DTYPES), OPCHECKED), ids=str
+)
 def test_ops_are_registered_as_torch_wants_them(name, dtype):
     shape, view = (LAYER_NORM_VIEWS | {"none": ((0, 5, 96), lambda x: x)})[name]
     x, residual = (view(normal(*shape, seed=seed).to(dtype)).detach().requires_grad_() for seed in (0, 1))

@@ -1,8 +1,11 @@
 """Linear layers with GELU by the comparison rule: truth is `reference.py` in fp64, the baseline plain PyTorch at the same dtype."""
 
+from itertools import product
+
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
+from long_forms import mark_long
 from samples import factors, normal
 from torch.nn import functional
 
@@ -251,8 +254,10 @@ def test_of_hidden_tensors_the_activation_and_the_slope_are_kept():
         assert [tensor.numel() for tensor in torch.ops.polyvit.mlp(*inputs.values(), None, None, "erf", False)[1:]] == [0, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [*LAYOUTS, "empty"])
+OPCHECKED = [("transposed", torch.float32), ("contiguous", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), mark_long(product([*LAYOUTS, "empty"], DTYPES), OPCHECKED), ids=str)
 @pytest.mark.usefixtures("unchecked_types")
 def test_opcheck(layout, dtype):
     shape, view = (LAYOUTS | {"empty": ((0, 5, 48), lambda x: x)})[layout]

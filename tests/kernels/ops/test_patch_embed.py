@@ -1,8 +1,11 @@
 """Grids to tokens by the comparison rule: truth is `reference.py` in fp64, the baseline plain PyTorch at the same dtype."""
 
+from itertools import product
+
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
+from long_forms import mark_long
 from samples import normal
 from torch.nn import functional
 
@@ -219,8 +222,10 @@ OP_GRIDS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OP_GRIDS)
+OPCHECKED = [("channels first", torch.float32), ("bytes", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), mark_long(product(OP_GRIDS, DTYPES), OPCHECKED), ids=str)
 def test_ops_are_registered_as_torch_wants_them(name, dtype):
     inputs = patch_embed_inputs(OP_GRIDS[name](), (1, 8, 8), 3)
     grid, *parameters = inputs.values()

@@ -1,11 +1,13 @@
 """Attention by the comparison rule: truth is `reference.py` in fp64, the baseline plain PyTorch at the same dtype."""
 
 import sys
+from itertools import product
 
 import pytest
 import torch
 from attention_cases import KERNEL_DTYPE, VIEWS, plain
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
+from long_forms import mark_long
 from samples import activations, normal
 
 import polyvit_kernels as ops
@@ -105,8 +107,10 @@ OPCHECKED = {
 }
 
 
-@pytest.mark.parametrize("path", ["library", "kernels"])
-@pytest.mark.parametrize("name", OPCHECKED)
+@pytest.mark.parametrize(
+    ("name", "path"),
+    mark_long(product(OPCHECKED, ["library", "kernels"]), [("permuted", "library"), ("bf16", "library"), ("permuted", "kernels")]),
+)
 def test_opcheck(name, path, request):
     if path == "kernels":
         if name == "bf16" and DEVICE.type == "cpu":

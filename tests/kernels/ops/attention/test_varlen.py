@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import KERNEL_DTYPE, plain
 from compare import DEVICE, assert_as_exact_as_torch
+from long_forms import mark_long
 from samples import normal
 
 import polyvit_kernels as ops
@@ -60,7 +61,7 @@ def test_offsets_that_do_not_fit_are_named(offsets, longest, message):
         ops.attention_varlen(normal(4, 3, 2, 8), torch.tensor(offsets, dtype=torch.int32), longest)
 
 
-@pytest.mark.parametrize("path", ["library", "kernels"])
+@pytest.mark.parametrize("path", mark_long(["library", "kernels"], ["library"]))
 def test_opcheck_of_packed_sequences(path, request):
     if path == "kernels":
         request.getfixturevalue("on_kernels")
