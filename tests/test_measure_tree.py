@@ -41,9 +41,10 @@ def test_classes_of_one_name_comments_and_floors_are_counted(tmp_path):
     assert floors == {"kernels/polyvit_kernels": (1, 0), "polyvit_fast": (1, 1), "polyvit_fast/data": (2, 0)}
 
 
-def test_the_command_prints_the_measurements_of_this_checkout():
-    command = [sys.executable, str(Path(measure_tree.__file__))]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_command_prints_the_measurements_of_this_checkout(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["measure_tree.py"])
+    measure_tree.main()
+    shown = capsys.readouterr().out
     lines = dict(line.rsplit("  ", 1) for line in shown.splitlines()[:3])
     assert all(int(value) >= 0 for value in lines.values())
     assert "polyvit_fast/data" in shown

@@ -4,6 +4,7 @@ import resource
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 
 import av
 import numpy as np
@@ -22,13 +23,17 @@ BITS = [1, 2, 4, 5, 6, 7, 9, 10, 11]
 CORNERS = {0: True, 3: False, 8: False}
 
 
+@lru_cache(maxsize=512)
 def numbered(number, width=WIDTH, height=HEIGHT):
+    """The picture of a number, made once: nobody may write to it."""
     cells = np.zeros(12, bool)
     cells[0] = True
     cells[BITS] = [number >> i & 1 for i in range(9)]
     y, x = np.mgrid[:height, :width]
     grey = np.where(cells.reshape(3, 4)[3 * y // height, 4 * x // width], 220, 30)
-    return grey[..., None].repeat(3, -1).astype(np.uint8)
+    picture = grey[..., None].repeat(3, -1).astype(np.uint8)
+    picture.flags.writeable = False
+    return picture
 
 
 def number_of(picture):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from long_forms import mark_long
 
 from polyvit_fast import experiments
 from polyvit_fast.config import MODELS, Model, Train
@@ -52,7 +53,7 @@ def shrunk(config: Train, folder) -> Train:
     return replace(config, tasks=tasks, model=replace(TINY, num_adaptor_layers=adaptors), optim=optim, device="cpu", out=str(folder))
 
 
-@pytest.mark.parametrize("name", experiments.names())
+@pytest.mark.parametrize("name", mark_long(experiments.names(), ["demo", "smoke", "polyvit_b16"]))  # which has the tasks of the others
 def test_every_experiment_trains_and_evaluates(name, tmp_path):
     config = shrunk(experiments.load(name), tmp_path)
     outcome = train(config, name, ["test"])

@@ -104,7 +104,9 @@ def kept_bytes(model, grid, precision, recompute=False, leaves=None):
 
 
 @each_precision
-@pytest.mark.parametrize("changes", [{}, {"num_adaptor_layers": 1}, {"num_adaptor_layers": 3}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"num_adaptor_layers": 1}, marks=pytest.mark.long), {"num_adaptor_layers": 3}, {"dropout": 0.1}], ids=str
+)
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.usefixtures("registered")
 def test_activation_bytes_are_those_that_autograd_keeps(name, changes, precision, residual):
@@ -116,7 +118,11 @@ def test_activation_bytes_are_those_that_autograd_keeps(name, changes, precision
 
 
 @each_precision
-@pytest.mark.parametrize("changes", [{}, {"num_adaptor_layers": 1}, {"num_adaptor_layers": 3}, {"dropout": 0.1}, {"depth": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"num_adaptor_layers": 1}, marks=pytest.mark.long), {"num_adaptor_layers": 3}, {"dropout": 0.1}, {"depth": 1}],
+    ids=str,
+)
 @pytest.mark.usefixtures("registered")
 def test_recomputing_keeps_the_input_of_each_block_and_then_one_block(changes, precision, residual):
     config, modality = replace(MODEL, **changes), SMALL["clip"]

@@ -1,7 +1,5 @@
 import os
 import re
-import subprocess
-import sys
 from random import Random
 
 import numpy as np
@@ -12,6 +10,7 @@ from image_kinds import KINDS, saved
 from long_forms import every, mark_long
 from PIL import Image as Pillow
 
+from polyvit_fast import cli
 from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.jpeg import capture_stderr, check_codes, check_warnings, read_frame
 from polyvit_fast.data.image.modality import Image
@@ -221,15 +220,13 @@ config = Train(tasks={"pictures": task}, model=model, data=DataOptions(max_bad_r
 
 
 @pytest.mark.parametrize(("command", "status"), mark_long([("train", 0), ("check", 65)], [("check", 65)]))
-def test_a_cut_jpeg_is_named_and_replaced(tmp_path, command, status):
+def test_a_cut_jpeg_is_named_and_replaced(tmp_path, monkeypatch, capfd, command, status):
     (tmp_path / "mine.py").write_text(EXPERIMENT)
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(4):
             photo(40, 60, seed=i).save(tmp_path / "train" / name / f"{i}.jpg")
     (tmp_path / "train" / "a" / "cut.jpg").write_bytes(WHOLE["baseline"][:6000] + END)
-    done = subprocess.run(
-        [sys.executable, "-m", "polyvit_fast", command, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == status, done.stderr
-    assert re.search(r"train/a/cut\.jpg: truncated or damaged", done.stdout + done.stderr)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([command, "mine.py"]) == status
+    assert re.search(r"train/a/cut\.jpg: truncated or damaged", "".join(capfd.readouterr()))

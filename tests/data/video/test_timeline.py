@@ -82,7 +82,7 @@ def test_many_concatenated_recordings(recording, tmp_path, name, count):
 
 
 @pytest.mark.parametrize("name", mark_long(["h264.ts", "mpeg2.ts", "mpeg2.mpg", "h264.mkv"], ["h264.ts", "mpeg2.mpg"]))
-@pytest.mark.parametrize("seconds", mark_long([0.8, 2.0, 7.0, 3600, 95440], [0.8, 95440]))
+@pytest.mark.parametrize("seconds", mark_long([0.8, 2.0, 7.0, 3600, 95440], [95440]))
 @pytest.mark.parametrize("later", ["first", "second"])
 def test_clocks_of_concatenated_recordings_that_are_far_apart(recording, tmp_path, name, seconds, later):
     path = tmp_path / "concatenated"
@@ -207,7 +207,7 @@ def test_time_stamps_that_wrap_late(recording, tmp_path):
         ("h264.mkv", X264 | {"bf": "0"}),
     ],
 )
-@pytest.mark.parametrize("milliseconds", [800, 1600])
+@pytest.mark.parametrize("milliseconds", mark_long([800, 1600], [800]))
 def test_a_matroska_whose_time_stamps_jump_back(recording, tmp_path, name, options, milliseconds):
     content = bytearray(recording(name, 0, 80, options=options, muxing={"cluster_time_limit": "800"}))
     clusters = [match.start() for match in re.finditer(b"\x1f\x43\xb6\x75", content)]
@@ -222,7 +222,7 @@ def test_a_matroska_whose_time_stamps_jump_back(recording, tmp_path, name, optio
     check_all(path)
 
 
-@pytest.mark.parametrize("name", ["h264.ts", "h264.mkv", "h264.mp4", "vp9.webm"])
+@pytest.mark.parametrize("name", mark_long(["h264.ts", "h264.mkv", "h264.mp4", "vp9.webm"], ["h264.ts", "h264.mp4"]))
 def test_pictures_that_begin_after_the_sound(recording, tmp_path, name):
     path = tmp_path / "late"
     path.write_bytes(recording(name, 0, 80, times=tuple(range(50, 130)), ticks=RATE, sound_seconds=6.0))
@@ -258,7 +258,7 @@ def test_edit_lists(recording, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["h264.ts", "mpeg2.mpg", "vp9.webm"])
-@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("stride", mark_long([1, 3], [3]))
 def test_clips_of_training_and_evaluation_go_across_joints(recording, tmp_path, name, stride):
     path = tmp_path / "concatenated"
     path.write_bytes(recording(name, 0, size=(96, 96)) + recording(name, 40, size=(96, 96)))
