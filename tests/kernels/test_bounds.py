@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from compare import DEVICE
+from long_forms import mark_long
 from triton.runtime.errors import InterpreterError
 
 from polyvit_fast.experiments.demo import config as demo
@@ -62,9 +63,13 @@ def test_strides_count(bounds):
         read_all_kernel[(1,)](columns, total, BLOCK=16)
 
 
+STEPS = {"two shapes": ("shapes", 2), "shapes": ("shapes", 5), "motion": ("motion", 3), "chords": ("chords", 3)}
+
+
 @pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize(("name", "batch"), [("shapes", 5), ("motion", 3), ("chords", 3)])
-def test_a_step_of_the_demo(name, batch, bounds):
+@pytest.mark.parametrize("case", mark_long(STEPS, ["two shapes"]))
+def test_a_step_of_the_demo(case, bounds):
+    name, batch = STEPS[case]
     config = replace(demo, tasks={name: replace(demo.tasks[name], batch=batch)}, model=replace(demo.model, depth=2), device="cpu")
     step = Step(PolyViT.from_config(config).train(), config)
     inputs = InputBuffers(config, {name: torch.float32 if name == "chords" else torch.uint8}, torch.device("cpu")).view(name, 0)
