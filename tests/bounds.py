@@ -12,8 +12,12 @@ import pytest
 from torch import Tensor
 from triton.runtime import interpreter
 
-SPACING = 1 << 44
+SPACING_BITS = 44
+SPACING = 1 << SPACING_BITS
 """Bytes from one range to the next: no 32-bit offset leads there."""
+
+NO_ARGUMENT = np.zeros((3, 1), np.int64)
+"""The first address, the bytes and the true address of what lies below the first range: nothing."""
 
 
 class OutOfBoundsError(Exception):
@@ -28,37 +32,35 @@ class Bounds:
         """Elements read and written, by kernel."""
         self._kernel = ""
         self._arguments: list[Tensor] = []
+        self._ranges = NO_ARGUMENT
 
     def begin(self, kernel: str) -> None:
         """A launch begins, with no arguments yet."""
-        self._kernel, self._arguments = kernel, []
+        self._kernel, self._arguments, self._ranges = kernel, [], NO_ARGUMENT
 
     def address(self, tensor: Tensor) -> int:
         """The address that the kernel gets for an argument, aligned as its true one."""
         self._arguments.append(tensor)
-        return self._begin(len(self._arguments) - 1)
+        begin = len(self._arguments) * SPACING + tensor.data_ptr() % 4096
+        self._ranges = np.column_stack([self._ranges, [begin, _extent(tensor), tensor.data_ptr()]])
+        return begin
 
     def translate(self, addresses: np.ndarray, mask: np.ndarray, num_bytes: int) -> np.ndarray:
         """The true addresses of elements of `num_bytes` each. Raises OutOfBoundsError for an address under the mask that has no element."""
         addresses = addresses.astype(np.int64)
-        found, inside = np.zeros_like(addresses), ~mask
-        for number, tensor in enumerate(self._arguments):
-            offsets = addresses - self._begin(number)
-            own = mask & (offsets >= 0) & (offsets + num_bytes <= _extent(tensor))
-            found[own], inside = offsets[own] + tensor.data_ptr(), inside | own
-        if not inside.all():
-            raise OutOfBoundsError(f"{self._kernel}: {(~inside).sum()} elements, the first of them {self._describe(addresses[~inside][0])}")
+        begin, extent, data_ptr = self._ranges[:, np.clip(addresses >> SPACING_BITS, 0, len(self._arguments))]
+        offsets = addresses - begin
+        outside = mask & ((offsets < 0) | (offsets + num_bytes > extent))
+        if outside.any():
+            raise OutOfBoundsError(f"{self._kernel}: {outside.sum()} elements, the first of them {self._describe(addresses[outside][0])}")
         self.num_checked[self._kernel] += int(mask.sum())
-        return found.astype(np.uint64)
-
-    def _begin(self, number: int) -> int:
-        return (number + 1) * SPACING + self._arguments[number].data_ptr() % 4096
+        return np.where(mask, offsets + data_ptr, 0).astype(np.uint64)
 
     def _describe(self, address: int) -> str:
         number = min(max(1, (address + SPACING // 2) // SPACING), len(self._arguments)) - 1
         tensor = self._arguments[number]
         kind = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
-        return f"at byte {address - self._begin(number)} of the {_extent(tensor)} of tensor {number}, {kind}"
+        return f"at byte {address - self._ranges[0, number + 1]} of the {_extent(tensor)} of tensor {number}, {kind}"
 
 
 def _extent(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 from ahead_of_time import build_library, choose_few_rows, compile_table
 from bounds import bounds as bounds  # a fixture
 from interpreted import on_kernels as on_kernels  # another
+from interpreted import patched_once as patched_once  # another
 from interpreted import registered as registered  # another
 from lost_context import pytest_configure as pytest_configure  # a hook
 
@@ -31,7 +32,7 @@ def memory_that_nobody_wrote_holds_nan():
 
 
 @pytest.fixture(autouse=True)
-def kernels_keep_to_their_tensors(bounds):
+def kernels_keep_to_their_tensors(bounds, patched_once):
     """In the interpreter; on a GPU an address beyond a tensor may well be another one's."""
 
 

@@ -64,7 +64,7 @@ def test_strides_count(bounds):
 
 
 @pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize(("name", "batch"), mark_long([("shapes", 5), ("motion", 3), ("chords", 3)], [("motion", 3)]))
+@pytest.mark.parametrize(("name", "batch"), mark_long([("shapes", 2), ("shapes", 5), ("motion", 3), ("chords", 3)], [("shapes", 2)]))
 def test_a_step_of_the_demo(name, batch, bounds):
     config = replace(demo, tasks={name: replace(demo.tasks[name], batch=batch)}, model=replace(demo.model, depth=2), device="cpu")
     step = Step(PolyViT.from_config(config).train(), config)

@@ -3,6 +3,7 @@
 import jaxtyping
 import pytest
 from interpreted import on_kernels as on_kernels  # a fixture
+from interpreted import patched_once as patched_once  # another
 from interpreted import registered as registered  # another
 from torchvision_without_extension import declare_operators
 
