@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_collection_finish():
+    """Where a test will start processes, the imports that these need begin while others run."""
+    if processes := sys.modules.get("processes"):
+        processes.begin()
 
 
 @pytest.fixture

@@ -62,9 +62,10 @@ def test_without_workers_the_session_stops_at_the_test_that_lost_it(tmp_path, th
     assert ("RuntimeError" in done.stdout) == (then != "pass")  # its own traceback stays
 
 
-def test_a_worker_ends_and_all_other_tests_are_run_by_others(tmp_path):
+@pytest.mark.parametrize("workers", mark_long(["1", "2"], ["1"]))
+def test_a_worker_ends_and_all_other_tests_are_run_by_others(tmp_path, workers):
     pytest.importorskip("xdist")
-    done, found = run_child(tmp_path, "pass", "-p", "xdist", "-n", "2")
+    done, found = run_child(tmp_path, "pass", "-p", "xdist", "-n", workers)
     assert done.returncode == 1
     assert found == {"PASSED": set(range(12)) - {5}, "FAILED": {5}, "ERROR": set()}
     assert "test_child.py::test_a_kernel[5] lost the CUDA context" in done.stdout
@@ -72,6 +73,7 @@ def test_a_worker_ends_and_all_other_tests_are_run_by_others(tmp_path):
     assert "node down" in done.stdout
 
 
+@pytest.mark.long
 def test_a_process_that_never_asked_a_gpu_has_lost_nothing():
     code = "import lost_context, torch; print(repr(lost_context.find_cuda_error()), torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(TESTS)}, capture_output=True, text=True)

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,30 @@ from polyvit_fast.train.distributed.process_group import process_group
 
 SECONDS = 120.0  # many times what any of these tests takes
 
-# The imports take eight seconds.
+
+@contextmanager
+def _own_path() -> Iterator[None]:
+    """Inside, processes inherit a path without the folder that `torchvision_without_extension` adds: what it declares they do not have."""
+    path = sys.path[:]
+    sys.path[:] = [folder for folder in path if folder != str(Path(sys.prefix) / "foreign")]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+
+
+# The process that they are copies of imports all this once, which takes ten seconds.
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(
-    ["polyvit_fast.cli", "polyvit_fast.train.loop", "polyvit_fast.train.distributed.fsdp", "torchmetrics.classification", "torch._dynamo"]
-    + ["torch.utils.tensorboard"]
+    ["polyvit_fast.cli", "polyvit_fast.data.checking.check", "polyvit_fast.train.loop", "polyvit_fast.train.distributed.fsdp"]
+    + ["torchmetrics.classification", "torch._dynamo", "torch.utils.tensorboard"]
 )
+
+
+def begin() -> None:
+    """Start the process that others are copies of. A session has one alone: this has to come before that of `polyvit-fast check`."""
+    with _own_path():
+        forkserver.ensure_running()
 
 
 class Processes:
@@ -158,17 +177,6 @@ def _run_command(arguments: Sequence[str], folder: Path) -> None:
             os.dup2(said.fileno(), stream.fileno())
     sys.argv = ["polyvit-fast", *arguments]
     __main__.main()
-
-
-@contextmanager
-def _own_path() -> Iterator[None]:
-    """Inside, processes inherit a path without the folder that `torchvision_without_extension` adds: what it declares they do not have."""
-    path = sys.path[:]
-    sys.path[:] = [folder for folder in path if folder != str(Path(sys.prefix) / "foreign")]
-    try:
-        yield
-    finally:
-        sys.path[:] = path
 
 
 def _serve(rank: int, size: int, threads: int, pipe: Connection) -> None:
