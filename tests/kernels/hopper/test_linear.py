@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import DEVICE, assert_within_rule, one_thread
 from gluon_executor import executing
+from long_forms import every
 from samples import factors, normal
 from torch.nn import functional
 
@@ -87,7 +88,7 @@ def programs(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the executor is for machines without a GPU")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", every(2, range(2)))
 @pytest.mark.parametrize("sizes", EXECUTED)
 def test_executed(sizes, seed, programs, monkeypatch):
     rows, depth, columns, count = sizes

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from compare import DEVICE, assert_within_rule, one_thread
+from long_forms import mark_long
 from samples import activations, factors, normal
 
 from polyvit_kernels import reference
@@ -184,7 +185,7 @@ def test_the_gradient_comes_rounded_and_summed_as_well(width, low_dtype):
 
 
 @pytest.mark.parametrize("low_dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("examples", [1, 5, 35])
+@pytest.mark.parametrize("examples", mark_long([1, 5, 35], [5]))
 def test_the_rounded_gradient_and_its_sums_are_multiplied_by_factors(examples, low_dtype):
     x, _, weight, _, grad, grad_sum = inputs(7, 5, 192, out_dtype=low_dtype, grad_sum_dtype=torch.float32)
     mean, rstd = x.mean(-1), (x.var(-1, correction=0) + EPS).rsqrt()
