@@ -7,7 +7,7 @@ SOURCES := polyvit_fast kernels tests benchmarks setup.py
 .PHONY: help demo test test-all test-gpu check measure bench aot wheel clean
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
-	@echo "make test      the tests that need no GPU (about 12 minutes on 2 cores)"
+	@echo "make test      the tests that need no GPU (about 8 minutes on 2 cores)"
 	@echo "make test-all  their long forms too: more sizes, files and processes"
 	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
 	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute)"
@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/polyvit-fast train demo
 
 test: .venv/installed-tests
-	@echo "== tests without a GPU (about 12 minutes on 2 cores)"
+	@echo "== tests without a GPU (about 8 minutes on 2 cores)"
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 test-all: .venv/installed-tests
