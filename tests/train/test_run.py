@@ -119,9 +119,6 @@ def test_a_warmup_that_never_ends_is_warned_of(tmp_path):
     assert "warning: The warm-up of 10 steps does not end within the run of 10: lower" in (tmp_path / "log.txt").read_text()
 
 
-WARNED_OF = [("weighted", 0, False), ("weighted", 7, False), ("weighted", 8, True), ("accumulating", 0, False), ("accumulating", 4, True)]
-
-
 def forget_warmup(folder: Path) -> None:
     """Make the newest checkpoint one of a version that did not note its warm-up."""
     newest = checkpoint.find_newest(folder)
@@ -131,6 +128,9 @@ def forget_warmup(folder: Path) -> None:
     manifest = json.loads((newest.path / checkpoint.MANIFEST).read_text())
     manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     (newest.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+WARNED_OF = [("weighted", 0, False), ("weighted", 7, False), ("weighted", 8, True), ("accumulating", 0, False), ("accumulating", 4, True)]
 
 
 @pytest.mark.parametrize(("schedule", "warmup_steps", "is_warned_of"), mark_long(WARNED_OF, WARNED_OF[1:3]))
