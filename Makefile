@@ -13,7 +13,7 @@ help:
 	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute)"
 	@echo "make measure   modules, imports, cycles, lines, functions and comments of this checkout"
 	@echo "make bench     throughput against peers, small sizes on a CPU"
-	@echo "make aot       compile every kernel for every GPU into build/aot/libpolyvit_kernels.so and test it (8 minutes on 2 cores, needs CMake)"
+	@echo "make aot       compile every kernel for every GPU into build/aot/libpolyvit_kernels.so and test it (11 minutes on 2 cores, needs CMake)"
 	@echo "make wheel     build dist/*.whl; with POLYVIT_AOT=1 it holds that library"
 
 demo: .venv/installed
@@ -52,7 +52,7 @@ CMAKE = $(shell PATH="$(CURDIR)/$(BIN):$$PATH" command -v cmake)
 
 aot: .venv/installed
 	@test -n "$(CMAKE)" || { echo "CMake 3.22 or newer is needed: install the system's, or $(BIN)/pip install cmake"; exit 1; }
-	@echo "== compiling every kernel of the tile table ahead of time (about 8 minutes on 2 cores the first time)"
+	@echo "== compiling every kernel of the tile table ahead of time (about 11 minutes on 2 cores the first time)"
 	$(CMAKE) -S . -B build/aot -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python "-DPOLYVIT_DTYPES=$(DTYPES)" "-DPOLYVIT_ARCHS=$(ARCHS)"
 	$(CMAKE) --build build/aot
 	$(CMAKE) -E chdir build/aot ctest --output-on-failure
