@@ -8,7 +8,7 @@ SOURCES := polyvit_fast kernels tests benchmarks setup.py
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
 	@echo "make test      the tests that need no GPU (about 8 minutes on 2 cores)"
-	@echo "make test-all  their long forms too: more sizes, files and processes"
+	@echo "make test-all  their long forms too: more sizes, files and processes (about 20 minutes)"
 	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
 	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute)"
 	@echo "make measure   modules, imports, cycles, lines, functions and comments of this checkout"
