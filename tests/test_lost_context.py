@@ -13,13 +13,14 @@ import pytest
 from long_forms import mark_long
 
 TESTS = Path(__file__).parent
-CHILD_CONFTEST = """
+CHILD_CONFTEST = "from lost_context import pytest_configure as pytest_configure"
+CHILD_CUDA_ERRORS = """
 import os
-import lost_context
-from lost_context import pytest_configure as pytest_configure
 
 MARK = "lost-{}".format(os.getpid())
-lost_context.find_cuda_error = lambda: "CUDA error: misaligned address\\nmore" if os.path.exists(MARK) else ""
+
+def find_cuda_error():
+    return "CUDA error: misaligned address" if os.path.exists(MARK) else ""
 """
 CHILD = """
 import os, time, pytest
@@ -40,6 +41,7 @@ def test_a_kernel(number):
 
 def run_child(folder, then, *options):
     (folder / "conftest.py").write_text(CHILD_CONFTEST)
+    (folder / "cuda_errors.py").write_text(CHILD_CUDA_ERRORS)
     (folder / "test_child.py").write_text(CHILD.replace("{loser}", "5").replace("{then}", then))
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *options, "test_child.py"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(TESTS)}
@@ -75,6 +77,6 @@ def test_a_worker_ends_and_all_other_tests_are_run_by_others(tmp_path, workers):
 
 @pytest.mark.long
 def test_a_process_that_never_asked_a_gpu_has_lost_nothing():
-    code = "import lost_context, torch; print(repr(lost_context.find_cuda_error()), torch.cuda.is_initialized())"
+    code = "import cuda_errors, torch; print(repr(cuda_errors.find_cuda_error()), torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(TESTS)}, capture_output=True, text=True)
     assert done.stdout.split() == ["''", "False"], done.stderr
