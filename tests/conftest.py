@@ -14,8 +14,11 @@ from tiny_runs import tiny_config
 from polyvit_fast.config import Train
 
 # Where there is no GPU, Triton's interpreter runs the kernels; whether it does is settled when their modules are imported.
+# torch keeps each seed for a GPU that may come, with the stack of the call, which takes two milliseconds.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    for backend in (torch.cuda, torch.xpu, torch.mtia):
+        backend.manual_seed_all = lambda seed: None
 
 # Small tensors gain nothing from more threads, and on a busy machine threads that wait for each other take ten times as long.
 # Who sets OMP_NUM_THREADS tests with as many: no result may depend on their number.

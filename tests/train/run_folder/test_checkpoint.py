@@ -336,13 +336,13 @@ def test_no_flipped_bit_of_a_manifest_passes(tmp_path):
             read(path)
 
 
-def test_the_reason_is_logged_with_the_file(tmp_path, caplog):
+def test_the_reason_is_logged_with_the_file(tmp_path, capsys):
     flip_a_bit(toy_save(tmp_path, 4) / "optimizer.safetensors")
     assert find_newest(tmp_path) is None
-    assert f"{tmp_path}/checkpoints/step_00000004/optimizer.safetensors: the content differs from its SHA-256" in caplog.text
+    assert f"{tmp_path}/checkpoints/step_00000004/optimizer.safetensors: the content differs from its SHA-256" in capsys.readouterr().err
     (tmp_path / "checkpoints/step_00000004/state.json").unlink()
     assert find_newest(tmp_path) is None
-    assert "step_00000004/state.json is missing" in caplog.text
+    assert "step_00000004/state.json is missing" in capsys.readouterr().err
 
 
 def forge(path: Path, name: str) -> None:
