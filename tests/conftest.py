@@ -33,12 +33,13 @@ settings.load_profile("any machine")
 
 
 def pytest_collection_finish():
-    """What was imported and collected stays to the end, so that garbage collections need not look at it: a twentieth of all time.
+    """What was imported and collected stays to the end: garbage collections, a twentieth of all time, pass over it, and are rarer.
 
     Where a test will start processes, the imports that these need begin while others run.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
     if processes := sys.modules.get("processes"):
         processes.begin()
 

@@ -83,7 +83,7 @@ FEW = {
 
 def choose_few_rows() -> tuple[Tile, ...]:
     """The portable rows of `FEW` on their own GPU and on those `FEW` lacks, one of Hopper's kernels, and one that chooses a backend."""
-    hoppers = pick("attention_long_forward", 90, torch.bfloat16, tokens=270, features=64)
+    hoppers = pick("dgelu_backward", 90, torch.bfloat16, tokens=4096, features=768)
     choice = pick("attention", 90, torch.bfloat16, tokens=270, features=64)
     chosen = [hoppers, choice]
     for arch, questions in FEW.items():
