@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 from generators import rngs
@@ -15,6 +16,7 @@ from polyvit_fast.media import Media
 HEIGHT, WIDTH = 300, 450
 
 
+@cache
 def photo(height=HEIGHT, width=WIDTH, seed=0):
     """Waves of many lengths, edges and noise."""
     y, x = np.mgrid[:height, :width]

@@ -21,10 +21,6 @@ def run_python(*arguments, **variables):
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT / "kernels")
 
 
-def run_aot(*arguments, **variables):
-    return run_python("-m", "polyvit_kernels.aot", *arguments, **variables)
-
-
 def compile_c(output, *arguments):
     done = subprocess.run(["gcc", "-std=c11", *WARNINGS, "-o", str(output), *map(str, arguments)], capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -138,10 +138,13 @@ def _end_shared() -> None:
 
 
 class Command:
-    """`polyvit-fast ARGUMENTS` in a process of its own and in a folder, with its output in the file `said` there."""
+    """`polyvit-fast ARGUMENTS` in a process of its own and in a folder, with its output in a file there, a pipe or a terminal.
 
-    def __init__(self, *arguments: str, folder: Path) -> None:
-        self._process = _START.Process(target=_run_command, args=(arguments, folder))
+    It leads a session, so that a terminal becomes its own. Signals that are ignored are so from its start, as under nohup.
+    """
+
+    def __init__(self, *arguments: str, folder: Path, output: str = "said", ignored: Sequence[int] = ()) -> None:
+        self._process = _START.Process(target=_run_command, args=(arguments, folder, output, ignored))
         with _own_path():
             self._process.start()
         assert self._process.pid
@@ -168,13 +171,17 @@ class Command:
         self.wait()
 
 
-def _run_command(arguments: Sequence[str], folder: Path) -> None:
+def _run_command(arguments: Sequence[str], folder: Path, output: str, ignored: Sequence[int]) -> None:
     os.setsid()
     os.chdir(folder)
-    with open("said", "ab", buffering=0) as said:
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    with open(output, "ab", buffering=0) as said:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(said.fileno(), stream.fileno())
+        if said.isatty():
+            os.open(output, os.O_RDWR)  # to read a terminal makes it that of the session
     sys.argv = ["polyvit-fast", *arguments]
     __main__.main()
 

@@ -3,13 +3,10 @@
 import os
 import pty
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import SECONDS, Command
@@ -62,23 +59,15 @@ TRAIN = ["train", "exp.py"]
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Any]]:
-    """A function that starts a training in a folder of its own, slow at a stage, with these flags.
-
-    What has options is a new program; else a process is enough, whose output goes to the file `said`.
-    """
+def start(tmp_path) -> Iterator[Callable[..., Command]]:
+    """A function that starts a training in a folder of its own, slow at a stage, with these flags and options of `Command`."""
     started = []
 
-    def run(stage: str = "", *flags: str, before: tuple[str, ...] = (), **options) -> Command | subprocess.Popen:
+    def run(stage: str = "", *flags: str, **options) -> Command:
         (tmp_path / "exp.py").write_text(EXPERIMENT)
         (tmp_path / "slow").write_text(stage)
-        if before or options:
-            program = [*before, sys.executable, "-m", "polyvit_fast"]
-            process = subprocess.Popen([*program, *TRAIN, *flags], cwd=tmp_path, **({"stdout": subprocess.DEVNULL} | options))
-        else:
-            process = Command(*TRAIN, *flags, folder=tmp_path)
-        started.append(process)
-        return process
+        started.append(Command(*TRAIN, *flags, folder=tmp_path, **options))
+        return started[-1]
 
     yield run
     for process in started:
@@ -116,7 +105,7 @@ def test_a_signal_while_training_saves_and_stops(tmp_path, start, name):
 
 
 def test_under_nohup_the_end_of_a_session_ends_nothing(tmp_path, start):
-    process = start(before=("nohup",))
+    process = start(ignored=[signal.SIGHUP])
     wait_for(lambda: num_lines(tmp_path))
     process.send_signal(signal.SIGHUP)
     lines = num_lines(tmp_path)
@@ -167,11 +156,11 @@ def test_two_signals_during_a_save_let_it_end_and_the_first_counts(tmp_path, sta
 def test_a_terminal_that_closes_takes_no_step_along(tmp_path, start):
     """Its end sends SIGHUP, and from then on nothing can be printed there."""
     ours, theirs = pty.openpty()
-    process = start(before=("setsid", "--ctty", "--wait"), stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
+    process = start(output=os.ttyname(theirs))
     reader = threading.Thread(target=drain, args=(ours, tmp_path), daemon=True)
     reader.start()
     reader.join(SECONDS)
+    os.close(theirs)
     os.close(ours)
     assert process.wait(SECONDS) == 75
     assert saved_step(tmp_path) >= 20
@@ -187,10 +176,11 @@ def drain(terminal: int, folder: Path) -> None:
 
 
 def test_a_pipe_that_nobody_reads_any_more_takes_no_step_along(tmp_path, start):
-    process = start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout
-    process.stdout.readline()
-    process.stdout.close()  # as where `| tee` died with its terminal
+    os.mkfifo(tmp_path / "pipe")
+    process = start(output="pipe")
+    with (tmp_path / "pipe").open() as pipe:
+        pipe.readline()
+    # It is closed, as where `| tee` died with its terminal.
     wait_for(lambda: num_lines(tmp_path) > 3)
     process.send_signal(signal.SIGHUP)
     assert process.wait(SECONDS) == 75
