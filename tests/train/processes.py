@@ -182,6 +182,8 @@ def _run_command(arguments: Sequence[str], folder: Path, output: str, ignored: S
             os.dup2(said.fileno(), stream.fileno())
         if said.isatty():
             os.open(output, os.O_RDWR)  # to read a terminal makes it that of the session
+    # Not those of the process that this is a copy of, which know whether its output could seek.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["polyvit-fast", *arguments]
     __main__.main()
 
