@@ -3,14 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := polyvit_fast kernels tests benchmarks setup.py
+# All workers run on the same cores: no thread spins while it waits, and NumPy has one in each.
+TEST := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all test-gpu check measure bench aot wheel clean
+.PHONY: help demo test test-all test-gpu check lint measure bench aot wheel clean
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
 	@echo "make test      the tests that need no GPU (about 8 minutes on 2 cores)"
 	@echo "make test-all  their long forms too: more sizes, files and processes (about 20 minutes)"
 	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
-	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute)"
+	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute); all but the last: make lint"
 	@echo "make measure   modules, imports, cycles, lines, functions and comments of this checkout"
 	@echo "make bench     throughput against peers, small sizes on a CPU"
 	@echo "make aot       compile every kernel for every GPU into build/aot/libpolyvit_kernels.so and test it (11 minutes on 2 cores, needs CMake)"
@@ -22,22 +24,25 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	@echo "== tests without a GPU (about 8 minutes on 2 cores)"
-	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
+	$(TEST)
 
 test-all: .venv/installed-tests
 	@echo "== tests without a GPU, long forms too"
-	$(BIN)/pytest -q -m "not gpu" -n $(WORKERS) --dist worksteal
+	$(TEST) -m "not gpu"
 
 test-gpu: .venv/installed-tests
 	$(BIN)/python benchmarks/gpu.py --out $$(mktemp -d) --only tests
 
-check: .venv/installed-tests
-	@echo "== format, lint, types, import contracts, rules of the code (about 1 minute)"
+check: lint
+	@echo "== rules of the code (half a minute)"
+	$(BIN)/pytest -q tests/test_architecture.py tests/test_words.py
+
+lint: .venv/installed-tests
+	@echo "== format, lint, types, import contracts (half a minute)"
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q tests/test_architecture.py tests/test_words.py
 
 measure: .venv/installed-tests
 	$(BIN)/python tests/measure_tree.py
