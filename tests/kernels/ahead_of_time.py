@@ -72,7 +72,7 @@ FEW = {
         ("linear_gelu_forward", 64, 768),
     ),
     100: (("attention_long_forward", 270, 64), ("attention_long_backward", 270, 64)),
-    120: (("attention_short_forward", 150, 64), ("attention_long_backward", 150, 64), ("linear_add_forward", 64, 768)),
+    120: (("attention_short_forward", 50, 64), ("attention_short_backward", 50, 64), ("linear_add_forward", 64, 768)),
 }
 """(op, tokens, features) of a few rows for each GPU: every kernel of attention and of the linear layers is among them."""
 

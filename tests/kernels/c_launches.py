@@ -155,7 +155,7 @@ def check_attention(gpu: Gpu) -> None:
         (90, 2, 50, 3, True),
         (90, 2, 50, 3, False),
         (90, 1, 197, 1, True),
-        (120, 1, 150, 2, True),
+        (120, 1, 50, 2, True),
         (100, 2, 270, 1, False),
     ):
         gpu.set(capability=capability, context=capability)
@@ -198,7 +198,7 @@ def check_what_is_refused(gpu: Gpu) -> None:
     gpu.set(context=0)
     refused(NO_CONTEXT, "no CUDA context is current")
     gpu.set(context=121, capability=121)
-    refused(NO_GPU, "is for sm_120 and does not run on this GPU, sm_121", tokens=150)
+    refused(NO_GPU, "is for sm_120 and does not run on this GPU, sm_121", tokens=50)
     gpu.set(context=75, capability=75)
     refused(NO_KERNEL, "sm_75")
     gpu.set(context=89, capability=89)

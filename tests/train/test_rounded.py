@@ -1,11 +1,9 @@
 """Parameters that each update writes in bf16 too: a step that uses them is one that rounds them itself, to the bit."""
 
-from itertools import cycle, product
-
 import pytest
 import torch
 from interpreted import registered as registered  # a fixture
-from long_forms import mark_long
+from long_forms import pairs
 from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast.config import Optim, Train
@@ -65,7 +63,7 @@ CHANGES = {
 PATHS = ("torch's", "registered")
 
 
-@pytest.mark.parametrize(("name", "path"), mark_long(product(CHANGES, PATHS), [*zip(CHANGES, cycle(PATHS), strict=False)]))
+@pytest.mark.parametrize(("name", "path"), pairs(CHANGES, PATHS))
 def test_training_is_the_same_to_the_bit(name, path, monkeypatch, request):
     if path == "registered":
         request.getfixturevalue("registered")

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from long_forms import mark_long
+from long_forms import mark_long, pairs
 
 from polyvit_fast.data.audio.spectrogram import log_mel, num_frames, num_samples
 from polyvit_fast.data.dali import new_pipeline
@@ -87,8 +87,7 @@ def mbt_reference(wave, rate, bins):
 REFERENCES = {"kaldi": kaldi_reference, "mbt": mbt_reference}
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("form", REFERENCES)
+@pytest.mark.parametrize(("signal", "form"), pairs(SIGNALS, REFERENCES))
 def test_equals_the_definition(form, signal):
     wave = SIGNALS[signal].astype(np.float32)[: num_samples(4, RATE)]
     assert_close(spectrogram(wave, form), REFERENCES[form](wave.astype(float), RATE, 128), signal)

@@ -87,6 +87,7 @@ def test_serialized_wgmma_is_found_though_nothing_spills_also_when_the_kernel_co
     assert (excesses, spills) == ([message], 0)
 
 
+@pytest.mark.long
 def test_a_gluon_kernel_takes_tensor_descriptors_and_its_limit_of_registers(tmp_path):
     done = run_python("-c", GLUON, tmp_path, PYTHONPATH=f"{ROOT / 'tests' / 'gluon'}:{ROOT / 'kernels'}")
     assert not done.returncode, done.stderr

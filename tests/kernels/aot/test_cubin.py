@@ -122,6 +122,7 @@ def test_straight_code_has_no_inner_loops():
     assert cubin.count_inner_spills("        /*0000*/                   LDL R2, [R1] ;\n        /*0010*/                   EXIT ;\n") == 0
 
 
+@pytest.mark.long
 def test_spills_of_a_kernel_with_a_loop(tmp_path):
     done = run_python("-c", LOOPING, tmp_path)
     assert not done.returncode, done.stderr

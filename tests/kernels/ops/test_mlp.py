@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
-from long_forms import mark_long
+from long_forms import mark_long, pairs
 from samples import factors, normal
 from torch.nn import functional
 
@@ -288,8 +288,7 @@ def test_opcheck(layout, dtype):
         torch.library.opcheck(getattr(torch.ops.polyvit, name).default, arguments)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("name", "autocast"), pairs(OPERATIONS, (False, True)))
 @pytest.mark.usefixtures("unchecked_types")
 def test_compiled_whole_it_is_the_same(name, autocast):
     inputs = leaves(name, normal(2, 5, 48))
@@ -329,8 +328,7 @@ def test_autocast_gives_torchs_own_dtypes_and_values(residual_dtype):
 
 
 @pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "gelu"), pairs(LAYOUTS, APPROXIMATE))
 def test_the_kernels_that_the_tile_table_chooses(layout, gelu):
     shape, view = LAYOUTS[layout]
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from long_forms import mark_long
 from PIL import Image
 from rich.console import Console
 
@@ -137,7 +138,7 @@ def write_metrics(folder: Path, tasks: list[str], num_points: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1000, "ki')
 
 
-@pytest.mark.parametrize(("num_tasks", "num_points"), [(1, 1), (9, 500)])
+@pytest.mark.parametrize(("num_tasks", "num_points"), mark_long([(1, 1), (9, 500)], [(9, 500)]))
 def test_a_run_has_a_curve_for_every_task(tmp_path, num_tasks, num_points):
     tasks = [f"task_{j}" for j in range(num_tasks)]
     write_metrics(tmp_path / "run", tasks, num_points)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_cases import KERNEL_DTYPE, VIEWS, plain
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
-from long_forms import mark_long
+from long_forms import mark_long, pairs
 from samples import activations, normal
 
 import polyvit_kernels as ops
@@ -23,8 +23,7 @@ def assert_attention_obeys(qkv, dtype, view=lambda qkv: qkv):
     assert_as_exact_as_torch(*forms, {"qkv": qkv}, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("tokens", "dtype"), pairs(TOKENS, DTYPES), ids=str)
 def test_attention_at_every_length(tokens, dtype):
     assert_attention_obeys(normal(1 if tokens > 1000 else 2, tokens, 3, 2, 32), dtype)
 
