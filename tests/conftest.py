@@ -5,6 +5,7 @@ import os
 import sys
 
 import annotations as annotations  # how the hook on polyvit_fast checks: before anything imports it
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -47,3 +48,11 @@ def pytest_collection_finish():
 @pytest.fixture
 def config() -> Train:
     return tiny_config()
+
+
+@pytest.fixture
+def unchecked_types():
+    """As in production: torch.compile cannot trace what checks annotations, which would also be the first to see a wrong argument."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -43,7 +43,7 @@ def what_is_registered_is_called(registered):
 
 @pytest.fixture
 def unchecked_types():
-    """As in production, where no annotation is checked."""
+    """As in production, where no annotation is checked. On a GPU these tests go without tests/conftest.py, which has another."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
