@@ -7,7 +7,7 @@ import tyro
 from tiny_runs import Tile, tile_task, tiny_config
 
 from polyvit_fast import config as config_module
-from polyvit_fast.config import MODELS, ComputeOptions, DataOptions, DistributedOptions, LogOptions, Model, Optim, Task, Train
+from polyvit_fast.config import ComputeOptions, DataOptions, DistributedOptions, LogOptions, Model, Optim, Task, Train
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.sources.synthetic import Synthetic
 
@@ -15,25 +15,11 @@ from polyvit_fast.data.sources.synthetic import Synthetic
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tile_task(steps=0), "steps = 0 must be at least 1"),
-        (lambda: tile_task(batch=-1), "batch = -1 must be at least 1"),
-        (lambda: tile_task(num_classes=0), "num_classes = 0"),
-        (lambda: tile_task(batch=10, micro_batches=3), "batch = 10 does not divide into micro_batches = 3"),
-        (lambda: tile_task(multi_label=True), "multi_label = True needs loss = sigmoid"),
-        (lambda: tile_task(drop_path_rate=1.0), r"drop_path_rate = 1.0 must be in \[0, 1\)"),
-        (lambda: tile_task(mixup=-0.1), "mixup"),
-        (lambda: tile_task(modality=Tile(size=20)), "tile: rows = 20 does not divide by the tubelet's 8; change one of the two"),
-        (lambda: Model(dim=100, num_heads=3), "dim = 100 does not divide by num_heads = 3"),
-        (lambda: Model(depth=4, num_adaptor_layers=5), "num_adaptor_layers = 5 must lie between 0 and depth = 4"),
-        (lambda: Optim(lr=0.0), "lr = 0.0 must be positive"),
-        (lambda: Optim(betas=(0.9, 1.0)), "betas = 1.0"),
         (lambda: Train(tasks={}), "tasks is empty"),
         (lambda: tiny_config(tasks={"a b": tile_task()}), "task name 'a b'"),
-        (lambda: tiny_config(log_every_steps=0), "log_every_steps = 0 must be at least 1"),
         (lambda: tiny_config(decoding="gpu"), "--decoding gpu needs --device cuda"),
         (lambda: tiny_config(attention="cudnn"), "--attention cudnn needs --device cuda"),
         (lambda: tiny_config(residual="bf16"), "--residual bf16 needs --precision bf16"),
-        (lambda: tiny_config(max_bad_ratio=1.5), "max_bad_ratio"),
         (lambda: tiny_config(sharded=True, optim=Optim(clip="process")), "--optim.clip process needs each process's whole gradient"),
     ],
 )
@@ -45,11 +31,6 @@ def test_wrong_values_are_refused(make, message):
 def test_tasks_of_one_modality_must_have_one_grid():
     with pytest.raises(ValueError, match=r"tasks a and b have the same modality tile.*make them equal"):
         tiny_config(tasks={"a": tile_task(), "b": tile_task(modality=Tile(size=24))})
-
-
-def test_model_table_is_that_of_the_papers():
-    table = {name: (m.dim, m.mlp_dim, m.depth, m.num_heads) for name, m in MODELS.items()}
-    assert table == {"Ti": (192, 768, 12, 3), "S": (384, 1536, 12, 6), "B": (768, 3072, 12, 12), "L": (1024, 4096, 24, 16)}
 
 
 def test_any_field_can_be_set_on_the_command_line(config):
@@ -100,7 +81,7 @@ def test_help_has_a_box_for_each_group_with_short_flags(config, capsys, monkeypa
 
 
 def test_every_field_has_its_help():
-    source = Path(config_module.__file__).read_text().splitlines()
+    source = [line for file in Path(config_module.__file__).parent.glob("*.py") for line in file.read_text().splitlines()]
     for record in (Model, Optim, DataOptions, ComputeOptions, LogOptions, DistributedOptions, Train, Task):
         for field in fields(record):
             if field.name in {"tasks", "model", "optim", "data", "compute", "log", "distributed", "modality", "train", "val"}:
@@ -113,10 +94,6 @@ def test_records_cannot_be_changed(config):
     with pytest.raises(AttributeError):
         config.seed = 3
     assert replace(config, seed=3).seed == 3
-
-
-def test_token_count_includes_the_class_token():
-    assert Tile(size=24).num_tokens == 10
 
 
 @pytest.mark.parametrize(

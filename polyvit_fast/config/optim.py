@@ -1,0 +1,60 @@
+"""The optimizer: `Optim`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer, one for the parameters of all tasks."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd: SGD with momentum, as in the paper, for fine-tuning. adamw: for training from random weights."""
+    lr: float = 1.0
+    """Peak learning rate. A task's lr_scale multiplies it."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly; after them a cosine lowers it to 0 at the end of the run.
+    They are counted in the sum of all tasks' steps. A schedule with fewer updates, such as accumulating, warms up for the same fraction."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of adamw's two moments."""
+    eps: float = 1e-8
+    """Added to adamw's denominator."""
+    weight_decay: float = 0.0
+    """Weight decay of the weight matrices, not of biases, norms, position embeddings and class tokens.
+    Decoupled from the gradient with adamw, added to it with sgd."""
+    clip_norm: float = 1.0
+    """Clip the gradient to this global norm over all parameters. 0: off."""
+    clip: Literal["mean", "process"] = "mean"
+    """Which gradient is clipped under torchrun. With one process both are the same.
+    mean: the mean over all processes, which is the gradient of the whole batch.
+    process: each process's own gradient before the mean, as the paper's code does for videos and sounds."""
+    accumulate: Literal["mean", "sum"] = "mean"
+    """How an update over several tasks (schedule accumulating) combines their gradients.
+    mean: learning rate and clip_norm then mean the same as for one task.
+    sum: larger by the number of tasks. That changes little with adamw, and nothing with sgd in steps whose gradient is clipped."""
+    absent: Literal["auto", "coast", "rest"] = "auto"
+    """How an update treats parameters of tasks that are not in the step (heads, tokenizers, adaptors).
+    coast: their gradient is zero. Momentum still moves them and weight decay goes on, as in the paper's code.
+    rest: neither they nor their moments change, as if each task were trained alone.
+    auto: coast with sgd, rest with adamw. If it coasted, adamw would move a head that is in one of N updates about sqrt(N) times too far
+    for each of them, and decay it N times as much."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, which is evaluated in their stead. 0: off."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr = {self.lr} must be positive")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
+        for name, value in (("momentum", self.momentum), ("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} = {value} must be in [0, 1)")
+
+    @property
+    def rests(self) -> bool:
+        """Whether parameters without a gradient rest: `absent` with auto resolved."""
+        return self.absent == "rest" or (self.absent == "auto" and self.name == "adamw")

@@ -1,0 +1,97 @@
+"""One dataset: `Task`, and the `Source`s of its samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from polyvit_fast.config.modality import Decoder, Modality
+from polyvit_fast.media import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """Where the samples of one split come from."""
+
+    @abstractmethod
+    def samples(self, task: Task) -> Sequence[Sample]:
+        """Every sample, in an order that is the same on every machine. Raises ValueError or OSError with the cause."""
+
+    def count(self, task: Task) -> int:
+        """Number of samples. A source that generates its files generates none for this. Raises as `samples`."""
+        return len(self.samples(task))
+
+    def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder | None:
+        """The decoder of a source whose media are not files; None: use the modality's decoder."""
+        return None
+
+    def class_names(self, task: Task) -> tuple[str, ...] | None:
+        """Names of the classes, in the order of their numbers, if the source itself has them; None if it has numbers only."""
+        return None
+
+    def describe_classes(self, names: Sequence[str]) -> str:
+        """Where `class_names` come from and how many there are, for messages."""
+        return f"{self}: it names {len(names)} classes"
+
+    def remarks(self, task: Task) -> list[str]:
+        """Warnings for `check` and `plan`: a sentence for each thing that may be a mistake, such as files that are left out."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One dataset: its samples, and how the model is trained and evaluated on it."""
+
+    modality: Modality
+    train: Source
+    val: Source
+    num_classes: int
+    """Number of classes: outputs of the task's head."""
+    steps: int
+    """The paper's U_j: steps on this task with the schedules weighted and task-by-task. Their sum over all tasks is the run's length."""
+    batch: int = 64
+    """Examples per step, over all processes and micro-batches together."""
+    micro_batches: int = 1
+    """Compute the batch in this many equal chunks, one after the other, to fit into memory. The gradient is that of the whole batch."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: cross-entropy, averaged over the batch.
+    sigmoid: binary cross-entropy, summed over the classes and averaged over the batch."""
+    multi_label: bool = False
+    """An example may have any number of classes. The metric is then mAP instead of top-1 accuracy. Needs the sigmoid loss."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate in this task's steps."""
+    mixup: float = 0.0
+    """Mixup: alpha of the Beta distribution of the weight with which two examples of a batch are mixed. 0: off."""
+    mixup_pairs: Literal["neighbours", "reversed"] = "neighbours"
+    """Which two examples are mixed. Micro-batches do not matter.
+    neighbours: 0 with 1, 2 with 3 and so on. The pairs do not depend on the number of processes.
+    reversed: the first with the last and so on, within the part of the batch that a process has, as in the paper's code."""
+    label_smoothing: float = 0.0
+    """Fraction of each target that is spread evenly over all classes."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: probability of skipping a residual branch of the last block. It falls linearly to 0 at the first block."""
+    zero_head: bool = False
+    """Initialise the task's head with zeros, as the paper's code does for videos and sounds, which start from a pretrained model.
+    Otherwise LeCun's normal distribution, as in the paper's code for images: training from random weights is faster with it."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "steps", "batch", "micro_batches"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.batch % self.micro_batches:
+            raise ValueError(f"batch = {self.batch} does not divide into micro_batches = {self.micro_batches}")
+        if self.multi_label and self.loss != "sigmoid":
+            raise ValueError("multi_label = True needs loss = sigmoid")
+        for name in ("label_smoothing", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1)")
+        if self.mixup < 0 or self.lr_scale < 0:
+            raise ValueError("mixup and lr_scale must not be negative")
+        self.modality.check_grid()
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric: top1 or mAP."""
+        return "mAP" if self.multi_label else "top1"

@@ -1,0 +1,98 @@
+"""A training run: `Train`, which holds all other records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from polyvit_fast.config.modality import Modality
+from polyvit_fast.config.model import Model
+from polyvit_fast.config.optim import Optim
+from polyvit_fast.config.options import ComputeOptions, DataOptions, DistributedOptions, LogOptions
+from polyvit_fast.config.task import Task
+
+StepPlan = list[tuple[str, ...]]
+"""The tasks of every step of a run: one name, or several that make one update together."""
+Schedule = Callable[["Train"], StepPlan]
+"""Makes the step plan of a configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training run."""
+
+    tasks: dict[str, Task]
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
+    log: tyro.conf.OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
+    distributed: tyro.conf.OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
+    schedule: Annotated[str | Schedule, tyro.conf.arg(constructor=str, metavar="NAME")] = "weighted"
+    """Which task each step trains: task-by-task, alternating, uniform, weighted or accumulating.
+    An experiment file may instead give a function that takes a Train and returns the tasks of every step as a list of tuples of names."""
+    out: str = ""
+    """Run folder. Empty: runs/NAME."""
+    seed: int = 0
+    """Seed of everything random: initial weights, order of tasks and samples, augmentation, dropout."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model computes. Under torchrun, cuda gives each process one GPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward and backward under autocast; parameters and optimizer state stay in fp32."""
+    resume: bool = True
+    """Resume from the newest checkpoint in the run folder, if there is one. The configuration must be the same."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty: a run needs at least one")
+        for name in self.tasks:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
+        if self.data.decoding == "gpu" and self.device == "cpu":
+            raise ValueError("--decoding gpu needs --device cuda; leave it auto")
+        if self.compute.attention != "auto" and self.device == "cpu":
+            raise ValueError(f"--attention {self.compute.attention} needs --device cuda; leave it auto")
+        if self.compute.residual == "bf16" and self.precision == "fp32":
+            raise ValueError("--residual bf16 needs --precision bf16; leave it fp32")
+        if self.distributed.sharded and self.optim.clip == "process":
+            raise ValueError("--optim.clip process needs each process's whole gradient, which --sharded never has; leave one of them off")
+        self._check_tokenizers()
+
+    def _check_tokenizers(self) -> None:
+        first: dict[str, str] = {}
+        for name, task in self.tasks.items():
+            other = first.setdefault(task.modality.name, name)
+            ours, theirs = _tokenizer_settings(task.modality), _tokenizer_settings(self.tasks[other].modality)
+            for setting in theirs | ours:
+                if ours.get(setting) != theirs.get(setting):
+                    raise ValueError(
+                        f"tasks {other} and {name} have the same modality {task.modality.name}, hence one tokenizer, but {other} has "
+                        f"{setting} = {theirs.get(setting)} and {name} has {ours.get(setting)}; make them equal"
+                    )
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """The modalities in use by name, each as its first task has it."""
+        found: dict[str, Modality] = {}
+        for task in self.tasks.values():
+            found.setdefault(task.modality.name, task.modality)
+        return found
+
+    @property
+    def keeps_rounded(self) -> bool:
+        """Whether each update also writes the parameters in bf16. A CPU rounds them at each use instead; FSDP gathers them in fp32."""
+        return self.precision == "bf16" and self.device != "cpu" and not self.distributed.sharded
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out)
+
+
+def _tokenizer_settings(modality: Modality) -> dict[str, object]:
+    """What tasks with the same tokenizer must have in common. Their mean and std may differ."""
+    return {"grid": modality.grid, "tubelet": modality.tubelet} | modality.shared_settings

@@ -1,0 +1,15 @@
+import pytest
+
+from polyvit_fast.config import Optim
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Optim(lr=0.0), "lr = 0.0 must be positive"),
+        (lambda: Optim(betas=(0.9, 1.0)), "betas = 1.0"),
+    ],
+)
+def test_wrong_values_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
