@@ -61,8 +61,10 @@ def _upgrade_record(values: Any) -> Any:
             later = {"mixup_pairs": "neighbours", "zero_head": False, "head_norm": False}
             if isinstance(values.get("modality"), Mapping):
                 values = {**values, "modality": {**TOKENS, **values["modality"]}}
+        case "Train":
+            later = {"init": "", "init_positions": "bilinear", "init_tubelets": "central"}
         case "Model":
-            later = {"norm_eps": 1e-6}
+            later = {"norm_eps": 1e-6, "last_norm_eps": 0.0}
         case "Optim":
             later = {"clip": "mean", "accumulate": "mean", "absent": "auto" if values.get("name") == "sgd" else "coast"}
         case "Audio":
