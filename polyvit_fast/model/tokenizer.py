@@ -17,6 +17,9 @@ from polyvit_fast.model.modules import Block, drop_path_ramp
 from polyvit_kernels import ops
 from polyvit_kernels.ops.dtypes import matmul_dtype
 
+SpreadGrid = (
+    UInt8[Tensor, "batch new_frames new_rows new_columns channels"] | Float[Tensor, "batch new_frames new_rows new_columns channels"]
+)
 Grid = UInt8[Tensor, "batch frames rows columns channels"] | Float[Tensor, "batch frames rows columns channels"]
 
 
@@ -106,7 +109,7 @@ class Tokenizer(nn.Module):
         return torch.cat([first.expand(len(x), -1, -1), x], 1)
 
 
-def spread_overlaps(grid: Grid, tubelet: tuple[int, int, int], stride: tuple[int, int, int]) -> Grid:
+def spread_overlaps(grid: Grid, tubelet: tuple[int, int, int], stride: tuple[int, int, int]) -> SpreadGrid:
     """The grid with what overlapping tubelets have in common repeated, so that they lie side by side; what none reaches is left out."""
     for axis, (step, next_one) in enumerate(zip(tubelet, stride, strict=True), 1):
         if step != next_one:
