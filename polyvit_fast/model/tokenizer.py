@@ -112,8 +112,7 @@ class Tokenizer(nn.Module):
 def spread_overlaps(grid: Grid, tubelet: tuple[int, int, int], stride: tuple[int, int, int]) -> SpreadGrid:
     """The grid with what overlapping tubelets have in common repeated, so that they lie side by side; what none reaches is left out."""
     for axis, (step, next_one) in enumerate(zip(tubelet, stride, strict=True), 1):
-        if step != next_one:
-            grid = grid.unfold(axis, step, next_one).movedim(-1, axis + 1).flatten(axis, axis + 1)
+        grid = grid.unfold(axis, step, next_one).movedim(-1, axis + 1).flatten(axis, axis + 1)
     return grid
 
 

@@ -178,7 +178,8 @@ def _load_tokenizer(target: Target, source: Pretrained, name: str, report: LoadR
         try:
             value, change = _fit_tensor(short, tokenizer, modality, parameter, target)
         except ValueError as error:
-            raise ValueError(f"{source.source}, {theirs}: {short} does not fit the model's {key}: {error}") from error
+            advice = "" if theirs == name else f". To leave {name} out, name what to load: trunk={source.source},{theirs}={source.source}"
+            raise ValueError(f"{source.source}, {theirs}: {short} does not fit the model's {key}: {error}{advice}") from error
         values[key] = value
         report.rows.append(Loaded(key, f"{theirs}: {short}", change))
     for short in sorted(tokenizer.tensors.keys() - {key.removeprefix(f"tokenizers.{name}.") for key in own}):

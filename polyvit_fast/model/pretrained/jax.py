@@ -28,6 +28,8 @@ ROOTS = re.compile(r"^(opt|optimizer|target|params|model|state|0)/")
 """What old and new training states put before the names of their weights."""
 TOKENIZERS = {"tokenizer2d": "image", "tokenizer3d": "video", "tokenizer_spec": "audio"}
 """Scenic's PolyViT's, and the modalities that they are for."""
+DATASETS = {"kinetics400": "video", "moments_in_time": "video", "balanced_audioset": "audio", "audioset": "audio", "vggsound": "audio"}
+"""The modality of the heads that scenic's only configuration has; those whose names begin with bit_ are for images."""
 LEVELS = (127.5,) * 3
 
 
@@ -77,7 +79,7 @@ def _convert_polyvit(tensors: Tensors, source: str) -> Pretrained:
     for name in (name for name in tensors if name.startswith("classification_head_") and name.endswith("output_projection/kernel")):
         stem = name.removesuffix("/kernel")
         task = stem.split("/")[0].removeprefix("classification_head_").removeprefix("bit_")
-        heads[task] = _read_head(tensors, stem, next(iter(tokenizers)))
+        heads[task] = _read_head(tensors, stem, DATASETS.get(task, "image"))
     qkv = next(tensor for name, tensor in blocks.items() if name.endswith("attn.qkv.weight"))
     fc1 = next(tensor for name, tensor in blocks.items() if name.endswith("mlp.fc1.weight"))
     sample = {name.split("/", 2)[-1] if name.startswith("tokenizer/") else name.split("/", 1)[-1]: t for name, t in tensors.items()}
