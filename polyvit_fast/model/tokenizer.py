@@ -98,7 +98,7 @@ class Tokenizer(nn.Module):
         settings, tokens, positions = (numbers.mean, numbers.std, out_dtype), self.cls_token, self.pos_embed
         if tokens is not None and self.num_class_tokens == 1:
             return ops.patch_embed(grid, self.weight, self.bias, tokens, positions, *settings)
-        # The operation puts one token in front; it takes the place of the last class token, or is cut off where there is none.
+        # The operation puts one token in front; it is the last class token, or is cut off where there is none.
         if tokens is None:
             one = positions.new_zeros(1, 1, positions.shape[2])
             return ops.patch_embed(grid, self.weight, self.bias, one, functional.pad(positions, (0, 0, 1, 0)), *settings)[

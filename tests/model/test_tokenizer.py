@@ -154,7 +154,7 @@ def test_sinusoidal_positions_are_fixed_and_no_part_of_a_checkpoint():
     made = Tokenizer(modality, MODEL)
     assert "pos_embed" not in made.state_dict()
     assert "pos_embed" not in dict(made.named_parameters())
-    assert not made.pos_embed[0, 0].any()  # a class token is at no place
+    assert not made.pos_embed[0, 0].any()  # a class token is nowhere in the grid
     assert torch.equal(made.pos_embed[0, 1:], sinusoids(8, 32))
 
 

@@ -1,6 +1,6 @@
 """Weights of JAX: original ViT and AugReg (.npz), big_vision, and scenic's ViT, ViViT and PolyViT (Flax msgpack).
 
-The names are paths joined by "/". A dense layer's kernel is the transpose of ours, and attention's are split into heads. All these models
+The names are paths, with "/" between their parts. A dense layer's kernel is the transpose of ours, and attention's are split into heads. All these models
 have GELU's tanh approximation and LayerNorms with an eps of 1e-6.
 """
 
@@ -48,8 +48,8 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
     encoder = {name.removeprefix("Transformer/"): tensor for name, tensor in tensors.items() if name.startswith("Transformer/")}
     trunk = _read_blocks(encoder, source)
     trunk |= {f"norm.{key}": encoder[f"encoder_norm/{there}"] for key, there in (("weight", "scale"), ("bias", "bias"))}
-    place = next((place for place in ("posembed_input/pos_embedding", "pos_embedding") if place in encoder), None)
-    positions = encoder[place] if place else tensors.get("pos_embedding")
+    key = next((key for key in ("posembed_input/pos_embedding", "pos_embedding") if key in encoder), None)
+    positions = encoder[key] if key else tensors.get("pos_embedding")
     tokenizer = _read_tokenizer({**tensors, "posembed_input/pos_embedding": positions} if positions is not None else tensors)
     modality = "video" if tokenizer.tensors["weight"].shape[1] > 1 else "image"
     stem = next((stem for stem in ("head", "output_projection") if f"{stem}/kernel" in tensors), None)
