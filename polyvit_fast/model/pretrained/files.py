@@ -100,7 +100,7 @@ def _read_extension(number: int, content: bytes) -> Any:
 
 
 def _flatten(content: Any, separator: str, path: str = "") -> Tensors:
-    """Nested dicts as one, names with the separator between them; what is no tensor, such as a step or an optimizer's settings, is left out."""
+    """Nested dicts as one, by their paths; what is no tensor, such as a step or an optimizer's settings, is left out."""
     if isinstance(content, Mapping):
         if "__msgpack_chunked_array__" in content:
             chunks = [content["chunks"][str(number)] for number in range(len(content["chunks"]))]

@@ -1,7 +1,7 @@
 """Weights of JAX: original ViT and AugReg (.npz), big_vision, and scenic's ViT, ViViT and PolyViT (Flax msgpack).
 
-The names are paths, with "/" between their parts. A dense layer's kernel is the transpose of ours, and attention's are split into heads. All these models
-have GELU's tanh approximation and LayerNorms with an eps of 1e-6.
+The names are paths, with "/" between their parts. A dense layer's kernel is the transpose of ours, and attention's are split into heads.
+All these models have GELU's tanh approximation and LayerNorms with an eps of 1e-6.
 """
 
 from __future__ import annotations
