@@ -72,6 +72,8 @@ class Task:
     """Fraction of each target that is spread evenly over all classes."""
     drop_path_rate: float = 0.0
     """Stochastic depth: probability of skipping a residual branch of the last block. It falls linearly to 0 at the first block."""
+    head_norm: bool = False
+    """Normalise what the head reads once more, as AST does. It already comes from a normalised token."""
     zero_head: bool = False
     """Initialise the task's head with zeros, as the paper's code does for videos and sounds, which start from a pretrained model.
     Otherwise LeCun's normal distribution, as in the paper's code for images: training from random weights is faster with it."""

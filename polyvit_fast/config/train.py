@@ -95,4 +95,5 @@ class Train:
 
 def _tokenizer_settings(modality: Modality) -> dict[str, object]:
     """What tasks with the same tokenizer must have in common. Their mean and std may differ."""
-    return {"grid": modality.grid, "tubelet": modality.tubelet} | modality.shared_settings
+    own = {name: getattr(modality, name) for name in ("grid", "tubelet", "token_stride", "num_class_tokens", "pool", "positions")}
+    return own | modality.shared_settings
