@@ -68,7 +68,7 @@ def test_wrong_values_are_named(unchecked_types):
         ("batch", -1, r"tasks\.pictures: batch = -1 must be at least 1"),
         ("bach", 3, r"tasks\.pictures: .*bach"),
         ("loss", "hinge", r"tasks\.pictures\.loss = 'hinge' does not fit"),
-        ("modality", {"type": "Image", "size": "large"}, r"tasks\.pictures\.modality"),
+        ("modality", {"type": "Image", "size": "large"}, r"tasks\.pictures"),
         ("modality", 3, r"tasks\.pictures"),
     ):
         wrong = json.loads(json.dumps(values))
