@@ -39,10 +39,15 @@ def _pack(linears: tuple[Any, ...], x: Tensor, shape: tuple[int, ...]) -> Tensor
 
     Layers without a bias, such as VideoMAE's and EVA's keys, get one of zeros.
     """
-    if all(is_plain(linear) or _lacks_only_bias(linear) for linear in linears):
+    if packs(linears):
         biases = (linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears)
         return ops.linear(x, torch.cat([linear.weight for linear in linears]), torch.cat(list(biases)), shape)
     return torch.cat([linear(x) for linear in linears], -1).unflatten(-1, shape)
+
+
+def packs(linears: tuple[Any, ...]) -> bool:
+    """Whether such layers are computed as one."""
+    return all(is_plain(linear) or _lacks_only_bias(linear) for linear in linears)
 
 
 def _lacks_only_bias(linear: Any) -> bool:
@@ -71,7 +76,7 @@ def _unfit_torch(m: Any) -> str:
 
 def _read_torch(m: Any) -> AttentionPart:
     pack = partial(_linear, m.in_proj_weight, m.in_proj_bias)
-    return AttentionPart(pack, m.num_heads, m.out_proj, True, (Drop(m.dropout, m.training),))
+    return AttentionPart(pack, m.num_heads, m.head_dim, m.out_proj, True, (Drop(m.dropout, m.training),))
 
 
 def _torch_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,14 +118,17 @@ def _unfit_head_norms(m: Any) -> str:
 
 
 def _read_timm(m: Any) -> AttentionPart:
+    linears = ()
     if getattr(m, "qkv", None) is None:
-        pack = partial(_pack, (m.q_proj, m.k_proj, m.v_proj))
+        linears = (m.q_proj, m.k_proj, m.v_proj)
+        pack = partial(_pack, linears)
     elif getattr(m, "q_bias", None) is None:
         pack = partial(project, m.qkv)
     else:  # EVA, which itself reads the layer's weight and does not call the layer
         pack = partial(_linear, m.qkv.weight, torch.cat([m.q_bias, m.k_bias, m.v_bias]))
     norms = (read_member(m.q_norm), read_member(m.k_norm)) if not_identity(m, "", "q_norm", "k_norm") else None
-    return AttentionPart(pack, m.num_heads, m.proj, False, read_drops(m, "attn_drop", "proj_drop"), head_norms=norms)
+    drops = read_drops(m, "attn_drop", "proj_drop")
+    return AttentionPart(pack, m.num_heads, m.head_dim, m.proj, False, drops, head_norms=norms, linears=linears)
 
 
 # transformers
@@ -152,9 +160,12 @@ def _unfit_hugging_face(m: Any) -> str:
 
 
 def _read_hugging_face(names: _AttentionNames, m: Any) -> AttentionPart:
-    pack = partial(_pack, tuple(getattr(m, name) for name in names.qkv))
+    linears = tuple(getattr(m, name) for name in names.qkv)
+    heads, head_dim = getattr(m, names.num_heads), getattr(m, names.head_dim)
     proj = getattr(m, names.proj) if names.proj else None
-    return AttentionPart(pack, getattr(m, names.num_heads), proj, True, (Drop(getattr(m, names.dropout), m.training),))
+    return AttentionPart(
+        partial(_pack, linears), heads, head_dim, proj, True, (Drop(getattr(m, names.dropout), m.training),), linears=linears
+    )
 
 
 def _hugging_face_attention_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -37,16 +37,19 @@ class AttentionPart(NamedTuple):
     """proj(attention(pack(x, shape))), where pack gives queries, keys and values in the shape that attention takes.
 
     Without `proj` nothing follows attention. With `gives_pair` the module's own `forward` returns a second value, the attention's weights
-    or None. `head_norms` normalise each head's queries and keys.
+    or None. `linears` are the layers whose products `pack` makes as one, if the module has several; `head_norms` normalise each head's
+    queries and keys.
     """
 
     pack: Callable[[Tensor, tuple[int, ...]], Tensor]
     num_heads: int
+    head_dim: int
     proj: nn.Module | None
     gives_pair: bool
     drops: tuple[Drop, ...]
     backend: ops.AttentionBackend = "auto"
     head_norms: tuple[NormPart, NormPart] | None = None
+    linears: tuple[Any, ...] = ()
 
 
 class MlpPart(NamedTuple):
@@ -85,12 +88,19 @@ def accepts(part: Part, x: Tensor) -> bool:
         return x.dtype is part.weight.dtype and (x.dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
     if isinstance(part, BlockPart):
         scales = all(scale is None or scale.dtype is x.dtype for scale in part.scales)
-        return scales and accepts(part.norm1, x) and accepts(part.attention, x)
+        return scales and (accepts(part.norm1, x) or _is_rounded(x, part.norm1)) and accepts(part.attention, x)
     if isinstance(part, AttentionPart):
         # Under autocast torch normalises heads in fp32, whatever their dtype, and rounds the result.
         norms = part.head_norms is None or torch.is_autocast_enabled(x.device.type) or part.head_norms[0].weight.dtype is x.dtype
         return norms and x.ndim == 3
     return True
+
+
+def _is_rounded(x: Tensor, norm: NormPart) -> bool:
+    """Whether autocast has rounded the residual stream, as it does VideoMAE's: norms read it in fp32, and sums have its dtype."""
+    device = x.device.type
+    rounded = torch.is_autocast_enabled(device) and x.dtype is torch.get_autocast_dtype(device)
+    return rounded and norm.weight.dtype is torch.float32
 
 
 def compute(part: Part, x: Tensor) -> Any:

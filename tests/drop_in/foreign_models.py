@@ -77,7 +77,7 @@ def siglip(**changes) -> Pair:
 
 
 class Siglip2OfPatches(nn.Module):
-    """SigLIP2's vision model, which takes a mask and the pictures' shapes beside their patches; here all have 2 × 3 of these."""
+    """SigLIP2's vision model, which takes a mask and the pictures' shapes besides their patches; here all have 2 × 3 of these."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

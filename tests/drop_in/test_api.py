@@ -56,11 +56,11 @@ def calls(monkeypatch):
 
 
 def results(model, batch, call=None):
-    """The output and every gradient."""
+    """The output and every gradient; those of parameters that it does not depend on are missing, or zeros in a compiled model."""
     model.zero_grad()
     output = tokens_of(model(batch) if call is None else call(batch))
     output.backward(normal(*output.shape, seed=1).to(output.dtype))
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     return {"output": output.detach()} | gradients
 
 
@@ -560,6 +560,7 @@ def compiling_looks_like_exporting() -> bool:
 def test_compiled_in_one_graph(name, unchecked_types, registered):
     model, batch = FAMILIES[name]()
     fused, plain = pair(model)
+    torch.compiler.reset()  # the outermost function is one for all models of Hugging Face
     graphs = []
 
     def backend(graph, inputs):
@@ -570,7 +571,9 @@ def test_compiled_in_one_graph(name, unchecked_types, registered):
     assert_as_exact(fused, plain, batch, call=compiled)
     assert len(graphs) == 1
     nodes = [node for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
-    fewest = 7 if name.startswith("Hugging Face") and compiling_looks_like_exporting() else 9  # transformers then gives attention a mask
+    # Where transformers cannot see that a mask masks nothing, it gives it to attention: SigLIP2's own, and any in torch 2.11.
+    masked = name == "Hugging Face SigLIP2" or (name.startswith("Hugging Face") and compiling_looks_like_exporting())
+    fewest = 7 if masked else 9
     assert Counter(str(node.target) for node in nodes if "polyvit" in str(node.target)).total() >= fewest
 
 

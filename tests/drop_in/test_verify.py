@@ -20,7 +20,11 @@ def test_every_family_passes_on_its_own_batch(name, precision, capsys):
     assert {found.path for found in report.comparisons} == {"(the model)", *(entry.path for entry in report.replaced)}
     assert max(found.used for found in report.comparisons) <= 1
     assert min(found.cosine for found in report.comparisons if not is_zero(f"{found.path}.{found.tensor.split()[-1]}")) > 0.99
-    assert capsys.readouterr().out == table(report.comparisons) + "\n"
+    printed = capsys.readouterr().out
+    assert printed.startswith(table(report.comparisons) + "\n")
+    # Autocast rounds VideoMAE's tokens: its last norm then gives another dtype on a CPU than on a GPU, so it is left to torch.
+    rounded = "VideoMAE" in name and precision == "autocast"
+    assert [entry.path for entry in report.replaced if "not run" in entry.why] == (["layernorm"] if rounded else [])
 
 
 def test_the_model_is_not_disturbed():
