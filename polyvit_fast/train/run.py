@@ -132,10 +132,12 @@ def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Che
 
 def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
     world = step.world
-    num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
+    parameters = list(step.model.parameters())
+    num_parameters, num_trained = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad]))
+    trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
     processes = f", {world.size} processes" if world.size > 1 else ""
     log.message(
-        f"{experiment}: {num_parameters:,} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
+        f"{experiment}: {num_parameters:,} parameters{trained}, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
         f"run folder {config.folder}"
     )
     warning = check_warmup(config, len(plan))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
+from polyvit_fast.model.parameters import decay_by_layer, freeze, list_components, list_parameters
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
 from polyvit_fast.train.distributed.fsdp import ShardedParameters
@@ -21,7 +22,7 @@ from polyvit_fast.train.distributed.process_group import ALONE, World
 from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
-from polyvit_fast.train.optim import FlatParameters, Optimizer, find_component
+from polyvit_fast.train.optim import FlatParameters, Optimizer
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,15 @@ class Step:
 
     def __init__(self, model: PolyViT, config: Train, world: World = ALONE) -> None:
         self.model, self.config, self.world = model, config, world
-        self.used = {name: find_parameters(model, name) for name in config.tasks}
+        freeze(model, config.optim.freeze)
+        self.used = {name: list_parameters(model, name) for name in config.tasks}
         rest, precision, self.reducer = config.optim.rests, config.distributed.grad_reduce, None
+        groups = {"by_component": rest, "lr_factors": decay_by_layer(model, config.optim.layer_decay)}
         if config.distributed.sharded:
-            self.parameters = ShardedParameters(model, world, config.device, precision, by_component=rest)
+            self.parameters = ShardedParameters(model, world, config.device, precision, **groups)
         else:
             rounded = torch.bfloat16 if config.keeps_rounded else None
-            self.parameters = FlatParameters(model.to(config.device), rounded, by_component=rest)
+            self.parameters = FlatParameters(model.to(config.device), rounded, **groups)
             own_clip_norm = config.optim.clip_norm / world.size if config.optim.clip == "process" else 0.0
             if world.size > 1:
                 self.reducer = Reducer(self.parameters, precision, own_clip_norm)
@@ -79,7 +82,7 @@ class Step:
         self.rows = {name: row for row, name in enumerate(config.tasks)}
         self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
-        has_component = [[component in find_components(model, name) for name in config.tasks] for component in self.optimizer.components]
+        has_component = [[component in list_components(model, name) for name in config.tasks] for component in self.optimizer.components]
         self.has_component = torch.tensor(has_component, device=self.device) if rest else None
         self.lr, self.loss_weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.number = torch.zeros((), device=self.device, dtype=torch.float64)
@@ -171,16 +174,6 @@ class Step:
             self.counters.copy_(counters)
             self.took_part.zero_()
             self.parameters.zero_grads()
-
-
-def find_components(model: PolyViT, task: str) -> tuple[str, str, str]:
-    """The components of the model (see `optim.find_component`) that a step of `task` has gradients for."""
-    return "", f"tokenizers.{model.modality_of[task]}", f"heads.{task}"
-
-
-def find_parameters(model: PolyViT, task: str) -> list[str]:
-    """Names of the parameters that a step of `task` has gradients for: all but other modalities' tokenizers and other tasks' heads."""
-    return [name for name, _ in model.named_parameters() if find_component(name) in find_components(model, task)]
 
 
 def swap_neighbours(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from long_forms import mark_long
 from tiny_runs import tile_task, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from polyvit_fast.config import Optim
 from polyvit_fast.data.stream import Batch, Loader
@@ -12,7 +13,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.optim import FlatParameters
-from polyvit_fast.train.step import Step, find_parameters, reverse, swap_neighbours
+from polyvit_fast.train.step import Step, reverse, swap_neighbours
 
 
 def fresh(config):
@@ -220,7 +221,31 @@ def test_a_reversed_batch_pairs_the_first_with_the_last():
     assert reverse(torch.arange(4).view(2, 2)).tolist() == [[2, 3], [0, 1]]
 
 
-def test_the_parameters_of_a_task_are_those_that_get_a_gradient(config):
-    model = PolyViT.from_config(config)
-    model(Loader("a", config, train=True).load(0).grid, "a").sum().backward()
-    assert find_parameters(model, "a") == [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_what_is_frozen_changes_no_other_gradient(micro_batches):
+    tasks = {"a": tile_task(micro_batches=micro_batches), "b": tile_task(loss="sigmoid", multi_label=True)}
+    config = tiny_config(tasks=tasks, optim=Optim(freeze=("tokenizers.tile.weight", "blocks.0.attn.*", "*.mlp.fc1.weight", "heads.b.bias")))
+    batches = [(name, Loader(name, config, train=True).load(3)) for name in config.tasks]
+    step = fresh(config)
+    step.begin(tuple(config.tasks), 0.0, 0)
+    for name, batch in batches:
+        step.forward_backward(name, Inputs.from_batch(batch))
+    expected = gradient_by_autograd(config, batches)
+    found = step.parameters.unflatten([group.grads for group in step.parameters.groups])
+    assert found.keys() | step.parameters.frozen.keys() == expected.keys()
+    assert len(step.parameters.frozen) == 1 + 4 + 2 + 1
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_front_has_no_backward(config):
+    config = replace(config, optim=Optim(freeze=("tokenizers.*", "blocks.*")))
+    step = fresh(config)
+    inputs = Inputs.from_batch(Loader("a", config, train=True).load(0))
+    step.begin(("a",), 0.1, 0)
+    with FlopCounterMode(display=False) as counter:
+        step.forward_backward("a", inputs)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        step.model(inputs.grid, "a")
+    # The gradients of the head's weight and of its input, which the last norm needs.
+    assert counter.get_total_flops() == forward.get_total_flops() + 2 * (2 * 8 * 32 * 3)

@@ -229,7 +229,7 @@ def _mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     copy, sums = cast_and_sum(grad, len(fc2_weight), x.dtype, factors, wants_sums=output_mask[4])
     copy = _flatten(copy)
-    first = tuple(x.new_empty(0) for _ in range(3))
+    first = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if any(output_mask[:3]):
         d_pre, d_fc1_bias = _differentiate_gelu(copy, fc2_weight, slope, output_mask[2], pick)
         first = _differentiate_layer(output_mask[:3], x, fc1_weight, d_pre, d_fc1_bias)

@@ -59,6 +59,7 @@ def _upgrade_record(values: Any) -> Any:
             later = {"mixup_pairs": "neighbours", "zero_head": False}
         case "Optim":
             later = {"clip": "mean", "accumulate": "mean", "absent": "auto" if values.get("name") == "sgd" else "coast"}
+            later |= {"freeze": [], "layer_decay": 1.0}
         case "Audio":
             later = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform"}
         case "Video":
