@@ -17,7 +17,7 @@ from polyvit_fast.train.evaluate import evaluate, use_device
 from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
-from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
+from polyvit_fast.train.schedule import count_steps, make_step_plan
 from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
@@ -99,7 +99,7 @@ def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[
 
 def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
     names, clock = run.plan[run.done], run.clock
-    step.begin(names, learning_rate(run.config, run.plan, run.done), run.done)
+    step.begin(names, run.rates[run.done], run.done, run.rates.weigh(run.done))
     for number, _ in enumerate(names, 1):
         name, inputs = _next_inputs(run, batches, stop)
         clock.mark_data_ready()
@@ -139,8 +139,7 @@ def _check_all(run: Run, stop: Stop, status: int = 0) -> int:
 
 
 def _begin_interval(run: Run) -> None:
-    rate = learning_rate(run.config, run.plan, run.done - 1)
-    run.intervals.append(Interval(run.done, rate, run.step.read_counters(), run.clock.lap()))
+    run.intervals.append(Interval(run.done, run.rates[run.done - 1], run.step.read_counters(), run.clock.lap()))
 
 
 def _log_intervals(run: Run, *, wait: bool) -> None:

@@ -25,7 +25,7 @@ from polyvit_fast.train.run_folder.config_json import to_json
 from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.lock import hold
 from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
-from polyvit_fast.train.schedule import check_warmup, compute_warmup_steps, count_steps
+from polyvit_fast.train.schedule import LearningRates, check_warmup, compute_warmup_steps, count_steps
 from polyvit_fast.train.step import PendingCounters, Step
 
 RANDOM_NUMBERS = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
@@ -62,6 +62,7 @@ class Run:
     fingerprints: dict[str, Fingerprint]
     """Of the training files when the run was opened, as rank 0 saw them."""
     validation_fingerprints: dict[str, Fingerprint]
+    rates: LearningRates
     done: int = 0
     """Steps done so far."""
     metrics_step: int = -1
@@ -154,7 +155,8 @@ def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) ->
         validation = {name: Loader(name, config, train=False, **process) for name in config.tasks}
     seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
     fingerprints, validation_fingerprints = world.broadcast(seen)
-    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints)
+    rates = LearningRates(config, plan)
+    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints, rates)
     run.interval_times = {name: TaskTime() for name in config.tasks}
     run.seconds = dict.fromkeys(config.tasks, 0.0)
     return run

@@ -6,7 +6,7 @@ step number, and reads the counters at intervals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -84,16 +84,22 @@ class Step:
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
         has_component = [[component in list_components(model, name) for name in config.tasks] for component in self.optimizer.components]
         self.has_component = torch.tensor(has_component, device=self.device) if rest else None
-        self.lr, self.loss_weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.lr = torch.zeros((), device=self.device)
+        self.loss_weights = torch.zeros(len(self.rows), device=self.device)
         self.number = torch.zeros((), device=self.device, dtype=torch.float64)
 
-    def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
-        """Begin step number `step`, an update from the gradients of the tasks `names` at the learning rate `lr`."""
+    def begin(self, names: tuple[str, ...], lr: float, step: int, weights: Sequence[float] = ()) -> None:
+        """Begin step number `step`, an update from the gradients of the tasks `names` at the learning rate `lr`.
+
+        Each task's loss is multiplied by its one of `weights`, if there are any, besides its `loss_weight`.
+        """
         self.parameters.refresh()
         self.lr.fill_(lr)
         self.number.fill_(step)
         num_tasks = len(names) if self.config.optim.accumulate == "mean" else 1
-        self.loss_weight.fill_(1 / num_tasks if self.parameters.averages_grads else 1 / (num_tasks * self.world.size))
+        weight = 1 / num_tasks if self.parameters.averages_grads else 1 / (num_tasks * self.world.size)
+        for name, own in zip(names, weights or (1.0,) * len(names), strict=True):
+            self.loss_weights[self.rows[name]].fill_(weight * own * self.config.tasks[name].loss_weight)
         rank = (self.world.rank,) if self.world.rank else ()  # dropout differs between processes
         torch.manual_seed(key(self.config.seed, "step", step, *rank) >> 1)
 
@@ -117,7 +123,7 @@ class Step:
                 row[0].add_(loss.nan_to_num(0.0, 0.0, 0.0), alpha=1 / task.micro_batches)
                 row[1].add_(right, alpha=1 / task.micro_batches)
             with self._reduce(name, last and number == len(micro_batches)):
-                loss.backward(self.loss_weight / task.micro_batches)
+                loss.backward(self.loss_weights[self.rows[name]] / task.micro_batches)
         row[2].add_(1)
         self.took_part[self.rows[name]].fill_(True)  # an assignment would copy the number from the host, which no graph captures
 

@@ -249,3 +249,24 @@ def test_a_frozen_front_has_no_backward(config):
         step.model(inputs.grid, "a")
     # The gradients of the head's weight and of its input, which the last norm needs.
     assert counter.get_total_flops() == forward.get_total_flops() + 2 * (2 * 8 * 32 * 3)
+
+
+@pytest.mark.parametrize("accumulate", ["mean", "sum"])
+def test_loss_weights_and_those_of_a_step_multiply_each_task_s_gradient(accumulate):
+    tasks = {"a": tile_task(loss_weight=0.25, micro_batches=2), "b": tile_task(num_classes=4, loss_weight=3.0)}
+    config = tiny_config(tasks=tasks, optim=Optim(name="sgd", accumulate=accumulate))
+    batches = {name: Loader(name, config, train=True).load(3) for name in config.tasks}
+    step, model = fresh(config), PolyViT.from_config(config)
+    step.begin(("a", "b"), 0.0, 0, (1.0, 0.5))
+    for name, batch in batches.items():
+        step.forward_backward(name, Inputs.from_batch(batch))
+    losses = {name: LOSSES["softmax"](model(batch.grid, name), batch.labels, 0.0) for name, batch in batches.items()}
+    total = 0.25 * losses["a"] + 3.0 * 0.5 * losses["b"]
+    (total / 2 if accumulate == "mean" else total).backward()
+    found = step.parameters.unflatten([group.grads for group in step.parameters.groups])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    counters = step.read_counters().wait()  # what is logged is the loss itself
+    assert {name: row.loss for name, row in counters.items()} == pytest.approx(
+        {name: loss.item() for name, loss in losses.items()}, rel=1e-5
+    )
