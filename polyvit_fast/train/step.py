@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.augment.mixing import mix_grids
 from polyvit_fast.model.parameters import decay_by_layer, freeze, list_components, list_parameters
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
@@ -110,10 +111,10 @@ class Step:
         """
         task, grid, labels = self.config.tasks[name], inputs.grid, inputs.labels
         partners_of = MIXUP_PAIRS[task.mixup_pairs]
-        partners = partners_of(labels) if task.mixup else labels
-        if task.mixup:
-            # lerp in the grid's own units: the tokenizer normalises afterwards, and both are linear.
-            grid = grid.float().lerp(partners_of(grid).float(), 1 - inputs.mixup_ratio)
+        partners = partners_of(labels) if task.mixes else labels
+        if task.mixes:
+            box = inputs.cutmix_box if task.cutmix else None
+            grid = mix_grids(grid, partners_of(grid), inputs.mixup_ratio, box, mixup=task.mixup > 0)
         row = self.counters[self.rows[name]]
         micro_batches = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -134,7 +135,7 @@ class Step:
         with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False):
             logits = self.model(grid, name, task.drop_path_rate, self.config.compute.recompute)
         loss = LOSSES[task.loss]
-        if task.mixup:
+        if task.mixes:
             value = mixed_loss(loss, logits, labels, partners, ratio, task.label_smoothing)
         else:
             value = loss(logits, labels, task.label_smoothing)

@@ -42,7 +42,7 @@ def test_recomputed_dropout_is_not_captured_and_that_is_reported():
 
 
 MODEL = Model(dim=32, depth=2, num_heads=2, mlp_dim=64)
-OPTIONS = {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1, "drop_path_rate": 0.2}
+OPTIONS = {"mixup": 0.4, "cutmix": 1.0, "micro_batches": 2, "label_smoothing": 0.1, "drop_path_rate": 0.2}
 LABELS = [("softmax", False), ("sigmoid", False), ("sigmoid", True)]
 STEPS = {
     f"{loss} {'of several' if multi_label else 'of one'} {' '.join(options)}".rstrip(): {

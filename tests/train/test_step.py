@@ -34,10 +34,16 @@ def gradient_by_autograd(config, batches):
     for name, batch in batches:
         task = config.tasks[name]
         grid, labels = batch.grid.float(), batch.labels
-        if task.mixup:
+        if task.mixes:
             reverse = task.mixup_pairs == "reversed"
             partners = [len(labels) - 1 - i if reverse else i + 1 - 2 * (i % 2) for i in range(len(labels))]
-            grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid[partners]
+            if batch.cutmix_box and any(batch.cutmix_box):
+                top, left, bottom, right = batch.cutmix_box
+                mixed = grid.clone()
+                mixed[:, :, top:bottom, left:right] = grid[partners][:, :, top:bottom, left:right]
+                grid = mixed
+            else:
+                grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid[partners]
             one_hot = torch.nn.functional.one_hot(labels, task.num_classes).float()
             labels = batch.mixup_ratio * one_hot + (1 - batch.mixup_ratio) * one_hot[partners]
         losses.append(LOSSES[task.loss](model(grid, name), labels, task.label_smoothing))
@@ -52,12 +58,14 @@ TASK_CHANGES = (
     {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1},
     {"mixup": 0.4, "mixup_pairs": "reversed"},
     {"mixup": 0.4, "mixup_pairs": "reversed", "micro_batches": 4},
+    {"cutmix": 1.0, "micro_batches": 4, "label_smoothing": 0.1},
+    {"cutmix": 1.0, "mixup": 0.4, "mixup_pairs": "reversed"},
 )
 
 
 @pytest.mark.parametrize(
     ("changes", "accumulate"),
-    mark_long(product(TASK_CHANGES, ["mean", "sum"]), [({}, "sum"), (TASK_CHANGES[3], "mean"), (TASK_CHANGES[5], "mean")]),
+    mark_long(product(TASK_CHANGES, ["mean", "sum"]), [({}, "sum"), *((TASK_CHANGES[i], "mean") for i in (3, 5, 6))]),
     ids=str,
 )
 def test_gradient_is_that_of_the_mean_or_sum_over_tasks_and_micro_batches(changes, accumulate):

@@ -57,7 +57,7 @@ def _upgrade_record(values: Any) -> Any:
     match values.get("type"):
         case "Task":
             later = {"mixup_pairs": "neighbours", "zero_head": False}
-            later |= {"lr_schedule": "run", "warmup_steps": 0, "loss_weight": 1.0}
+            later |= {"lr_schedule": "run", "warmup_steps": 0, "loss_weight": 1.0, "cutmix": 0.0}
         case "Optim":
             later = {"clip": "mean", "accumulate": "mean", "absent": "auto" if values.get("name") == "sgd" else "coast"}
             later |= {"freeze": [], "layer_decay": 1.0}
