@@ -61,6 +61,8 @@ def _upgrade_record(values: Any) -> Any:
         case "Optim":
             later = {"clip": "mean", "accumulate": "mean", "absent": "auto" if values.get("name") == "sgd" else "coast"}
             later |= {"freeze": [], "layer_decay": 1.0}
+        case "Image":
+            later = {"random_erasing_prob": 0.0, "random_erasing_area_ratios": [0.02, 0.4], "random_erasing_aspect_ratio": 0.3}
         case "Audio":
             later = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform"}
         case "Video":
