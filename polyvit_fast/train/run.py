@@ -71,6 +71,7 @@ class Run:
     """Steps done at the last checkpoint."""
     best_step: int | None = None
     best_score: float = float("-inf")
+    evaluations_since_best: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
@@ -78,6 +79,16 @@ class Run:
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each task took in the whole run, waiting for its data included."""
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether steps are left to be done, but the metrics have not risen for as many evaluations as `early_stop_evaluations` allows."""
+        return self.done < len(self.plan) and 0 < self.config.log.early_stop_evaluations <= self.evaluations_since_best
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step is left to be done."""
+        return self.done >= len(self.plan) or self.has_stopped_early
 
     def count_time(self, spans: list[Span]) -> None:
         """Add minibatches that have ended on the device to the tasks' times."""
@@ -239,6 +250,7 @@ def _write_checkpoint(run: Run) -> None:
         "warmup_steps": compute_warmup_steps(run.config, len(run.plan)),
         "best_step": run.best_step,
         "best_score": None if run.best_step is None else run.best_score,
+        "evaluations_since_best": run.evaluations_since_best,
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
@@ -298,6 +310,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
     run.seconds.update(state["seconds"])
     run.interval_times.update({name: TaskTime(*times) for name, times in state.get("interval_times", {}).items()})
+    run.evaluations_since_best = state.get("evaluations_since_best", 0)
     if state["best_step"] is not None:
         run.best_step, run.best_score = state["best_step"], state["best_score"]
 

@@ -63,6 +63,8 @@ def _upgrade_record(values: Any) -> Any:
             later |= {"freeze": [], "layer_decay": 1.0}
         case "Image":
             later = {"random_erasing_prob": 0.0, "random_erasing_area_ratios": [0.02, 0.4], "random_erasing_aspect_ratio": 0.3}
+        case "LogOptions":
+            later = {"early_stop_evaluations": 0}
         case "Audio":
             later = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform"}
         case "Video":
