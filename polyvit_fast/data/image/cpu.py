@@ -87,6 +87,8 @@ class ImageDecoder:
             crop = torch.from_dlpack(crops[position[i]]) if i in position else torch.from_numpy(requests[i].cut_box())
             check_grey(requests[i].content, crop.numpy()[-1, -1].tolist())
             out[i] = self._finish(crop, requests[i].augmentation)
+            if erasing := requests[i].augmentation.erasing:
+                erasing.apply(out[i])
 
         map_in_threads(fill, range(len(requests)), self.num_threads)
 

@@ -123,20 +123,28 @@ def _draw_percentages(axes: Axes, present: np.ndarray) -> None:
 
 
 def _draw_rates(axes: Axes, plan: StepPlan, config: Train, rates: np.ndarray) -> None:
-    """A line for each `lr_scale` among the steps, hence a single one when all tasks have the same."""
+    """A line for each `lr_scale` and each task's own schedule among the steps, hence a single one when all tasks have the same."""
     names = list(config.tasks)
-    scales = np.array([sum(config.tasks[name].lr_scale for name in tasks) / len(tasks) for tasks in plan])
-    for scale in sorted(set(scales.tolist()), reverse=True):
-        steps = np.flatnonzero(scales == scale)
+    kinds = {tasks: _describe_rate(config, tasks) for tasks in set(plan)}
+    for kind in sorted(set(kinds.values()), key=lambda kind: (kind[1], -kind[0])):
+        scale, own = kind
+        steps = np.array([step for step, tasks in enumerate(plan) if kinds[tasks] == kind])
         members = sorted({name for step in steps for name in plan[step]}, key=names.index)
         colour = _colour(names.index(members[0])) if len(members) == 1 else "#333333"
         more = f" and {len(members) - 2} more" if len(members) > 2 else ""
-        label = f"× {scale:g}: {', '.join(members[:2])}{more}"
+        label = f"× {scale:g}: {', '.join(members[:2])}{more}{own and f' ({own})'}"
         axes.plot(steps, rates[steps], color=colour, label=label, marker="." if len(steps) < 60 else "")
     if len(axes.lines) > 1:
         axes.legend(title="lr_scale", alignment="left", loc="upper right")
     axes.set(xlabel="step", xlim=(0, len(plan)), ylim=(0, None), ylabel="learning rate", title="Learning rate of every step")
     axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _describe_rate(config: Train, names: tuple[str, ...]) -> tuple[float, str]:
+    """The mean `lr_scale` of a step's tasks, and which of them have a schedule of their own."""
+    tasks = {name: config.tasks[name] for name in names}
+    own = [f"own {task.lr_schedule} of {name}" for name, task in tasks.items() if task.lr_schedule != "run"]
+    return sum(task.lr_scale for task in tasks.values()) / len(names), ", ".join(own)
 
 
 def plot_run(folder: Path, path: Path) -> None:

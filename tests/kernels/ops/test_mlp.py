@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from long_forms import mark_long, pairs
+from partial_gradients import assert_only_the_wanted
 from samples import PLAIN_GELU, factors, normal
 from torch.nn import functional
 
@@ -408,3 +409,27 @@ def test_dtypes_that_are_no_floating_point_ones_are_told(dtype, autocast):
                 pytest.raises(ValueError, match=f"{name} is {dtype}, but a floating-point dtype is needed"),
             ):
                 call(**inputs | {name: inputs[name].to(dtype)}, **more)
+
+
+MULTIPLIED = 2 * 10 * 48 * 80
+"""The operations of one product of the MLP below."""
+PARTIAL = {
+    "mlp": {"x": 2, "fc1_weight": 2, "fc1_bias": 1, "fc2_weight": 1, "fc2_bias": 0},
+    "mlp and residual": {"x": 2, "fc1_weight": 2, "fc1_bias": 1, "fc2_weight": 1, "fc2_bias": 0, "residual": 0},
+    "linear_gelu": {"x": 1, "weight": 1, "bias": 0},
+    "linear_add": {"x": 1, "weight": 1, "bias": 0, "residual": 0},
+}
+
+
+@pytest.mark.parametrize("path", ["registered", "on_kernels"])
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_gradient_that_nobody_wants_costs_nothing(name, path, request):
+    request.getfixturevalue(path)
+    x, residual = normal(2, 5, 48), {"residual": normal(2, 5, 80, seed=7)}
+    forms = {
+        "mlp": (lambda **given: ops.mlp(**given, gelu="erf"), mlp_inputs(x, 80)),
+        "mlp and residual": (lambda **given: ops.mlp(**given, gelu="erf"), mlp_inputs(x, 80) | {"residual": normal(2, 5, 48, seed=7)}),
+        "linear_gelu": (lambda **given: ops.linear_gelu(**given, gelu="erf"), linear_inputs(x, 80)),
+        "linear_add": (ops.linear_add, linear_inputs(x, 80) | residual),
+    }
+    assert_only_the_wanted(*forms[name], {key: products * MULTIPLIED for key, products in PARTIAL[name].items()})
