@@ -117,9 +117,9 @@ def _fit(kind: type[Probe], task: Task, train: SplitFeatures, val: SplitFeatures
     """The metric on the validation split of a head fitted to all training examples, with the penalty that is best on a fifth of them."""
     features, others = ((split.pooled if kind is LinearProbe else _require(split.tokens)) for split in (train, val))
     fitted, held_out = split_for_choice(len(train.labels), seed)
-    trial = kind(task.num_classes, task.loss, PENALTIES)
-    trial.fit(features[fitted], train.labels[fitted], seed)
-    scores = [_measure(task, logits, train.labels[held_out]) for logits in trial.predict(features[held_out])]
+    candidates = kind(task.num_classes, task.loss, PENALTIES)
+    candidates.fit(features[fitted], train.labels[fitted], seed)
+    scores = [_measure(task, logits, train.labels[held_out]) for logits in candidates.predict(features[held_out])]
     # Of equal scores the strongest penalty: the simplest head that does as well.
     best = max(range(len(PENALTIES)), key=lambda index: (np.nan_to_num(scores[index], nan=-1.0), index))
     final = kind(task.num_classes, task.loss, PENALTIES[best : best + 1])
