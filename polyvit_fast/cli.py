@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -36,6 +37,7 @@ EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. 
 First run:        polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
 All settings:     polyvit-fast train demo --help
 Change settings:  polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
+Some tasks alone: polyvit-fast train demo --only motion
 Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
 Any command with --traceback shows the traceback of an error instead of its message alone.
 
@@ -203,7 +205,7 @@ def _plan(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed as well."""
+    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed, --only too."""
 
     manifests: str = "clean-manifests"
     """Folder to write to: for each task and split a manifest without the broken files, and broken.tsv."""
@@ -250,9 +252,25 @@ def _split_subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
     return arguments[0], arguments[1:]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExperimentHelp:
+    """A training run."""
+
+    only: tuple[str, ...] = ()
+    """Train these tasks alone, such as one as the baseline of all: the others are left out.
+    The run folder is then runs/NAME-only-TASK, and optim.warmup_steps is lowered to the same fraction of the steps that are left."""
+    train: Annotated[Train, tyro.conf.arg(name="")]
+
+
 def _load_config(name: str, flags: list[str], command: str) -> Train:
-    config = experiments.load(name)
-    return tyro.cli(Train, default=config, args=flags, prog=f"polyvit-fast {command} {name}")
+    config, prog = experiments.load(name), f"polyvit-fast {command} {name}"
+    if "--only" in flags:  # it decides what other flags there are
+        begin = flags.index("--only")
+        names = list(takewhile(lambda word: not word.startswith("-"), flags[begin + 1 :]))
+        config, flags = config.only(names), flags[:begin] + flags[begin + 1 + len(names) :]
+    if {"-h", "--help"} & {*flags}:
+        return tyro.cli(ExperimentHelp, default=ExperimentHelp(train=config), args=flags, prog=prog).train
+    return tyro.cli(Train, default=config, args=flags, prog=prog)
 
 
 def _parse(kind: type[Options], flags: list[str], command: str) -> Options:

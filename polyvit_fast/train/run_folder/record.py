@@ -87,11 +87,17 @@ def load_run(folder: Path, load: Callable[[str], Train]) -> RecordedRun:
     if not isinstance(experiment, str) or not isinstance(values, dict):
         raise ValueError(f"{folder / 'config.json'} does not describe a run: it needs the fields experiment and config")
     try:
-        config = from_json(load(_experiment_file(folder, experiment)), upgrade(values))
+        config = from_json(_leave_out(load(_experiment_file(folder, experiment)), values), upgrade(values))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} does not fit its experiment {experiment}: {error}") from error
     commands = folder / "command.txt"
     return RecordedRun(folder, experiment, config, commands.read_text().splitlines() if commands.is_file() else [], versions)
+
+
+def _leave_out(config: Train, values: Mapping[str, Any]) -> Train:
+    """The experiment's configuration without the tasks that the stored one lacks: a run of `--only` has some of them."""
+    stored = values.get("tasks")
+    return config.only(list(stored)) if isinstance(stored, dict) and stored and stored.keys() < config.tasks.keys() else config
 
 
 def _experiment_file(folder: Path, experiment: str) -> str:
