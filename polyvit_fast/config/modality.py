@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +31,16 @@ class Modality(ABC):
     """A kind of input: the grid that a sample is decoded to, and how the grid is cut into tokens."""
 
     name: ClassVar[str]
+    num_class_tokens: int = 1
+    """Learned tokens in front of the tubelets.
+    1: a class token, as in ViT. 2: one for distillation too, as in AST and DeiT. 0: none, as in VideoMAE."""
+    pool: Literal["cls", "class_tokens", "mean"] = "cls"
+    """What heads read.
+    cls: the first class token, as in ViT and ViViT.
+    class_tokens: the mean of all class tokens, as in AST.
+    mean: the mean of the tubelets' tokens, normalised afterwards, as in VideoMAE."""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """Position embeddings. sinusoidal: fixed sines and cosines of the token's number, as in VideoMAE."""
 
     @property
     @abstractmethod
@@ -40,6 +51,11 @@ class Modality(ABC):
     @abstractmethod
     def tubelet(self) -> tuple[int, int, int]:
         """(frames, rows, columns) that become one token."""
+
+    @property
+    def token_stride(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) from one token to the next: less than `tubelet` where tokens overlap."""
+        return self.tubelet
 
     @property
     @abstractmethod
@@ -61,13 +77,28 @@ class Modality(ABC):
         return self
 
     @property
+    def tubelets(self) -> tuple[int, int, int]:
+        """How many tubelets a view has along (frames, rows, columns)."""
+        frames, rows, columns = map(_count_steps, self.grid, self.tubelet, self.token_stride)
+        return frames, rows, columns
+
+    @property
     def num_tokens(self) -> int:
-        """Number of tokens of one view, including the class token."""
-        counts = [size // step for size, step in zip(self.grid, self.tubelet, strict=False)]
-        return counts[0] * counts[1] * counts[2] + 1
+        """Number of tokens of one view, including the class tokens."""
+        return math.prod(self.tubelets) + self.num_class_tokens
 
     def check_grid(self) -> None:
-        """Raise ValueError when the tubelet does not divide the grid."""
-        for axis, size, step in zip(("frames", "rows", "columns"), self.grid, self.tubelet, strict=False):
-            if size <= 0 or step <= 0 or size % step:
+        """Raise ValueError when the tubelet does not divide the grid, or heads would read tokens that are not there."""
+        for axis, size, step, stride in zip(("frames", "rows", "columns"), self.grid, self.tubelet, self.token_stride, strict=False):
+            if not 0 < stride <= step <= size:
+                raise ValueError(f"{self.name}: tubelets of {step} {axis} every {stride} do not fit a grid of {size} {axis}")
+            if stride == step and size % step:
                 raise ValueError(f"{self.name}: {axis} = {size} does not divide by the tubelet's {step}; change one of the two")
+        if self.num_class_tokens not in (0, 1, 2):
+            raise ValueError(f"{self.name}: num_class_tokens = {self.num_class_tokens} must be 0, 1 or 2")
+        if not self.num_class_tokens and self.pool != "mean":
+            raise ValueError(f"{self.name}: pool = {self.pool} needs a class token; set num_class_tokens = 1, or pool = mean")
+
+
+def _count_steps(size: int, step: int, stride: int) -> int:
+    return (size - step) // stride + 1

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 from polyvit_fast.config.modality import Decoder, Modality
 from polyvit_fast.media import Sample
 
@@ -51,6 +53,8 @@ class Task:
     """Number of classes: outputs of the task's head."""
     steps: int
     """The paper's U_j: steps on this task with the schedules weighted and task-by-task. Their sum over all tasks is the run's length."""
+    test: tyro.conf.AvoidSubcommands[Source | None] = None
+    """Samples that no run looks at, for `polyvit-fast eval RUN --split test`."""
     batch: int = 64
     """Examples per step, over all processes and micro-batches together."""
     micro_batches: int = 1
@@ -89,6 +93,8 @@ class Task:
     """Fraction of each target that is spread evenly over all classes."""
     drop_path_rate: float = 0.0
     """Stochastic depth: probability of skipping a residual branch of the last block. It falls linearly to 0 at the first block."""
+    head_norm: bool = False
+    """Normalise what the head reads once more, as AST does. It already comes from a normalised token."""
     zero_head: bool = False
     """Initialise the task's head with zeros, as the paper's code does for videos and sounds, which start from a pretrained model.
     Otherwise LeCun's normal distribution, as in the paper's code for images: training from random weights is faster with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from polyvit_fast.model.modules import Attention, Block, ClassToken, Factors, Tokens
 from polyvit_kernels import ops
+from polyvit_kernels.block import pre_norm_block
 from polyvit_kernels.layers import add_branch, add_linear, is_plain, norm_residual, project
 from polyvit_kernels.ops import dtypes
 from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
@@ -20,12 +22,16 @@ from polyvit_kernels.ops.dtypes import matmul_dtype, without_autocast
 class ClassTokenAttention(Attention):
     """`Attention` that gives the class token alone, `[batch, 1, dim]`, computed in the dtype of its input, fp32 at least."""
 
-    def forward(self, x: Tokens, residual: Tokens | None = None, factors: Factors | None = None) -> ClassToken:
-        """What `Attention.forward` gives for the first token.
+    def forward(
+        self, x: Tokens, residual: Tokens | None = None, factors: Factors | None = None, all_tokens: bool = False
+    ) -> ClassToken | Tokens:
+        """What `Attention.forward` gives for the first token, or with `all_tokens` for all.
 
         Where `qkv` is a linear layer with a bias and nothing else, `attend_first` reads its parameters; an adapter around it, or a layer
         with hooks, is called with all tokens.
         """
+        if all_tokens:
+            return super().forward(x, residual, factors)
         dropout, first = self.dropout * self.training, None if residual is None else residual[:, :1]
         dtype = matmul_dtype(x if residual is None else residual)
         if is_plain(self.qkv):
@@ -44,10 +50,19 @@ class ClassTokenBlock(Block):
 
     All its parts are called as modules, so that hooks on them run as often as in a `Block`. What they see differs: the inputs of `attn`
     and the outputs of `norm1` are all tokens, in fp32 at least; the outputs of `attn`, and all of `norm2` and `mlp`, are the class token
-    alone. For all tokens, load the state dict of this block into a `Block`.
+    alone. With `all_tokens` it computes what a `Block` does.
     """
 
     attention = ClassTokenAttention
+
+    def forward(self, x: Tokens, drop_path_rate: float = 0.0, recompute: bool = False, all_tokens: bool = False) -> ClassToken | Tokens:
+        """The class token after both branches, or all tokens; see `Block.forward`."""
+        return self.compute(self.add_all_branches if all_tokens else self.add_branches, x, drop_path_rate, recompute)
+
+    def add_all_branches(self, x: Tokens, attn_factors: Factors | None, mlp_factors: Factors | None) -> Tokens:
+        """All tokens after both branches."""
+        attn = partial(self.attn, all_tokens=True)
+        return pre_norm_block(x, self.norm1, attn, self.norm2, self.mlp, attn_factors, mlp_factors)
 
     def add_branches(self, x: Tokens, attn_factors: Factors | None, mlp_factors: Factors | None) -> ClassToken:
         """The class token after both branches."""

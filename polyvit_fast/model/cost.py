@@ -45,7 +45,7 @@ def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
 
 def _count_flops(model: Model, depth: int, modality: Modality, num_classes: int) -> int:
     """Of a model with that many blocks, the last of which is of the same kind as the model's last."""
-    shallow = replace(model, depth=depth, num_adaptor_layers=0 if _ends_with_class_token(model) else depth)
+    shallow = replace(model, depth=depth, num_adaptor_layers=0 if model.num_adaptor_layers < model.depth else depth)
     with torch.device("meta"):
         vit = PolyViT(shallow, {modality.name: modality}, {"task": (modality.name, num_classes)})
     with _count_all() as counter, torch.no_grad():
@@ -107,8 +107,9 @@ def activation_bytes(
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
     stream = wide * tokens * model.dim
     embedding = stream if model.dropout else 0
-    end = (wide * model.dim if _ends_with_class_token(model) else stream) + narrow * model.dim
-    num_whole, num_last, num_inputs = _num_whole_blocks(model), int(_ends_with_class_token(model)), 0
+    ends_with_class_token = _ends_with_class_token(model, task.modality)
+    end = (wide * model.dim if ends_with_class_token else stream) + narrow * model.dim
+    num_whole, num_last, num_inputs = model.depth - ends_with_class_token, int(ends_with_class_token), 0
     if recompute:  # the block that the backward pass is in, and the inputs of all others
         num_whole, num_last, num_inputs = (1, 0, model.depth - 1) if num_whole else (0, 1, 0)
     whole, last = _whole_block_bytes(model, tokens, narrow, wide), _class_token_bytes(model, tokens, narrow, wide)
@@ -136,13 +137,9 @@ def _mlp_elements(model: Model) -> int:
     return 3 * model.dim + 3 * model.mlp_dim if model.dropout else model.dim + 2 * model.mlp_dim
 
 
-def _ends_with_class_token(model: Model) -> bool:
-    """Whether the last block computes the class token alone: a shared block does, an adaptor does not."""
-    return model.num_adaptor_layers < model.depth
-
-
-def _num_whole_blocks(model: Model) -> int:
-    return model.depth - _ends_with_class_token(model)
+def _ends_with_class_token(model: Model, modality: Modality) -> bool:
+    """Whether the last block computes the class token alone: a shared block does where heads read nothing else, an adaptor does not."""
+    return model.num_adaptor_layers < model.depth and modality.pool == "cls"
 
 
 def _block_matrices(model: Model) -> int:

@@ -5,7 +5,9 @@ Each of `Attention` and `Mlp` adds to a residual on request, so that the sum nee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -17,13 +19,14 @@ from polyvit_fast.config import Model
 from polyvit_kernels import ops
 from polyvit_kernels.block import pre_norm_block
 from polyvit_kernels.layers import add_linear, is_plain, project
+from polyvit_kernels.ops.mlp import apply_gelu
 
 Tokens = Float[Tensor, "batch tokens dim"]
 ClassToken = Float[Tensor, "batch 1 dim"]
 Factors = Float[Tensor, " batch"]
 """What each example of a branch is multiplied by."""
 
-GELU = {"tanh": partial(functional.gelu, approximate="tanh"), "erf": functional.gelu}
+GELU = {kind: partial(apply_gelu, gelu=kind) for kind in get_args(ops.Gelu)}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -104,16 +107,17 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         dropout: float = 0.0,
         rescale_drop_path: bool = True,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.rescale = rescale_drop_path
-        self.norm1, self.attn = LayerNorm(dim), self.attention(dim, num_heads, qkv_bias=qkv_bias, dropout=dropout)
-        self.norm2, self.mlp = LayerNorm(dim), Mlp(dim, mlp_dim, gelu=gelu, dropout=dropout)
+        self.norm1, self.attn = LayerNorm(dim, norm_eps), self.attention(dim, num_heads, qkv_bias=qkv_bias, dropout=dropout)
+        self.norm2, self.mlp = LayerNorm(dim, norm_eps), Mlp(dim, mlp_dim, gelu=gelu, dropout=dropout)
 
     @classmethod
     def from_config(cls, model: Model) -> Block:
         """A block of the model that the record describes."""
-        options = {"gelu": model.gelu, "dropout": model.dropout, "rescale_drop_path": model.rescale_drop_path}
+        options = {"gelu": model.gelu, "dropout": model.dropout, "rescale_drop_path": model.rescale_drop_path, "norm_eps": model.norm_eps}
         return cls(model.dim, model.num_heads, model.mlp_dim, **options)
 
     def forward(self, x: Tokens, drop_path_rate: float = 0.0, recompute: bool = False) -> Tokens | ClassToken:
@@ -122,12 +126,18 @@ class Block(nn.Module):
         `recompute`: keep `x` alone for the backward pass, which computes the rest again. With dropout that reads the state of the random
         numbers, and cannot be captured in a CUDA graph.
         """
+        return self.compute(self.add_branches, x, drop_path_rate, recompute)
+
+    def compute(
+        self, add_branches: Callable[..., Tokens | ClassToken], x: Tokens, drop_path_rate: float, recompute: bool
+    ) -> Tokens | ClassToken:
+        """What `add_branches` gives of x and the factors of drop path."""
         dropped = self.training and drop_path_rate > 0
         factors = drop_path_factors(x, drop_path_rate, self.rescale) if dropped else (None, None)
         if recompute and torch.is_grad_enabled():
             random = self.training and bool(self.attn.dropout or self.mlp.dropout)
-            return checkpoint(self.add_branches, x, *factors, use_reentrant=False, preserve_rng_state=random)
-        return self.add_branches(x, *factors)
+            return checkpoint(add_branches, x, *factors, use_reentrant=False, preserve_rng_state=random)
+        return add_branches(x, *factors)
 
     def add_branches(self, x: Tokens, attn_factors: Factors | None, mlp_factors: Factors | None) -> Tokens:
         """The tokens after both branches, each example of a branch multiplied by its factor if there are any."""

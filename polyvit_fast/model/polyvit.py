@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from polyvit_fast.config import Modality, Model, Train
 from polyvit_fast.model.class_token import ClassTokenBlock
-from polyvit_fast.model.modules import Attention, Block, LayerNorm, drop_path_ramp
+from polyvit_fast.model.modules import Attention, Block, ClassToken, LayerNorm, Tokens, drop_path_ramp
 from polyvit_fast.model.tokenizer import Grid, Tokenizer
 from polyvit_fast.randomness import generator
+from polyvit_kernels import ops
 from polyvit_kernels.layers import project
 from polyvit_kernels.ops import AttentionBackend
+from polyvit_kernels.ops.dtypes import matmul_dtype
 
 
 class PolyViT(nn.Module):
@@ -27,8 +29,9 @@ class PolyViT(nn.Module):
     `heads` gives the name of its modality and its number of classes for each task. The grids of a task in `own_normalisation` are
     normalised by the record there, not by that of their modality. The weights follow from `seed` alone. With `residual` = "bf16" the
     tokens between blocks have autocast's dtype where autocast is on; else they have the weights'. `attention`: see
-    `polyvit_kernels.attention`. The heads read the class token alone, so the last of `blocks` is a `ClassTokenBlock`; a last block that
-    belongs to a modality (with as many adaptor layers as blocks) computes all tokens.
+    `polyvit_kernels.attention`. Where heads read the class token alone, the last of `blocks`, a `ClassTokenBlock`, computes nothing else;
+    a last block that belongs to a modality (with as many adaptor layers as blocks) computes all tokens. The heads of `norm_heads` normalise
+    what they read.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class PolyViT(nn.Module):
         residual: Literal["fp32", "bf16"] = "fp32",
         attention: AttentionBackend = "auto",
         zero_heads: Collection[str] = (),
+        norm_heads: Collection[str] = (),
     ) -> None:
         super().__init__()
         _check_names([*modalities, *heads])
@@ -50,14 +54,18 @@ class PolyViT(nn.Module):
             raise ValueError(f"heads of the modalities {sorted(unknown)}, but there are only {sorted(modalities)}")
         self.depth = model.depth
         self.modality_of = {task: modality for task, (modality, _) in heads.items()}
+        self.pool_of = {name: (modality.pool, modality.num_class_tokens) for name, modality in modalities.items()}
         self.tokenizers = nn.ModuleDict(
             {name: Tokenizer(modality, model, residual, own_normalisation) for name, modality in modalities.items()}
         )
         num_shared = model.depth - model.num_adaptor_layers
         kinds = [*[Block] * (num_shared - 1), ClassTokenBlock] if num_shared else []
         self.blocks = nn.ModuleList(kind.from_config(model) for kind in kinds)
-        self.norm = LayerNorm(model.dim)
-        self.heads = nn.ModuleDict({task: nn.Linear(model.dim, num_classes) for task, (_, num_classes) in heads.items()})
+        self.norm = LayerNorm(model.dim, model.last_norm_eps or model.norm_eps)
+        self.heads = nn.ModuleDict()
+        for task, (_, num_classes) in heads.items():
+            normed = task in norm_heads
+            self.heads[task] = NormedLinear(model.dim, num_classes, model.norm_eps) if normed else nn.Linear(model.dim, num_classes)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = attention
@@ -69,8 +77,9 @@ class PolyViT(nn.Module):
         heads = {name: (task.modality.name, task.num_classes) for name, task in train.tasks.items()}
         own = {name: task.modality for name, task in train.tasks.items()}
         zero_heads = [name for name, task in train.tasks.items() if task.zero_head]
+        norm_heads = [name for name, task in train.tasks.items() if task.head_norm]
         settings = {"seed": train.seed, "residual": train.compute.residual, "attention": train.compute.attention}
-        return cls(train.model, train.modalities, heads, own_normalisation=own, **settings, zero_heads=zero_heads)
+        return cls(train.model, train.modalities, heads, own_normalisation=own, **settings, zero_heads=zero_heads, norm_heads=norm_heads)
 
     def forward(self, grid: Grid, task: str, drop_path_rate: float = 0.0, recompute: bool = False) -> Float[Tensor, "batch num_classes"]:
         """Logits of `task` for grids of its modality, as its decoder returns them: the tokenizer normalises, by the task's numbers.
@@ -81,12 +90,57 @@ class PolyViT(nn.Module):
         """
         if task not in self.modality_of:
             raise ValueError(f"the model has no task {task!r}; it has {', '.join(self.modality_of)}")
-        x = self.tokenizers[self.modality_of[task]](grid, drop_path_rate, recompute, task)
+        modality = self.modality_of[task]
+        pool, num_class_tokens = self.pool_of[modality]
+        x = self.tokenizers[modality](grid, drop_path_rate, recompute, task)
+        x = self._run_blocks(x, len(self.blocks), drop_path_rate, recompute, all_tokens=pool != "cls")
+        return project(self.heads[task], self._pool(x, pool, num_class_tokens))
+
+    def features(self, grid: Grid, modality: str, *, task: str = "", layer: int | None = None) -> Float[Tensor, "batch tokens dim"]:
+        """All tokens of a grid, the modality's class tokens first, then its tubelets in the order (frames, rows, columns).
+
+        `layer`: after so many blocks, adaptors included; 0 is the tokenizer alone. None: after all blocks and the last norm. `task`: whose
+        mean and std normalise the grid. Raises ValueError for an unknown modality, a layer that is not there, a grid of another size.
+        """
+        if modality not in self.tokenizers:
+            raise ValueError(f"the model has no modality {modality!r}; it has {', '.join(self.tokenizers)}")
+        if layer is not None and not 0 <= layer <= self.depth:
+            raise ValueError(f"layer = {layer}, but the model has {self.depth} blocks: 0 to {self.depth}")
+        num_adaptors = self.depth - len(self.blocks)
+        number = self.depth if layer is None else layer
+        x = self.tokenizers[modality](grid, task=task, num_blocks=min(number, num_adaptors))
+        x = self._run_blocks(x, max(0, number - num_adaptors), all_tokens=True)
+        return self.norm(x) if layer is None else x
+
+    def _run_blocks(
+        self, x: Tokens, count: int, drop_path_rate: float = 0.0, recompute: bool = False, *, all_tokens: bool
+    ) -> Tokens | ClassToken:
+        """The tokens after the first `count` shared blocks; without `all_tokens` the last block gives the class token alone."""
         rates = drop_path_ramp(self.depth, drop_path_rate)[self.depth - len(self.blocks) :]
-        for block, rate in zip(self.blocks, rates, strict=True):
-            x = block(x, rate, recompute)
-        # The head reads the class token alone, and the norm takes each token by itself.
-        return project(self.heads[task], self.norm(x[:, 0]))
+        for block, rate in zip(self.blocks[:count], rates, strict=False):
+            options = {"all_tokens": True} if all_tokens and isinstance(block, ClassTokenBlock) else {}
+            x = block(x, rate, recompute, **options)
+        return x
+
+    def _pool(self, x: Tokens, pool: str, num_class_tokens: int) -> Float[Tensor, "batch dim"]:
+        """What heads read of the last block's tokens, normalised."""
+        if pool == "cls":
+            return self.norm(x[:, 0])  # the norm takes each token by itself
+        if pool == "class_tokens":
+            return self.norm(x[:, :num_class_tokens]).mean(1)
+        return self.norm(x[:, num_class_tokens:].mean(1))
+
+
+class NormedLinear(nn.Linear):
+    """A linear head on what a norm of its own gives."""
+
+    def __init__(self, dim: int, num_classes: int, norm_eps: float) -> None:
+        super().__init__(dim, num_classes)
+        self.norm = LayerNorm(dim, norm_eps)
+
+    def forward(self, input: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch num_classes"]:
+        """The logits."""
+        return ops.linear(self.norm(input, matmul_dtype(input)), self.weight, self.bias)
 
 
 def _check_names(names: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World, process_group
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
 from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
@@ -118,7 +119,7 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
     with process_group(config.device) as world, use_device(config, world):
-        found, weights = _load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
+        found, weights = load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
         config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
@@ -154,7 +155,7 @@ def _ignore(*_: object) -> None:
     """For the processes that print nothing: rank 0 does."""
 
 
-def _load_weights(folder: Path, which: str, group: str, world: World) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
+def load_weights(folder: Path, which: str, group: str, world: World = ALONE) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
     """A checkpoint and its weights, of the same step on all processes, even while a run saves new ones and deletes old ones."""
     while True:
         found, weights = find_checkpoint(folder, which), None
@@ -166,20 +167,3 @@ def _load_weights(folder: Path, which: str, group: str, world: World) -> tuple[c
         other = world.broadcast(found.step) != found.step
         if not world.all_reduce_max(other or weights is None) and weights is not None:
             return found, weights
-
-
-def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
-    """The checkpoint called "newest", "best" or by its step. Raises ValueError that names those which are there."""
-    newest = checkpoint.find_newest(folder)
-    if newest is None:
-        raise ValueError(f"{folder} holds no whole checkpoint yet")
-    if which == "newest":
-        return newest
-    step = newest.state["best_step"] if which == "best" else which
-    if step is None:
-        raise ValueError(f"{folder} was never evaluated, so no checkpoint of it is the best; take newest")
-    for found in checkpoint.iterate(folder):
-        if str(found.step) == str(step):
-            return found
-    there = ", ".join(sorted((str(found.step) for found in checkpoint.iterate(folder)), key=int))
-    raise ValueError(f"{folder} holds no checkpoint {which!r}; there are newest, best and the steps {there}")

@@ -11,6 +11,7 @@ import torch
 from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
+from polyvit_fast.extras import TRAINING, require
 from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
 from polyvit_fast.train.evaluate import evaluate, use_device
@@ -50,6 +51,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     Raises ValueError for a configuration or data list that cannot work or a run folder in use, DataError, NonFiniteError, CheckpointError,
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
+    require("training", *TRAINING)
     plan = make_step_plan(config)
     with (
         stop_on_signals() as stop,

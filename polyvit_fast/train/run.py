@@ -16,13 +16,16 @@ from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.data.sources.classes import first_difference
 from polyvit_fast.data.sources.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
+from polyvit_fast.files import write_atomically
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.model.pretrained.apply import LoadReport
 from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.config_json import to_json
 from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
+from polyvit_fast.train.run_folder.initial_weights import describe_tokenizers, load_initial_weights
 from polyvit_fast.train.run_folder.lock import hold
 from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
 from polyvit_fast.train.schedule import LearningRates, check_warmup, compute_warmup_steps, count_steps
@@ -106,11 +109,14 @@ def open_run(config: Train, plan: StepPlan, world: World, experiment: str, argv:
     with _hold_folder(config, world):
         found = _find_checkpoint(config, world)
         _check_resume(config, found)
-        step = Step(PolyViT.from_config(config).train(), config, world)
+        model = PolyViT.from_config(config)
+        reports = [] if found else load_initial_weights(model, config)
+        step = Step(model.train(), config, world)
         if world.rank == 0:
             describe_run(config.folder, experiment, argv, config)
         with _open_log(config, plan, world, found) as log:
             _log_start(log, config, plan, step, experiment)
+            _log_initial_weights(log, config, reports, world)
             run = _build_run(config, plan, step, log)
             if found:
                 _restore(run, found)
@@ -155,6 +161,18 @@ def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, ex
     warning = check_warmup(config, len(plan))
     if warning and world.rank == 0:
         log.message(warning, "warning")
+
+
+def _log_initial_weights(log: Log | PeerLog, config: Train, reports: list[LoadReport], world: World) -> None:
+    """A sentence for each source on the terminal, and a line for each tensor in init.txt."""
+    if world.rank or not reports:
+        return
+    for report in reports:
+        log.message(f"initial weights: {report.summarise()}")
+        for remark in report.remarks:
+            log.message(f"initial weights: {remark}", "warning")
+    texts = [f"{report.source} ({report.kind})\n" + "".join(f"  {line}\n" for line in report.lines()) for report in reports]
+    write_atomically(config.folder / "init.txt", "\n".join(texts), durable=True)
 
 
 def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) -> Run:
@@ -258,6 +276,8 @@ def _write_checkpoint(run: Run) -> None:
         "samples": run.fingerprints,
         "validation_samples": run.validation_fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
+        "tokenizers": describe_tokenizers(run.config.modalities),
+        "modality_of": {name: task.modality.name for name, task in run.config.tasks.items()},
     }
     keep, config = run.config.log.keep, to_json(run.config)
     checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)

@@ -1,7 +1,7 @@
 """Linear layers fused with what follows them: GELU, the addition to a residual."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,11 @@ from polyvit_kernels.ops.gradients import cast_and_sum
 from polyvit_kernels.ops.registration import Pick, pick_torch, register
 from polyvit_kernels.tiles import Tile
 
-Gelu = Literal["tanh", "erf"]
-"""tanh: the approximation of arXiv 1606.08415, section 2; erf: exact."""
+Gelu = Literal["tanh", "erf", "quick"]
+"""tanh: the approximation of arXiv 1606.08415, section 2; erf: exact; quick: x sigmoid(1.702 x), also of section 2, as in CLIP."""
 
 _APPROXIMATE = {"tanh": "tanh", "erf": "none"}
+"""What torch calls the forms that it has."""
 # Not `view`: autograd lets nobody write to an operation's output that is a view. As of torch 2.13 there is no public function for this.
 unsafe_view = torch.ops.aten._unsafe_view
 
@@ -94,8 +95,8 @@ def _needs_backward(*tensors: Tensor) -> bool:
 
 
 def _check_gelu(gelu: str) -> None:
-    if gelu not in _APPROXIMATE:
-        raise ValueError(f"gelu is {gelu!r}, but 'tanh' or 'erf' is needed")
+    if gelu not in get_args(Gelu):
+        raise ValueError(f"gelu is {gelu!r}, but {', '.join(map(repr, get_args(Gelu)))} are what there is")
 
 
 def check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
@@ -129,9 +130,22 @@ def _apply_gelu_layer(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, kee
     if tile.backend != "torch":
         return _kernels(tile).linear_gelu_forward(rows, weight, bias, gelu, keep, tile)
     pre = torch.addmm(bias, rows, weight.t())
-    approximate = _APPROXIMATE[gelu]
-    slope = torch.ops.aten.gelu_backward(torch.ones_like(pre), pre, approximate=approximate) if keep else pre.new_empty(0)
-    return functional.gelu(pre, approximate=approximate), slope
+    return apply_gelu(pre, gelu), _slope(pre, gelu) if keep else pre.new_empty(0)
+
+
+def apply_gelu(x: Float[Tensor, "*shape"], gelu: str) -> Float[Tensor, "*shape"]:
+    """GELU by torch's operators."""
+    if gelu == "quick":
+        return x * torch.sigmoid(1.702 * x)
+    return functional.gelu(x, approximate=_APPROXIMATE[gelu])
+
+
+def _slope(x: Tensor, gelu: str) -> Tensor:
+    if gelu == "quick":
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))  # as torch's own gelu_backward: rounded once
+        sigmoid = torch.sigmoid(1.702 * precise)
+        return torch.addcmul(sigmoid, 1.702 * precise, sigmoid * (1 - sigmoid)).to(x.dtype)
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=_APPROXIMATE[gelu])
 
 
 def _apply_add_layer(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: Pick) -> Tensor:

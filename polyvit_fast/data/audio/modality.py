@@ -18,6 +18,8 @@ class Audio(Modality):
     """Length of a clip. A shorter sound is padded after its end."""
     patch: int = 16
     """Rows and columns of one token: hundredths of a second and mel bins."""
+    patch_stride: int = 0
+    """Rows and columns from one token to the next; 10 lets them overlap, as in AST. 0: `patch`, so that they do not."""
     num_mel_bins: int = 128
     """Columns of the spectrogram: frequency bands."""
     channels: int = 3
@@ -62,6 +64,8 @@ class Audio(Modality):
                 raise ValueError(f"{count} = {getattr(self, count)} must not be negative")
             if getattr(self, count) and not 0 < getattr(self, width) <= most:
                 raise ValueError(f"{width} = {getattr(self, width)} must lie between 1 and {most}")
+        if not 0 <= self.patch_stride <= self.patch:
+            raise ValueError(f"patch_stride = {self.patch_stride} must lie between 0 and patch = {self.patch}")
         if self.max_seconds <= 0 or self.std <= 0:
             raise ValueError("max_seconds and std must be positive")
 
@@ -78,6 +82,11 @@ class Audio(Modality):
     def tubelet(self) -> tuple[int, int, int]:
         """One square patch."""
         return (1, self.patch, self.patch)
+
+    @property
+    def token_stride(self) -> tuple[int, int, int]:
+        """From one patch to the next."""
+        return (1, self.patch_stride or self.patch, self.patch_stride or self.patch)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_fast.data.augment.colour import recolour
-from polyvit_fast.data.augment.rand_augment import apply_operations
 from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, split_by_size
 from polyvit_fast.data.image.crops import (
     CHUNK_PIXELS,
@@ -137,6 +136,8 @@ class ImageDecoder:
         if augmentation.colours:
             pixels = recolour(pixels, *augmentation.colours)
         if augmentation.operations:
+            from polyvit_fast.data.augment.rand_augment import apply_operations
+
             # Pillow's RandAugment, as DALI's takes no random numbers from outside, and is slower on a CPU (benchmarks/bench_data.py).
             pixels = apply_operations(np.ascontiguousarray(pixels), augmentation.operations)
         return pixels

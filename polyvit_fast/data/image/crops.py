@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from polyvit_fast.data.augment.colour import Colours, draw_colours
-from polyvit_fast.data.augment.rand_augment import Operation, draw_operations
+from polyvit_fast.data.augment.operations import Operation, draw_operations
 from polyvit_fast.data.augment.random_erasing import Erasing, draw_erasing
 from polyvit_fast.data.image.modality import Image
 

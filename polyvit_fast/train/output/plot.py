@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polyvit_fast.config import StepPlan, Train
+from polyvit_fast.extras import require
 from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import count_steps
 
@@ -65,6 +66,7 @@ def print_schedule(plan: StepPlan, lrs: Sequence[float]) -> None:
 
 def plot_schedule(path: Path, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
     """Draw the plan as a PNG: the task of every step, each task's percentage of the minibatches so far, the learning rate of every step."""
+    require("drawing", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -150,6 +152,7 @@ def plot_run(folder: Path, path: Path) -> None:
 
     Raises ValueError when nothing was logged yet.
     """
+    require("drawing", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

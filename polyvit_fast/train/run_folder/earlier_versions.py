@@ -1,4 +1,4 @@
-"""Configurations that versions 0.3 to 0.5 stored, in today's form.
+"""Configurations that versions 0.3 to 0.6 stored, in today's form.
 
 A field that a version did not know gets the value by which today's code computes what that version did.
 """
@@ -15,6 +15,8 @@ GROUPS = {"data": DataOptions(), "compute": ComputeOptions(), "log": LogOptions(
 """Up to 0.5 their fields were fields of `Train`."""
 RENAMED = {"colour_jitter_chance": "colour_jitter_prob", "grey_chance": "grey_prob"}
 """Fields of `Video`, renamed after 0.5."""
+TOKENS = {"num_class_tokens": 1, "pool": "cls", "positions": "learned"}
+"""Fields of every modality since 0.7."""
 
 
 def upgrade(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,8 +58,14 @@ def _upgrade_record(values: Any) -> Any:
     later: dict[str, Any] = {}
     match values.get("type"):
         case "Task":
-            later = {"mixup_pairs": "neighbours", "zero_head": False}
+            later = {"test": None, "mixup_pairs": "neighbours", "zero_head": False, "head_norm": False}
             later |= {"lr_schedule": "run", "warmup_steps": 0, "loss_weight": 1.0, "cutmix": 0.0}
+            if isinstance(values.get("modality"), Mapping):
+                values = {**values, "modality": {**TOKENS, **values["modality"]}}
+        case "Train":
+            later = {"init": "", "init_positions": "bilinear", "init_tubelets": "central"}
+        case "Model":
+            later = {"norm_eps": 1e-6, "last_norm_eps": 0.0}
         case "Optim":
             later = {"clip": "mean", "accumulate": "mean", "absent": "auto" if values.get("name") == "sgd" else "coast"}
             later |= {"freeze": [], "layer_decay": 1.0}
@@ -66,7 +74,7 @@ def _upgrade_record(values: Any) -> Any:
         case "LogOptions":
             later = {"early_stop_evaluations": 0}
         case "Audio":
-            later = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform"}
+            later = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform", "patch_stride": 0}
         case "Video":
             values = {RENAMED.get(name, name): value for name, value in values.items()}
         case _:
