@@ -111,7 +111,17 @@ class Train:
         tasks = {name: task for name, task in self.tasks.items() if name in names}
         before, now = (sum(task.steps for task in some.values()) for some in (self.tasks, tasks))
         optim = replace(self.optim, warmup_steps=-(-self.optim.warmup_steps * now // before))
-        return replace(self, tasks=tasks, optim=optim, out=self.out and f"{self.out}-only-{'-'.join(tasks)}")
+        out = self.out and f"{self.out}-only-{'-'.join(tasks)}"
+        return replace(self, tasks=tasks, optim=optim, init=self._find_init(tasks), out=out)
+
+    def _find_init(self, tasks: dict[str, Task]) -> str | dict[str, str]:
+        """What these tasks begin with in this run: the same trunk, even where the modality that it comes from is left out."""
+        parts = self.init_parts
+        if "" in parts or not parts:
+            return self.init
+        trunk = {"trunk": source for part, source in reversed(parts.items()) if part in self.modalities}
+        left = {"trunk", *tasks, *(task.modality.name for task in tasks.values())}
+        return {part: source for part, source in (trunk | parts).items() if part in left}
 
     @property
     def init_parts(self) -> dict[str, str]:

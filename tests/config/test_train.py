@@ -146,3 +146,23 @@ def test_only_some_tasks_are_a_run_of_their_own(config):
     assert replace(whole, out="").only(["b"]).out == ""
     with pytest.raises(ValueError, match="--only: there is no task x; there are a, b, c"):
         whole.only(["a", "x"])
+
+
+class OtherTile(Tile):
+    name = "other"
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [
+        ("", ""),
+        ("runs/first@best", "runs/first@best"),
+        ({"tile": "A", "other": "B"}, {"trunk": "A", "other": "B"}),
+        ("tile=A,other=B,a=C,b=D", {"trunk": "A", "other": "B", "b": "D"}),
+        ({"trunk": "T", "tile": "A"}, {"trunk": "T"}),
+        ({"a": "C"}, {}),
+    ],
+)
+def test_some_tasks_begin_with_what_they_have_in_the_whole_run(config, init, expected):
+    tasks = {"a": tile_task(), "b": tile_task(modality=OtherTile())}
+    assert replace(config, tasks=tasks, init=init).only(["b"]).init == expected
