@@ -119,7 +119,8 @@ class Train:
         parts = self.init_parts
         if "" in parts or not parts:
             return self.init
-        trunk = {"trunk": source for part, source in reversed(parts.items()) if part in self.modalities}
+        first = next((part for part in parts if part in self.modalities), None)
+        trunk = {"trunk": parts[first]} if first else {}
         left = {"trunk", *tasks, *(task.modality.name for task in tasks.values())}
         return {part: source for part, source in (trunk | parts).items() if part in left}
 
