@@ -29,6 +29,7 @@ EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. 
 First run:        polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
 All settings:     polyvit-fast train demo --help
 Change settings:  polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
+Some tasks alone: polyvit-fast train demo --only motion
 Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
 Any command with --traceback shows the traceback of an error instead of its message alone.
 
