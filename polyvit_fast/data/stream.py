@@ -51,6 +51,8 @@ class Batch:
     """int64 [batch], or float32 multi-hot [batch, num_classes] of a multi-label task."""
     mixup_ratio: float = 1.0
     """Weight of each example against the one that it is mixed with; 1 switches mixing off."""
+    indices: tuple[int, ...] = ()
+    """Of validation examples, their numbers among the samples."""
 
 
 @lru_cache(maxsize=64)
@@ -167,7 +169,8 @@ class Loader:
         if not indices:
             return Batch(self._no_grid(), label_tensor(self.task, []))
         try:
-            return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
+            labels = label_tensor(self.task, [self.samples[i] for i in indices])
+            return Batch(self._decode(indices, indices), labels, indices=tuple(indices))
         except NO_FILES_FAULT:
             raise
         except Exception:
@@ -181,7 +184,7 @@ class Loader:
                 except Exception as error:
                     self._mark_broken(index, error)
             samples = [self.samples[i] for i in good]
-            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
+            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples), indices=tuple(good))
 
     def _no_grid(self) -> Tensor:
         return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)
