@@ -24,6 +24,8 @@ class Model:
     """tanh: the approximation of the paper's JAX code. erf: exact, as in timm and in Hugging Face's ViT."""
     norm_eps: float = 1e-6
     """Added to the variance in every LayerNorm. 1e-6: the paper's code and timm. 1e-12: Hugging Face's ViT, DeiT and AST."""
+    last_norm_eps: float = 0.0
+    """The same in the last LayerNorm, where it differs, as in Hugging Face's VideoMAE (1e-5). 0: norm_eps."""
     dropout: float = 0.0
     """Dropout probability after the position embedding, the attention projection and both layers of the MLP."""
     rescale_drop_path: bool = False
@@ -36,8 +38,8 @@ class Model:
             raise ValueError(f"dim = {self.dim} does not divide by num_heads = {self.num_heads}")
         if not 0 <= self.num_adaptor_layers <= self.depth:
             raise ValueError(f"num_adaptor_layers = {self.num_adaptor_layers} must lie between 0 and depth = {self.depth}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps = {self.norm_eps} must be positive")
+        if self.norm_eps <= 0 or self.last_norm_eps < 0:
+            raise ValueError(f"norm_eps = {self.norm_eps} must be positive, and last_norm_eps = {self.last_norm_eps} not negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
 

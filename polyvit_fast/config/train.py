@@ -35,6 +35,15 @@ class Train:
     schedule: Annotated[str | Schedule, tyro.conf.arg(constructor=str, metavar="NAME")] = "weighted"
     """Which task each step trains: task-by-task, alternating, uniform, weighted or accumulating.
     An experiment file may instead give a function that takes a Train and returns the tasks of every step as a list of tuples of names."""
+    init: Annotated[str | dict[str, str], tyro.conf.arg(constructor=str, metavar="SOURCE|PART=SOURCE,...")] = ""
+    """Trained weights that a new run starts from: a run folder (runs/mine, runs/mine@best), a file or folder of timm, Hugging Face,
+    torchvision or JAX, or a name on Hugging Face's hub. PART=SOURCE,... takes each part from a source of its own: a modality, a task (for
+    its head) or trunk, which is the first modality's if it is not named. Empty: random weights."""
+    init_positions: Literal["bilinear", "bicubic"] = "bilinear"
+    """How position embeddings of another grid are resized. bilinear: between aligned corners, as the paper's code; bicubic: as timm."""
+    init_tubelets: Literal["central", "average"] = "central"
+    """How a picture's tokenizer becomes one for videos. central: the tubelet's middle frame gets its weights, the others zeros, as in the
+    paper's code; average: each frame gets an equal part."""
     out: str = ""
     """Run folder. Empty: runs/NAME."""
     seed: int = 0
@@ -61,6 +70,13 @@ class Train:
         if self.distributed.sharded and self.optim.clip == "process":
             raise ValueError("--optim.clip process needs each process's whole gradient, which --sharded never has; leave one of them off")
         self._check_tokenizers()
+        self._check_init()
+
+    def _check_init(self) -> None:
+        parts = ["trunk", *self.modalities, *self.tasks]
+        unknown = [part for part in self.init_parts if part and part not in parts]
+        if unknown:
+            raise ValueError(f"init names the part {unknown[0]!r}; there are {', '.join(parts)}")
 
     def _check_tokenizers(self) -> None:
         first: dict[str, str] = {}
@@ -81,6 +97,16 @@ class Train:
         for task in self.tasks.values():
             found.setdefault(task.modality.name, task.modality)
         return found
+
+    @property
+    def init_parts(self) -> dict[str, str]:
+        """The source of each part that `init` names; that of the whole model under ""."""
+        if not isinstance(self.init, str):
+            return self.init
+        pairs = [pair.partition("=") for pair in self.init.split(",")]
+        if all(part and source for part, _, source in pairs):
+            return {part: source for part, _, source in pairs}
+        return {"": self.init} if self.init else {}
 
     @property
     def keeps_rounded(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from polyvit_fast.extras import require
 from polyvit_fast.train.output.plot import STYLE
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ OTHERS = "all others"
 
 def plot_confusion(path: Path, title: str, classes: Sequence[str], confusion: Int[torch.Tensor, "classes classes"]) -> None:
     """Draw the confusion matrix as a PNG: in each row, the percentages of a class's files by the class that they were taken for."""
+    require("drawing", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -61,7 +61,7 @@ class PolyViT(nn.Module):
         num_shared = model.depth - model.num_adaptor_layers
         kinds = [*[Block] * (num_shared - 1), ClassTokenBlock] if num_shared else []
         self.blocks = nn.ModuleList(kind.from_config(model) for kind in kinds)
-        self.norm = LayerNorm(model.dim, model.norm_eps)
+        self.norm = LayerNorm(model.dim, model.last_norm_eps or model.norm_eps)
         self.heads = nn.ModuleDict()
         for task, (_, num_classes) in heads.items():
             normed = task in norm_heads

@@ -21,6 +21,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World, process_group
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
 from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
@@ -194,20 +195,3 @@ def load_weights(folder: Path, which: str, group: str, world: World = ALONE) -> 
         other = world.broadcast(found.step) != found.step
         if not world.all_reduce_max(other or weights is None) and weights is not None:
             return found, weights
-
-
-def find_checkpoint(folder: Path, which: str) -> checkpoint.Checkpoint:
-    """The checkpoint called "newest", "best" or by its step. Raises ValueError that names those which are there."""
-    newest = checkpoint.find_newest(folder)
-    if newest is None:
-        raise ValueError(f"{folder} holds no whole checkpoint yet")
-    if which == "newest":
-        return newest
-    step = newest.state["best_step"] if which == "best" else which
-    if step is None:
-        raise ValueError(f"{folder} was never evaluated, so no checkpoint of it is the best; take newest")
-    for found in checkpoint.iterate(folder):
-        if str(found.step) == str(step):
-            return found
-    there = ", ".join(sorted((str(found.step) for found in checkpoint.iterate(folder)), key=int))
-    raise ValueError(f"{folder} holds no checkpoint {which!r}; there are newest, best and the steps {there}")

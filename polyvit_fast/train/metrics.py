@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polyvit_fast.config import Task
+from polyvit_fast.extras import require
 from polyvit_fast.train.loss import LOSSES, Labels
 
 
@@ -22,6 +23,7 @@ class Metrics:
     """
 
     def __init__(self, task: Task, device: torch.device | str = "cpu") -> None:
+        require("evaluating", "torchmetrics")
         # Here, because torchmetrics takes seconds to import.
         from torchmetrics.classification import MulticlassAccuracy
 

@@ -16,16 +16,19 @@ from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.data.sources.classes import first_difference
 from polyvit_fast.data.sources.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
 from polyvit_fast.data.stream import DataError, Loader
+from polyvit_fast.files import write_atomically
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.model.pretrained.apply import LoadReport
 from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.config_json import to_json
 from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
+from polyvit_fast.train.run_folder.initial_weights import describe_tokenizers, load_initial_weights
 from polyvit_fast.train.run_folder.lock import hold
 from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
-from polyvit_fast.train.schedule import check_warmup, compute_warmup_steps, count_steps
+from polyvit_fast.train.schedule import LearningRates, check_warmup, compute_warmup_steps, count_steps
 from polyvit_fast.train.step import PendingCounters, Step
 
 RANDOM_NUMBERS = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
@@ -62,6 +65,7 @@ class Run:
     fingerprints: dict[str, Fingerprint]
     """Of the training files when the run was opened, as rank 0 saw them."""
     validation_fingerprints: dict[str, Fingerprint]
+    rates: LearningRates
     done: int = 0
     """Steps done so far."""
     metrics_step: int = -1
@@ -70,6 +74,7 @@ class Run:
     """Steps done at the last checkpoint."""
     best_step: int | None = None
     best_score: float = float("-inf")
+    evaluations_since_best: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
@@ -77,6 +82,16 @@ class Run:
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each task took in the whole run, waiting for its data included."""
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether steps are left to be done, but the metrics have not risen for as many evaluations as `early_stop_evaluations` allows."""
+        return self.done < len(self.plan) and 0 < self.config.log.early_stop_evaluations <= self.evaluations_since_best
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step is left to be done."""
+        return self.done >= len(self.plan) or self.has_stopped_early
 
     def count_time(self, spans: list[Span]) -> None:
         """Add minibatches that have ended on the device to the tasks' times."""
@@ -94,11 +109,14 @@ def open_run(config: Train, plan: StepPlan, world: World, experiment: str, argv:
     with _hold_folder(config, world):
         found = _find_checkpoint(config, world)
         _check_resume(config, found)
-        step = Step(PolyViT.from_config(config).train(), config, world)
+        model = PolyViT.from_config(config)
+        reports = [] if found else load_initial_weights(model, config)
+        step = Step(model.train(), config, world)
         if world.rank == 0:
             describe_run(config.folder, experiment, argv, config)
         with _open_log(config, plan, world, found) as log:
             _log_start(log, config, plan, step, experiment)
+            _log_initial_weights(log, config, reports, world)
             run = _build_run(config, plan, step, log)
             if found:
                 _restore(run, found)
@@ -132,15 +150,29 @@ def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Che
 
 def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
     world = step.world
-    num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
+    parameters = list(step.model.parameters())
+    num_parameters, num_trained = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad]))
+    trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
     processes = f", {world.size} processes" if world.size > 1 else ""
     log.message(
-        f"{experiment}: {num_parameters:,} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
+        f"{experiment}: {num_parameters:,} parameters{trained}, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
         f"run folder {config.folder}"
     )
     warning = check_warmup(config, len(plan))
     if warning and world.rank == 0:
         log.message(warning, "warning")
+
+
+def _log_initial_weights(log: Log | PeerLog, config: Train, reports: list[LoadReport], world: World) -> None:
+    """A sentence for each source on the terminal, and a line for each tensor in init.txt."""
+    if world.rank or not reports:
+        return
+    for report in reports:
+        log.message(f"initial weights: {report.summarise()}")
+        for remark in report.remarks:
+            log.message(f"initial weights: {remark}", "warning")
+    texts = [f"{report.source} ({report.kind})\n" + "".join(f"  {line}\n" for line in report.lines()) for report in reports]
+    write_atomically(config.folder / "init.txt", "\n".join(texts), durable=True)
 
 
 def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) -> Run:
@@ -152,7 +184,8 @@ def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) ->
         validation = {name: Loader(name, config, train=False, **process) for name in config.tasks}
     seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
     fingerprints, validation_fingerprints = world.broadcast(seen)
-    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints)
+    rates = LearningRates(config, plan)
+    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints, rates)
     run.interval_times = {name: TaskTime() for name in config.tasks}
     run.seconds = dict.fromkeys(config.tasks, 0.0)
     return run
@@ -235,6 +268,7 @@ def _write_checkpoint(run: Run) -> None:
         "warmup_steps": compute_warmup_steps(run.config, len(run.plan)),
         "best_step": run.best_step,
         "best_score": None if run.best_step is None else run.best_score,
+        "evaluations_since_best": run.evaluations_since_best,
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
@@ -242,6 +276,8 @@ def _write_checkpoint(run: Run) -> None:
         "samples": run.fingerprints,
         "validation_samples": run.validation_fingerprints,
         "classes": {name: loader.classes for name, loader in run.validation.items()},
+        "tokenizers": describe_tokenizers(run.config.modalities),
+        "modality_of": {name: task.modality.name for name, task in run.config.tasks.items()},
     }
     keep, config = run.config.log.keep, to_json(run.config)
     checkpoint.save(run.config.folder, done, tensors, state, config, keep=keep, best_step=run.best_step)
@@ -294,6 +330,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
     run.seconds.update(state["seconds"])
     run.interval_times.update({name: TaskTime(*times) for name, times in state.get("interval_times", {}).items()})
+    run.evaluations_since_best = state.get("evaluations_since_best", 0)
     if state["best_step"] is not None:
         run.best_step, run.best_score = state["best_step"], state["best_score"]
 

@@ -138,6 +138,23 @@ def iterate(folder: Path, report: Callable[[str], None] = _logger.warning) -> It
             yield checkpoint
 
 
+def find_checkpoint(folder: Path, which: str) -> Checkpoint:
+    """The checkpoint called "newest", "best" or by its step. Raises ValueError that names those which are there."""
+    newest = find_newest(folder)
+    if newest is None:
+        raise ValueError(f"{folder} holds no whole checkpoint yet")
+    if which == "newest":
+        return newest
+    step = newest.state["best_step"] if which == "best" else which
+    if step is None:
+        raise ValueError(f"{folder} was never evaluated, so no checkpoint of it is the best; take newest")
+    for found in iterate(folder):
+        if str(found.step) == str(step):
+            return found
+    there = ", ".join(sorted((str(found.step) for found in iterate(folder)), key=int))
+    raise ValueError(f"{folder} holds no checkpoint {which!r}; there are newest, best and the steps {there}")
+
+
 def has_any(folder: Path) -> bool:
     """Whether the run folder has a checkpoint at all, whole or broken; one whose writing was cut short does not count."""
     return bool(_list(folder / "checkpoints"))

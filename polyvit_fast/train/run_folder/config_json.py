@@ -81,7 +81,7 @@ def _decode(default: Any, value: Any, hint: Any, path: str) -> Any:
         return None
     if _is_record(default):
         return _decode_record(default, value, path)
-    if isinstance(default, dict) and isinstance(value, Mapping):
+    if isinstance(default, dict) and isinstance(value, Mapping) and any(map(_is_record, default.values())):
         _check_names(list(default), list(value), path)
         return {key: _decode(default[key], item, Any, _join(path, key)) for key, item in value.items()}
     if callable(default) or (_takes_function(hint) and ":" in str(value)):

@@ -1,0 +1,34 @@
+"""Weights that others have trained: read into a form of our own, loaded into a PolyViT, and written out again."""
+
+from __future__ import annotations
+
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.model.pretrained import hugging_face, jax, timm, torchvision
+from polyvit_fast.model.pretrained.files import read_files
+from polyvit_fast.model.pretrained.weights import Pretrained
+
+FORMATS = (timm, hugging_face, torchvision, jax)
+
+
+def read(source: str) -> Pretrained:
+    """The weights of a file, a folder or a model on Hugging Face's hub, of any format known here.
+
+    Raises ValueError that names the source when it cannot be read, is of an unknown format, or has a part that models here do not have.
+    """
+    tensors, config = read_files(source)
+    for form in FORMATS:
+        if form.recognise(tensors):
+            try:
+                return form.convert(tensors, config, source)
+            except KeyError as error:
+                raise ValueError(f"{source} looks like {form.__name__.rpartition('.')[2]}, but has no {error}") from error
+    names = ", ".join(list(tensors)[:3])
+    raise ValueError(
+        f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are timm's ViT and DeiT, Hugging Face's ViT, DeiT, "
+        "ViViT, AST and VideoMAE, torchvision's ViT, and JAX's ViT, ViViT and PolyViT"
+    )
+
+
+def load(source: str) -> PolyViT:
+    """The model of a source, see `read`, with its head as the task "classes" if it has one; in evaluation mode."""
+    return read(source).build()
