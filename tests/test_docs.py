@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision_without_extension import declare_operators
 
@@ -98,17 +97,38 @@ def run_commands(name: str) -> None:
             assert cli.run(words + shorten(words)) == code, words
 
 
-def test_readme(files, capsys):
+@pytest.fixture
+def demo(files) -> Path:
+    """The run that `make demo` leaves behind, and its files, but few of them and after few steps; the working directory."""
+    flags = ["--model.dim", "48", "--model.depth", "2", "--optim.warmup-steps", "0"]
+    for name in experiments.load("demo").tasks:
+        task = f"--tasks.{name}"
+        flags += [f"{task}.steps", "1", f"{task}.train.num-samples", "12", f"{task}.val.num-samples", "6"]
+    assert cli.run(["train", "demo", *flags]) == 0
+    return files
+
+
+def test_readme(demo, capsys):
     declare_operators()  # timm imports a torchvision whose extension does not load here
-    assert cli.run(["train", "smoke", *FEW_STEPS]) == 0
     scope = run_code("README.md")
-    assert "block" in capsys.readouterr().out.lower()
-    task = scope["run"].config.tasks["pictures"]
-    assert scope["model"](torch.zeros(2, *task.modality.grid), "pictures").shape == (2, task.num_classes)
+    text = capsys.readouterr().out
+    assert "block" in text.lower()
+    assert "0001.jpg" in text
+    assert "torch.Size([1, 48])" in text
+    assert scope["model"].tasks["motion"].num_classes == 6
     assert experiments.load("photos.py").out == "runs/photos"
 
 
-SEPARATE = ("README.md", "reliability.md", "extending.md", "paper.md", "kernels.md")
+def test_inference(demo, capsys):
+    run_code("inference.md")
+    run_commands("inference.md")
+    text = capsys.readouterr().out
+    assert "torch.Size([1, 48]) ['demo-files/tones/val/0000.flac']" in text
+    assert (demo / "runs" / "demo" / "confusion-shapes.png").exists()
+    assert {"classes.csv", "features.npz", "answers.csv"} <= {path.name for path in demo.iterdir()}
+
+
+SEPARATE = ("README.md", "inference.md", "reliability.md", "extending.md", "paper.md", "kernels.md")
 """Pages whose examples show something to look at."""
 
 
@@ -166,7 +186,7 @@ def test_flags_of_commands_are_accepted(files):
 
 
 def test_flags_in_the_text_exist(files, capsys):
-    for command in ("train", "check", "eval"):
+    for command in ("train", "check", "eval", "predict", "features"):
         with pytest.raises(SystemExit):
             cli.run([command, "wildlife.py", "--help"])
     known = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)) | {"--help", "--traceback", "--signal"}

@@ -54,6 +54,8 @@ class Batch:
     """Weight of each example's labels, and with mixup of its grid, against the one that it is mixed with; 1 switches mixing off."""
     cutmix_box: CutBox | None = None
     """(top, left, bottom, right) of what is the other example's, of a task with CutMix; empty where the batch has mixup instead."""
+    indices: tuple[int, ...] = ()
+    """Of validation examples, their numbers among the samples."""
 
 
 @lru_cache(maxsize=64)
@@ -169,7 +171,8 @@ class Loader:
         if not indices:
             return Batch(self._no_grid(), label_tensor(self.task, []))
         try:
-            return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
+            labels = label_tensor(self.task, [self.samples[i] for i in indices])
+            return Batch(self._decode(indices, indices), labels, indices=tuple(indices))
         except NO_FILES_FAULT:
             raise
         except Exception:
@@ -183,7 +186,7 @@ class Loader:
                 except Exception as error:
                     self._mark_broken(index, error)
             samples = [self.samples[i] for i in good]
-            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
+            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples), indices=tuple(good))
 
     def _no_grid(self) -> Tensor:
         return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polyvit_fast.config import Task, Train
+from polyvit_fast.config import Modality, Task, Train
 from polyvit_fast.inference.decoding import GridReader
 from polyvit_fast.inference.results import Features, Prediction, Predictions, Skipped
 from polyvit_fast.media import printable
@@ -63,7 +63,7 @@ class TrainedModel:
         Probabilities are those of the task's loss: softmax's add up to 1, sigmoid's are each class's own. A broken input raises
         ValueError, or with `on_error` = "skip" is named in the result's `skipped`.
         """
-        name = self._choose_task(task)
+        name = self.find_task(task)
         if top is not None and top < 1:
             raise ValueError(f"top = {top} must be at least 1, or None for all classes")
         names, logits, skipped = self._compute_logits(name, inputs, on_error)
@@ -78,7 +78,7 @@ class TrainedModel:
 
     def logits(self, inputs: Any, task: str | None = None) -> Float[Tensor, "inputs num_classes"]:
         """The logits of each input, averaged over its views, in float32 on the CPU. Raises ValueError for a broken input."""
-        return self._compute_logits(self._choose_task(task), inputs, "raise")[1]
+        return self._compute_logits(self.find_task(task), inputs, "raise")[1]
 
     @torch.no_grad()
     def features(
@@ -97,7 +97,7 @@ class TrainedModel:
         `layer` is then normalised, as heads read it. Both are averaged over the views. None: all tokens, `[input, view, token, dim]`, class
         tokens first. Inputs are read as those of `task`, or of the first task of `modality`; either may be left out where there is one.
         """
-        reader = self._find_reader(self._choose_task_of(modality, task))
+        reader = self._find_reader(self.find_task_of(modality, task))
         record = reader.task.modality
         if pool not in ("cls", "mean", None):
             raise ValueError(f"pool = {pool!r} is none of 'cls', 'mean' and None")
@@ -108,18 +108,17 @@ class TrainedModel:
         return Features(torch.cat(found) if found else torch.empty(0, self.config.model.dim), names, skipped)
 
     def _compute_features(self, reader: GridReader, layer: int | None, pool: Pool | None, grids: Tensor) -> Tensor:
-        record = reader.task.modality
-        count, norms_last = record.num_class_tokens, pool == "mean" and layer is None
+        record, views = reader.task.modality, grids.flatten(0, 1)
         with torch.autocast(grids.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            number = self.config.model.depth if norms_last else layer
-            tokens = self.model.features(grids.flatten(0, 1), record.name, task=reader.name, layer=number)
-            if pool == "cls":
-                tokens = tokens[:, : count if record.pool == "class_tokens" else 1].mean(1)
-            elif pool == "mean":
-                tokens = tokens[:, count:].mean(1)
-            tokens = self.model.norm(tokens) if norms_last else tokens
-        views = tokens.float().unflatten(0, grids.shape[:2])
-        return views if pool is None else views.mean(1)
+            if layer is None and pool == ("mean" if record.pool == "mean" else "cls"):
+                found = self.model.embed(views, record.name, task=reader.name)
+            else:
+                norms_last = pool == "mean" and layer is None
+                number = self.config.model.depth if norms_last else layer
+                found = _pool_tokens(self.model.features(views, record.name, task=reader.name, layer=number), record, pool)
+                found = self.model.norm(found) if norms_last else found
+        features = found.float().unflatten(0, grids.shape[:2])
+        return features if pool is None else features.mean(1)
 
     def _compute_logits(self, task: str, inputs: Any, on_error: OnError) -> tuple[list[str], Tensor, list[Skipped]]:
         """The names and logits of the inputs, and those that are broken."""
@@ -152,7 +151,8 @@ class TrainedModel:
     def _find_reader(self, task: str) -> GridReader:
         return self._readers.setdefault(task, GridReader(task, self.config))
 
-    def _choose_task(self, task: str | None) -> str:
+    def find_task(self, task: str | None) -> str:
+        """The name of a task, or of the only one. Raises ValueError that names those which are there."""
         if task is None and len(self.tasks) == 1:
             return next(iter(self.tasks))
         if task is None or task not in self.tasks:
@@ -162,11 +162,11 @@ class TrainedModel:
             raise ValueError(f"{self.folder} {fault}; it has {', '.join(map(repr, self.tasks))}")
         return task
 
-    def _choose_task_of(self, modality: str | None, task: str | None) -> str:
+    def find_task_of(self, modality: str | None, task: str | None) -> str:
         """The task whose files the inputs are read like."""
         modalities = self.config.modalities
         if task is not None:
-            task = self._choose_task(task)
+            task = self.find_task(task)
             if modality not in (None, self.tasks[task].modality.name):
                 raise ValueError(
                     f"task {task!r} is of the modality {self.tasks[task].modality.name!r}, not {modality!r}; name one of the two"
@@ -177,3 +177,10 @@ class TrainedModel:
         if modality is not None and modality not in modalities:
             raise ValueError(f"{self.folder} has no modality {modality!r}; it has {', '.join(map(repr, modalities))}")
         return next(name for name, one in self.tasks.items() if modality in (None, one.modality.name))
+
+
+def _pool_tokens(tokens: Tensor, modality: Modality, pool: Pool | None) -> Tensor:
+    count = modality.num_class_tokens
+    if pool == "mean":
+        return tokens[:, count:].mean(1)
+    return tokens[:, : count if modality.pool == "class_tokens" else 1].mean(1) if pool == "cls" else tokens

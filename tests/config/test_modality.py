@@ -15,6 +15,11 @@ def test_token_count_includes_the_class_token():
     assert Tile(size=24).num_tokens == 10
 
 
+def test_views_of_a_modality_that_has_no_others():
+    with pytest.raises(ValueError, match="tile: evaluation has one view, which cannot be changed"):
+        Tile().with_views(2)
+
+
 def test_token_count_of_overlapping_patches_is_asts():
     # arXiv 2104.01778, section 2: 12 (100 t - 16) / 10 patches; of 1,024 frames 12 x 101.
     modality = Audio(clip_seconds=10.24, patch_stride=10, num_class_tokens=2, pool="class_tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from polyvit_fast.config import Modality
@@ -102,3 +102,10 @@ class Audio(Modality):
     def eval_views(self) -> int:
         """The clips of a file."""
         return self.eval_clips
+
+    def with_views(self, *counts: int) -> Audio:
+        """With so many clips of a file."""
+        clips, *others = counts
+        if others:
+            raise ValueError(f"audio: views are clips, such as 4, and not {'x'.join(map(str, counts))}")
+        return replace(self, eval_clips=clips)

@@ -89,6 +89,10 @@ class Image(Modality):
         """One: evaluation sees one fixed crop."""
         return 1
 
+    def with_views(self, *counts: int) -> Image:
+        """Raises ValueError: a picture has one view."""
+        raise ValueError("image: a picture has one view in evaluation, the whole of it or its centre (eval_crop)")
+
     def thorough(self) -> Image:
         """With the whole picture, and with attention to the warnings of libjpeg and libtiff: for a process that does nothing else."""
         fields: dict[str, Any] = vars(self) | {"eval_crop": "resize"}

@@ -32,3 +32,9 @@ def test_shape_of_the_tokens():
     assert image.normalisation == ((127.5,) * 3, (127.5,) * 3)
     with pytest.raises(ValueError, match="rows = 100 does not divide by the tubelet's 16"):
         Image(size=100).check_grid()
+
+
+@pytest.mark.parametrize("counts", [(1,), (4,), (4, 3)])
+def test_a_picture_has_one_view(counts):
+    with pytest.raises(ValueError, match="a picture has one view in evaluation, the whole of it or its centre"):
+        Image().with_views(*counts)
