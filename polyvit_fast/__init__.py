@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyvit_fast.model import pretrained
     from polyvit_fast.drop_in.api import fuse, unfuse
     from polyvit_fast.drop_in.fuse_report import FuseReport
     from polyvit_fast.inference.loading import load
@@ -12,7 +13,20 @@ if TYPE_CHECKING:
     from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp
     from polyvit_fast.model.polyvit import PolyViT
 
-__all__ = ["Attention", "Block", "FuseReport", "LayerNorm", "Mlp", "PolyViT", "TrainedModel", "fuse", "load", "train", "unfuse"]
+__all__ = [
+    "Attention",
+    "Block",
+    "FuseReport",
+    "LayerNorm",
+    "Mlp",
+    "PolyViT",
+    "TrainedModel",
+    "fuse",
+    "load",
+    "pretrained",
+    "train",
+    "unfuse",
+]
 __version__ = "0.6.0"
 
 _MODULES = {
@@ -25,6 +39,7 @@ _MODULES = {
     "TrainedModel": "inference.trained_model",
     "fuse": "drop_in.api",
     "load": "inference.loading",
+    "pretrained": "model.pretrained",
     "train": "inference.training",
     "unfuse": "drop_in.api",
 }
@@ -34,4 +49,5 @@ def __getattr__(name: str) -> Any:
     """Imports a name when it is first used: PyTorch takes seconds, during which the command line could not handle signals."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)

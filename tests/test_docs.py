@@ -186,7 +186,7 @@ def test_flags_of_commands_are_accepted(files):
 
 
 def test_flags_in_the_text_exist(files, capsys):
-    for command in ("train", "check", "eval", "predict", "features"):
+    for command in ("train", "check", "eval", "predict", "features", "probe"):
         with pytest.raises(SystemExit):
             cli.run([command, "wildlife.py", "--help"])
     known = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)) | {"--help", "--traceback", "--signal"}
