@@ -87,7 +87,8 @@ def _print_results(results: list[ProbeResult]) -> None:
 
     sources = list(dict.fromkeys(row.weights for row in results))
     estimates = {(row.task, row.head, row.weights): row.estimate for row in results}
-    table = build_table(["task, head"], ["metric", *(f"{Path(source).name}, 95 % interval" for source in sources)])
+    names = [Path(source).name for source in sources]
+    table = build_table(["task, head"], ["metric", *names], title="values with their 95 % confidence intervals")
     for row in results:
         if row.weights == sources[0]:
             table.add_row(f"{row.task}, {row.head}", row.metric, *(str(estimates[row.task, row.head, source]) for source in sources))
