@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyvit_fast.model import pretrained
     from polyvit_fast.drop_in.api import fuse, unfuse
     from polyvit_fast.drop_in.fuse_report import FuseReport
     from polyvit_fast.inference.loading import load
     from polyvit_fast.inference.trained_model import TrainedModel
     from polyvit_fast.inference.training import train
+    from polyvit_fast.model import pretrained
     from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp
     from polyvit_fast.model.polyvit import PolyViT
 
