@@ -129,7 +129,7 @@ class Train:
         """The source of each part that `init` names; that of the whole model under ""."""
         if not isinstance(self.init, str):
             return self.init
-        pairs = [pair.partition("=") for pair in self.init.split(",")]
+        pairs = [[text.strip() for text in pair.partition("=")] for pair in self.init.split(",")]
         if all(part and source for part, _, source in pairs):
             return {part: source for part, _, source in pairs}
         return {"": self.init} if self.init else {}

@@ -77,7 +77,9 @@ class FeatureReader:
             if key.startswith(("blocks.", "norm.", f"tokenizers.{modality.name}.")):
                 digest.update(key.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        settings = [to_json(modality), to_json(self.config.model), self.config.precision, tokens, loader.fingerprint()]
+        labels = [loader.task.multi_label, loader.task.num_classes]
+        computing = [self.config.precision, self.config.compute.residual, self.config.data.decoding, self.config.device]
+        settings = [to_json(modality), to_json(self.config.model), *computing, labels, tokens, loader.fingerprint()]
         digest.update(strict_json.dumps(settings).encode())
         return digest.hexdigest()
 

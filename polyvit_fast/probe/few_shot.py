@@ -64,7 +64,9 @@ def measure_few_shot(
         weights, mean, target = solve_ridge(train[0][drawn], train[1][drawn], num_classes, PENALTIES)
         rest = torch.ones(len(train[1]), dtype=torch.bool)
         rest[drawn] = False
-        others = rest.nonzero().flatten()[:LARGEST_CHOICE]
+        left = rest.nonzero().flatten()
+        # Of all classes alike: folders list their files class by class.
+        others = left[torch.from_numpy(permutation(len(left), seed, "few-shot", "choice", draw))[:LARGEST_CHOICE]]
         index = len(PENALTIES) // 2
         if len(others):
             index = int(_score(weights, mean, target, train[0][others], train[1][others]).argmax())

@@ -34,8 +34,7 @@ class Probe(ABC):
 
     def fit(self, features: Tensor, labels: Labels, seed: int) -> None:
         """Train on all examples by Adam with a cosine, from a start that `seed` determines."""
-        axes = tuple(range(features.ndim - 1))
-        self.mean, self.std = features.float().mean(axes), features.float().std(axes).clamp_min(1e-6)
+        self.mean, self.std = _measure(features, self.batch)
         generator = torch.Generator().manual_seed(key(seed, "probe") >> 1)
         parameters = self.start(features.shape[-1], generator)
         optimizer, size = torch.optim.Adam(parameters, lr=LEARNING_RATE), min(self.batch, len(features))
@@ -113,6 +112,14 @@ class AttentiveProbe(Probe):
         parts = features.unflatten(-1, (self.num_queries, -1))  # a part of the features for each query
         read = torch.einsum("knqt,ntqc->knqc", scores.softmax(-1), parts).flatten(2)
         return read @ self.classifier.transpose(1, 2) + self.bias
+
+
+def _measure(features: Float[Tensor, "*examples dim"], batch: int) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
+    """Mean and standard deviation of each feature, of a part at a time: in fp32 all tokens would need twice their memory again."""
+    parts, count = features.split(batch), features[..., 0].numel()
+    mean = torch.stack([part.double().flatten(0, -2).sum(0) for part in parts]).sum(0) / count
+    square = torch.stack([(part.double().flatten(0, -2) - mean).square().sum(0) for part in parts]).sum(0) / count
+    return mean.float(), square.sqrt().float().clamp_min(1e-6)
 
 
 def split_for_choice(count: int, seed: int) -> tuple[Int[Tensor, " fitted"], Int[Tensor, " held_out"]]:

@@ -54,7 +54,7 @@ class ProbePlan:
     config: Train
     """Of the experiment whose tasks are new to the model. Its `model` is replaced by the source's."""
     tasks: Sequence[str] = ()
-    """None: all."""
+    """Empty: all."""
     heads: Sequence[Head] = ("linear", "attentive", "few-shot")
     shots: Sequence[int] = (1, 5, 20)
     compares_random: bool = False
@@ -98,6 +98,8 @@ def _probe_task(reader: FeatureReader, plan: ProbePlan, name: str, weights: str)
     needs_tokens = "attentive" in plan.heads
     train, val = (reader.read(name, split, tokens=needs_tokens) for split in ("train", "val"))
     counts = (len(train.labels), len(val.labels))
+    if len(train.labels) < 2:
+        raise ValueError(f"task {name}: heads need two training files at least, and there is {len(train.labels)}")
     results = []
     for head in plan.heads:
         if head == "few-shot":

@@ -51,13 +51,15 @@ def test_features_are_computed_once(tmp_path, monkeypatch):
     assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("pooled", "tokens", "labels"))
 
 
-@pytest.mark.parametrize("change", ["weights", "files", "modality", "tokens", "split"])
+@pytest.mark.parametrize("change", ["weights", "files", "modality", "tokens", "split", "labels"])
 def test_they_are_computed_again_where_anything_is_other(change, tmp_path, monkeypatch):
     config = tiny_config()
     reader(tmp_path, config).read("a", "train", tokens=True)
     task = config.tasks["a"]
     if change == "files":
         config = tiny_config(tasks={"a": replace(task, train=Synthetic(num_samples=49))})
+    elif change == "labels":
+        config = tiny_config(tasks={"a": replace(task, loss="sigmoid", multi_label=True)})
     elif change == "modality":
         config = tiny_config(tasks={"a": replace(task, modality=Tile(views=2))})
     again = reader(tmp_path, config, seed=int(change == "weights"))

@@ -56,6 +56,8 @@ def _find_files(folder: Path) -> list[Path]:
     steps = sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.rpartition("_")[2]) if path.name[-1].isdigit() else -1)
     if steps:
         return steps[-1:]
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} is a run folder: pf.load opens it, and --init starts another run from it")
     raise ValueError(f"{folder} holds no weights: no .safetensors, pytorch_model.bin, .npz, .msgpack or checkpoint_* in it")
 
 
@@ -72,14 +74,14 @@ def _read_tensors(file: Path) -> Tensors:
                 content = torch.load(file, map_location="cpu", weights_only=True)
             case _:
                 content = _read_msgpack(file)
+        return _flatten(content, "." if file.suffix in (".pth", ".pt", ".bin") else "/")
     except MissingExtraError:
         raise
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} is no file of weights that can be read: {reason}") from error
-    except Exception as error:  # an unpickler's own class
-        raise ValueError(f"{file} holds more than tensors, and is not loaded: {type(error).__name__}") from error
-    return _flatten(content, "/" if file.suffix not in (".pth", ".pt", ".bin") else ".")
+    except Exception as error:  # an unpickler's own class, or a tree of another form
+        raise ValueError(f"{file} is broken, or holds more than tensors, and is not loaded: {type(error).__name__}") from error
 
 
 def _read_msgpack(file: Path) -> Any:

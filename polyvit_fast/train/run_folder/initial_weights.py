@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from polyvit_fast.config import Modality, Model, Train
+from polyvit_fast.config import Modality, Model, Task, Train
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.model import pretrained
 from polyvit_fast.model.polyvit import PolyViT
@@ -30,11 +30,18 @@ def load_initial_weights(model: PolyViT, config: Train) -> list[LoadReport]:
         model=config.model,
         modalities=config.modalities,
         tasks=config.tasks,
-        classes={name: class_list(task) for name, task in config.tasks.items()} if any(s.heads for s in sources.values()) else {},
+        classes={name: _list_classes(name, task) for name, task in config.tasks.items()} if any(s.heads for s in sources.values()) else {},
         interpolation=config.init_positions,
         inflation=config.init_tubelets,
     )
     return [load_into(target, sources[source], parts) for source, parts in parts_of.items()]
+
+
+def _list_classes(name: str, task: Task) -> tuple[str, ...] | None:
+    try:
+        return class_list(task)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"task {name}: {error}") from error
 
 
 def list_parts(config: Train) -> dict[str, list[str] | None]:
@@ -50,6 +57,9 @@ def list_parts(config: Train) -> dict[str, list[str] | None]:
 
 def read_source(source: str) -> Pretrained:
     """A source of `Train.init`: a run folder, alone or with @best, @newest or @STEP, or what `pretrained.read` knows."""
+    if Path(source).parent.name == "checkpoints":
+        run, step = Path(source).parent.parent, Path(source).name.removeprefix("step_").lstrip("0")
+        raise ValueError(f"{source} is a checkpoint; name its run and its step: {run}@{step}")
     folder, _, which = source.partition("@")
     if (Path(folder) / "checkpoints").is_dir():
         return read_checkpoint(find_checkpoint(Path(folder), which or "newest"), source)
@@ -62,9 +72,11 @@ def read_checkpoint(found: Checkpoint, source: str) -> Pretrained:
     known = {field.name for field in fields(Model)}
     model = Model(**{name: value for name, value in found.config["model"].items() if name in known})
     tasks, classes = found.config["tasks"], found.state.get("classes", {})
-    names = list(dict.fromkeys(name.split(".")[1] for name in tensors if name.startswith("tokenizers.")))
+    there = {name.split(".")[1] for name in tensors if name.startswith("tokenizers.")}
     # Versions before 0.7 did not store which tokenizer a task has; their classes of modalities are called like the modalities.
     modality_of = found.state.get("modality_of") or {name: str(task["modality"]["type"]).lower() for name, task in tasks.items()}
+    # In the order of the run's tasks, of which the first is that of a model's first modality: the file has them by the alphabet.
+    names = [*(name for name in dict.fromkeys(modality_of.values()) if name in there), *sorted(there - set(modality_of.values()))]
     heads = {
         name: HeadWeights(
             modality=modality_of[name] if modality_of[name] in names else names[0],

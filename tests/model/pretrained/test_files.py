@@ -87,7 +87,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, name, legacy):
     canary = tmp_path / "canary"
     content = {"a": torch.zeros(2), "b": Payload(str(canary))}
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=f"{name} holds more than tensors, and is not loaded"):
+    with pytest.raises(ValueError, match=f"{name} is broken, or holds more than tensors, and is not loaded"):
         read_files(str(tmp_path / name))
     assert not canary.exists()
 

@@ -60,6 +60,26 @@ def test_any_checkpoint_of_a_run_may_be_named(trained, which, step):
     assert read_source(f"{trained}{which}").kind == f"run, step {step}"
 
 
+def test_a_checkpoints_own_folder_is_answered_with_how_to_name_it(trained):
+    path = newest(trained).path
+    with pytest.raises(ValueError, match=f"{path} is a checkpoint; name its run and its step: {trained}@20"):
+        read_source(str(path))
+
+
+class Alpha(Tile):
+    """A modality that the alphabet puts first."""
+
+    name = "alpha"
+
+
+def test_modalities_of_a_run_are_in_the_order_of_its_tasks(tmp_path):
+    config = tiny_config(tasks={"a": tile_task(steps=1), "b": tile_task(steps=1, modality=Alpha())})
+    run(config, tmp_path / "run")
+    source = read_source(str(tmp_path / "run"))
+    assert list(source.tokenizers) == ["tile", "alpha"]
+    assert {name: head.modality for name, head in source.heads.items()} == {"a": "tile", "b": "alpha"}
+
+
 def test_a_checkpoint_that_is_not_there_is_named(trained):
     with pytest.raises(ValueError, match="holds no checkpoint '7'; there are newest, best and the steps 10, 20"):
         read_source(f"{trained}@7")
