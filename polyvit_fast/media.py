@@ -1,11 +1,13 @@
-"""Where the bytes of a media file lie: a file of its own, or a member of a tar shard."""
+"""Where the bytes of a media file lie: a file of its own, a member of a tar shard, or memory."""
 
 from __future__ import annotations
 
 import io
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 
 def _suffixes(text: str) -> frozenset[str]:
@@ -75,6 +77,37 @@ class Media:
         """All bytes. Raises MediaError as `open` does."""
         with self.open() as stream:
             return stream.read()
+
+    @contextmanager
+    def find_path(self) -> Iterator[str]:
+        """Inside, the path of a file that holds these bytes from `offset` on, for a library that reads no Python stream."""
+        yield self.path
+
+
+@dataclass(frozen=True)
+class MemoryMedia(Media):
+    """A media file whose bytes are in memory; its `path` is only what messages call it."""
+
+    content: bytes = field(default=b"", repr=False)
+
+    def open(self) -> io.BufferedReader:
+        """A seekable stream of these bytes. Raises MediaError when there are none."""
+        end = None if self.size is None else self.offset + self.size
+        content = self.content[self.offset : end]  # the whole of it is no copy
+        if not content:
+            raise MediaError("the file is empty")
+        return io.BufferedReader(io.BytesIO(content))  # pyright: ignore[reportArgumentType] - it is read like any raw stream
+
+    @contextmanager
+    def find_path(self) -> Iterator[str]:
+        """Inside, a file without a name that holds these bytes, on no disk."""
+        descriptor = os.memfd_create("media")
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(self.content)
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
 
 
 def printable(text: str) -> str:

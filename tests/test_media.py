@@ -1,10 +1,12 @@
 import io
 import os
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from polyvit_fast.media import MEDIA_SUFFIXES, Media, MediaError, printable
+from polyvit_fast.media import MEDIA_SUFFIXES, Media, MediaError, MemoryMedia, printable
 
 
 def test_a_file_of_its_own(tmp_path):
@@ -34,6 +36,23 @@ def test_a_tar_member_reads_and_seeks_within_its_bounds(tmp_path):
         assert stream.seek(1, os.SEEK_CUR) == 4
         assert stream.read() == b"4"
         assert stream.read() == b""
+
+
+def test_bytes_in_memory_are_read_like_a_file():
+    media = MemoryMedia("mine", content=b"0123456789")
+    assert (media.name, media.read()) == ("mine", b"0123456789")
+    assert "0123" not in repr(media)
+    part = replace(media, offset=3, size=4)
+    assert part.read() == b"3456"
+    with part.open() as stream:
+        assert stream.seek(-2, os.SEEK_END) == 2
+        assert stream.read(100) == b"56"
+    with media.find_path() as path:
+        assert Path(path).read_bytes() == b"0123456789"
+        assert Media(path, 2, 3).read() == b"234"
+    assert not os.path.exists(path)
+    with pytest.raises(MediaError, match="the file is empty"):
+        MemoryMedia("mine").read()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 from polyvit_fast.config.modality import Decoder, Modality
 from polyvit_fast.media import Sample
 
@@ -51,6 +53,8 @@ class Task:
     """Number of classes: outputs of the task's head."""
     steps: int
     """The paper's U_j: steps on this task with the schedules weighted and task-by-task. Their sum over all tasks is the run's length."""
+    test: tyro.conf.AvoidSubcommands[Source | None] = None
+    """Samples that no run looks at, for `polyvit-fast eval RUN --split test`."""
     batch: int = 64
     """Examples per step, over all processes and micro-batches together."""
     micro_batches: int = 1

@@ -104,7 +104,7 @@ class Loader:
             raise ValueError(f"task {name}: {error}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
-        self.size = local_batch_size(name, self.task, world_size) if train else _evaluation_size(self.task)
+        self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
         self.first = rank * self.size if train else 0
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
         options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
@@ -278,7 +278,8 @@ def local_batch_size(name: str, task: Task, world_size: int) -> int:
     return size
 
 
-def _evaluation_size(task: Task) -> int:
+def evaluation_size(task: Task) -> int:
+    """How many samples an evaluation decodes and computes together."""
     # It does not depend on the number of processes, with which rounding would change, and so a metric in its last digits.
     return max(1, min(task.batch // task.micro_batches, EVAL_GRIDS) // task.modality.eval_views)
 

@@ -119,7 +119,7 @@ def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], 
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
     with process_group(config.device) as world, use_device(config, world):
-        found, weights = _load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
+        found, weights = load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
         config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
@@ -155,7 +155,7 @@ def _ignore(*_: object) -> None:
     """For the processes that print nothing: rank 0 does."""
 
 
-def _load_weights(folder: Path, which: str, group: str, world: World) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
+def load_weights(folder: Path, which: str, group: str, world: World = ALONE) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
     """A checkpoint and its weights, of the same step on all processes, even while a run saves new ones and deletes old ones."""
     while True:
         found, weights = find_checkpoint(folder, which), None

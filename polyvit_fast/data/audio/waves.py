@@ -152,7 +152,7 @@ def _pull(graph: Any) -> Iterator[Any]:
 def _find_url(media: Media) -> Iterator[str]:
     """A URL that FFmpeg opens by itself: reading through a Python file, it would wait for Python's lock."""
     with ExitStack() as stack:
-        path = media.path
+        path = stack.enter_context(media.find_path())
         try:
             path.encode()
         except UnicodeEncodeError:  # FFmpeg takes names in UTF-8 only, so another file is opened by its descriptor

@@ -82,13 +82,14 @@ def _check_webp(content: bytes) -> None:
         raise MediaError(f"truncated: the WebP has {len(content)} of its {size} bytes")
 
 
-def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
-    """The first picture in a file of one of these kinds, upright, as a PPM file."""
+def picture_to_ppm(picture: Any, max_pixels: int, content: bytes = b"") -> bytes:
+    """A picture of Pillow, upright, as a PPM file; `content` is the file that it was opened from.
+
+    Raises MediaError when it is too large, damaged or of colours that are not known.
+    """
     from PIL import Image
 
     try:
-        picture = _open(content, kinds)
-        _check_length(content, picture.format)
         check_size(picture.height, picture.width, max_pixels)
         tags = getattr(picture, "tag_v2", {})
         _check_levels(content, picture, tags)
@@ -101,7 +102,26 @@ def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
         raise MediaError(f"it has more pixels than its header states, or than Pillow decodes ({error})") from error
     except PILLOW_ERRORS as error:
         raise MediaError(f"{PIXELS_FAILURE} ({error})") from error
-    return b"P6 %d %d 255\n" % upright.size + pixels
+    return pixels_to_ppm(upright.size, pixels)
+
+
+def pixels_to_ppm(size: tuple[int, int], pixels: bytes) -> bytes:
+    """A PPM file of RGB pixels, row by row; `size` is (width, height)."""
+    return b"P6 %d %d 255\n" % size + pixels
+
+
+def _as_ppm(content: bytes, kinds: Sequence[str], max_pixels: int) -> bytes:
+    """The first picture in a file of one of these kinds, upright, as a PPM file."""
+    from PIL import Image
+
+    try:
+        picture = _open(content, kinds)
+        _check_length(content, picture.format)
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"it has more pixels than its header states, or than Pillow decodes ({error})") from error
+    except PILLOW_ERRORS as error:
+        raise MediaError(f"{PIXELS_FAILURE} ({error})") from error
+    return picture_to_ppm(picture, max_pixels, content)
 
 
 def _open(content: bytes, kinds: Sequence[str]) -> Any:
@@ -140,10 +160,9 @@ def _check_levels(content: bytes, picture: Any, tags: Mapping[int, Any]) -> None
         raise MediaError("truncated: the palette at the end of the PCX is missing")
     kind = tags.get(SAMPLE_FORMAT, (1,))[0]
     if kind != 1 or picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
+        what = picture.format or "picture"
         found = "floating-point" if picture.mode == "F" else "signed" if kind == 2 else "32-bit"
-        raise MediaError(
-            f"a {picture.format} of {found} numbers, whose range it does not state; unsigned ones of up to 16 bits are supported"
-        )
+        raise MediaError(f"a {what} of {found} numbers, whose range it does not state; unsigned ones of up to 16 bits are supported")
 
 
 def _turn_upright(picture: Any) -> Any:

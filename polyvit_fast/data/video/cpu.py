@@ -42,6 +42,16 @@ class VideoDecoder:
             resize=lambda height, width: scale_size(video, height, width, draws),
             max_pixels=video.max_pixels,
         )
+        self.cut_views(clips, draws, out)
+
+    def cut_views(
+        self,
+        clips: UInt8[np.ndarray, "clips frames rows columns 3"],
+        draws: ClipDraws | None,
+        out: UInt8[np.ndarray, "view frames size size 3"],
+    ) -> None:
+        """Write the squares of scaled clips into `out`, augmented as `draws` says."""
+        video = self.video
         corners = square_corners(video, clips.shape[2], clips.shape[3], draws)
         squares = [clip[:, top : top + video.size, left : left + video.size] for clip in clips for top, left in corners]
         for view, square in zip(out, squares, strict=True):

@@ -56,7 +56,7 @@ def read_header(media: Media, max_pixels: int) -> VideoHeader:
     """The header of a file, of which only the first frame is decoded. Raises MediaError as `read_clips` does."""
     with _open_video(media, max_pixels) as (container, stream, timeline):
         _, frame, orientation = _reader(container, stream, timeline).frame(0)
-        _check_size(frame, max_pixels)
+        check_size(frame, max_pixels)
         return VideoHeader(
             container=container.format.name,
             codec=stream.codec_context.codec.canonical_name,
@@ -95,7 +95,7 @@ def read_clips(
         clips = None
         for number in np.unique(numbers):
             shown = reader.frame(int(number))
-            _check_size(shown.frame, max_pixels)
+            check_size(shown.frame, max_pixels)
             if clips is None:  # all frames get the size of the first, for sizes may change in the middle of a stream
                 clips = np.empty((*numbers.shape, *_choose_size(shown, resize), 3), np.uint8)
             clips[numbers == number] = _convert(converter, shown, clips.shape[-3], clips.shape[-2])
@@ -180,13 +180,14 @@ def _video_stream(container: Any, max_pixels: int) -> Any:
     context = stream.codec_context
     if context is None:
         raise MediaError("its video codec is not supported")
-    _check_size(context, max_pixels)
+    check_size(context, max_pixels)
     context.options = _decoder_limit(max_pixels)  # frames may become larger in the middle of a stream
     context.thread_count = 1  # files are decoded in parallel instead
     return stream
 
 
-def _check_size(picture: Any, max_pixels: int) -> None:
+def check_size(picture: Any, max_pixels: int) -> None:
+    """Raise MediaError when a picture, of any class with a width and a height, is empty, too large or too thin."""
     width, height = picture.width, picture.height
     if not width * height:
         raise MediaError(f"its frames cannot be decoded or have far more than max_pixels = {max_pixels}")

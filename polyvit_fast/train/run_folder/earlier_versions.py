@@ -58,7 +58,7 @@ def _upgrade_record(values: Any) -> Any:
     later: dict[str, Any] = {}
     match values.get("type"):
         case "Task":
-            later = {"mixup_pairs": "neighbours", "zero_head": False, "head_norm": False}
+            later = {"test": None, "mixup_pairs": "neighbours", "zero_head": False, "head_norm": False}
             if isinstance(values.get("modality"), Mapping):
                 values = {**values, "modality": {**TOKENS, **values["modality"]}}
         case "Train":

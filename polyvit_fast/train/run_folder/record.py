@@ -18,6 +18,7 @@ from polyvit_fast.config import Train
 from polyvit_fast.files import write_atomically
 from polyvit_fast.train.run_folder.config_json import differences, from_json, to_json
 from polyvit_fast.train.run_folder.earlier_versions import upgrade
+from polyvit_fast.train.run_folder.rebuild import rebuild
 
 MAY_CHANGE = frozenset(
     {
@@ -27,6 +28,8 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields in which a run and its resumption may differ: none of what is trained depends on them."""
+MADE_IN_PYTHON = "(made in Python)"
+"""The experiment of a run whose configuration no experiment holds."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class RecordedRun:
 
     folder: Path
     experiment: str
-    """As the command line named it: a name or the path of a file."""
+    """As the command line named it: a name or the path of a file; else `MADE_IN_PYTHON`."""
     config: Train
     commands: list[str]
     """The command lines that worked on this folder, oldest first."""
@@ -75,8 +78,10 @@ def record_classes(folder: Path, names: Mapping[str, Sequence[str] | None]) -> N
         raise ValueError(f"the run folder {folder} cannot be written: {error.strerror or error}; choose another with --out") from error
 
 
-def load_run(folder: Path, load: Callable[[str], Train]) -> RecordedRun:
+def load_run(folder: Path, load: Callable[[str], Train], own: Train | None = None) -> RecordedRun:
     """What `describe_run` wrote; `load` gives an experiment's configuration by its name or file, the run's own copy of it if need be.
+
+    `own`, if given, stands for the experiment: classes and functions are its, numbers and strings the run's.
 
     Raises ValueError when `folder` is not a run folder, a file of it is broken, or the experiment has changed too much.
     """
@@ -87,11 +92,18 @@ def load_run(folder: Path, load: Callable[[str], Train]) -> RecordedRun:
     if not isinstance(experiment, str) or not isinstance(values, dict):
         raise ValueError(f"{folder / 'config.json'} does not describe a run: it needs the fields experiment and config")
     try:
-        config = from_json(load(_experiment_file(folder, experiment)), upgrade(values))
+        config = _read_config(folder, experiment, upgrade(values), load, own)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} does not fit its experiment {experiment}: {error}") from error
+        fault = "does not fit the configuration given" if own else f"does not fit its experiment {experiment}"
+        raise ValueError(f"{folder / 'config.json'} {fault}: {error}") from error
     commands = folder / "command.txt"
     return RecordedRun(folder, experiment, config, commands.read_text().splitlines() if commands.is_file() else [], versions)
+
+
+def _read_config(folder: Path, experiment: str, values: Mapping[str, Any], load: Callable[[str], Train], own: Train | None) -> Train:
+    if own is None and experiment == MADE_IN_PYTHON:
+        return rebuild(values)
+    return from_json(own or load(_experiment_file(folder, experiment)), values)
 
 
 def _experiment_file(folder: Path, experiment: str) -> str:

@@ -1,0 +1,50 @@
+"""What the commands' arguments name: an experiment with its flags, a run folder, options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
+
+from polyvit_fast import experiments
+from polyvit_fast.config import Train
+
+if TYPE_CHECKING:
+    from polyvit_fast.train.run_folder.record import RecordedRun
+
+Options = TypeVar("Options")
+HELP_FLAGS = ("-h", "--help")
+
+
+def split_subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    """The first argument, an experiment or a run folder, and the flags after it."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"usage: polyvit-fast {usage} [--field value ...]; see `polyvit-fast --help`")
+    return arguments[0], arguments[1:]
+
+
+def load_config(name: str, flags: list[str], command: str) -> Train:
+    """The configuration of an experiment with the flags in it."""
+    config = experiments.load(name)
+    return tyro.cli(Train, default=config, args=flags, prog=f"polyvit-fast {command} {name}")
+
+
+def parse_options(kind: type[Options], flags: list[str], command: str) -> Options:
+    """The options of a command, whose docstring is the text of its --help."""
+    return tyro.cli(kind, args=flags, prog=f"polyvit-fast {command}")
+
+
+def split_run(kind: type[Options], arguments: list[str], command: str) -> tuple[Path, Options]:
+    """The run folder that a command is about, and the options after it. With --help in its stead, it prints that."""
+    if arguments and arguments[0] in HELP_FLAGS:
+        parse_options(kind, ["--help"], f"{command} RUN")
+    folder, flags = split_subject(arguments, f"{command} RUN")
+    return Path(folder), parse_options(kind, flags, f"{command} RUN")
+
+
+def load_run(folder: Path) -> RecordedRun:
+    """The run of a run folder."""
+    from polyvit_fast.train.run_folder import record
+
+    return record.load_run(folder, experiments.load)

@@ -1,0 +1,114 @@
+"""All commands by name, their help, and how one is run: what it prints of an error, and its exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+from polyvit_fast import __version__
+from polyvit_fast.cli import evaluation, training
+from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
+
+HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
+
+  polyvit-fast train EXPERIMENT [--field value ...]   train; the same command again resumes a stopped run
+  polyvit-fast eval RUN                               evaluate a checkpoint of a run: the newest, the best or a step
+  polyvit-fast plot RUN                               draw its loss and metric curves as PNG
+  polyvit-fast plot schedule EXPERIMENT               draw which task each step trains, and the learning rate
+  polyvit-fast plan EXPERIMENT                        print what a run will cost: parameters, FLOPs, memory, passes over the data
+  polyvit-fast check EXPERIMENT                       decode every file, list the broken ones, write manifests without them
+  polyvit-fast list                                   list the experiments that come with the package
+
+EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. RUN is a run folder such as runs/demo.
+
+First run:        polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
+All settings:     polyvit-fast train demo --help
+Change settings:  polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
+Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
+Any command with --traceback shows the traceback of an error instead of its message alone.
+
+Exit codes:   0  success
+              2  wrong input
+             65  too many broken files, or a decoder hangs
+             69  another process of the run was lost
+             70  the loss stayed non-finite
+             74  a checkpoint could not be written
+             75  stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU; `train` has saved a checkpoint and can resume
+            130  stopped by Ctrl-C; `train` has saved a checkpoint as well"""
+
+
+def main() -> None:
+    """Run the command of the process's arguments and end the process with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a terminal without a character must not stop a run
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader is gone; Python would flush again at exit and then return 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code. Expected errors are printed as one sentence, without a traceback."""
+    show_traceback = "--traceback" in argv
+    arguments = [argument for argument in argv if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ValueError(f"command {arguments[0]!r} is unknown; there are: {', '.join(COMMANDS)}")
+        with stop_on_signals():
+            return COMMANDS[arguments[0]](arguments[1:])
+    except Stopped as stopped:
+        _print_error(f"polyvit-fast {arguments[0]}: stopped by {stopped}{' before its first step' if arguments[0] == 'train' else ''}")
+        return exit_code(stopped.number)
+    except KeyboardInterrupt:
+        _print_error(f"polyvit-fast {arguments[0]}: stopped")
+        return 130
+    except Exception as error:
+        if show_traceback:
+            raise
+        code = _exit_code(error)
+        if code is None:
+            traceback.print_exc()
+            return 1
+        _print_error(f"polyvit-fast {arguments[0]}: {error}")
+        return code
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone; the exit code remains
+        print(text, file=sys.stderr)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The documented exit code of an expected error; None for a bug, which is printed with its traceback."""
+    from polyvit_fast.data.stream import DataError
+    from polyvit_fast.train.distributed.process_group import PeerLost
+    from polyvit_fast.train.run import NonFiniteError
+    from polyvit_fast.train.run_folder.checkpoint import CheckpointError
+
+    kinds = ((DataError, 65), (PeerLost, 69), (NonFiniteError, 70), (CheckpointError, 74), (ValueError, 2), (OSError, 2))
+    for kind, code in kinds:
+        if isinstance(error, kind):
+            return code
+    return None
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": training.run_train,
+    "eval": evaluation.run_eval,
+    "plot": training.run_plot,
+    "plan": training.run_plan,
+    "check": training.run_check,
+    "list": training.run_list,
+}
