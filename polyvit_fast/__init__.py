@@ -6,23 +6,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyvit_fast.drop_in.api import fuse, unfuse
     from polyvit_fast.drop_in.fuse_report import FuseReport
+    from polyvit_fast.inference.export.api import Exported, export
     from polyvit_fast.inference.loading import load
     from polyvit_fast.inference.trained_model import TrainedModel
     from polyvit_fast.inference.training import train
     from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp
     from polyvit_fast.model.polyvit import PolyViT
 
-__all__ = ["Attention", "Block", "FuseReport", "LayerNorm", "Mlp", "PolyViT", "TrainedModel", "fuse", "load", "train", "unfuse"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Exported",
+    "FuseReport",
+    "LayerNorm",
+    "Mlp",
+    "PolyViT",
+    "TrainedModel",
+    "export",
+    "fuse",
+    "load",
+    "train",
+    "unfuse",
+]
 __version__ = "0.6.0"
 
 _MODULES = {
     "Attention": "model.modules",
     "Block": "model.modules",
+    "Exported": "inference.export.api",
     "FuseReport": "drop_in.fuse_report",
     "LayerNorm": "model.modules",
     "Mlp": "model.modules",
     "PolyViT": "model.polyvit",
     "TrainedModel": "inference.trained_model",
+    "export": "inference.export.api",
     "fuse": "drop_in.api",
     "load": "inference.loading",
     "train": "inference.training",

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from polyvit_fast import __version__
-from polyvit_fast.cli import evaluation, training
+from polyvit_fast.cli import evaluation, exporting, training
 from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
 
   polyvit-fast train EXPERIMENT [--field value ...]   train; the same command again resumes a stopped run
   polyvit-fast eval RUN                               evaluate a checkpoint of a run: the newest, the best or a step
+  polyvit-fast export RUN --to timm --out FOLDER      write one task for timm, Hugging Face, PyTorch alone or ONNX
   polyvit-fast plot RUN                               draw its loss and metric curves as PNG
   polyvit-fast plot schedule EXPERIMENT               draw which task each step trains, and the learning rate
   polyvit-fast plan EXPERIMENT                        print what a run will cost: parameters, FLOPs, memory, passes over the data
@@ -107,6 +108,7 @@ def _exit_code(error: Exception) -> int | None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": training.run_train,
     "eval": evaluation.run_eval,
+    "export": exporting.run_export,
     "plot": training.run_plot,
     "plan": training.run_plan,
     "check": training.run_check,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.model.pretrained import hugging_face, jax, timm, torchvision
+from polyvit_fast.model.pretrained import hugging_face, jax, polyvit, timm, torchvision
 from polyvit_fast.model.pretrained.files import read_files
 from polyvit_fast.model.pretrained.weights import Pretrained
 
-FORMATS = (timm, hugging_face, torchvision, jax)
+FORMATS = (polyvit, timm, hugging_face, torchvision, jax)
 
 
 def read(source: str) -> Pretrained:
@@ -24,8 +24,8 @@ def read(source: str) -> Pretrained:
                 raise ValueError(f"{source} looks like {form.__name__.rpartition('.')[2]}, but has no {error}") from error
     names = ", ".join(list(tensors)[:3])
     raise ValueError(
-        f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are timm's ViT and DeiT, Hugging Face's ViT, DeiT, "
-        "ViViT, AST and VideoMAE, torchvision's ViT, and JAX's ViT, ViViT and PolyViT"
+        f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are what `polyvit-fast export` writes, timm's ViT and "
+        "DeiT, Hugging Face's ViT, DeiT, ViViT, AST and VideoMAE, torchvision's ViT, and JAX's ViT, ViViT and PolyViT"
     )
 
 
