@@ -78,12 +78,12 @@ clean:
 
 .venv/installed: .venv/bin/pip pyproject.toml setup.py constraints.txt
 	@echo "== installing polyvit-fast with the versions of constraints.txt (about 2 minutes, mostly PyTorch and DALI)"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"
 	@touch $@
 
 .venv/installed-tests: .venv/installed
 	@echo "== installing what the tests and checks need (about 1 minute)"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,check]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[all,test,check]"
 	# Apart: torchmetrics and transformers import a torchvision where they find one, and its extension does not load with a CPU torch.
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/foreign timm torchvision
 	@touch $@

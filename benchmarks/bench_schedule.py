@@ -19,7 +19,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.experiments import smoke
-from polyvit_fast.train.schedule import SCHEDULES, count_steps, learning_rate, make_step_plan
+from polyvit_fast.train.schedule import SCHEDULES, LearningRates, count_steps, make_step_plan
 
 SHUFFLE, NUMPY, PYTHON = "numpy shuffle", "numpy choice", "random.choices"
 SAMPLER, MULTINOMIAL = "WeightedRandomSampler", "torch.multinomial"
@@ -119,9 +119,10 @@ def choose_by_torch() -> Runner:
 def rate(schedule: str) -> Runner:
     """The learning rates of steps at the warm-up's start."""
     config, plan = config_of(schedule), weighted_plan() if schedule == "weighted" else make_step_plan(config_of(schedule))
+    rates = LearningRates(config, plan)
 
     def run() -> list[float]:
-        return [learning_rate(config, plan, step) for step in STEPS_OF_A_CALL]
+        return [rates[step] for step in STEPS_OF_A_CALL]
 
     assert 0 < run()[0] < run()[-1]
     return Runner(run=run)

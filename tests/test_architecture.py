@@ -84,7 +84,10 @@ def test_dali_is_imported_inside_functions_of_data_only(file):
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_nothing_loads_a_pickle(file):
-    assert not re.search(r"torch\.(load|save)\(|\bpickle\b|allow_pickle=True", file.text)
+    text = file.text
+    if file.name.endswith("/pretrained/files.py"):  # other libraries' weights, of which torch then takes tensors and nothing else
+        text = re.sub(r"torch\.load\([^()]*, weights_only=True\)", "", text)
+    assert not re.search(r"torch\.(load|save)\(|\bpickle\b|allow_pickle=True", text)
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)

@@ -63,7 +63,8 @@ def _mlp_backward(grad: Any, x: Any, fc1_weight: Any, activation: Any, slope: An
     d_x, d_fc1_weight, _, d_fc2_weight, _ = arguments[-1]
     shape = tuple(x.shape)
     first, second = _products(shape, tuple(fc1_weight.shape)), _products(shape, tuple(fc2_weight.shape))
-    return (d_x + d_fc1_weight) * first + (1 + d_fc2_weight) * second
+    hidden = any(arguments[-1][:3])  # whose gradient that of the first layer needs
+    return (d_x + d_fc1_weight) * first + (hidden + d_fc2_weight) * second
 
 
 @register_flop_formula(_OPS.patch_embed)
@@ -71,6 +72,7 @@ def _patch_embed(grid: _Shape, weight: _Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(grid) * weight[0]
 
 
-@register_flop_formula(_OPS.patch_embed_backward)
-def _patch_embed_backward(grad: _Shape, grid: _Shape, weight: _Shape, *_: Any, **__: Any) -> int:
-    return _patch_embed(grid, weight)
+@register_flop_formula(_OPS.patch_embed_backward, get_raw=True)
+def _patch_embed_backward(grad: Any, grid: Any, weight: Any, *arguments: Any, **__: Any) -> int:
+    d_weight, _ = arguments[-1]
+    return d_weight * _patch_embed(tuple(grid.shape), tuple(weight.shape))

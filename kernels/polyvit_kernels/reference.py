@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-Gelu = Literal["tanh", "erf"]
+Gelu = Literal["tanh", "erf", "quick"]
 QKV = Float[Tensor, "batch tokens 3 heads head_dim"]
 Grid = UInt8[Tensor, "batch frames rows columns channels"] | Float[Tensor, "batch frames rows columns channels"]
 Tubelets = Float[Tensor, "dim tubelet_frames tubelet_rows tubelet_columns channels"]
@@ -45,16 +45,23 @@ def _attention_parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def gelu(x: Float[Tensor, "*shape"], kind: Gelu) -> Float[Tensor, "*shape"]:
-    """erf: x Φ(x), Φ the normal distribution's CDF; tanh: x/2 (1 + tanh u(x)), u(x) = √(2/π) (x + 0.044715 x³)."""
+    """erf: x Φ(x), Φ the normal distribution's CDF; tanh: x/2 (1 + tanh u(x)), u(x) = √(2/π) (x + 0.044715 x³); quick: x σ(1.702 x)."""
     if kind == "erf":
         return x * _normal_cdf(x)
+    if kind == "quick":
+        return x * torch.sigmoid(1.702 * x)
     return x / 2 * (1 + _tanh_part(x))
 
 
 def gelu_backward(x: Float[Tensor, "*shape"], kind: Gelu, grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """erf: Φ(x) + x φ(x), φ = Φ'; tanh: (1 + t)/2 + x/2 (1 − t²) u'(x), t = tanh u(x), u'(x) = √(2/π) (1 + 0.134145 x²); times grad."""
+    """erf: Φ(x) + x φ(x), φ = Φ'; tanh: (1 + t)/2 + x/2 (1 − t²) u'(x), t = tanh u(x), u'(x) = √(2/π) (1 + 0.134145 x²);
+    quick: s + 1.702 x s (1 − s), s = σ(1.702 x); times grad.
+    """
     if kind == "erf":
         return grad * (_normal_cdf(x) + x * (-x * x / 2).exp() / math.sqrt(2 * math.pi))
+    if kind == "quick":
+        s = torch.sigmoid(1.702 * x)
+        return grad * (s + 1.702 * x * s * (1 - s))
     t = _tanh_part(x)
     return grad * ((1 + t) / 2 + x / 2 * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x))
 

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from polyvit_fast import __version__
-from polyvit_fast.cli import evaluation, exporting, training
+from polyvit_fast.cli import evaluation, exporting, prediction, training
 from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
 
   polyvit-fast train EXPERIMENT [--field value ...]   train; the same command again resumes a stopped run
   polyvit-fast eval RUN                               evaluate a checkpoint of a run: the newest, the best or a step
+  polyvit-fast predict RUN FILES ...                  predict the classes of files and folders, as a table, CSV or Parquet
+  polyvit-fast features RUN FILES ... --out X.npz     write the features of files
   polyvit-fast export RUN --to timm --out FOLDER      write one task for timm, Hugging Face, PyTorch alone or ONNX
   polyvit-fast plot RUN                               draw its loss and metric curves as PNG
   polyvit-fast plot schedule EXPERIMENT               draw which task each step trains, and the learning rate
@@ -34,7 +36,7 @@ Any command with --traceback shows the traceback of an error instead of its mess
 
 Exit codes:   0  success
               2  wrong input
-             65  too many broken files, or a decoder hangs
+             65  too many broken files (predict and features: all of them), or a decoder hangs
              69  another process of the run was lost
              70  the loss stayed non-finite
              74  a checkpoint could not be written
@@ -108,6 +110,8 @@ def _exit_code(error: Exception) -> int | None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": training.run_train,
     "eval": evaluation.run_eval,
+    "predict": prediction.run_predict,
+    "features": prediction.run_features,
     "export": exporting.run_export,
     "plot": training.run_plot,
     "plan": training.run_plan,

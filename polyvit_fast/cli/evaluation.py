@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import re
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast.cli.arguments import load_run, split_run
+from polyvit_fast.config import Train
+
+if TYPE_CHECKING:
+    from polyvit_fast.inference.answers import TaskAnswers
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Evaluate a checkpoint of a run on the validation files of its tasks."""
+    """Evaluate a checkpoint of a run on the validation files of its tasks, or on its test files.
+
+    $ polyvit-fast eval runs/demo
+    $ polyvit-fast eval runs/demo --checkpoint best --tasks shapes --per-class
+    $ polyvit-fast eval runs/demo --tasks motion --views 4x3
+    $ polyvit-fast eval runs/demo --split test --predictions answers.csv
+    """
 
     checkpoint: str = "newest"
     """newest, best, or the step of a checkpoint."""
     tasks: tuple[str, ...] = ()
-    """Names of the tasks to evaluate. None: all."""
+    """Names of the tasks to evaluate. None: all that have files of the split."""
+    split: Literal["val", "test", "train"] = "val"
+    """Which files. test: those of Task.test, which no run looks at."""
+    views: str = ""
+    """Evaluation views instead of those that the run has: 4x3 are four clips of a video with three crops each, 4 are four clips of a video
+    or sound."""
+    per_class: bool = False
+    """Print a line for each class, and draw which classes are taken for which (RUN/confusion-TASK.png, of tasks with one label a file)."""
+    predictions: str = ""
+    """File for a table (.csv or .parquet) with the five most probable classes of each sample, and its labels."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
     """Where the model computes."""
 
@@ -24,12 +47,68 @@ def run_eval(arguments: list[str]) -> int:
     """Evaluate a checkpoint of a run."""
     folder, options = split_run(EvalOptions, arguments, "eval")
     config = load_run(folder).config
-    config = config if options.device == "as trained" else replace(config, device=options.device)
+    from polyvit_fast.inference.answers import ANSWER_COLUMNS, Answers
+    from polyvit_fast.inference.loading import move_to
+    from polyvit_fast.inference.tables import open_table
     from polyvit_fast.train.evaluate import evaluate_run
     from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
 
-    with show_evaluation_progress() as progress:
-        rows = evaluate_run(folder, config, options.checkpoint, options.tasks, progress)
-    if rows:  # under torchrun the first process has them
-        print_evaluation(config, rows)
+    config = config if options.device == "as trained" else move_to(config, options.device)
+    config = _change_views(config, options.tasks, options.views) if options.views else config
+    with ExitStack() as stack:
+        add_rows = stack.enter_context(open_table(Path(options.predictions), ANSWER_COLUMNS)) if options.predictions else None
+        keep = {"keep": answers} if (answers := Answers(add_rows) if add_rows or options.per_class else None) else {}
+        progress = stack.enter_context(show_evaluation_progress())
+        rows = evaluate_run(folder, config, options.checkpoint, options.tasks, progress, split=options.split, **keep)
+    if not rows:  # under torchrun the first process has them
+        return 0
+    print_evaluation(config, rows)
+    if answers and options.per_class:
+        for name, found in answers.tasks.items():
+            _print_classes(name, found)
+            if not found.several:
+                suffix = "" if options.split == "val" else f"-{options.split}"
+                _draw_confusion(folder / f"confusion-{name}{suffix}.png", f"{folder.name}, {name}, {options.split} files", found)
+    if options.predictions:
+        print(f"written: {options.predictions}")
     return 0
+
+
+def _change_views(config: Train, tasks: tuple[str, ...], views: str) -> Train:
+    """The configuration with other evaluation views of these tasks, or of all."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", views):
+        raise ValueError(f"--views {views} is no number of clips, such as 4, or of clips and crops, such as 4x3")
+    changed = {}
+    for name in tasks or config.tasks:
+        if name in config.tasks:  # the evaluation names those which are not there
+            try:
+                modality = config.tasks[name].modality.with_views(*map(int, views.split("x")))
+            except ValueError as error:
+                advice = "" if tasks else "; choose the tasks that --views is for with --tasks"
+                raise ValueError(f"task {name}: --views {views}: {error}{advice}") from error
+            changed[name] = replace(config.tasks[name], modality=modality)
+    return replace(config, tasks=config.tasks | changed)
+
+
+def _print_classes(name: str, answers: TaskAnswers) -> None:
+    """A line for each class, the least known first."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from polyvit_fast.train.output.table import build_table
+
+    further = ["average precision"] if answers.several else []
+    table = build_table([name], ["files", "recall", "precision", *further])
+    results = answers.summarise()
+    for result in sorted(results, key=lambda one: (math.isnan(one.recall), one.recall)):
+        numbers = [result.recall, result.precision, *([result.average_precision] if result.average_precision is not None else [])]
+        cells = ["-" if math.isnan(number) else f"{number:.1%}" for number in numbers]
+        table.add_row(Text(result.name), f"{result.num_files:,}", *cells)
+    Console().print(table)
+
+
+def _draw_confusion(path: Path, title: str, answers: TaskAnswers) -> None:
+    from polyvit_fast.inference.confusion import plot_confusion
+
+    plot_confusion(path, title, answers.classes, answers.confusion)
+    print(f"drawn: {path}")

@@ -10,7 +10,11 @@ from polyvit_fast.cli.arguments import split_run
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write one task of a run as a plain Vision Transformer that another library loads, with a model card, and compare the logits."""
+    """Write one task of a run as a plain Vision Transformer that another library loads, with a model card, and compare the logits.
+
+    $ polyvit-fast export runs/demo --task shapes --to timm --out shapes-timm
+    $ polyvit-fast export runs/demo --task motion --to onnx --out motion-onnx --checkpoint best
+    """
 
     to: Literal["timm", "hf", "safetensors", "torch.export", "onnx"]
     """timm: pictures, for timm.create_model("local-dir:FOLDER", pretrained=True).

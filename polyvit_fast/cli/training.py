@@ -45,12 +45,12 @@ def _plot_schedule(arguments: list[str]) -> int:
     name, flags = split_subject(arguments, "plot schedule EXPERIMENT")
     config = load_config(name, flags, "plot schedule")
     from polyvit_fast.train.output.plot import plot_schedule, print_schedule
-    from polyvit_fast.train.schedule import learning_rate, make_step_plan
+    from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
     plan = make_step_plan(config)
     path = config.folder / "schedule.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lrs = [learning_rate(config, plan, step) for step in range(len(plan))]
+    lrs = list(LearningRates(config, plan))
     plot_schedule(path, plan, config, lrs)
     print_schedule(plan, lrs)
     print(f"drawn: {path}")

@@ -82,6 +82,10 @@ class Modality(ABC):
         """This modality with evaluation views that cover as much of every file as possible, for `polyvit-fast check`."""
         return self
 
+    def with_views(self, *counts: int) -> Modality:
+        """This modality with so many evaluation views, as in `polyvit-fast eval RUN --views 4x3`. Raises ValueError for other counts."""
+        raise ValueError(f"{self.name}: evaluation has one view, which cannot be changed")
+
     @property
     def tubelets(self) -> tuple[int, int, int]:
         """How many tubelets a view has along (frames, rows, columns)."""

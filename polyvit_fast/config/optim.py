@@ -42,12 +42,23 @@ class Optim:
     rest: neither they nor their moments change, as if each task were trained alone.
     auto: coast with sgd, rest with adamw. If it coasted, adamw would move a head that is in one of N updates about sqrt(N) times too far
     for each of them, and decay it N times as much."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: patterns of their names in which * stands for anything, such as "blocks.*" "tokenizers.image.*".
+    They have no gradient, momentum or weight decay, and count for no clip_norm; where all that lies before a layer is frozen, the backward
+    pass ends there."""
+    layer_decay: float = 1.0
+    """Layer-wise decay of the learning rate for fine-tuning, commonly 0.65 to 0.9. 1: off.
+    The rule of BEiT (arXiv 2106.08254) and timm: the rate of block i = 0, 1, … (a modality's adaptors come first) is multiplied by
+    layer_decay^(depth - i), that of tokenizers with their positions and class token by layer_decay^(depth + 1), that of heads by 1, and
+    that of the last norm by 1 as well, as in BEiT (timm: by layer_decay)."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated in their stead. 0: off."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"lr = {self.lr} must be positive")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay = {self.layer_decay} must be above 0 and at most 1")
         if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
             raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
         for name, value in (("momentum", self.momentum), ("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):

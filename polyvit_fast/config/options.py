@@ -64,6 +64,9 @@ class LogOptions:
     """Steps from one log line, with its row of metrics.jsonl and its TensorBoard point, to the next."""
     eval_every_steps: int = 0
     """Steps from one evaluation to the next. 0: only at the end."""
+    early_stop_evaluations: int = 0
+    """Stop the run when the mean of all tasks' metrics has not risen above its best for so many evaluations in a row. 0: never.
+    The learning rate is not adapted to that: its cosine was made for all steps, so that a run which stops early ends at a higher rate."""
     save_every_steps: int = 500
     """Steps from one checkpoint to the next. One is also saved after each evaluation, at the end and when a signal stops the run."""
     keep: int = 2
@@ -73,6 +76,12 @@ class LogOptions:
         _check_at_least_one(self, "log_every_steps", "save_every_steps", "keep")
         if self.eval_every_steps < 0:
             raise ValueError(f"eval_every_steps = {self.eval_every_steps} must not be negative")
+        if self.early_stop_evaluations < 0:
+            raise ValueError(f"early_stop_evaluations = {self.early_stop_evaluations} must not be negative")
+        if self.early_stop_evaluations and not self.eval_every_steps:
+            raise ValueError(
+                f"early_stop_evaluations = {self.early_stop_evaluations} needs evaluations during the run: set eval_every_steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

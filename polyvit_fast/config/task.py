@@ -66,10 +66,25 @@ class Task:
     """An example may have any number of classes. The metric is then mAP instead of top-1 accuracy. Needs the sigmoid loss."""
     lr_scale: float = 1.0
     """Factor on the learning rate in this task's steps."""
+    lr_schedule: Literal["run", "cosine", "constant"] = "run"
+    """How the learning rate changes over this task's steps.
+    run: as in the whole run, with optim.warmup_steps and a cosine over the steps of all tasks.
+    cosine: from optim.lr to 0 over this task's own steps. constant: it stays optim.lr. Both begin with this task's warmup_steps.
+    An update from several tasks (schedule accumulating) has one rate, the highest of theirs; the losses of the others are multiplied by
+    what their rate is of it."""
+    warmup_steps: int = 0
+    """Steps of this task over which its learning rate rises, with lr_schedule cosine or constant. They are counted in steps, U_j; where
+    the schedule gives the task more or fewer steps, it warms up for the same fraction of them."""
+    loss_weight: float = 1.0
+    """Factor on this task's loss. It tells where an update has the gradients of several tasks (schedule accumulating). In an update from
+    one task adamw divides most of it out again, and so does sgd where it clips: take lr_scale there."""
     mixup: float = 0.0
     """Mixup: alpha of the Beta distribution of the weight with which two examples of a batch are mixed. 0: off."""
+    cutmix: float = 0.0
+    """CutMix: alpha of the Beta distribution of the fraction of a grid that stays, the rest being a box of rows and columns, in all frames,
+    of the other example; labels are mixed by area. 0: off. With mixup too, each batch has one of the two, at random (as in timm)."""
     mixup_pairs: Literal["neighbours", "reversed"] = "neighbours"
-    """Which two examples are mixed. Micro-batches do not matter.
+    """Which two examples mixup and CutMix mix. Micro-batches do not matter.
     neighbours: 0 with 1, 2 with 3 and so on. The pairs do not depend on the number of processes.
     reversed: the first with the last and so on, within the part of the batch that a process has, as in the paper's code."""
     label_smoothing: float = 0.0
@@ -93,9 +108,24 @@ class Task:
         for name in ("label_smoothing", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1)")
-        if self.mixup < 0 or self.lr_scale < 0:
-            raise ValueError("mixup and lr_scale must not be negative")
+        if min(self.mixup, self.cutmix, self.lr_scale) < 0:
+            raise ValueError("mixup, cutmix and lr_scale must not be negative")
+        if self.loss_weight <= 0:
+            raise ValueError(
+                f"loss_weight = {self.loss_weight} must be positive; to leave a task out, take --only with the names of the others"
+            )
+        if self.warmup_steps and self.lr_schedule == "run":
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} of a task needs lr_schedule cosine or constant; optim.warmup_steps is that of the run"
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} must not be negative, and less than the task's steps = {self.steps}")
         self.modality.check_grid()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the examples of a batch are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
 
     @property
     def metric(self) -> str:

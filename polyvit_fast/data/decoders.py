@@ -15,6 +15,7 @@ from polyvit_fast.data.image.cpu import ImageDecoder, ThoroughDecoder
 from polyvit_fast.data.image.modality import Image, ThoroughImage
 from polyvit_fast.data.video.cpu import VideoDecoder
 from polyvit_fast.data.video.modality import Video
+from polyvit_fast.extras import DECODING, require
 
 Device = Literal["cpu", "cuda"]
 
@@ -23,7 +24,7 @@ def build_decoder(modality: Modality, *, batch: int, train: bool, num_threads: i
     """The decoder from files to grids: one randomly augmented view per sample when `train`, else `eval_views` fixed ones.
 
     With `device` = "cuda" the current GPU decodes and augments what it can, and the grids lie there. Raises ValueError for a modality
-    without a decoder here, UnavailableError when DALI lacks something that it needs.
+    without a decoder here, UnavailableError when DALI lacks something that it needs, MissingExtraError.
     """
     build = next((BUILDERS[kind] for kind in type(modality).__mro__ if kind in BUILDERS), None)
     if build is None:
@@ -32,6 +33,7 @@ def build_decoder(modality: Modality, *, batch: int, train: bool, num_threads: i
             f"{type(modality).__name__}: no decoder is known for this modality (there are some for {known}); "
             "a source may bring its own: see Source.decoder"
         )
+    require("decoding files", *DECODING)
     return build(modality, batch, train, num_threads, device)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import StepPlan, Task, Train
+from polyvit_fast.data.augment.mixing import CutBox, draw_mix
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
@@ -50,7 +51,11 @@ class Batch:
     labels: Tensor
     """int64 [batch], or float32 multi-hot [batch, num_classes] of a multi-label task."""
     mixup_ratio: float = 1.0
-    """Weight of each example against the one that it is mixed with; 1 switches mixing off."""
+    """Weight of each example's labels, and with mixup of its grid, against the one that it is mixed with; 1 switches mixing off."""
+    cutmix_box: CutBox | None = None
+    """(top, left, bottom, right) of what is the other example's, of a task with CutMix; empty where the batch has mixup instead."""
+    indices: tuple[int, ...] = ()
+    """Of validation examples, their numbers among the samples."""
 
 
 @lru_cache(maxsize=64)
@@ -138,9 +143,8 @@ class Loader:
         positions = list(self.positions(step))
         used = [sample_index(self.config.seed, self.name, p, len(self.samples)) for p in positions]
         grid = self._decode_together(used, positions)
-        mixup = self.task.mixup
-        ratio = generator(self.config.seed, "mixup", self.name, step).beta(mixup, mixup) if mixup else 1.0
-        return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in used]), ratio)
+        mix = draw_mix(self.task, self.config.seed, self.name, step)
+        return Batch(grid[:, 0], label_tensor(self.task, [self.samples[i] for i in used]), mix.ratio, mix.box)
 
     def _decode_together(self, used: list[int], positions: Sequence[int]) -> Tensor:
         """The grids of a batch. In `used`, samples that are broken at their position are replaced by their substitutes."""
@@ -167,7 +171,8 @@ class Loader:
         if not indices:
             return Batch(self._no_grid(), label_tensor(self.task, []))
         try:
-            return Batch(self._decode(indices, indices), label_tensor(self.task, [self.samples[i] for i in indices]))
+            labels = label_tensor(self.task, [self.samples[i] for i in indices])
+            return Batch(self._decode(indices, indices), labels, indices=tuple(indices))
         except NO_FILES_FAULT:
             raise
         except Exception:
@@ -181,7 +186,7 @@ class Loader:
                 except Exception as error:
                     self._mark_broken(index, error)
             samples = [self.samples[i] for i in good]
-            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples))
+            return Batch(_concatenate(grids) if grids else self._no_grid(), label_tensor(self.task, samples), indices=tuple(good))
 
     def _no_grid(self) -> Tensor:
         return torch.empty(0, self.task.modality.eval_views, *self.task.modality.grid)
@@ -270,10 +275,10 @@ def local_batch_size(name: str, task: Task, world_size: int) -> int:
             f"tasks.{name}: each of the {world_size} processes gets {size} examples of a batch, which do not divide into "
             f"micro_batches = {task.micro_batches}"
         )
-    if task.mixup and task.mixup_pairs == "neighbours" and size % 2 and world_size > 1:
+    if task.mixes and task.mixup_pairs == "neighbours" and size % 2 and world_size > 1:
         raise ValueError(
-            f"tasks.{name}: mixup pairs neighbours, but each of the {world_size} processes gets {size} examples of the batch of "
-            f"{task.batch}; choose a batch that makes that number even, or mixup_pairs = reversed"
+            f"tasks.{name}: {'mixup' if task.mixup else 'CutMix'} pairs neighbours, but each of the {world_size} processes gets {size} "
+            f"examples of the batch of {task.batch}; choose a batch that makes that number even, or mixup_pairs = reversed"
         )
     return size
 

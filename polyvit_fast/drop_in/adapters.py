@@ -7,7 +7,9 @@ whatever is done to a model later takes effect: weights loaded, moved or sharded
 |---|---|---|
 | torch | | LayerNorm, MultiheadAttention |
 | timm | Block, EvaBlock | Attention; EvaAttention, AttentionRope (both without rotary positions); Mlp, LayerNorm |
-| transformers 5 | ViT, ViViT, AST, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2 (with and without registers) | their attention and MLP |
+| transformers 5 | ViT, ViViT, AST, DeiT, ViTMAE, ViTMSN, I-JEPA | their attention and MLP |
+| | DINOv2 (with and without registers), CLIP, SigLIP, SigLIP2 | the same |
+| | VideoMAE | its attention |
 | torchvision | EncoderBlock | MLPBlock |
 
 To add the classes of a ViT of your own, give the names of their members, and let `verify` compare what is computed:
@@ -28,22 +30,34 @@ from typing import Any
 
 from torch import nn
 
-from polyvit_fast.drop_in.attention import HUGGING_FACE_ATTENTION, ROTARY_ATTENTION, TIMM_ATTENTION, TORCH_ATTENTION, hugging_face_input
-from polyvit_fast.drop_in.fused import fused_adapter
+from polyvit_fast.drop_in import videomae
+from polyvit_fast.drop_in.attention import (
+    CLIP_ATTENTION,
+    HUGGING_FACE_ATTENTION,
+    ROTARY_ATTENTION,
+    TIMM_ATTENTION,
+    TORCH_ATTENTION,
+    VIDEOMAE_ATTENTION,
+)
+from polyvit_fast.drop_in.fused import read_member, unfit_member
 from polyvit_fast.drop_in.members import (
     DROP_PATH,
     first_argument,
     full_name,
+    hugging_face_block_input,
+    hugging_face_input,
     not_identity,
     not_plain,
     read_drops,
     read_gelu,
+    read_scale,
     unfit_drops,
     unfit_gelu,
+    unfit_scales,
     unknown_members,
 )
 from polyvit_fast.drop_in.parts import Adapter, AttentionPart, BlockPart, MlpPart, NormPart
-from polyvit_kernels.layers import PLAIN, has_hooks
+from polyvit_kernels.layers import PLAIN
 
 SoleInput = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """See `Adapter`."""
@@ -113,11 +127,11 @@ def _read_mlp(names: MlpNames, m: Any) -> MlpPart:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """What a block calls norm, attention, norm and MLP, its dropouts, and what scales a branch, which must not be there."""
+    """What a block calls norm, attention, norm and MLP, its dropouts, and the LayerScales of both branches, which need not be there."""
 
     branches: tuple[str, str, str, str]
     drops: tuple[str, ...] = ()
-    scales: tuple[str, ...] = ()
+    scales: tuple[()] | tuple[str, str] = ()
 
 
 def block_adapter(names: BlockNames, sole_input: SoleInput = first_argument, rotary: bool = False) -> Adapter:
@@ -130,37 +144,21 @@ def _unknown_block(names: BlockNames, m: Any) -> str:
 
 
 def _unfit_block(names: BlockNames, m: Any) -> str:
-    reason = not_identity(m, "LayerScale", *names.scales) or unfit_drops(m, *names.drops)
+    reason = unfit_scales(m, *names.scales) or unfit_drops(m, *names.drops)
     for name, kind in zip(names.branches, (NormPart, AttentionPart, NormPart, MlpPart), strict=True):
-        reason = reason or _unfit_branch(getattr(m, name), name, kind)
+        reason = reason or unfit_member(getattr(m, name), name, kind)
     return reason
 
 
-def _unfit_branch(module: nn.Module, name: str, kind: type) -> str:
-    adapter = fused_adapter(module)
-    if adapter is None or adapter.kind is not kind:
-        return f"{name}: {type(module).__name__} is left"
-    reason = "it has hooks" if has_hooks(module) else adapter.unfit(module)
-    return f"{name}: {reason}" if reason else ""
-
-
 def _read_block(names: BlockNames, m: Any) -> BlockPart:
-    norm1, attention, norm2, mlp = parts = [_read_branch(getattr(m, name)) for name in names.branches]
+    norm1, attention, norm2, mlp = parts = [read_member(getattr(m, name)) for name in names.branches]
     paths = {name: getattr(m, name) for name in names.drops if full_name(getattr(m, name)) == DROP_PATH}
     drops = read_drops(m, *(name for name in names.drops if name not in paths))
     # Of classes that have drop path, one for each branch.
     first, second = (path if path and path.training and path.drop_prob else None for path in map(paths.get, _TIMM_DROPS))
-    return BlockPart(norm1, attention, norm2, mlp, drops + tuple(drop for part in parts for drop in part.drops), (first, second))
-
-
-def _read_branch(module: nn.Module) -> Any:
-    adapter: Any = fused_adapter(module)
-    return adapter.read(module)
-
-
-def _hugging_face_block_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Activation checkpointing is part of the class's own `forward`.
-    return None if m.gradient_checkpointing and m.training else hugging_face_input(m, args, kwargs)
+    drops += tuple(drop for part in parts for drop in part.drops)
+    scale1, scale2 = (read_scale(m, name) for name in names.scales or ("", ""))
+    return BlockPart(norm1, attention, norm2, mlp, drops, (first, second), (scale1, scale2))
 
 
 # The table
@@ -169,6 +167,11 @@ def _hugging_face_block_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def _hugging_face(package: str, prefix: str, block: Adapter) -> dict[str, Adapter]:
     path = f"transformers.models.{package}.modeling_{package}.{prefix}"
     return {f"{path}Attention": HUGGING_FACE_ATTENTION, f"{path}MLP": _HUGGING_FACE_MLP, f"{path}Layer": block}
+
+
+def _clip(package: str, prefix: str) -> dict[str, Adapter]:
+    path = f"transformers.models.{package}.modeling_{package}.{prefix}"
+    return {f"{path}Attention": CLIP_ATTENTION, f"{path}MLP": _HUGGING_FACE_MLP, f"{path}EncoderLayer": _CLIP_BLOCK}
 
 
 _LAYER_NORM = Adapter(NormPart, _unknown_norm, _unfit_norm, _read_norm, first_argument)
@@ -180,10 +183,11 @@ _TORCHVISION_MLP = mlp_adapter(MlpNames("0", "1", "3", ("2", "4")))
 _TORCHVISION_BLOCK = block_adapter(BlockNames(("ln_1", "self_attention", "ln_2", "mlp"), ("dropout",)))
 _HUGGING_FACE_MLP = mlp_adapter(MlpNames("fc1", "activation_fn", "fc2"), hugging_face_input)
 _HUGGING_FACE_BLOCK = block_adapter(
-    BlockNames(("layernorm_before", "attention", "layernorm_after", "mlp"), ("dropout",)), _hugging_face_block_input
+    BlockNames(("layernorm_before", "attention", "layernorm_after", "mlp"), ("dropout",)), hugging_face_block_input
 )
+_CLIP_BLOCK = block_adapter(BlockNames(("layer_norm1", "self_attn", "layer_norm2", "mlp")), hugging_face_block_input)
 _DINO_BLOCK = block_adapter(
-    BlockNames(("norm1", "attention", "norm2", "mlp"), ("drop_path",), ("layer_scale1", "layer_scale2")), _hugging_face_block_input
+    BlockNames(("norm1", "attention", "norm2", "mlp"), ("drop_path",), ("layer_scale1", "layer_scale2")), hugging_face_block_input
 )
 
 ADAPTERS: dict[str, Adapter] = {
@@ -206,6 +210,12 @@ ADAPTERS: dict[str, Adapter] = {
     **_hugging_face("ijepa", "IJepa", _HUGGING_FACE_BLOCK),
     **_hugging_face("dinov2", "Dinov2", _DINO_BLOCK),
     **_hugging_face("dinov2_with_registers", "Dinov2WithRegisters", _DINO_BLOCK),
+    **_clip("clip", "CLIP"),
+    **_clip("siglip", "Siglip"),
+    **_clip("siglip2", "Siglip2"),
+    f"{videomae.MODELING}.VideoMAESelfAttention": VIDEOMAE_ATTENTION,
+    f"{videomae.MODELING}.VideoMAEAttention": videomae.VIDEOMAE_PROJECTED_ATTENTION,
+    f"{videomae.MODELING}.VideoMAELayer": videomae.VIDEOMAE_BLOCK,
     "torchvision.models.vision_transformer.MLPBlock": _TORCHVISION_MLP,
     "torchvision.models.vision_transformer.EncoderBlock": _TORCHVISION_BLOCK,
 }

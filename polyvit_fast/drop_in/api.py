@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from polyvit_fast.drop_in.adapters import adapter_of
 from polyvit_fast.drop_in.fuse_report import UNKNOWN, FuseReport, ModuleEntry, lines
 from polyvit_fast.drop_in.fused import MARK, fused_adapter
+from polyvit_fast.drop_in.gains import gains, measured
 from polyvit_fast.drop_in.members import full_name
 from polyvit_fast.drop_in.parts import Adapter, AttentionPart, BlockPart, Part, accepts, compute
 from polyvit_fast.drop_in.verify import VerifyBatch, compare, table
@@ -113,8 +114,9 @@ def _replace(model: nn.Module, attention: ops.AttentionBackend) -> tuple[tuple[M
             chosen = adapter if attention == "auto" else replace(adapter, read=partial(_read, adapter.read, attention))
             module.__dict__["forward"] = partial(_forward, module, chosen)
             module.__dict__[MARK] = True
-            rate = max((drop.rate for drop in adapter.read(module).drops), default=0.0)
-            fused.append((ModuleEntry(path, what), rate, adapter.note(module)))
+            part = adapter.read(module)
+            rate = max((drop.rate for drop in part.drops), default=0.0)
+            fused.append((ModuleEntry(path, what, gains=gains(part), measured=measured(part)), rate, adapter.note(module)))
         elif reason:
             left.append(ModuleEntry(path, what, reason))
     highest: dict[tuple[str, str], float] = {}

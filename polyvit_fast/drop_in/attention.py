@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from polyvit_fast.drop_in.members import first_argument, not_identity, not_plain, read_drops, unfit_drops, unknown_members
-from polyvit_fast.drop_in.parts import Adapter, AttentionPart, Drop
+from polyvit_fast.drop_in.fused import read_member, unfit_member
+from polyvit_fast.drop_in.members import (
+    first_argument,
+    hugging_face_input,
+    not_identity,
+    not_plain,
+    read_drops,
+    unfit_drops,
+    unknown_members,
+)
+from polyvit_fast.drop_in.parts import Adapter, AttentionPart, Drop, NormPart
 from polyvit_kernels import ops
-from polyvit_kernels.layers import PLAIN, is_plain, project
+from polyvit_kernels.layers import PLAIN, is_plain, is_untouched, project
 
 HEAD_DIM_STEP, LARGEST_HEAD_DIM = 8, 128
 """Attention kernels take heads whose width is a multiple of the first, up to the second."""
@@ -26,11 +35,23 @@ def _unknown_heads(head_dim: int, scale: float) -> str:
 
 
 def _pack(linears: tuple[Any, ...], x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Several linear layers of one input, concatenated: one product where all are plain, for weights are smaller than activations."""
-    if all(is_plain(linear) for linear in linears):
-        weight, bias = torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
-        return ops.linear(x, weight, bias, shape)
+    """Several linear layers of one input, concatenated: one product where all are plain, for weights are smaller than activations.
+
+    Layers without a bias, such as VideoMAE's and EVA's keys, get one of zeros.
+    """
+    if packs(linears):
+        biases = (linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears)
+        return ops.linear(x, torch.cat([linear.weight for linear in linears]), torch.cat(list(biases)), shape)
     return torch.cat([linear(x) for linear in linears], -1).unflatten(-1, shape)
+
+
+def packs(linears: tuple[Any, ...]) -> bool:
+    """Whether such layers are computed as one."""
+    return all(is_plain(linear) or _lacks_only_bias(linear) for linear in linears)
+
+
+def _lacks_only_bias(linear: Any) -> bool:
+    return type(linear) is nn.Linear and linear.bias is None and type(linear.weight) in PLAIN and is_untouched(linear)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -55,7 +76,7 @@ def _unfit_torch(m: Any) -> str:
 
 def _read_torch(m: Any) -> AttentionPart:
     pack = partial(_linear, m.in_proj_weight, m.in_proj_bias)
-    return AttentionPart(pack, m.num_heads, m.out_proj, True, (Drop(m.dropout, m.training),))
+    return AttentionPart(pack, m.num_heads, m.head_dim, m.out_proj, True, (Drop(m.dropout, m.training),))
 
 
 def _torch_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,29 +104,53 @@ def _unknown_timm(m: Any) -> str:
 
 def _unfit_timm(m: Any) -> str:
     return (
-        not_identity(m, "queries and keys are normalised", "q_norm", "k_norm")
+        _unfit_head_norms(m)
         or not_identity(m, "the heads' outputs are normalised", "norm")
         or unfit_drops(m, "attn_drop", "proj_drop")
         or ("qkv is no nn.Linear" if getattr(m, "q_bias", None) is not None and type(m.qkv) is not torch.nn.Linear else "")
     )
 
 
+def _unfit_head_norms(m: Any) -> str:
+    if not not_identity(m, "", "q_norm", "k_norm"):
+        return ""
+    return unfit_member(m.q_norm, "q_norm", NormPart) or unfit_member(m.k_norm, "k_norm", NormPart)
+
+
 def _read_timm(m: Any) -> AttentionPart:
+    linears = ()
     if getattr(m, "qkv", None) is None:
-        pack = partial(_pack, (m.q_proj, m.k_proj, m.v_proj))
+        linears = (m.q_proj, m.k_proj, m.v_proj)
+        pack = partial(_pack, linears)
     elif getattr(m, "q_bias", None) is None:
         pack = partial(project, m.qkv)
     else:  # EVA, which itself reads the layer's weight and does not call the layer
         pack = partial(_linear, m.qkv.weight, torch.cat([m.q_bias, m.k_bias, m.v_bias]))
-    return AttentionPart(pack, m.num_heads, m.proj, False, read_drops(m, "attn_drop", "proj_drop"))
+    norms = (read_member(m.q_norm), read_member(m.k_norm)) if not_identity(m, "", "q_norm", "k_norm") else None
+    drops = read_drops(m, "attn_drop", "proj_drop")
+    return AttentionPart(pack, m.num_heads, m.head_dim, m.proj, False, drops, head_norms=norms, linears=linears)
 
 
 # transformers
 
 
-def _unknown_hugging_face(m: Any) -> str:
-    members = unknown_members(m, "q_proj k_proj v_proj o_proj")
-    return members or _unknown_heads(m.head_dim, m.scaling) or ("it is causal" if m.is_causal else "")
+@dataclass(frozen=True)
+class _AttentionNames:
+    """What a class calls its projections, and its numbers."""
+
+    proj: str | None = "o_proj"
+    """None where the projection belongs to another module."""
+    qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+    num_heads: str = "num_attention_heads"
+    head_dim: str = "head_dim"
+    scale: str = "scaling"
+    dropout: str = "attention_dropout"
+
+
+def _unknown_hugging_face(names: _AttentionNames, m: Any) -> str:
+    members = unknown_members(m, " ".join((*names.qkv, *([names.proj] if names.proj else []))))
+    heads = members or _unknown_heads(getattr(m, names.head_dim), getattr(m, names.scale))
+    return heads or ("it is causal" if m.is_causal else "")
 
 
 def _unfit_hugging_face(m: Any) -> str:
@@ -114,14 +159,13 @@ def _unfit_hugging_face(m: Any) -> str:
     return "" if known else f"its attention implementation is {implementation!r}"
 
 
-def _read_hugging_face(m: Any) -> AttentionPart:
-    pack = partial(_pack, (m.q_proj, m.k_proj, m.v_proj))
-    return AttentionPart(pack, m.num_attention_heads, m.o_proj, True, (Drop(m.attention_dropout, m.training),))
-
-
-def hugging_face_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument, also when hidden states are asked for: hooks on the blocks collect them, whoever computes the blocks."""
-    return first_argument(m, args, {name: value for name, value in kwargs.items() if name != "output_hidden_states"})
+def _read_hugging_face(names: _AttentionNames, m: Any) -> AttentionPart:
+    linears = tuple(getattr(m, name) for name in names.qkv)
+    heads, head_dim = getattr(m, names.num_heads), getattr(m, names.head_dim)
+    proj = getattr(m, names.proj) if names.proj else None
+    return AttentionPart(
+        partial(_pack, linears), heads, head_dim, proj, True, (Drop(getattr(m, names.dropout), m.training),), linears=linears
+    )
 
 
 def _hugging_face_attention_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,11 +180,21 @@ def _hugging_face_note(m: Any) -> str:
 TORCH_ATTENTION = Adapter(AttentionPart, _unknown_torch, _unfit_torch, _read_torch, _torch_input, note=_torch_note)
 TIMM_ATTENTION = Adapter(AttentionPart, _unknown_timm, _unfit_timm, _read_timm, first_argument)
 ROTARY_ATTENTION = replace(TIMM_ATTENTION, rotary=True)
-HUGGING_FACE_ATTENTION = Adapter(
-    AttentionPart,
-    _unknown_hugging_face,
-    _unfit_hugging_face,
-    _read_hugging_face,
-    _hugging_face_attention_input,
-    note=_hugging_face_note,
+
+
+def _hugging_face(names: _AttentionNames) -> Adapter:
+    return Adapter(
+        AttentionPart,
+        partial(_unknown_hugging_face, names),
+        _unfit_hugging_face,
+        partial(_read_hugging_face, names),
+        _hugging_face_attention_input,
+        note=_hugging_face_note,
+    )
+
+
+HUGGING_FACE_ATTENTION = _hugging_face(_AttentionNames())
+CLIP_ATTENTION = _hugging_face(_AttentionNames("out_proj", num_heads="num_heads", scale="scale", dropout="dropout"))
+VIDEOMAE_ATTENTION = _hugging_face(
+    _AttentionNames(None, ("query", "key", "value"), head_dim="attention_head_size", dropout="dropout_prob"),
 )

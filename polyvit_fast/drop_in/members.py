@@ -1,14 +1,14 @@
-"""What adapters ask about a foreign module: its members, its dropouts, its GELU, and the one tensor that it is called with."""
+"""What adapters ask about a foreign module: its members, dropouts, LayerScale and GELU, and the one tensor that it is called with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from polyvit_fast.drop_in.parts import Drop
-from polyvit_kernels.layers import is_plain, is_untouched
+from polyvit_kernels.layers import PLAIN, is_plain, is_untouched
 from polyvit_kernels.ops import Gelu
 
 
@@ -23,6 +23,21 @@ def first_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return args[0]
     rest = [*args[1:], *kwargs.values()]
     return args[0] if args and all(value is None or value is False for value in rest) else None
+
+
+def hugging_face_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument, also by its name, and when hidden states are asked for.
+
+    Hooks on the blocks collect these, whoever computes the blocks.
+    """
+    named = [kwargs["hidden_states"]] if "hidden_states" in kwargs else []
+    others = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "output_hidden_states")}
+    return first_argument(m, (*named, *args), others)
+
+
+def hugging_face_block_input(m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same of a block; None where its activations are to be recomputed, which is part of the class's own `forward`."""
+    return None if m.gradient_checkpointing and m.training else hugging_face_input(m, args, kwargs)
 
 
 def unknown_members(module: Any, required: str, optional: str = "") -> str:
@@ -75,6 +90,31 @@ def read_drops(module: Any, *names: str) -> tuple[Drop, ...]:
     return tuple(Drop(_RATES[full_name(member)](member), member.training) for member in members)
 
 
+_LAYER_SCALES = {
+    "timm.layers.layer_scale.LayerScale": "gamma",
+    "timm.models.vision_transformer.LayerScale": "gamma",  # where older versions have it
+    "transformers.models.dinov2.modeling_dinov2.Dinov2LayerScale": "lambda1",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayerScale": "lambda1",
+}
+"""Modules that multiply each feature of a branch by a parameter, and what they call it."""
+
+
+def unfit_scales(module: Any, *names: str) -> str:
+    """Why those members, if they are there, are no LayerScale that we know."""
+    for name in names:
+        if not_identity(module, "", name) and type(read_scale(module, name)) not in PLAIN:
+            return f"{name} ({type(getattr(module, name)).__name__}) is no plain LayerScale"
+    return ""
+
+
+def read_scale(module: Any, name: str) -> Tensor | None:
+    """What the member multiplies each feature by, which may be the member itself; None where it is not there, or does nothing."""
+    member = getattr(module, name, None)
+    if isinstance(member, nn.Module):
+        return getattr(member, _LAYER_SCALES[full_name(member)]) if full_name(member) in _LAYER_SCALES and is_untouched(member) else None
+    return member
+
+
 _GELUS: dict[str, Callable[[Any], Gelu]] = {
     "torch.nn.modules.activation.GELU": lambda m: "tanh" if m.approximate == "tanh" else "erf",
     "timm.layers.activations.GELU": lambda _: "erf",
@@ -84,13 +124,15 @@ _GELUS: dict[str, Callable[[Any], Gelu]] = {
     "transformers.activations.NewGELUActivation": lambda _: "tanh",
     "transformers.activations.FastGELUActivation": lambda _: "tanh",  # sqrt(2 / pi) to ten digits
     "transformers.activations.AccurateGELUActivation": lambda _: "tanh",
+    "timm.layers.activations.QuickGELU": lambda _: "quick",
+    "transformers.activations.QuickGELUActivation": lambda _: "quick",
 }
 
 
 def unfit_gelu(activation: Any) -> str:
     """Why it is no GELU that we know."""
     if full_name(activation) not in _GELUS or not is_untouched(activation):
-        return f"its activation {type(activation).__name__} is neither GELU nor GELU's tanh form, or has hooks"
+        return f"its activation {type(activation).__name__} is no GELU that fuse knows, or has hooks"
     return ""
 
 

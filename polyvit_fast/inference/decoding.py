@@ -50,15 +50,16 @@ class GridReader:
         names, grids = [item.name for item in items], [item.content for item in items if isinstance(item.content, Tensor)]
         if grids:
             return names, torch.stack(grids)
+        self.decoder = decoder = self.decoder or self._build_decoder()
         try:
-            return names, self._decode(items, position)
+            return names, self._decode(decoder, items, position)
         except NO_FILES_FAULT:
             raise
         except Exception:
             good = []
             for number, item in enumerate(items):
                 try:
-                    grids.append(self._decode([item], position + number))
+                    grids.append(self._decode(decoder, [item], position + number))
                     good.append(item.name)
                 except NO_FILES_FAULT:
                     raise
@@ -66,12 +67,11 @@ class GridReader:
                     skip(item.name, error)
             return good, torch.cat(grids) if grids else torch.empty(0)
 
-    def _decode(self, items: Sequence[Item], position: int) -> Tensor:
-        self.decoder = self.decoder or self._build_decoder()
+    def _decode(self, decoder: Decoder, items: Sequence[Item], position: int) -> Tensor:
         media = [item.content for item in items if isinstance(item.content, Media)]
         rngs = [generator(self.config.seed, "augment", self.name, position + number) for number in range(len(media))]
         try:
-            return self.decoder(media, rngs)
+            return decoder(media, rngs)
         except UnavailableError as error:
             raise DataError(f"task {self.name}: {error}") from error
         except DEFECTS as error:
@@ -84,9 +84,12 @@ class GridReader:
         on_gpu = self.config.device == "cuda" and data.decoding != "cpu"
         options: dict[str, Any] = {"batch": evaluation_size(task), "train": False, "num_threads": data.num_threads}
         options["device"] = "cuda" if on_gpu else "cpu"
-        if isinstance(task.val, Synthetic):  # its decoder makes grids up
-            return build_decoder(task.modality, **options)
-        return build_task_decoder(task.val, task, **options)
+        try:
+            if isinstance(task.val, Synthetic):  # its decoder makes grids up
+                return build_decoder(task.modality, **options)
+            return build_task_decoder(task.val, task, **options)
+        except UnavailableError as error:
+            raise DataError(f"task {self.name}: {error}") from error
 
 
 def _form(item: Item) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -10,9 +11,11 @@ from typing import overload
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from polyvit_fast.media import printable
+from polyvit_fast.train.output.table import build_table
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,32 @@ class Predictions(Sequence[Prediction]):
         return iter(self.rows)
 
     def build_table(self) -> Table:
-        """A line for each input, with its classes side by side."""
-        from polyvit_fast.train.output.table import build_table
-
-        count = max((len(row.classes) for row in self.rows), default=0)
-        headers = [self.task, "second", "third"][:count] + [f"{number}th" for number in range(4, count + 1)]
-        table = build_table(["input", *headers], [])
+        """A line for each input: its most probable class, and the others after it."""
+        folder = _find_folder([row.name for row in self.rows])
+        table = build_table(["input", self.task], [""], title=f"in {printable(folder)}" if folder else "")
+        if any(len(row.classes) > 1 for row in self.rows):
+            table.add_column("then", overflow="fold")
         for row in self.rows:
-            cells = [f"{name} {probability:.1%}" for name, probability in zip(row.classes, row.probabilities, strict=True)]
-            table.add_row(printable(row.name), *cells)
+            (first, *others), (probability, *less) = row.classes, row.probabilities
+            then = ", ".join(f"{name} {value:.1%}" for name, value in zip(others, less, strict=True))
+            name = os.path.relpath(row.name, folder) if folder else row.name
+            table.add_row(*map(Text, [printable(name), first, f"{probability:.1%}", *([then] if others else [])]))
         return table
 
     def __str__(self) -> str:
         text = io.StringIO()
         console = Console(file=text, no_color=True, force_terminal=False)
         if self.rows:
-            console.print(self.build_table(), markup=False)
+            console.print(self.build_table())
         for one in self.skipped:
             console.print(f"skipped {printable(one.name)}: {one.reason}", markup=False, highlight=False, soft_wrap=True)
-        return text.getvalue().rstrip("\n") or "no input"
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) or "no inputs"
+
+
+def _find_folder(names: Sequence[str]) -> str:
+    """The folder that all of several files are in, which a table then names once; empty where there is none."""
+    folders = {os.path.dirname(name) for name in names}
+    return os.path.commonpath(folders) if len(names) > 1 and all(folders) else ""
 
 
 @dataclass(frozen=True)

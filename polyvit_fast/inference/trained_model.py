@@ -63,7 +63,7 @@ class TrainedModel:
         Probabilities are those of the task's loss: softmax's add up to 1, sigmoid's are each class's own. A broken input raises
         ValueError, or with `on_error` = "skip" is named in the result's `skipped`.
         """
-        name = self._choose_task(task)
+        name = self.find_task(task)
         if top is not None and top < 1:
             raise ValueError(f"top = {top} must be at least 1, or None for all classes")
         names, logits, skipped = self._compute_logits(name, inputs, on_error)
@@ -78,7 +78,7 @@ class TrainedModel:
 
     def logits(self, inputs: Any, task: str | None = None) -> Float[Tensor, "inputs num_classes"]:
         """The logits of each input, averaged over its views, in float32 on the CPU. Raises ValueError for a broken input."""
-        return self._compute_logits(self._choose_task(task), inputs, "raise")[1]
+        return self._compute_logits(self.find_task(task), inputs, "raise")[1]
 
     @torch.no_grad()
     def features(
@@ -97,7 +97,7 @@ class TrainedModel:
         `layer` is then normalised, as heads read it. Both are averaged over the views. None: all tokens, `[input, view, token, dim]`, class
         tokens first. Inputs are read as those of `task`, or of the first task of `modality`; either may be left out where there is one.
         """
-        reader = self._find_reader(self._choose_task_of(modality, task))
+        reader = self._find_reader(self.find_task_of(modality, task))
         record = reader.task.modality
         if pool not in ("cls", "mean", None):
             raise ValueError(f"pool = {pool!r} is none of 'cls', 'mean' and None")
@@ -152,7 +152,8 @@ class TrainedModel:
     def _find_reader(self, task: str) -> GridReader:
         return self._readers.setdefault(task, GridReader(task, self.config))
 
-    def _choose_task(self, task: str | None) -> str:
+    def find_task(self, task: str | None) -> str:
+        """The name of a task, or of the only one. Raises ValueError that names those which are there."""
         if task is None and len(self.tasks) == 1:
             return next(iter(self.tasks))
         if task is None or task not in self.tasks:
@@ -162,11 +163,11 @@ class TrainedModel:
             raise ValueError(f"{self.folder} {fault}; it has {', '.join(map(repr, self.tasks))}")
         return task
 
-    def _choose_task_of(self, modality: str | None, task: str | None) -> str:
+    def find_task_of(self, modality: str | None, task: str | None) -> str:
         """The task whose files the inputs are read like."""
         modalities = self.config.modalities
         if task is not None:
-            task = self._choose_task(task)
+            task = self.find_task(task)
             if modality not in (None, self.tasks[task].modality.name):
                 raise ValueError(
                     f"task {task!r} is of the modality {self.tasks[task].modality.name!r}, not {modality!r}; name one of the two"

@@ -124,11 +124,16 @@ class _AttendFirst(torch.autograd.Function):
         d_scores = torch.ops.aten._softmax_backward_data(d_mean @ x.transpose(1, 2), attention, -1, x.dtype)
         d_key_query = d_scores @ x
         d_query = (_per_head(d_key_query, key.transpose(1, 2)) / head_dim**0.5).flatten(1)
-        # [batch, tokens, dim] in one product: tokens enter as values, weighted by attention, and as keys, by the scores' gradient.
-        d_x = torch.cat([attention, d_scores], 1).transpose(1, 2) @ torch.cat([d_mean, key_query], 1)
-        d_x[:, 0].add_(d_query @ query.flatten(0, 1))
-        d_weight = torch.cat([d_query.t() @ x[:, 0], _outer(q, d_key_query), _outer(grads, mean)])
-        d_bias = torch.cat([d_query, torch.zeros_like(grad), grad], 1).sum(0)
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        d_x = d_weight = d_bias = None
+        if wants_x:
+            # [batch, tokens, dim] in one product: tokens enter as values, weighted by attention, and as keys, by the scores' gradient.
+            d_x = torch.cat([attention, d_scores], 1).transpose(1, 2) @ torch.cat([d_mean, key_query], 1)
+            d_x[:, 0].add_(d_query @ query.flatten(0, 1))
+        if wants_weight:
+            d_weight = torch.cat([d_query.t() @ x[:, 0], _outer(q, d_key_query), _outer(grads, mean)])
+        if wants_bias:
+            d_bias = torch.cat([d_query, torch.zeros_like(grad), grad], 1).sum(0)
         return d_x, d_weight, d_bias, None
 
 

@@ -24,9 +24,16 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_trained_parameters(model: nn.Module) -> int:
+    """Elements of the parameters that are not frozen."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 @cache
 def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
-    """Floating-point operations of one view's forward pass, two per multiplication of its matrices; a training step has three times that.
+    """Floating-point operations of one view's forward pass, two per multiplication of its matrices.
+
+    A training step has three times that, unless something is frozen (`backward_flops`).
 
     Counted by torch on the meta device: blocks, patch embedding and head; not normalisation, softmax, GELU and sums, which are small in
     comparison. With as many adaptor layers as blocks every token passes every block, as in other libraries' models.
@@ -41,11 +48,23 @@ def _count_flops(model: Model, depth: int, modality: Modality, num_classes: int)
     shallow = replace(model, depth=depth, num_adaptor_layers=0 if model.num_adaptor_layers < model.depth else depth)
     with torch.device("meta"):
         vit = PolyViT(shallow, {modality.name: modality}, {"task": (modality.name, num_classes)})
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = cast(Any, _WholeModel())
-    with counter, torch.no_grad():
+    with _count_all() as counter, torch.no_grad():
         vit(torch.empty(1, *modality.grid, device="meta"), "task")
     return counter.get_total_flops()
+
+
+def backward_flops(model: PolyViT, task: str, modality: Modality) -> int:
+    """Floating-point operations of one view's backward pass through a model on the meta device, of which some parameters are frozen."""
+    logits = model(torch.empty(1, *modality.grid, device="meta"), task)
+    with _count_all() as counter:
+        logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def _count_all() -> FlopCounterMode:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = cast(Any, _WholeModel())
+    return counter
 
 
 class _WholeModel:
@@ -61,10 +80,11 @@ class _WholeModel:
 def state_bytes(model: nn.Module, optim: Optim, keeps_rounded: bool = False) -> int:
     """Memory that lasts for the whole run: parameters, gradients, the optimizer's moments and the moving average, all fp32.
 
-    With `keeps_rounded` the parameters in bf16 too.
+    With `keeps_rounded` the parameters in bf16 too. Of frozen parameters there is nothing but themselves.
     """
-    copies = 2 + {"sgd": 1, "adamw": 2}[optim.name] + (optim.ema_decay > 0)
-    return (FP32_BYTES * copies + BF16_BYTES * keeps_rounded) * num_parameters(model)
+    copies = 1 + {"sgd": 1, "adamw": 2}[optim.name] + (optim.ema_decay > 0)
+    held = (FP32_BYTES + BF16_BYTES * keeps_rounded) * num_parameters(model)
+    return held + FP32_BYTES * copies * num_trained_parameters(model)
 
 
 def activation_bytes(

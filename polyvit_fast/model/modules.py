@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -18,13 +19,14 @@ from polyvit_fast.config import Model
 from polyvit_kernels import ops
 from polyvit_kernels.block import pre_norm_block
 from polyvit_kernels.layers import add_linear, is_plain, project
+from polyvit_kernels.ops.mlp import apply_gelu
 
 Tokens = Float[Tensor, "batch tokens dim"]
 ClassToken = Float[Tensor, "batch 1 dim"]
 Factors = Float[Tensor, " batch"]
 """What each example of a branch is multiplied by."""
 
-GELU = {"tanh": partial(functional.gelu, approximate="tanh"), "erf": functional.gelu}
+GELU = {kind: partial(apply_gelu, gelu=kind) for kind in get_args(ops.Gelu)}
 
 
 class LayerNorm(nn.LayerNorm):

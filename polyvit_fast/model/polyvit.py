@@ -90,11 +90,24 @@ class PolyViT(nn.Module):
         """
         if task not in self.modality_of:
             raise ValueError(f"the model has no task {task!r}; it has {', '.join(self.modality_of)}")
-        modality = self.modality_of[task]
+        return project(self.heads[task], self._embed(grid, self.modality_of[task], task, drop_path_rate, recompute))
+
+    def embed(self, grid: Grid, modality: str, *, task: str = "") -> Float[Tensor, "batch dim"]:
+        """What heads read of a grid: the normalised class token, or what else the modality's `pool` says; see `features`."""
+        self._check_modality(modality)
+        return self._embed(grid, modality, task)
+
+    def _embed(
+        self, grid: Grid, modality: str, task: str, drop_path_rate: float = 0.0, recompute: bool = False
+    ) -> Float[Tensor, "batch dim"]:
         pool, num_class_tokens = self.pool_of[modality]
         x = self.tokenizers[modality](grid, drop_path_rate, recompute, task)
         x = self._run_blocks(x, len(self.blocks), drop_path_rate, recompute, all_tokens=pool != "cls")
-        return project(self.heads[task], self._pool(x, pool, num_class_tokens))
+        if pool == "cls":
+            return self.norm(x[:, 0])  # the norm takes each token by itself
+        if pool == "class_tokens":
+            return self.norm(x[:, :num_class_tokens]).mean(1)
+        return self.norm(x[:, num_class_tokens:].mean(1))
 
     def features(self, grid: Grid, modality: str, *, task: str = "", layer: int | None = None) -> Float[Tensor, "batch tokens dim"]:
         """All tokens of a grid, the modality's class tokens first, then its tubelets in the order (frames, rows, columns).
@@ -102,8 +115,7 @@ class PolyViT(nn.Module):
         `layer`: after so many blocks, adaptors included; 0 is the tokenizer alone. None: after all blocks and the last norm. `task`: whose
         mean and std normalise the grid. Raises ValueError for an unknown modality, a layer that is not there, a grid of another size.
         """
-        if modality not in self.tokenizers:
-            raise ValueError(f"the model has no modality {modality!r}; it has {', '.join(self.tokenizers)}")
+        self._check_modality(modality)
         if layer is not None and not 0 <= layer <= self.depth:
             raise ValueError(f"layer = {layer}, but the model has {self.depth} blocks: 0 to {self.depth}")
         num_adaptors = self.depth - len(self.blocks)
@@ -122,13 +134,9 @@ class PolyViT(nn.Module):
             x = block(x, rate, recompute, **options)
         return x
 
-    def _pool(self, x: Tokens, pool: str, num_class_tokens: int) -> Float[Tensor, "batch dim"]:
-        """What heads read of the last block's tokens, normalised."""
-        if pool == "cls":
-            return self.norm(x[:, 0])  # the norm takes each token by itself
-        if pool == "class_tokens":
-            return self.norm(x[:, :num_class_tokens]).mean(1)
-        return self.norm(x[:, num_class_tokens:].mean(1))
+    def _check_modality(self, modality: str) -> None:
+        if modality not in self.tokenizers:
+            raise ValueError(f"the model has no modality {modality!r}; it has {', '.join(self.tokenizers)}")
 
 
 class NormedLinear(nn.Linear):

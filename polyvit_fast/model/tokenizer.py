@@ -17,6 +17,9 @@ from polyvit_fast.model.modules import Block, drop_path_ramp
 from polyvit_kernels import ops
 from polyvit_kernels.ops.dtypes import matmul_dtype
 
+SpreadGrid = (
+    UInt8[Tensor, "batch new_frames new_rows new_columns channels"] | Float[Tensor, "batch new_frames new_rows new_columns channels"]
+)
 Grid = UInt8[Tensor, "batch frames rows columns channels"] | Float[Tensor, "batch frames rows columns channels"]
 
 
@@ -95,7 +98,7 @@ class Tokenizer(nn.Module):
         settings, tokens, positions = (numbers.mean, numbers.std, out_dtype), self.cls_token, self.pos_embed
         if tokens is not None and self.num_class_tokens == 1:
             return ops.patch_embed(grid, self.weight, self.bias, tokens, positions, *settings)
-        # The operation puts one token in front; it takes the place of the last class token, or is cut off where there is none.
+        # The operation puts one token in front; it is the last class token, or is cut off where there is none.
         if tokens is None:
             one = positions.new_zeros(1, 1, positions.shape[2])
             return ops.patch_embed(grid, self.weight, self.bias, one, functional.pad(positions, (0, 0, 1, 0)), *settings)[
@@ -106,11 +109,10 @@ class Tokenizer(nn.Module):
         return torch.cat([first.expand(len(x), -1, -1), x], 1)
 
 
-def spread_overlaps(grid: Grid, tubelet: tuple[int, int, int], stride: tuple[int, int, int]) -> Grid:
+def spread_overlaps(grid: Grid, tubelet: tuple[int, int, int], stride: tuple[int, int, int]) -> SpreadGrid:
     """The grid with what overlapping tubelets have in common repeated, so that they lie side by side; what none reaches is left out."""
     for axis, (step, next_one) in enumerate(zip(tubelet, stride, strict=True), 1):
-        if step != next_one:
-            grid = grid.unfold(axis, step, next_one).movedim(-1, axis + 1).flatten(axis, axis + 1)
+        grid = grid.unfold(axis, step, next_one).movedim(-1, axis + 1).flatten(axis, axis + 1)
     return grid
 
 

@@ -6,7 +6,7 @@ memory pool, for no two run at the same time: a run of many tasks needs the memo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -54,9 +54,9 @@ class CapturedStep:
                 self.graphs[name, index, last] = self._capture(run, f"task {name}")
             self.update_graph = self._capture(step.update, "the update")
 
-    def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
+    def begin(self, names: tuple[str, ...], lr: float, step: int, weights: Sequence[float] = ()) -> None:
         """As `Step.begin`."""
-        self.step.begin(names, lr, step)
+        self.step.begin(names, lr, step, weights)
 
     def forward_backward(self, name: str, inputs: Inputs, last: bool = True) -> None:
         """As `Step.forward_backward`, on the inputs of a buffer."""

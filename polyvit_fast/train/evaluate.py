@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
 from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
+Split = Literal["train", "val", "test"]
+Keep = Callable[[Loader, Sequence[int], Tensor, Tensor], None]
+"""Takes the answers to a batch: the task's loader, the numbers of its samples, their logits and their labels."""
+
+
+def _ignore(*_: object) -> None:
+    """For the processes that print and keep nothing: rank 0 does."""
 
 
 @contextmanager
@@ -50,29 +58,30 @@ def average_logits(model: PolyViT, task: str, grid: Tensor, precision: str) -> T
 
 
 def evaluate(
-    model: PolyViT, config: Train, loaders: dict[str, Loader], progress: Progress, world: World = ALONE
+    model: PolyViT, config: Train, loaders: dict[str, Loader], progress: Progress, world: World = ALONE, keep: Keep = _ignore
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task in `loaders`, with `num_examples`, `num_broken` files left out and `examples_per_second`.
 
     The processes of `world` divide the batches, and all get the metrics that one process would compute. `progress(task, done, total)` is
-    called after every round of batches, equally often on each process.
+    called after every round of batches, equally often on each process; `keep` gets the answers to every batch, in the order of the samples.
     """
     was_training = model.training
     model.eval()
     try:
-        return {name: _evaluate_task(model, config, loader, progress, world) for name, loader in loaders.items()}
+        return {name: _evaluate_task(model, config, loader, progress, world, keep) for name, loader in loaders.items()}
     finally:
         model.train(was_training)
 
 
-def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World) -> dict[str, float]:
+def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World, keep: Keep) -> dict[str, float]:
     started, metrics, total = time.monotonic(), Metrics(loader.task), len(loader.samples)
     requests = request_validation_batches(loader, world.rank, world.size)
     batches = prefetch(requests, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
     for number, batch in enumerate(_iterate_together(batches, world), 1):
         logits = _compute_logits(model, config, loader, batch)
-        for answers in world.gather((logits, batch.labels)):
+        for indices, *answers in world.gather((batch.indices, logits, batch.labels)):
             metrics.update(*answers)
+            keep(loader, indices, *answers)
         progress(loader.name, min(number * world.size * loader.size, total), total)
     loader.release()
     num_broken = sum(world.gather(len(loader.broken)))
@@ -109,28 +118,51 @@ def _compute_logits(model: PolyViT, config: Train, loader: Loader, batch: Batch)
     return average_logits(model, loader.name, grid.to(config.device), config.precision)[:count].cpu()
 
 
-def evaluate_run(folder: Path, config: Train, which: str, tasks: Sequence[str], progress: Progress) -> dict[str, dict[str, float]]:
+def evaluate_run(
+    folder: Path,
+    config: Train,
+    which: str,
+    tasks: Sequence[str],
+    progress: Progress,
+    *,
+    split: Split = "val",
+    keep: Keep = _ignore,
+) -> dict[str, dict[str, float]]:
     """The metrics of a run's checkpoint: its newest, its best, or that of a step; they are added to the run's evaluations.jsonl too.
 
-    Under torchrun the processes divide the work, and only rank 0 gets the metrics. Raises ValueError when there is no such checkpoint or
-    task.
+    Without `tasks` all are evaluated that have files of the `split`. Under torchrun the processes divide the work, and only rank 0 gets
+    the metrics, and calls `keep` (see `evaluate`). Raises ValueError when there is no such checkpoint, task or split.
     """
     unknown = sorted(set(tasks) - config.tasks.keys())
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
+    config, tasks = _choose_split(config, split, tasks)
     with process_group(config.device) as world, use_device(config, world):
         found, weights = load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
         config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
         with world.rank0_first():
-            loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks or config.tasks}
-        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, progress if world.rank == 0 else _ignore, world)
+            loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks}
+        outputs = (progress, world, keep) if world.rank == 0 else (_ignore, world, _ignore)
+        rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, *outputs)
         if world.rank:
             return {}
     with open(folder / "evaluations.jsonl", "a") as file:
-        file.write(strict_json.dumps({"step": found.step, "time": round(time.time(), 3), "tasks": rows}) + "\n")
+        views = {name: config.tasks[name].modality.eval_views for name in tasks}
+        line = {"step": found.step, "time": round(time.time(), 3), "split": split, "views": views, "tasks": rows}
+        file.write(strict_json.dumps(line) + "\n")
     return rows
+
+
+def _choose_split(config: Train, split: Split, tasks: Sequence[str]) -> tuple[Train, Sequence[str]]:
+    """The configuration with the samples of a split instead of the validation's, and the tasks to evaluate."""
+    sources = {name: getattr(task, split) for name, task in config.tasks.items()}
+    lacking = [name for name in tasks or config.tasks if sources[name] is None]
+    if lacking and (tasks or len(lacking) == len(config.tasks)):
+        raise ValueError(f"task {lacking[0]} has no {split} files: its Task in the experiment has no {split}=…, a source")
+    tasks = [name for name in tasks or config.tasks if name not in lacking]
+    return replace(config, tasks=config.tasks | {name: replace(config.tasks[name], val=sources[name]) for name in tasks}), tasks
 
 
 def _recall_classes(config: Train, found: checkpoint.Checkpoint, report: Callable[[str], None]) -> Train:
@@ -149,10 +181,6 @@ def _recall_classes(config: Train, found: checkpoint.Checkpoint, report: Callabl
             report(f"task {name}: {error}; the order of its classes is that of the validation files")
             tasks[name] = replace(task, train=task.val)
     return replace(config, tasks=tasks)
-
-
-def _ignore(*_: object) -> None:
-    """For the processes that print nothing: rank 0 does."""
 
 
 def load_weights(folder: Path, which: str, group: str, world: World = ALONE) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:

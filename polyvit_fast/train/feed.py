@@ -28,11 +28,15 @@ class Inputs:
     mixup_ratio: Tensor
     """float32, without dimensions."""
     index: int = 0
+    cutmix_box: Tensor | None = None
+    """int32 [4], as in the batch; a task without CutMix does not read it."""
 
     @classmethod
     def from_batch(cls, batch: Batch) -> Inputs:
         """The batch where it is, without a copy."""
-        return cls(batch.grid, batch.labels, torch.tensor(batch.mixup_ratio, dtype=torch.float32, device=batch.grid.device))
+        device = batch.grid.device
+        box = None if batch.cutmix_box is None else torch.tensor(batch.cutmix_box, dtype=torch.int32, device=device)
+        return cls(batch.grid, batch.labels, torch.tensor(batch.mixup_ratio, dtype=torch.float32, device=device), cutmix_box=box)
 
 
 class InputBuffers:
@@ -44,11 +48,12 @@ class InputBuffers:
         size = max(layout.num_bytes for layout in self.layouts.values())
         self.buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
         self.ratios = [torch.ones((), device=device) for _ in range(NUM_BUFFERS)]
+        self.boxes = [torch.zeros(4, dtype=torch.int32, device=device) for _ in range(NUM_BUFFERS)]
 
     def view(self, name: str, index: int) -> Inputs:
         """A task's inputs as views of a buffer, whose memory those of the other tasks use too."""
         grid, labels = self.layouts[name].view(self.buffers[index])
-        return Inputs(grid, labels, self.ratios[index], index)
+        return Inputs(grid, labels, self.ratios[index], index, self.boxes[index])
 
 
 @dataclass(frozen=True)
@@ -135,3 +140,6 @@ def copy_batch(batch: Batch, inputs: Inputs) -> None:
     to.copy_(grid, non_blocking=True)
     inputs.labels.copy_(batch.labels, non_blocking=True)
     inputs.mixup_ratio.fill_(batch.mixup_ratio)
+    if batch.cutmix_box is not None and inputs.cutmix_box is not None:
+        for to_number, number in zip(inputs.cutmix_box.unbind(), batch.cutmix_box, strict=True):
+            to_number.fill_(number)

@@ -11,13 +11,14 @@ import torch
 from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
+from polyvit_fast.extras import TRAINING, require
 from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
 from polyvit_fast.train.evaluate import evaluate, use_device
 from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
-from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
+from polyvit_fast.train.schedule import count_steps, make_step_plan
 from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
@@ -50,6 +51,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     Raises ValueError for a configuration or data list that cannot work or a run folder in use, DataError, NonFiniteError, CheckpointError,
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
+    require("training", *TRAINING)
     plan = make_step_plan(config)
     with (
         stop_on_signals() as stop,
@@ -60,7 +62,8 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
         step, batches = _prepare(run, stop)
         run.clock.restart()
-        while run.done < len(plan):
+        resumed_at = run.done
+        while not run.has_ended:
             try:
                 _train_step(run, step, batches, stop)
             except Interrupted:
@@ -75,6 +78,8 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
             _save(run, must=True)
         if run.metrics_step < run.done and not _check_all(run, stop) and _evaluate(run, stop):
             _save(run, must=True)
+        if run.has_stopped_early:
+            _log_early_stop(run, resumed=run.done == resumed_at)
         if run.step.device.type == "cuda":
             _log_memory(run)
         if stop.signal:
@@ -91,7 +96,7 @@ def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[
         return step, ((name, Inputs.from_batch(batch)) for name, batch in prefetch(requests, **ahead))
     dtypes = {name: loader.grid_dtype() for name, loader in run.loaders.items()}
     buffers, captured = InputBuffers(config, dtypes, step.device, run.world.size), step
-    if config.compute.capture and not config.distributed.sharded and run.done < len(run.plan):
+    if config.compute.capture and not config.distributed.sharded and not run.has_ended:
         run.log.message("capturing the steps as CUDA graphs")
         captured = capture(step, buffers, run.plan[run.done :], lambda text: run.log.message(text, "warning"))
     return captured, feed(prefetch(pin(requests), **ahead), buffers)
@@ -99,7 +104,7 @@ def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[
 
 def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
     names, clock = run.plan[run.done], run.clock
-    step.begin(names, learning_rate(run.config, run.plan, run.done), run.done)
+    step.begin(names, run.rates[run.done], run.done, run.rates.weigh(run.done))
     for number, _ in enumerate(names, 1):
         name, inputs = _next_inputs(run, batches, stop)
         clock.mark_data_ready()
@@ -139,8 +144,7 @@ def _check_all(run: Run, stop: Stop, status: int = 0) -> int:
 
 
 def _begin_interval(run: Run) -> None:
-    rate = learning_rate(run.config, run.plan, run.done - 1)
-    run.intervals.append(Interval(run.done, rate, run.step.read_counters(), run.clock.lap()))
+    run.intervals.append(Interval(run.done, run.rates[run.done - 1], run.step.read_counters(), run.clock.lap()))
 
 
 def _log_intervals(run: Run, *, wait: bool) -> None:
@@ -207,9 +211,22 @@ def _evaluate(run: Run, stop: Stop) -> bool:
     values = [run.metrics[name][task.metric] for name, task in run.config.tasks.items()]
     score = sum(value for value in values if not math.isnan(value)) / len(values)
     if score > run.best_score:
-        run.best_step, run.best_score = run.done, score
+        run.best_step, run.best_score, run.evaluations_since_best = run.done, score, 0
+    else:
+        run.evaluations_since_best += 1
     run.clock.restart()
     return True
+
+
+def _log_early_stop(run: Run, *, resumed: bool) -> None:
+    folder, fraction = run.config.folder, math.prod(run.rates.of_run.find(run.done - 1))
+    begin = "this run has stopped early before," if resumed else "stopped early"
+    run.log.message(
+        f"{begin} after step {run.done:,} of {len(run.plan):,}: the mean metric was {run.best_score:.4f} after step {run.best_step:,}, "
+        f"and not above that in the {run.evaluations_since_best} evaluations since. The best checkpoint is kept: polyvit-fast eval "
+        f"{folder} --checkpoint best. The learning rate was still {fraction:.0%} of its peak, for its cosine was made for all steps. "
+        "To go on, start the same command with --early-stop-evaluations 0, or with a larger number"
+    )
 
 
 def _log_memory(run: Run) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polyvit_fast.config import Task
+from polyvit_fast.extras import require
 from polyvit_fast.train.loss import LOSSES, Labels
 
 
@@ -22,6 +23,7 @@ class Metrics:
     """
 
     def __init__(self, task: Task, device: torch.device | str = "cpu") -> None:
+        require("evaluating", "torchmetrics")
         # Here, because torchmetrics takes seconds to import.
         from torchmetrics.classification import MulticlassAccuracy
 
@@ -62,13 +64,20 @@ class Metrics:
         return values | {"loss": float(self.total_loss) / self.num_examples}
 
     def _mean_average_precision(self) -> float:
-        from torchmetrics.functional.classification import multilabel_average_precision
+        precisions = average_precisions(*map(torch.cat, zip(*self.answers, strict=True)))
+        return float(precisions[~precisions.isnan()].mean())
 
-        logits, labels = (F.pad(torch.cat(batches), (0, self.padding)) for batches in zip(*self.answers, strict=True))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "No positive samples found in target")  # torchmetrics gives such a class 0
-            precisions = multilabel_average_precision(_rank_by_logit(logits), labels.long(), labels.shape[1], average=None)
-        return float(precisions[labels.sum(0) > 0].double().mean())
+
+def average_precisions(logits: Float[Tensor, "examples classes"], labels: Float[Tensor, "examples classes"]) -> Float[Tensor, " classes"]:
+    """The average precision of each class, in float64; NaN where it has no positive example."""
+    from torchmetrics.functional.classification import multilabel_average_precision
+
+    padding = max(0, 2 - labels.shape[1])  # torchmetrics wants two classes
+    logits, padded = F.pad(logits, (0, padding)), F.pad(labels, (0, padding))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No positive samples found in target")  # torchmetrics gives such a class 0
+        precisions = multilabel_average_precision(_rank_by_logit(logits), padded.long(), padded.shape[1], average=None)
+    return torch.where(padded.sum(0) > 0, precisions.double(), torch.nan)[: labels.shape[1]]
 
 
 def _order_by_logit(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:

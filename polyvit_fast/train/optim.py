@@ -1,22 +1,25 @@
 """The parameters of a model in flat buffers, and one optimizer for all tasks.
 
-Parameters that an update has no gradient for, those of absent tasks and modalities, either have a zero gradient, so that their moments
-decay and still move them, as in the paper's code, or rest (`Optim.absent`).
+Frozen parameters, those that require no gradient, have neither gradients nor moments, and no update changes them. Parameters that an
+update has no gradient for, those of absent tasks and modalities, either have a zero gradient, so that their moments decay and still move
+them, as in the paper's code, or rest (`Optim.absent`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from polyvit_fast.config import Optim
+from polyvit_fast.model.parameters import find_component, is_matrix
 from polyvit_kernels import ops
 from polyvit_kernels.ops import weights
 from polyvit_kernels.ops.weights import RoundedBuffer
@@ -34,6 +37,8 @@ class ParamGroup:
     """Whether they are subject to weight decay."""
     component: str = ""
     """The component of the model that they belong to, where each is updated by itself (see `find_component`)."""
+    lr_factor: float = 1.0
+    """What their learning rate is multiplied by."""
     rounded: Tensor | None = None
     """A copy of the values in the precision of matrix products, written by each update."""
 
@@ -45,10 +50,13 @@ class Parameters(ABC):
     """
 
     groups: list[ParamGroup]
+    """Of the parameters that are trained; frozen ones are in none."""
+    frozen: dict[str, Tensor]
+    """The values of the others, as this process holds them."""
     found_inf: Tensor
     """A number within the gradients, 0 unless a loss was not finite: NaN added to it on any process makes all of them skip the update."""
     shapes: dict[str, torch.Size]
-    """Of the whole parameters, by name."""
+    """Of the whole parameters that are trained, by name."""
     averages_grads: bool
     """Whether the gradients of several processes are averaged; else they are summed."""
 
@@ -58,19 +66,32 @@ class Parameters(ABC):
 
     @abstractmethod
     def unflatten(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The flat tensors as a tensor per parameter. Where they are sharded, all processes call it, and only rank 0 gets any."""
+        """The flat tensors as a tensor per trained parameter. Where they are sharded, all processes call it, and only rank 0 gets any."""
 
     @abstractmethod
     def fill(self, flats: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
-        """Set the flat tensors from a whole tensor per parameter. Raises ValueError when names or shapes differ."""
+        """Set the flat tensors from a whole tensor per trained parameter. Raises ValueError when names or shapes differ."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The parameters' values, as `unflatten` gives them."""
-        return self.unflatten([group.values for group in self.groups])
+    @abstractmethod
+    def list_frozen(self) -> dict[str, Tensor]:
+        """The whole frozen parameters. Where they are sharded, all processes call it, and only rank 0 gets any."""
+
+    @abstractmethod
+    def fill_frozen(self, tensors: dict[str, Tensor]) -> None:
+        """Set the frozen parameters. Raises ValueError when names or shapes differ."""
+
+    def state_dict(self, flats: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """The values of all parameters; those of the trained ones from `flats` where they are given."""
+        return self.unflatten(flats or [group.values for group in self.groups]) | self.list_frozen()
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Set the parameters' values, as `fill` does."""
-        self.fill([group.values for group in self.groups], tensors)
+        """Set the values of all parameters. Raises ValueError when names or shapes differ."""
+        self.fill_frozen({name: tensor for name, tensor in tensors.items() if name in self.frozen})
+        self.fill([group.values for group in self.groups], self.without_frozen(tensors))
+
+    def without_frozen(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those that belong to trained parameters, or to none of this model."""
+        return {name: tensor for name, tensor in tensors.items() if name not in self.frozen}
 
     @abstractmethod
     def refresh(self) -> None:
@@ -86,12 +107,13 @@ class Parameters(ABC):
         for group in self.groups:
             group.grads.zero_()
 
-    def check(self, tensors: dict[str, Tensor]) -> None:
-        """Raise ValueError when names or shapes are not those of the parameters."""
-        ours, theirs = self.shapes, {name: tensor.shape for name, tensor in tensors.items()}
-        if ours != theirs:
-            different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(different[:5])} differ")
+
+def check_shapes(ours: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError when names or shapes of a checkpoint's tensors are not those of the parameters."""
+    theirs = {name: tensor.shape for name, tensor in tensors.items()}
+    if ours != theirs:
+        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(different[:5])} differ")
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,11 @@ class ParamView:
     shape: torch.Size
     start: int
 
+    @property
+    def end(self) -> int:
+        """Where the next parameter may begin."""
+        return self.start + -(-self.shape.numel() // ALIGNMENT) * ALIGNMENT
+
     def slice(self, buffer: Tensor, begin: int = 0) -> Tensor:
         """This parameter as a view of a flat buffer, or of the range of one that begins at `begin`."""
         start = self.start - begin
@@ -109,50 +136,71 @@ class ParamView:
 
 
 class FlatParameters(Parameters):
-    """All parameters of a model in one flat buffer, their gradients in another; the model's own tensors become views of them.
+    """All parameters of a model in one flat buffer, the gradients of the trained ones in another; the model's own tensors become views.
 
-    Weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the others are not; `found_inf`
-    comes last. With a `rounded` dtype a third buffer holds the parameters in that, for the operations that would round them at every step.
-    With `by_component` no group belongs to more than one component of the model (see `find_component`).
+    Of the trained parameters weight matrices come first, so that `decayed` of the buffer's elements are subject to weight decay and the
+    others are not; `found_inf` comes last, and after its position the frozen parameters. With a `rounded` dtype a third buffer holds the
+    parameters in that, for the operations that would round them at every step. With `by_component` no group belongs to more than one
+    component of the model (see `find_component`). `lr_factors` are by name, 1 where there is none.
     """
 
     averages_grads = False
 
-    def __init__(self, model: nn.Module, rounded: torch.dtype | None = None, *, by_component: bool = False) -> None:
-        self.leaves = dict(sorted(model.named_parameters(), key=lambda item: not is_matrix(*item)))
-        self.shapes = {name: parameter.shape for name, parameter in self.leaves.items()}
-        self.views: list[ParamView] = []
-        self.decayed = size = 0
-        for name, parameter in self.leaves.items():
-            self.views.append(ParamView(name, parameter.shape, size))
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-            self.decayed = size if is_matrix(name, parameter) else self.decayed
+    def __init__(
+        self,
+        model: nn.Module,
+        rounded: torch.dtype | None = None,
+        *,
+        by_component: bool = False,
+        lr_factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        def describe(name: str) -> tuple[bool, float, str]:
+            return is_matrix(name, self.leaves[name]), lr_factors.get(name, 1.0), find_component(name) if by_component else ""
+
+        # The deepest layers first, whose gradients are complete last, and of one factor all together.
+        self.leaves = dict(sorted(model.named_parameters(), key=lambda item: (not is_matrix(*item), lr_factors.get(item[0], 1.0))))
+        trained = [name for name, parameter in self.leaves.items() if parameter.requires_grad]
+        self.views, self.decayed = self._lay_out(trained, 0), 0
+        end = self.views[-1].end
+        self.frozen_views = self._lay_out([name for name in self.leaves if name not in set(trained)], end + ALIGNMENT)
+        self.shapes = {view.name: view.shape for view in self.views}
         device = next(iter(self.leaves.values())).device
-        self.values, self.grads = (torch.zeros(size + ALIGNMENT, device=device) for _ in range(2))
-        self.found_inf = self.grads[size]
-        for view, parameter in zip(self.views, self.leaves.values(), strict=True):
+        self.values = torch.zeros(self.frozen_views[-1].end if self.frozen_views else end + ALIGNMENT, device=device)
+        self.grads = torch.zeros(end + ALIGNMENT, device=device)
+        self.found_inf = self.grads[end]
+        self.frozen = {view.name: view.slice(self.values) for view in self.frozen_views}
+        self.rounded = RoundedBuffer(self.values, rounded) if rounded else None
+        for view in (*self.views, *self.frozen_views):
+            parameter = self.leaves[view.name]
             view.slice(self.values).copy_(parameter.detach())
             parameter.data = view.slice(self.values)
+        for view in self.views:
+            parameter = self.leaves[view.name]
             parameter.grad = view.slice(self.grads)
-        self.rounded = RoundedBuffer(self.values, rounded) if rounded else None
-        if self.rounded:
-            for parameter in self.leaves.values():
+            self.decayed = view.end if is_matrix(view.name, parameter) else self.decayed
+            if self.rounded:
                 parameter.grad_dtype = None  # of a rounded form: torch adds it to the fp32 one as it is
-        alike = groupby(self.views, lambda view: (view.start < self.decayed, find_component(view.name) if by_component else ""))
-        kinds = [(next(views).start, *kind) for kind, views in alike]
-        self.begins = [begin for begin, _, _ in kinds]
-        self.groups = [
-            ParamGroup(self.values[begin:end], self.grads[begin:end], decays, component, self.rounded and self.rounded.rounded[begin:end])
-            for (begin, decays, component), end in zip(kinds, [*self.begins[1:], size + ALIGNMENT], strict=True)
-        ]
+        kinds = [(next(views).start, *kind) for kind, views in groupby(self.views, lambda view: describe(view.name))]
+        self.begins = [begin for begin, *_ in kinds]
+        self.groups = []
+        for (begin, decays, factor, component), stop in zip(kinds, [*self.begins[1:], end + ALIGNMENT], strict=True):
+            copy = self.rounded and self.rounded.rounded[begin:stop]
+            self.groups.append(ParamGroup(self.values[begin:stop], self.grads[begin:stop], decays, component, factor, copy))
         self.refresh()
+
+    def _lay_out(self, names: Sequence[str], begin: int) -> list[ParamView]:
+        """Where these parameters lie, one after the other from `begin` on."""
+        views: list[ParamView] = []
+        for name in names:
+            views.append(ParamView(name, self.leaves[name].shape, views[-1].end if views else begin))
+        return views
 
     def refresh(self) -> None:
         """Round the parameters anew, unless only the optimizer has written to them."""
         if self.rounded and not all(weights.is_attached(parameter) for parameter in self.leaves.values()):
             self.rounded.refresh()
-            for view, parameter in zip(self.views, self.leaves.values(), strict=True):
-                weights.attach(parameter, self.rounded, view.slice(self.rounded.rounded))
+            for view in (*self.views, *self.frozen_views):
+                weights.attach(self.leaves[view.name], self.rounded, view.slice(self.rounded.rounded))
 
     @contextmanager
     def keep_fresh(self) -> Iterator[None]:
@@ -167,26 +215,25 @@ class FlatParameters(Parameters):
         return torch.linalg.vector_norm(self.grads)
 
     def unflatten(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The flat tensors as a tensor per parameter, without a copy."""
+        """The flat tensors as a tensor per trained parameter, without a copy."""
         indices = [bisect_right(self.begins, view.start) - 1 for view in self.views]
         return {view.name: view.slice(flats[index], self.begins[index]) for view, index in zip(self.views, indices, strict=True)}
 
     def fill(self, flats: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
-        """Set the flat tensors from a tensor per parameter. Raises ValueError when names or shapes differ."""
-        self.check(tensors)
+        """Set the flat tensors from a tensor per trained parameter. Raises ValueError when names or shapes differ."""
+        check_shapes(self.shapes, tensors)
         for name, tensor in self.unflatten(flats).items():
             tensor.copy_(tensors[name])
 
+    def list_frozen(self) -> dict[str, Tensor]:
+        """The frozen parameters, without a copy."""
+        return self.frozen
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is subject to weight decay."""
-    return parameter.ndim >= 2 and name.endswith("weight")
-
-
-def find_component(name: str) -> str:
-    """The component that a parameter belongs to: the tokenizer of a modality, the head of a task, or the trunk, which is ""."""
-    kind, *others = name.split(".")
-    return f"{kind}.{others[0]}" if kind in ("tokenizers", "heads") else ""
+    def fill_frozen(self, tensors: dict[str, Tensor]) -> None:
+        """Set the frozen parameters. Raises ValueError when names or shapes differ."""
+        check_shapes({name: tensor.shape for name, tensor in self.frozen.items()}, tensors)
+        for name, tensor in self.frozen.items():
+            tensor.copy_(tensors[name])
 
 
 class Optimizer:
@@ -203,6 +250,8 @@ class Optimizer:
         self.moments = {name: [torch.zeros_like(flat) for flat in values] for name in names}
         self.components = list(dict.fromkeys(group.component for group in parameters.groups))
         self.count = torch.zeros(len(self.components), device=values[0].device)
+        self.factors = sorted({group.lr_factor for group in parameters.groups})
+        self.lr_factors = torch.tensor(self.factors, device=values[0].device)
         self.ema = [flat.clone() for flat in values] if config.ema_decay else None
 
     def update(self, lr: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -215,9 +264,10 @@ class Optimizer:
         scale = (clip_norm / norm).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
         updates = done.expand(len(self.components)) if active is None else active & done
         self.count += updates
+        rates = dict(zip(self.factors, lr * self.lr_factors, strict=True)) if self.factors != [1.0] else {1.0: lr}
         with self.parameters.keep_fresh():
-            for index in range(len(self.parameters.groups)):
-                self._update_group(index, lr, scale, updates)
+            for index, group in enumerate(self.parameters.groups):
+                self._update_group(index, rates[group.lr_factor], scale, updates)
         return norm, done
 
     def _update_group(self, index: int, lr: Tensor, scale: Tensor, updates: Tensor) -> None:
@@ -270,14 +320,14 @@ class Optimizer:
         return dict(zip(names, self.count, strict=True))
 
     def ema_state_dict(self) -> dict[str, Tensor] | None:
-        """The moving average as `Parameters.unflatten` gives it, when there is one."""
-        return None if self.ema is None else self.parameters.unflatten(self.ema)
+        """The moving average of all parameters, as `Parameters.state_dict` gives them, when there is one: frozen ones are their own."""
+        return None if self.ema is None else self.parameters.state_dict(self.ema)
 
     def load_ema(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `ema_state_dict` gave. Raises ValueError when there is no moving average here, or it is another model's."""
         if self.ema is None:
             raise ValueError("optim.ema_decay = 0: there is no moving average to restore")
-        self.parameters.fill(self.ema, tensors)
+        self.parameters.fill(self.ema, self.parameters.without_frozen(tensors))
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -28,7 +28,7 @@ from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.initial_weights import describe_tokenizers, load_initial_weights
 from polyvit_fast.train.run_folder.lock import hold
 from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
-from polyvit_fast.train.schedule import check_warmup, compute_warmup_steps, count_steps
+from polyvit_fast.train.schedule import LearningRates, check_warmup, compute_warmup_steps, count_steps
 from polyvit_fast.train.step import PendingCounters, Step
 
 RANDOM_NUMBERS = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
@@ -65,6 +65,7 @@ class Run:
     fingerprints: dict[str, Fingerprint]
     """Of the training files when the run was opened, as rank 0 saw them."""
     validation_fingerprints: dict[str, Fingerprint]
+    rates: LearningRates
     done: int = 0
     """Steps done so far."""
     metrics_step: int = -1
@@ -73,6 +74,7 @@ class Run:
     """Steps done at the last checkpoint."""
     best_step: int | None = None
     best_score: float = float("-inf")
+    evaluations_since_best: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
@@ -80,6 +82,16 @@ class Run:
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each task took in the whole run, waiting for its data included."""
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether steps are left to be done, but the metrics have not risen for as many evaluations as `early_stop_evaluations` allows."""
+        return self.done < len(self.plan) and 0 < self.config.log.early_stop_evaluations <= self.evaluations_since_best
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step is left to be done."""
+        return self.done >= len(self.plan) or self.has_stopped_early
 
     def count_time(self, spans: list[Span]) -> None:
         """Add minibatches that have ended on the device to the tasks' times."""
@@ -138,10 +150,12 @@ def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Che
 
 def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
     world = step.world
-    num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
+    parameters = list(step.model.parameters())
+    num_parameters, num_trained = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad]))
+    trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
     processes = f", {world.size} processes" if world.size > 1 else ""
     log.message(
-        f"{experiment}: {num_parameters:,} parameters, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
+        f"{experiment}: {num_parameters:,} parameters{trained}, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
         f"run folder {config.folder}"
     )
     warning = check_warmup(config, len(plan))
@@ -170,7 +184,8 @@ def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) ->
         validation = {name: Loader(name, config, train=False, **process) for name in config.tasks}
     seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
     fingerprints, validation_fingerprints = world.broadcast(seen)
-    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints)
+    rates = LearningRates(config, plan)
+    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints, rates)
     run.interval_times = {name: TaskTime() for name in config.tasks}
     run.seconds = dict.fromkeys(config.tasks, 0.0)
     return run
@@ -253,6 +268,7 @@ def _write_checkpoint(run: Run) -> None:
         "warmup_steps": compute_warmup_steps(run.config, len(run.plan)),
         "best_step": run.best_step,
         "best_score": None if run.best_step is None else run.best_score,
+        "evaluations_since_best": run.evaluations_since_best,
         "metrics": run.metrics,
         "metrics_step": run.metrics_step,
         "seconds": run.seconds,
@@ -314,6 +330,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
     run.seconds.update(state["seconds"])
     run.interval_times.update({name: TaskTime(*times) for name, times in state.get("interval_times", {}).items()})
+    run.evaluations_since_best = state.get("evaluations_since_best", 0)
     if state["best_step"] is not None:
         run.best_step, run.best_score = state["best_step"], state["best_score"]
 

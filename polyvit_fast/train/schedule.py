@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,23 +80,72 @@ def compute_warmup_steps(config: Train, num_steps: int) -> float:
 def check_warmup(config: Train, num_steps: int) -> str | None:
     """What is wrong with a warm-up that leaves no step of a plan of `num_steps` to the cosine; None when nothing is."""
     warmup = compute_warmup_steps(config, num_steps)
-    if warmup < num_steps:
+    if warmup < num_steps or not any(task.lr_schedule == "run" for task in config.tasks.values()):
         return None
     return f"The warm-up of {warmup:,.0f} steps does not end within the run of {num_steps:,}: lower --optim.warmup-steps."
 
 
-def learning_rate(config: Train, plan: StepPlan, step: int) -> float:
-    """Rate of `step`: warm-up of W steps from 1 / W to 1, cosine down, times the tasks' mean `lr_scale` and `optim.lr`.
+@dataclass(frozen=True)
+class RateCurve:
+    """A learning rate over so many steps, as a fraction of its peak."""
 
-    No step is lost to a rate of 0: neither the first nor the last has it. The original code's cosine restarts on the last step, this one
-    does not. An update from several tasks has one rate for all of them, hence the mean.
+    num_steps: int
+    warmup: float
+    """Steps over which it rises, from 1 / warmup to 1."""
+    falls: bool = True
+    """Whether a cosine lowers it afterwards."""
+
+    def find(self, step: int) -> tuple[float, float]:
+        """The two factors at `step`: of the warm-up, and of the cosine. Neither the first nor the last step has a rate of 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        progress = min(1.0, max(0, step - self.warmup) / max(1, self.num_steps - self.warmup))
+        return rise, 0.5 * (1 + math.cos(math.pi * progress)) if self.falls else 1.0
+
+
+class LearningRates:
+    """The learning rate of every step of a plan: `optim.lr` times the tasks' mean `lr_scale` times the fraction that a `RateCurve` gives.
+
+    The curve is that of the run, or the task's own over its own steps. An update from several tasks has one rate for all of them, hence the
+    mean, and the highest of their curves; `weigh` makes up for what is too much for the others. The original code's cosine restarts on the
+    last step, this one does not.
     """
-    total = len(plan)
-    warmup = compute_warmup_steps(config, total)
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    progress = min(1.0, max(0, step - warmup) / max(1, total - warmup))
-    scale = sum(config.tasks[name].lr_scale for name in plan[step]) / len(plan[step])
-    return config.optim.lr * scale * rise * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def __init__(self, config: Train, plan: StepPlan) -> None:
+        self.config, self.plan = config, plan
+        self.of_run = RateCurve(len(plan), compute_warmup_steps(config, len(plan)))
+        self.own: dict[str, tuple[np.ndarray, RateCurve]] = {}
+        """For each task with a schedule of its own, its steps and its curve."""
+        for name, task in config.tasks.items():
+            if task.lr_schedule != "run":
+                steps = np.flatnonzero(np.fromiter((name in names for names in plan), bool, len(plan)))
+                warmup = task.warmup_steps * len(steps) / task.steps
+                self.own[name] = steps, RateCurve(len(steps), warmup, task.lr_schedule == "cosine")
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[float]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, step: int) -> float:
+        names = self.plan[step]
+        rise, fall = max((self._find(name, step) for name in names), key=math.prod) if self.own else self.of_run.find(step)
+        scale = sum(self.config.tasks[name].lr_scale for name in names) / len(names)
+        return self.config.optim.lr * scale * rise * fall
+
+    def weigh(self, step: int) -> tuple[float, ...]:
+        """What to multiply the loss of each of the step's tasks by: what its own curve gives of the highest."""
+        names = self.plan[step]
+        if not self.own or len(names) == 1:
+            return (1.0,) * len(names)
+        fractions = [math.prod(self._find(name, step)) for name in names]
+        return tuple(fraction / max(fractions) for fraction in fractions)
+
+    def _find(self, name: str, step: int) -> tuple[float, float]:
+        if name not in self.own:
+            return self.of_run.find(step)
+        steps, curve = self.own[name]
+        return curve.find(int(np.searchsorted(steps, step)))
 
 
 def count_steps(plan: Iterable[tuple[str, ...]]) -> Counter[str]:

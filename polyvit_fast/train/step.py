@@ -6,7 +6,7 @@ step number, and reads the counters at intervals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.augment.mixing import mix_grids
+from polyvit_fast.model.parameters import decay_by_layer, freeze, list_components, list_parameters
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import key
 from polyvit_fast.train.distributed.fsdp import ShardedParameters
@@ -21,7 +23,7 @@ from polyvit_fast.train.distributed.process_group import ALONE, World
 from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES, matches, mixed_loss
-from polyvit_fast.train.optim import FlatParameters, Optimizer, find_component
+from polyvit_fast.train.optim import FlatParameters, Optimizer
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,15 @@ class Step:
 
     def __init__(self, model: PolyViT, config: Train, world: World = ALONE) -> None:
         self.model, self.config, self.world = model, config, world
-        self.used = {name: find_parameters(model, name) for name in config.tasks}
+        freeze(model, config.optim.freeze)
+        self.used = {name: list_parameters(model, name) for name in config.tasks}
         rest, precision, self.reducer = config.optim.rests, config.distributed.grad_reduce, None
+        groups = {"by_component": rest, "lr_factors": decay_by_layer(model, config.optim.layer_decay)}
         if config.distributed.sharded:
-            self.parameters = ShardedParameters(model, world, config.device, precision, by_component=rest)
+            self.parameters = ShardedParameters(model, world, config.device, precision, **groups)
         else:
             rounded = torch.bfloat16 if config.keeps_rounded else None
-            self.parameters = FlatParameters(model.to(config.device), rounded, by_component=rest)
+            self.parameters = FlatParameters(model.to(config.device), rounded, **groups)
             own_clip_norm = config.optim.clip_norm / world.size if config.optim.clip == "process" else 0.0
             if world.size > 1:
                 self.reducer = Reducer(self.parameters, precision, own_clip_norm)
@@ -79,18 +83,24 @@ class Step:
         self.rows = {name: row for row, name in enumerate(config.tasks)}
         self.counters = torch.zeros(len(self.rows), len(fields(TaskCounters)), dtype=torch.float64, device=self.device)
         self.took_part = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
-        has_component = [[component in find_components(model, name) for name in config.tasks] for component in self.optimizer.components]
+        has_component = [[component in list_components(model, name) for name in config.tasks] for component in self.optimizer.components]
         self.has_component = torch.tensor(has_component, device=self.device) if rest else None
-        self.lr, self.loss_weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.lr = torch.zeros((), device=self.device)
+        self.loss_weights = torch.zeros(len(self.rows), device=self.device)
         self.number = torch.zeros((), device=self.device, dtype=torch.float64)
 
-    def begin(self, names: tuple[str, ...], lr: float, step: int) -> None:
-        """Begin step number `step`, an update from the gradients of the tasks `names` at the learning rate `lr`."""
+    def begin(self, names: tuple[str, ...], lr: float, step: int, weights: Sequence[float] = ()) -> None:
+        """Begin step number `step`, an update from the gradients of the tasks `names` at the learning rate `lr`.
+
+        Each task's loss is multiplied by its one of `weights`, if there are any, besides its `loss_weight`.
+        """
         self.parameters.refresh()
         self.lr.fill_(lr)
         self.number.fill_(step)
         num_tasks = len(names) if self.config.optim.accumulate == "mean" else 1
-        self.loss_weight.fill_(1 / num_tasks if self.parameters.averages_grads else 1 / (num_tasks * self.world.size))
+        weight = 1 / num_tasks if self.parameters.averages_grads else 1 / (num_tasks * self.world.size)
+        for name, own in zip(names, weights or (1.0,) * len(names), strict=True):
+            self.loss_weights[self.rows[name]].fill_(weight * own * self.config.tasks[name].loss_weight)
         rank = (self.world.rank,) if self.world.rank else ()  # dropout differs between processes
         torch.manual_seed(key(self.config.seed, "step", step, *rank) >> 1)
 
@@ -101,10 +111,10 @@ class Step:
         """
         task, grid, labels = self.config.tasks[name], inputs.grid, inputs.labels
         partners_of = MIXUP_PAIRS[task.mixup_pairs]
-        partners = partners_of(labels) if task.mixup else labels
-        if task.mixup:
-            # lerp in the grid's own units: the tokenizer normalises afterwards, and both are linear.
-            grid = grid.float().lerp(partners_of(grid).float(), 1 - inputs.mixup_ratio)
+        partners = partners_of(labels) if task.mixes else labels
+        if task.mixes:
+            box = inputs.cutmix_box if task.cutmix else None
+            grid = mix_grids(grid, partners_of(grid), inputs.mixup_ratio, box, mixup=task.mixup > 0)
         row = self.counters[self.rows[name]]
         micro_batches = list(zip(*(tensor.chunk(task.micro_batches) for tensor in (grid, labels, partners)), strict=True))
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -114,7 +124,7 @@ class Step:
                 row[0].add_(loss.nan_to_num(0.0, 0.0, 0.0), alpha=1 / task.micro_batches)
                 row[1].add_(right, alpha=1 / task.micro_batches)
             with self._reduce(name, last and number == len(micro_batches)):
-                loss.backward(self.loss_weight / task.micro_batches)
+                loss.backward(self.loss_weights[self.rows[name]] / task.micro_batches)
         row[2].add_(1)
         self.took_part[self.rows[name]].fill_(True)  # an assignment would copy the number from the host, which no graph captures
 
@@ -125,7 +135,7 @@ class Step:
         with torch.autocast(grid.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False):
             logits = self.model(grid, name, task.drop_path_rate, self.config.compute.recompute)
         loss = LOSSES[task.loss]
-        if task.mixup:
+        if task.mixes:
             value = mixed_loss(loss, logits, labels, partners, ratio, task.label_smoothing)
         else:
             value = loss(logits, labels, task.label_smoothing)
@@ -171,16 +181,6 @@ class Step:
             self.counters.copy_(counters)
             self.took_part.zero_()
             self.parameters.zero_grads()
-
-
-def find_components(model: PolyViT, task: str) -> tuple[str, str, str]:
-    """The components of the model (see `optim.find_component`) that a step of `task` has gradients for."""
-    return "", f"tokenizers.{model.modality_of[task]}", f"heads.{task}"
-
-
-def find_parameters(model: PolyViT, task: str) -> list[str]:
-    """Names of the parameters that a step of `task` has gradients for: all but other modalities' tokenizers and other tasks' heads."""
-    return [name for name, _ in model.named_parameters() if find_component(name) in find_components(model, task)]
 
 
 def swap_neighbours(x: Tensor) -> Tensor:

@@ -28,6 +28,32 @@ def test_wrong_values_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("field", ["num_class_tokens", "pool", "positions"])
+def test_tasks_of_one_tokenizer_have_one_kind_of_tokens(field):
+    other = {"num_class_tokens": 2, "pool": "mean", "positions": "sinusoidal"}[field]
+    with pytest.raises(ValueError, match=f"hence one tokenizer, but a has {field} = .* and b has {other}; make them equal"):
+        tiny_config(tasks={"a": tile_task(), "b": tile_task(modality=replace(Tile(), **{field: other}))})
+
+
+@pytest.mark.parametrize(
+    ("init", "parts"),
+    [
+        ("", {}),
+        ("runs/mine@best", {"": "runs/mine@best"}),
+        ("a=b/c.npz", {"a": "b/c.npz"}),
+        ("tile=x,trunk=y=z", {"tile": "x", "trunk": "y=z"}),
+        ({"b": "x"}, {"b": "x"}),
+    ],
+)
+def test_sources_of_initial_weights(init, parts):
+    assert tiny_config(init=init).init_parts == parts
+
+
+def test_an_unknown_part_of_initial_weights_is_named():
+    with pytest.raises(ValueError, match="init names the part 'c'; there are trunk, tile, a, b"):
+        tiny_config(init="tile=x,c=y")
+
+
 def test_tasks_of_one_modality_must_have_one_grid():
     with pytest.raises(ValueError, match=r"tasks a and b have the same modality tile.*make them equal"):
         tiny_config(tasks={"a": tile_task(), "b": tile_task(modality=Tile(size=24))})

@@ -17,7 +17,7 @@ from video_kinds import numbers_of
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.augment.colour import draw_colours
 from polyvit_fast.data.augment.colour_gpu import colour_map, recolour
-from polyvit_fast.data.augment.rand_augment import draw_operations
+from polyvit_fast.data.augment.operations import draw_operations
 from polyvit_fast.data.augment.rand_augment_gpu import rand_augment
 from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.modality import Image

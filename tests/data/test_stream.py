@@ -201,6 +201,8 @@ def test_mixup_needs_whole_pairs_in_every_process(batch, world_size, size):
         ValueError, match=rf"tasks.t: mixup pairs neighbours, but each of the {world_size} processes gets {size} examples .*; choose"
     ):
         Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.2, batch=batch)}), train=True, world_size=world_size)
+    with pytest.raises(ValueError, match=r"tasks\.t: CutMix pairs neighbours"):
+        Loader("t", tiny_config(tasks={"t": tile_task(cutmix=1.0, batch=batch)}), train=True, world_size=world_size)
     for changes in ({}, {"mixup": 0.2, "mixup_pairs": "reversed"}):  # without mixup anything goes, and any number can be reversed
         Loader("t", tiny_config(tasks={"t": tile_task(batch=batch, **changes)}), train=True, world_size=world_size)
 
@@ -513,3 +515,12 @@ def test_the_fingerprint_is_of_the_files_as_they_are_now(tmp_path):
     assert loader.fingerprint() == before
     (path / "class0" / "1.jpg").write_bytes((path / "class2" / "1.jpg").read_bytes())
     assert loader.fingerprint() != before
+
+
+def test_all_processes_cut_the_same_box():
+    config = tiny_config(tasks={"t": tile_task(cutmix=1.0)})
+    parts = [[Loader("t", config, train=True, rank=rank, world_size=2).load(step) for step in range(20)] for rank in range(2)]
+    mixes = [[(batch.mixup_ratio, batch.cutmix_box) for batch in batches] for batches in parts]
+    assert mixes[0] == mixes[1]
+    assert len(set(mixes[0])) > 15
+    assert Loader("t", tiny_config(tasks={"t": tile_task(mixup=0.3)}), train=True).load(0).cutmix_box is None

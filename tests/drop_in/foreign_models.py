@@ -44,7 +44,7 @@ def deit(**changes) -> Pair:
 def dinov2(**changes) -> Pair:
     from transformers import Dinov2Config, Dinov2Model
 
-    return randomised(Dinov2Model(Dinov2Config(**_DINO_SIZES, **changes))), normal(2, 3, 28, 28)
+    return randomised(Dinov2Model(Dinov2Config(**(_DINO_SIZES | changes)))), normal(2, 3, 28, 28)
 
 
 def dinov2_with_registers(**changes) -> Pair:
@@ -56,11 +56,59 @@ def dinov2_with_registers(**changes) -> Pair:
 _DINO_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 28, "patch_size": 14}
 
 
+def videomae(**changes) -> Pair:
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    sizes = SIZES | {"image_size": 32, "patch_size": 16, "num_frames": 4, "tubelet_size": 2, "use_mean_pooling": False}
+    return randomised(VideoMAEModel(VideoMAEConfig(**(sizes | changes)))), normal(2, 4, 3, 32, 32)
+
+
+def clip(**changes) -> Pair:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return randomised(CLIPVisionModel(CLIPVisionConfig(**(SIZES | {"image_size": 32, "patch_size": 16} | changes)))), normal(2, 3, 32, 32)
+
+
+def siglip(**changes) -> Pair:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = SIZES | {"image_size": 32, "patch_size": 16, "vision_use_head": False}
+    return randomised(SiglipVisionModel(SiglipVisionConfig(**(sizes | changes)))), normal(2, 3, 32, 32)
+
+
+class Siglip2OfPatches(nn.Module):
+    """SigLIP2's vision model, which takes a mask and the pictures' shapes besides their patches; here all have 2 × 3 of these."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Its tokens."""
+        mask, shapes = patches.new_ones(patches.shape[:2], dtype=torch.long), torch.tensor([[2, 3]]).expand(len(patches), 2)
+        return self.model(patches, mask, shapes).last_hidden_state
+
+
+def siglip2(**changes) -> Pair:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    sizes = SIZES | {"num_patches": 16, "patch_size": 4, "vision_use_head": False}
+    return randomised(Siglip2OfPatches(Siglip2VisionModel(Siglip2VisionConfig(**(sizes | changes))))), normal(2, 6, 48)
+
+
 def timm_vit(**changes) -> Pair:
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 10}
     return randomised(VisionTransformer(**(sizes | changes))), normal(2, 3, 32, 32)
+
+
+def timm_vit_with_layer_scale(**changes) -> Pair:
+    return timm_vit(**({"init_values": 0.1} | changes))
+
+
+def timm_vit_with_qk_norm(**changes) -> Pair:
+    return timm_vit(**({"qk_norm": True} | changes))
 
 
 def timm_deit(**changes) -> Pair:
@@ -90,11 +138,22 @@ FAMILIES: dict[str, Callable[..., Pair]] = {
     "Hugging Face DeiT": deit,
     "Hugging Face DINOv2": dinov2,
     "Hugging Face DINOv2 with registers": dinov2_with_registers,
+    "Hugging Face VideoMAE": videomae,
+    "Hugging Face CLIP": clip,
+    "Hugging Face SigLIP": siglip,
+    "Hugging Face SigLIP2": siglip2,
     "timm ViT": timm_vit,
+    "timm ViT with LayerScale": timm_vit_with_layer_scale,
+    "timm ViT with qk-norm": timm_vit_with_qk_norm,
     "timm DeiT": timm_deit,
     "timm EVA": timm_eva,
     "torchvision ViT": torchvision_vit,
 }
+
+
+def is_zero(name: str) -> bool:
+    """Whether a parameter is added to all keys alike, which changes nothing: its gradient is zero, and what is found is rounding."""
+    return name.endswith(("k_proj.bias", "k_norm.bias"))
 
 
 def long(*names: str) -> list[object]:

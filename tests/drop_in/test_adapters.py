@@ -11,24 +11,21 @@ from polyvit_fast.drop_in.members import full_name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_nothing_of_a_known_family_is_left_but_what_layer_scale_needs(name):
+def test_nothing_of_a_known_family_is_left(name):
     model, _ = FAMILIES[name]()
     report = fuse(model)
-    assert {entry.why for entry in report.left} <= {"LayerScale (layer_scale1 is a Dinov2LayerScale)"} | {
-        "LayerScale (layer_scale1 is a Dinov2WithRegistersLayerScale)"
-    }
+    assert not report.left
     kinds = {type(model.get_submodule(entry.path)).__name__ for entry in report.replaced}
-    assert len(kinds) == (3 if report.left else 4), kinds
+    assert len(kinds) == 4, kinds
 
 
 @pytest.mark.parametrize(
     ("changes", "path", "why"),
     [
-        ({"init_values": 1e-5}, "blocks.0", "LayerScale (ls1 is a LayerScale)"),
-        ({"qk_norm": True}, "blocks.0.attn", "queries and keys are normalised (q_norm is a LayerNorm)"),
+        ({"qk_norm": True, "norm_layer": "rmsnorm"}, "blocks.0.attn", "q_norm: RmsNorm is left"),
         ({"scale_attn_norm": True}, "blocks.0.attn", "the heads' outputs are normalised (norm is a LayerNorm)"),
         ({"scale_mlp_norm": True}, "blocks.0.mlp", "the hidden layer is normalised (norm is a LayerNorm)"),
-        ({"act_layer": "quick_gelu"}, "blocks.0.mlp", "its activation QuickGELU is neither GELU nor GELU's tanh form, or has hooks"),
+        ({"act_layer": "relu"}, "blocks.0.mlp", "its activation ReLU is no GELU that fuse knows, or has hooks"),
         ({"num_heads": 16}, "blocks.0.attn", "head_dim = 4, but kernels take multiples of 8 up to 128"),
         ({"proj_bias": False}, "blocks.0.mlp", "fc1 (Linear) is more than a linear layer with a bias, or less"),
         ({"norm_layer": "rmsnorm"}, "norm", "fuse does not know timm.layers.norm.RmsNorm"),
@@ -51,9 +48,11 @@ def test_why_modules_of_timm_are_left(changes, path, why):
 @pytest.mark.parametrize(
     ("changes", "still_fused"),
     [
-        ({"init_values": 1e-5}, {"norm1", "attn", "norm2", "mlp"}),
+        ({"init_values": 1e-5}, {"", "norm1", "attn", "norm2", "mlp"}),
+        ({"init_values": 1e-5, "qk_norm": True}, {"", "norm1", "attn", "attn.q_norm", "attn.k_norm", "norm2", "mlp"}),
         ({"qkv_bias": False}, {"", "norm1", "attn", "norm2", "mlp"}),
-        ({"qk_norm": True}, {"norm1", "attn.q_norm", "attn.k_norm", "norm2", "mlp"}),
+        ({"qk_norm": True}, {"", "norm1", "attn", "attn.q_norm", "attn.k_norm", "norm2", "mlp"}),
+        ({"act_layer": "quick_gelu"}, {"", "norm1", "attn", "norm2", "mlp"}),
         ({"act_layer": "gelu_tanh"}, {"", "norm1", "attn", "norm2", "mlp"}),
         ({"reg_tokens": 4, "no_embed_class": True}, {"", "norm1", "attn", "norm2", "mlp"}),
         ({"proj_bias": False}, {"norm1", "attn", "norm2"}),
@@ -75,7 +74,9 @@ def test_variants_of_timm_are_fused_as_far_as_they_can_be(changes, still_fused):
     [
         ({"use_rot_pos_emb": True}, ("blocks.0", "blocks.0.attn"), "it is given rotary positions"),
         ({"swiglu_mlp": True}, ("blocks.0", "blocks.0.mlp"), "fuse does not know timm.layers.mlp.GluMlp"),
-        ({"init_values": 1e-5}, ("blocks.0",), "LayerScale (gamma_1 is a Parameter)"),
+        ({"init_values": 1e-5}, (), None),
+        ({"init_values": 1e-5, "attn_only_layer_scale": True, "qk_norm": True}, (), None),
+        ({"qk_norm": True, "attn_type": "rope"}, (), None),
         ({"qkv_fused": False}, (), None),
         ({"qkv_bias": False}, (), None),
         ({"attn_type": "rope"}, (), None),

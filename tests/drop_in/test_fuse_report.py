@@ -92,7 +92,7 @@ def test_attention_without_heads_is_refused(num_heads):
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("gelu", ["relu", None])
 def test_unknown_forms_of_gelu_are_refused(gelu):
-    with pytest.raises(ValueError, match=f"gelu = {gelu!r} is none of 'tanh', 'erf'"):
+    with pytest.raises(ValueError, match=f"gelu = {gelu!r} is none of 'tanh', 'erf', 'quick'"):
         Mlp(8, 16, gelu=gelu)
 
 

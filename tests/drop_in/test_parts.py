@@ -51,6 +51,41 @@ def test_what_each_part_accepts():
         assert not accepts(part, x[0])
     assert accepts(mlp, x[0])
     assert not accepts(whole, x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accepts(whole, x.bfloat16())
+        assert not accepts(whole, x.half())
+
+
+def test_a_block_refuses_a_layer_scale_that_would_widen_its_tokens():
+    block = timm_vit(init_values=0.1)[0].blocks[0]
+    fuse(block)
+    x = normal(2, 5, 64)
+    assert accepts(part_of(block), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not accepts(part_of(block), x.bfloat16())  # the sum would be fp32
+
+
+def test_heads_are_normalised_in_the_dtype_of_their_norms_or_under_autocast():
+    attention = timm_vit(qk_norm=True)[0].blocks[0].attn
+    fuse(attention)
+    x = normal(2, 5, 64)
+    assert accepts(part_of(attention), x)
+    assert not accepts(part_of(attention), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accepts(part_of(attention), x.bfloat16())
+
+
+@pytest.mark.parametrize("factors", [None, torch.tensor([2.0, 0.0])], ids=["plain", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("path", "add"), [("attn", add_attention), ("mlp", add_mlp)])
+def test_branches_are_multiplied_by_layer_scale(path, add, dtype, factors):
+    module = timm_vit()[0].blocks[0].eval().get_submodule(path).to(dtype)
+    x, residual, scale = normal(2, 5, 64).to(dtype), normal(2, 5, 64, seed=1).to(dtype), normal(64, seed=2).to(dtype)
+    expected = residual + (1 if factors is None else factors.view(2, 1, 1)) * (scale * module(x))
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    found = add(part_of(module), x, residual, factors, scale)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found, expected.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 def test_a_norm_accepts_what_needs_no_rule_for_mixed_dtypes():

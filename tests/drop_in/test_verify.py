@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from foreign_models import FAMILIES, hugging_face_vit, long, normal, timm_vit, tokens_of
+from foreign_models import FAMILIES, hugging_face_vit, is_zero, long, normal, timm_vit, tokens_of
 from torch import nn
 
 from polyvit_fast import fuse
@@ -19,8 +19,12 @@ def test_every_family_passes_on_its_own_batch(name, precision, capsys):
         report = fuse(model, verify=batch)
     assert {found.path for found in report.comparisons} == {"(the model)", *(entry.path for entry in report.replaced)}
     assert max(found.used for found in report.comparisons) <= 1
-    assert min(found.cosine for found in report.comparisons if "k_proj.bias" not in found.tensor) > 0.99
-    assert capsys.readouterr().out == table(report.comparisons) + "\n"
+    assert min(found.cosine for found in report.comparisons if not is_zero(f"{found.path}.{found.tensor.split()[-1]}")) > 0.99
+    printed = capsys.readouterr().out
+    assert printed.startswith(table(report.comparisons) + "\n")
+    # Autocast rounds VideoMAE's tokens: its last norm then gives another dtype on a CPU than on a GPU, so it is left to torch.
+    rounded = "VideoMAE" in name and precision == "autocast"
+    assert [entry.path for entry in report.replaced if "not run" in entry.why] == (["layernorm"] if rounded else [])
 
 
 def test_the_model_is_not_disturbed():
@@ -123,7 +127,7 @@ def test_gradients_that_layer_scale_makes_tiny_are_seen(monkeypatch):
             block.ls2.gamma.fill_(1e-5)
     assert fuse(copy.deepcopy(model), verify=batch).comparisons
     monkeypatch.setattr(ops, "attention", wrong_gradient(ops.attention))
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.attn: gradient of qkv\.weight"):
+    with pytest.raises(RuntimeError, match=r"blocks\.0: gradient of attn\.qkv\.weight"):
         fuse(model, verify=batch)
 
 

@@ -18,7 +18,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.cost_report import estimate_cost, write_notes
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.schedule import count_steps, learning_rate, make_step_plan
+from polyvit_fast.train.schedule import LearningRates, count_steps, make_step_plan
 
 TINY = Model(dim=48, depth=1, num_heads=4, mlp_dim=96)
 SINGLE = {"vit_b16_imagenet": "imagenet", "vivit_b16_kinetics400": "kinetics400", "ast_b16_audioset": "audioset"}
@@ -113,15 +113,16 @@ def test_polyvit_has_the_released_settings():
 def test_polyvit_s_schedule():
     config = experiments.load("polyvit_b16")
     plan = make_step_plan(config)
-    assert len(plan) == 417_920
+    rates = LearningRates(config, plan)
+    assert len(rates) == len(plan) == 417_920
     assert count_steps(plan) == {name: recipe[2] for name, recipe in RECIPE.items()}
     top = dict.fromkeys(RECIPE, 0.0)
     for step in range(47_330, 47_330 + 20_000):
         [name] = plan[step]
-        top[name] = max(top[name], learning_rate(config, plan, step))
+        top[name] = max(top[name], rates[step])
     # The rates are highest where the warm-up ends; the rarest task, pets, has its first step after that at most 1 % further on.
     assert top == pytest.approx({name: recipe[3] for name, recipe in RECIPE.items()}, rel=0.01)
-    assert learning_rate(config, plan, 47_330 // 2) == pytest.approx(RECIPE[plan[47_330 // 2][0]][3] / 2, rel=1e-4)
+    assert rates[47_330 // 2] == pytest.approx(RECIPE[plan[47_330 // 2][0]][3] / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(

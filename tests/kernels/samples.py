@@ -1,7 +1,25 @@
 """Inputs for kernels: random tensors as inside trained ViTs, on the device where kernels are tested."""
 
+from functools import partial
+
 import torch
 from compare import DEVICE
+from torch.nn import functional
+
+
+def quick_gelu(x):
+    """CLIP's, as transformers computes it."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+PLAIN_GELU = {"tanh": partial(functional.gelu, approximate="tanh"), "erf": functional.gelu, "quick": quick_gelu}
+"""The forms of GELU by torch's operators."""
+
+
+def plain_slope(x, gelu):
+    """What autograd gives for the derivative of a form, in x's dtype."""
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(PLAIN_GELU[gelu](leaf).sum(), leaf)[0]
 
 
 def normal(*shape, seed=0):

@@ -194,3 +194,19 @@ def test_the_backward_multiplies_no_more_than_torch(monkeypatch):
             attend_first(**leaves, num_heads=4).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] <= counts[1]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_frozen_projection_costs_no_product():
+    def count(wanted):
+        leaves = {name: tensor.requires_grad_(name in wanted) for name, tensor in inputs(65, 32).items()}
+        loss = attend_first(**leaves, num_heads=4).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    examples, tokens, dim = 3, 65, 32
+    for_x = 2 * examples * tokens * dim * 2 * 4 + 2 * examples * dim * dim  # values and keys of four heads; the first token's query
+    for_weight = 3 * 2 * examples * dim * dim
+    assert count(["x", "weight", "bias"]) - count(["weight", "bias"]) == for_x
+    assert count(["x", "weight", "bias"]) - count(["x", "bias"]) == for_weight

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from grids import PAPER, PAPER_HEADS, SMALL, Picture, task
+from torch.nn import functional
 
 from polyvit_fast.config import MODELS, ComputeOptions, Model, Train
 from polyvit_fast.model.class_token import ClassTokenBlock
 from polyvit_fast.model.cost import num_parameters
-from polyvit_fast.model.modules import Attention, Block
+from polyvit_fast.model.modules import Attention, Block, LayerNorm
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_kernels import ops
 
@@ -92,6 +93,66 @@ def test_the_last_block_gives_the_class_token_alone_unless_it_is_an_adaptor(num_
         block.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     model(normal(2, *SMALL["picture"].grid), "birds")
     assert rows == [5, 5, 5, 5 if num_adaptor_layers == 4 else 1]
+
+
+@pytest.mark.parametrize("num_adaptor_layers", [0, 3, 4])
+@pytest.mark.parametrize(("pool", "num_class_tokens"), [("cls", 2), ("class_tokens", 2), ("mean", 0), ("mean", 1)])
+def test_heads_read_what_the_pool_says(pool, num_class_tokens, num_adaptor_layers):
+    modality = replace(SMALL["clip"], pool=pool, num_class_tokens=num_class_tokens)
+    model = PolyViT(replace(MODEL, num_adaptor_layers=num_adaptor_layers), {"clip": modality}, {"motion": ("clip", 5)})
+    grid = normal(2, *modality.grid)
+    x = model.tokenizers["clip"](grid)
+    for block in all_token_blocks(model) if num_adaptor_layers < 4 else []:
+        x = block(x)
+    pooled = {
+        "cls": lambda: model.norm(x)[:, 0],
+        "class_tokens": lambda: model.norm(x)[:, :2].mean(1),
+        "mean": lambda: model.norm(x[:, num_class_tokens:].mean(1)),
+    }
+    torch.testing.assert_close(model(grid, "motion"), model.heads["motion"](pooled[pool]()), rtol=1e-5, atol=1e-5)
+    model(grid, "motion").square().sum().backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("num_adaptor_layers", [0, 2, 4])
+def test_features_are_all_tokens_after_any_block(num_adaptor_layers):
+    model = polyvit(replace(MODEL, num_adaptor_layers=num_adaptor_layers)).eval()
+    grid, tokenizer = normal(2, *SMALL["picture"].grid), model.tokenizers["picture"]
+    x = tokenizer(grid, num_blocks=0)
+    assert torch.equal(model.features(grid, "picture", layer=0), x)
+    blocks = [*tokenizer.blocks, *(all_token_blocks(model) if num_adaptor_layers < 4 else [])]
+    for number, block in enumerate(blocks, 1):
+        x = block(x)
+        torch.testing.assert_close(model.features(grid, "picture", layer=number), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.features(grid, "picture"), model.norm(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.features(grid, "picture")[:, 0], model.norm(x)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_what_is_not_there_are_refused():
+    with pytest.raises(ValueError, match="the model has no modality 'smell'; it has picture, clip, sound"):
+        polyvit().features(normal(1, 1, 16, 16, 3), "smell")
+    for layer in (-1, 5):
+        with pytest.raises(ValueError, match=f"layer = {layer}, but the model has 4 blocks: 0 to 4"):
+            polyvit().features(normal(1, 1, 16, 16, 3), "picture", layer=layer)
+
+
+def test_a_head_may_normalise_what_it_reads():
+    model = PolyViT(replace(MODEL, norm_eps=1e-3), SMALL, HEADS, norm_heads=["words"])
+    grid, head = normal(2, *SMALL["sound"].grid), model.heads["words"]
+    head.norm.weight.data.uniform_(0.5, 2)
+    head.norm.bias.data.normal_()
+    read = model.features(grid, "sound")[:, 0]
+    normed = functional.layer_norm(read, (32,), head.norm.weight, head.norm.bias, 1e-3)
+    torch.testing.assert_close(model(grid, "words"), functional.linear(normed, head.weight, head.bias), rtol=1e-5, atol=1e-5)
+    assert {name for name, _ in head.named_parameters()} == {"weight", "bias", "norm.weight", "norm.bias"}
+
+
+def test_every_norm_has_the_eps_of_the_record():
+    model = PolyViT(replace(MODEL, num_adaptor_layers=1, norm_eps=1e-3, last_norm_eps=0.5), SMALL, HEADS)
+    norms = {name: module.eps for name, module in model.named_modules() if isinstance(module, LayerNorm)}
+    assert norms.pop("norm") == 0.5
+    assert set(norms.values()) == {1e-3}
+    assert len(norms) == 2 * 3 + 2 * 3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -6,7 +7,7 @@ from grids import PAPER, SMALL, Picture
 from torch.nn import functional
 
 from polyvit_fast.config import Model
-from polyvit_fast.model.tokenizer import Tokenizer
+from polyvit_fast.model.tokenizer import Tokenizer, sinusoids, spread_overlaps
 
 MODEL = Model(dim=32, depth=3, num_heads=4, mlp_dim=64)
 
@@ -101,3 +102,64 @@ class Grey(Picture):
 def test_a_normalisation_for_other_channels_is_refused():
     with pytest.raises(ValueError, match="picture: the mean has 3 numbers for 1 channels"):
         Tokenizer(Grey(), MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlapping(Picture):
+    """Patches of 8 every 5 pixels, with 3 pixels at two sides that none reaches."""
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        return (1, 21, 16, 3)
+
+    @property
+    def token_stride(self) -> tuple[int, int, int]:
+        return (1, 5, 5)
+
+
+@pytest.mark.parametrize("num_class_tokens", [0, 1, 2])
+@pytest.mark.parametrize("modality", [SMALL["clip"], Overlapping(patch=8)], ids=["clip", "overlapping"])
+def test_class_tokens_come_first_and_tokens_may_overlap(modality, num_class_tokens):
+    modality = replace(modality, num_class_tokens=num_class_tokens, pool="mean")
+    made = Tokenizer(modality, MODEL)
+    for number, parameter in enumerate(made.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 4
+    grid = normal(2, *modality.grid)
+    pixels = ((grid - 127.5) / 127.5).permute(0, 4, 1, 2, 3)
+    kernel = made.weight.permute(0, 4, 1, 2, 3)
+    embedded = functional.conv3d(pixels, kernel, made.bias, stride=modality.token_stride).flatten(2).transpose(1, 2)
+    expected = embedded if made.cls_token is None else torch.cat([made.cls_token.expand(2, -1, -1), embedded], 1)
+    assert embedded.shape[1] == modality.num_tokens - num_class_tokens
+    expected = expected + made.pos_embed
+    torch.testing.assert_close(made(grid), expected)
+    weights = normal(*expected.shape)
+    parameters = list(made.parameters())
+    ours = torch.autograd.grad((made(grid) * weights).sum(), parameters)
+    for value, truth in zip(ours, torch.autograd.grad((expected * weights).sum(), parameters), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_an_overlapping_grid_is_spread_without_a_change_of_its_bytes():
+    grid = torch.arange(2 * 21 * 16 * 3, dtype=torch.int32).to(torch.uint8).view(2, 1, 21, 16, 3)
+    spread = spread_overlaps(grid, (1, 8, 8), (1, 5, 5))
+    assert spread.shape == (2, 1, 24, 16, 3)
+    for row in range(3):
+        for column in range(2):
+            there = grid[:, :, 5 * row : 5 * row + 8, 5 * column : 5 * column + 8]
+            assert torch.equal(spread[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8], there)
+
+
+def test_sinusoidal_positions_are_fixed_and_no_part_of_a_checkpoint():
+    modality = replace(SMALL["clip"], positions="sinusoidal")
+    made = Tokenizer(modality, MODEL)
+    assert "pos_embed" not in made.state_dict()
+    assert "pos_embed" not in dict(made.named_parameters())
+    assert not made.pos_embed[0, 0].any()  # a class token is nowhere in the grid
+    assert torch.equal(made.pos_embed[0, 1:], sinusoids(8, 32))
+
+
+def test_sinusoids_are_those_of_the_formula():
+    expected = [
+        [math.sin(n / 10_000 ** (i / 6)) if i % 2 == 0 else math.cos(n / 10_000 ** ((i - 1) / 6)) for i in range(6)] for n in range(9)
+    ]
+    torch.testing.assert_close(sinusoids(9, 6), torch.tensor(expected))

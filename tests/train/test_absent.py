@@ -14,7 +14,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
-from polyvit_fast.train.schedule import learning_rate, make_step_plan
+from polyvit_fast.train.schedule import LearningRates, make_step_plan
 from polyvit_fast.train.step import Step
 
 PLAN = [("a",), ("b",), ("a", "c"), ("a",), ("c",), ("b",), ("a",), ("a", "b")] * 3
@@ -100,7 +100,7 @@ def test_fifty_steps_of_two_tasks_follow_the_recurrence_of_the_papers_code():
     ours, theirs = Step(PolyViT.from_config(of), of), PolyViT.from_config(of)
     momentum = [torch.zeros_like(p) for p in theirs.parameters()]
     for number, (name,) in enumerate(plan):
-        ours.begin((name,), learning_rate(of, plan, number), number)
+        ours.begin((name,), LearningRates(of, plan)[number], number)
         ours.forward_backward(name, inputs(number))
         ours.update()
         batch = inputs(number)
@@ -109,7 +109,7 @@ def test_fifty_steps_of_two_tasks_follow_the_recurrence_of_the_papers_code():
         factor = min(1.0, 0.5 / float(torch.stack([grad.norm() for grad in grads]).norm()))
         for parameter, grad, moment in zip(theirs.parameters(), grads, momentum, strict=True):
             moment.mul_(0.9).add_(grad * factor)
-            parameter.data -= learning_rate(of, plan, number) * moment
+            parameter.data -= LearningRates(of, plan)[number] * moment
     for a, b in zip(ours.model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 

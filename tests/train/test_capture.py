@@ -42,7 +42,7 @@ def test_recomputed_dropout_is_not_captured_and_that_is_reported():
 
 
 MODEL = Model(dim=32, depth=2, num_heads=2, mlp_dim=64)
-OPTIONS = {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1, "drop_path_rate": 0.2}
+OPTIONS = {"mixup": 0.4, "cutmix": 1.0, "micro_batches": 2, "label_smoothing": 0.1, "drop_path_rate": 0.2}
 LABELS = [("softmax", False), ("sigmoid", False), ("sigmoid", True)]
 STEPS = {
     f"{loss} {'of several' if multi_label else 'of one'} {' '.join(options)}".rstrip(): {
@@ -55,6 +55,9 @@ STEPS = {
     "adamw ema": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9)},
     "sgd rest": {"optim": Optim(name="sgd", lr=0.1, absent="rest")},
     "adamw coast": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9, absent="coast")},
+    "frozen front": {"optim": Optim(name="adamw", lr=0.1, ema_decay=0.9, freeze=("tokenizers.*", "blocks.0.*"))},
+    "frozen in between": {"optim": Optim(name="sgd", lr=0.1, freeze=("*.attn.*", "norm.*", "tokenizers.tile.weight"))},
+    "rates by layer": {"optim": Optim(name="adamw", lr=0.1, layer_decay=0.8)},
     "summed": {"optim": Optim(accumulate="sum")},
     "mixed with the reversed batch": {"tasks": {"a": tile_task(mixup=0.4, mixup_pairs="reversed", micro_batches=2)}},
     "recompute": {"recompute": True, "tasks": {"a": tile_task(drop_path_rate=0.2)}},

@@ -24,7 +24,7 @@ from polyvit_fast.train.feed import InputBuffers, feed, pin
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import Log
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.schedule import learning_rate, make_step_plan
+from polyvit_fast.train.schedule import LearningRates, make_step_plan
 from polyvit_fast.train.step import Step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
@@ -63,7 +63,7 @@ class Trained:
     def go(self, num_steps: int) -> None:
         for number in range(self.done, self.done + num_steps):
             names = self.plan[number]
-            self.steps.begin(names, learning_rate(self.config, self.plan, number), number)
+            self.steps.begin(names, LearningRates(self.config, self.plan)[number], number)
             for number, _ in enumerate(names, 1):
                 name, inputs = next(self.inputs)
                 self.steps.forward_backward(name, inputs, last=number == len(names))

@@ -14,7 +14,7 @@ from polyvit_fast.config import Train
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
-from polyvit_fast.data.stream import DataError, Loader
+from polyvit_fast.data.stream import DataError, Loader, label_tensor
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import generator
 from polyvit_fast.train.distributed.process_group import World
@@ -230,3 +230,33 @@ def test_the_batch_of_an_evaluation_does_not_depend_on_the_processes():
     for batch, micro_batches, views, size in ((8, 1, 1, 8), (8, 2, 1, 4), (8, 1, 3, 2), (4096, 1, 1, 128), (4096, 1, 4, 32), (2, 1, 4, 1)):
         config = tiny_config(tasks={"a": tile_task(batch=batch, micro_batches=micro_batches, modality=Tile(views=views))})
         assert {Loader("a", config, train=False, rank=1, world_size=world_size).size for world_size in (2, 3, 512)} == {size}
+
+
+def test_every_answer_is_kept_in_the_order_of_the_samples():
+    config, kept = uneven_config(), []
+    loaders = {name: Loader(name, config, train=False) for name in config.tasks}
+    rows = evaluate(untrained(config), config, loaders, quiet, keep=lambda loader, *answers: kept.append((loader.name, *answers)))
+    for name, loader in loaders.items():
+        indices = [index for task, numbers, *_ in kept if task == name for index in numbers]
+        broken = getattr(loader.source, "numbers", ())
+        assert indices == [index for index in range(len(loader.samples)) if index not in broken]
+        labels = torch.cat([labels for task, _, _, labels in kept if task == name])
+        logits = torch.cat([logits for task, _, logits, _ in kept if task == name])
+        assert torch.equal(labels, label_tensor(loader.task, [loader.samples[index] for index in indices]))
+        if "top1" in rows[name]:
+            assert (logits.argmax(1) == labels).double().mean().item() == pytest.approx(rows[name]["top1"])
+
+
+def test_another_split_is_evaluated(tmp_path):
+    config = tiny_config()
+    config = replace(config, tasks=config.tasks | {"a": replace(config.tasks["a"], test=Synthetic(num_samples=11, seed=2))})
+    checkpoint.save(tmp_path, 3, {"model": untrained(config).state_dict()}, {"best_step": None}, {}, keep=1)
+    for split, counts in (("val", {"a": 30, "b": 30}), ("train", {"a": 50, "b": 50}), ("test", {"a": 11})):
+        rows = evaluate_run(tmp_path, config, "newest", (), quiet, split=split)
+        assert {name: row["num_examples"] for name, row in rows.items()} == counts
+        line = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
+        assert (line["split"], line["views"]) == (split, dict.fromkeys(counts, 1))
+    with pytest.raises(ValueError, match=r"task b has no test files: its Task in the experiment has no test=…, a source"):
+        evaluate_run(tmp_path, config, "newest", ("a", "b"), quiet, split="test")
+    with pytest.raises(ValueError, match="task a has no test files"):
+        evaluate_run(tmp_path, tiny_config(), "newest", (), quiet, split="test")

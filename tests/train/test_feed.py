@@ -19,11 +19,12 @@ def test_a_batch_arrives_whole_in_either_buffer(config):
     for index in (0, 1):
         for name in config.tasks:
             batch, inputs = Loader(name, config, train=True).load(index), buffers.view(name, index)
-            copy_batch(Batch(batch.grid, batch.labels, 0.25), inputs)
+            copy_batch(Batch(batch.grid, batch.labels, 0.25, (1, 2, 3, 4 + index)), inputs)
             again = buffers.view(name, index)
             assert torch.equal(again.grid, batch.grid)
             assert torch.equal(again.labels, batch.labels)
             assert (again.mixup_ratio.item(), again.index) == (0.25, index)
+            assert again.cutmix_box.tolist() == [1, 2, 3, 4 + index]
 
 
 def test_buffers_are_as_large_as_the_largest_batch_and_apart(config):
@@ -78,6 +79,6 @@ def test_on_a_cpu_a_batch_is_taken_where_it_is(config):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_batch_is_copied_without_waiting_for_the_device(config, channels):
     inputs = build_buffers(config, device=META).view("a", 0)
-    batch = Batch(torch.zeros(8, 1, 16, 16, channels), torch.zeros(8, dtype=torch.int64), 0.25)
+    batch = Batch(torch.zeros(8, 1, 16, 16, channels), torch.zeros(8, dtype=torch.int64), 0.25, (1, 2, 3, 4))
     with check_capturable(feeds=True):
         copy_batch(batch, inputs)

@@ -25,7 +25,7 @@ from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import DataError
-from polyvit_fast.train.evaluate import evaluate_run
+from polyvit_fast.train.evaluate import evaluate, evaluate_run
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import Log, print_evaluation, print_results
 from polyvit_fast.train.output.plot import plot_run
@@ -470,3 +470,61 @@ class Failing(Synthetic):
             return inner(media, rngs)
 
         return decode
+
+
+@pytest.fixture
+def worsening(monkeypatch) -> list[int]:
+    """Evaluations give task a the metrics of a run that gets worse after its second one; the list has the steps of all evaluations."""
+    steps, values = [], iter([0.3, 0.5, 0.5, 0.4, 0.45, 0.4, 0.6, 0.1])
+
+    def evaluate_and_replace(model, config, *arguments):
+        rows = evaluate(model, config, *arguments)
+        value = next(values, 0.1)
+        return {name: row | {config.tasks[name].metric: value} for name, row in rows.items()}
+
+    monkeypatch.setattr("polyvit_fast.train.loop.evaluate", evaluate_and_replace)
+    log_evaluation = Log.log_evaluation
+    monkeypatch.setattr(Log, "log_evaluation", lambda log, step, rows: (steps.append(step), log_evaluation(log, step, rows))[1])
+    return steps
+
+
+def test_a_run_that_does_not_improve_stops_and_says_how_to_go_on(tmp_path, config, worsening):
+    config = change(config, eval_every_steps=2, early_stop_evaluations=3, keep=1)
+    straight = run(config, tmp_path)
+    assert (straight.step, straight.signal, worsening) == (10, 0, [2, 4, 6, 8, 10])  # as good as the best is no better
+    said = (tmp_path / "log.txt").read_text()
+    assert "stopped early after step 10 of 20: the mean metric was 0.5000 after step 4, and not above that in the 3 evaluations" in said
+    assert f"polyvit-fast eval {tmp_path} --checkpoint best" in said
+    assert "The learning rate was still 58% of its peak" in said
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000004", "step_00000010"}
+    before = tensors(tmp_path)["model"]
+    again = run(config, tmp_path)  # the same command does not train on
+    assert (again.step, worsening[5:]) == (10, [])
+    assert again.metrics == straight.metrics
+    assert "this run has stopped early before, after step 10 of 20" in (tmp_path / "log.txt").read_text()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path)["model"].items())
+
+
+@pytest.mark.parametrize(("changes", "end"), [({"early_stop_evaluations": 0}, 20), ({"early_stop_evaluations": 4}, 12)])
+def test_it_goes_on_where_more_or_no_limit_is_asked_for_as_if_it_had_not_stopped(tmp_path, config, worsening, changes, end):
+    config = change(config, eval_every_steps=2, early_stop_evaluations=3)
+    run(config, tmp_path / "stopped")
+    outcome = run(change(config, **changes), tmp_path / "stopped")
+    assert (outcome.step, worsening[5]) == (end, 12)
+    straight = change(config, eval_every_steps=0, early_stop_evaluations=0)
+    with signal_at(end, signal.SIGTERM):
+        run(straight, tmp_path / "straight")
+    assert_equal_weights(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_evaluations_that_did_not_improve_are_counted_across_a_resumption(tmp_path, config, worsening):
+    config = change(config, eval_every_steps=2, early_stop_evaluations=3)
+    assert run_until(config, tmp_path, 7).step == 7
+    assert run(config, tmp_path).step == 10
+    assert worsening == [2, 4, 6, 8, 10]
+
+
+def test_a_run_that_ends_has_not_stopped_early(tmp_path, config, worsening):
+    outcome = run(config, tmp_path, eval_every_steps=4, early_stop_evaluations=3)
+    assert (outcome.step, worsening) == (20, [4, 8, 12, 16, 20])
+    assert "early" not in (tmp_path / "log.txt").read_text()

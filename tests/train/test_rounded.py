@@ -57,6 +57,7 @@ CHANGES = {
     "micro-batches, mixup": {"tasks": {"a": tile_task(micro_batches=2, mixup=0.4), "b": tile_task(num_classes=4, loss="sigmoid")}},
     "drop path, recomputed": {"recompute": True, "tasks": {"a": tile_task(drop_path_rate=0.3), "b": tile_task()}},
     "a bf16 residual": {"residual": "bf16"},
+    "frozen, rates by layer": {"optim": Optim(name="adamw", freeze=("blocks.0.*", "*.fc1.weight"), layer_decay=0.7, ema_decay=0.9)},
 }
 
 

@@ -24,7 +24,7 @@ from polyvit_fast.train.output.log import PeerLog
 from polyvit_fast.train.run import Run
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.lock import LOCK, RUNNING
-from polyvit_fast.train.schedule import make_step_plan
+from polyvit_fast.train.schedule import LearningRates, make_step_plan
 from polyvit_fast.train.step import Step
 
 
@@ -32,7 +32,9 @@ from polyvit_fast.train.step import Step
 def run(config):
     step = Step(PolyViT.from_config(config), config)
     times = {name: TaskTime() for name in config.tasks}
-    run = Run(config, make_step_plan(config), World(), step, {}, {}, PeerLog(1), Clock(torch.device("cpu")), {}, {}, interval_times=times)
+    plan = make_step_plan(config)
+    clock, rates = Clock(torch.device("cpu")), LearningRates(config, plan)
+    run = Run(config, plan, World(), step, {}, {}, PeerLog(1), clock, {}, {}, rates, interval_times=times)
     run.seconds = dict.fromkeys(config.tasks, 0.0)
     return run
 

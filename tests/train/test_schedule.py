@@ -10,7 +10,7 @@ from tiny_runs import tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Optim
-from polyvit_fast.train.schedule import SCHEDULES, check_warmup, compute_warmup_steps, count_steps, learning_rate, make_step_plan
+from polyvit_fast.train.schedule import SCHEDULES, LearningRates, check_warmup, compute_warmup_steps, count_steps, make_step_plan
 
 STEPS = {"a": 7, "b": 20, "c": 4}
 
@@ -85,7 +85,7 @@ def test_wrong_schedules_are_told(schedule, message):
 
 def rates(config):
     plan = make_step_plan(config)
-    return [learning_rate(config, plan, step) for step in range(len(plan))]
+    return list(LearningRates(config, plan))
 
 
 def test_learning_rate_follows_the_specification():
@@ -119,7 +119,7 @@ def test_the_rate_of_the_papers_nine_tasks_decays_in_every_schedule(schedule):
     """The accumulating schedule has 46,435 updates, fewer than the 47,330 steps of warm-up that the 417,920 of the others have."""
     config = replace(experiments.load("polyvit_b16"), schedule=schedule)
     plan = make_step_plan(config)
-    marks = {at: learning_rate(config, plan, int(at * len(plan))) for at in (0.05, 0.9)}
+    marks = {at: LearningRates(config, plan)[int(at * len(plan))] for at in (0.05, 0.9)}
     scales = {at: sum(config.tasks[n].lr_scale for n in plan[int(at * len(plan))]) / len(plan[0]) for at in marks}
     warmup = 47_330 / 417_920
     assert marks[0.05] == pytest.approx(scales[0.05] * 0.05 / warmup, rel=1e-3)
@@ -173,3 +173,59 @@ def test_every_plan_keeps_the_promised_counts(steps, schedule, seed):
     else:
         assert sum(counts.values()) == total
         assert max(counts[name] for name in config.tasks) - min(counts[name] for name in config.tasks) <= 1
+
+
+def cosine(progress):
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@pytest.mark.parametrize("schedule", ["task-by-task", "alternating", "uniform", "weighted"])
+def test_a_task_s_own_schedule_runs_over_its_own_steps(schedule):
+    """Whatever lies between them; the other tasks' rates are those of the run."""
+    tasks = {
+        "a": tile_task(steps=60),
+        "b": tile_task(steps=40, lr_schedule="cosine", warmup_steps=10, lr_scale=0.5),
+        "c": tile_task(steps=20),
+    }
+    tasks["c"] = replace(tasks["c"], lr_schedule="constant", warmup_steps=4)
+    config = tiny_config(tasks=tasks, schedule=schedule, optim=Optim(lr=2.0, warmup_steps=24))
+    plan, found = make_step_plan(config), rates(config)
+    without = rates(replace(config, tasks={name: replace(task, lr_schedule="run", warmup_steps=0) for name, task in tasks.items()}))
+    own = {name: [rate for rate, names in zip(found, plan, strict=True) if names == (name,)] for name in tasks}
+    assert own["a"] == [rate for rate, names in zip(without, plan, strict=True) if names == ("a",)]
+    num_b, num_c = len(own["b"]), len(own["c"])
+    warmup = {"b": 10 * num_b / 40, "c": 4 * num_c / 20}  # the same fraction where the schedule gives another number of steps
+    expected = [min(1, (k + 1) / warmup["b"]) * cosine(max(0, k - warmup["b"]) / (num_b - warmup["b"])) for k in range(num_b)]
+    assert own["b"] == pytest.approx(expected, rel=1e-12)  # 0.5 of 2.0
+    assert min(own["b"]) > 0
+    assert own["c"] == pytest.approx([2 * min(1, (k + 1) / warmup["c"]) for k in range(num_c)], rel=1e-12)
+
+
+def test_a_step_of_several_tasks_has_the_highest_of_their_rates_and_the_others_weigh_less():
+    tasks = {"a": tile_task(steps=10), "b": tile_task(steps=10, lr_schedule="constant", warmup_steps=5, lr_scale=3.0)}
+    config = tiny_config(tasks=tasks, schedule="accumulating", optim=Optim(lr=1.0, warmup_steps=4))
+    found = LearningRates(config, make_step_plan(config))
+    run = [min(1, (k + 1) / 2) * cosine(max(0, k - 2) / 8) for k in range(10)]
+    own = [min(1, (k + 1) / 5) for k in range(10)]
+    for step, (a, b) in enumerate(zip(run, own, strict=True)):
+        assert found[step] == pytest.approx(2 * max(a, b))  # 2: the mean of both lr_scale
+        assert found.weigh(step) == pytest.approx((a / max(a, b), b / max(a, b)))
+    assert found.weigh(0) == (1.0, pytest.approx(0.4))
+    assert found.weigh(9) == (pytest.approx(run[9]), 1.0)
+
+
+def test_without_own_schedules_all_tasks_of_a_step_weigh_the_same():
+    config = three_tasks("accumulating", optim=Optim(warmup_steps=3))
+    found = LearningRates(config, make_step_plan(config))
+    assert {found.weigh(step) for step in range(len(found))} == {(1.0, 1.0, 1.0)}
+    single = three_tasks("weighted")
+    single = replace(single, tasks=single.tasks | {"a": replace(single.tasks["a"], lr_schedule="cosine")})
+    assert LearningRates(single, make_step_plan(single)).weigh(0) == (1.0,)
+
+
+def test_the_run_s_warmup_does_not_matter_where_all_tasks_have_their_own():
+    config = three_tasks("weighted", optim=Optim(warmup_steps=31))
+    assert check_warmup(config, 31)
+    own = {name: replace(task, lr_schedule="constant") for name, task in config.tasks.items()}
+    assert check_warmup(replace(config, tasks=own), 31) is None
+    assert set(rates(replace(config, tasks=own))) == {1.0, 0.5, 0.1}

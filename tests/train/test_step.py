@@ -5,6 +5,7 @@ import pytest
 import torch
 from long_forms import mark_long
 from tiny_runs import tile_task, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from polyvit_fast.config import Optim
 from polyvit_fast.data.stream import Batch, Loader
@@ -12,7 +13,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.optim import FlatParameters
-from polyvit_fast.train.step import Step, find_parameters, reverse, swap_neighbours
+from polyvit_fast.train.step import Step, reverse, swap_neighbours
 
 
 def fresh(config):
@@ -33,10 +34,16 @@ def gradient_by_autograd(config, batches):
     for name, batch in batches:
         task = config.tasks[name]
         grid, labels = batch.grid.float(), batch.labels
-        if task.mixup:
+        if task.mixes:
             reverse = task.mixup_pairs == "reversed"
             partners = [len(labels) - 1 - i if reverse else i + 1 - 2 * (i % 2) for i in range(len(labels))]
-            grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid[partners]
+            if batch.cutmix_box and any(batch.cutmix_box):
+                top, left, bottom, right = batch.cutmix_box
+                mixed = grid.clone()
+                mixed[:, :, top:bottom, left:right] = grid[partners][:, :, top:bottom, left:right]
+                grid = mixed
+            else:
+                grid = batch.mixup_ratio * grid + (1 - batch.mixup_ratio) * grid[partners]
             one_hot = torch.nn.functional.one_hot(labels, task.num_classes).float()
             labels = batch.mixup_ratio * one_hot + (1 - batch.mixup_ratio) * one_hot[partners]
         losses.append(LOSSES[task.loss](model(grid, name), labels, task.label_smoothing))
@@ -51,12 +58,14 @@ TASK_CHANGES = (
     {"mixup": 0.4, "micro_batches": 2, "label_smoothing": 0.1},
     {"mixup": 0.4, "mixup_pairs": "reversed"},
     {"mixup": 0.4, "mixup_pairs": "reversed", "micro_batches": 4},
+    {"cutmix": 1.0, "micro_batches": 4, "label_smoothing": 0.1},
+    {"cutmix": 1.0, "mixup": 0.4, "mixup_pairs": "reversed"},
 )
 
 
 @pytest.mark.parametrize(
     ("changes", "accumulate"),
-    mark_long(product(TASK_CHANGES, ["mean", "sum"]), [({}, "sum"), (TASK_CHANGES[3], "mean"), (TASK_CHANGES[5], "mean")]),
+    mark_long(product(TASK_CHANGES, ["mean", "sum"]), [({}, "sum"), *((TASK_CHANGES[i], "mean") for i in (3, 5, 6))]),
     ids=str,
 )
 def test_gradient_is_that_of_the_mean_or_sum_over_tasks_and_micro_batches(changes, accumulate):
@@ -220,7 +229,52 @@ def test_a_reversed_batch_pairs_the_first_with_the_last():
     assert reverse(torch.arange(4).view(2, 2)).tolist() == [[2, 3], [0, 1]]
 
 
-def test_the_parameters_of_a_task_are_those_that_get_a_gradient(config):
-    model = PolyViT.from_config(config)
-    model(Loader("a", config, train=True).load(0).grid, "a").sum().backward()
-    assert find_parameters(model, "a") == [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_what_is_frozen_changes_no_other_gradient(micro_batches):
+    tasks = {"a": tile_task(micro_batches=micro_batches), "b": tile_task(loss="sigmoid", multi_label=True)}
+    config = tiny_config(tasks=tasks, optim=Optim(freeze=("tokenizers.tile.weight", "blocks.0.attn.*", "*.mlp.fc1.weight", "heads.b.bias")))
+    batches = [(name, Loader(name, config, train=True).load(3)) for name in config.tasks]
+    step = fresh(config)
+    step.begin(tuple(config.tasks), 0.0, 0)
+    for name, batch in batches:
+        step.forward_backward(name, Inputs.from_batch(batch))
+    expected = gradient_by_autograd(config, batches)
+    found = step.parameters.unflatten([group.grads for group in step.parameters.groups])
+    assert found.keys() | step.parameters.frozen.keys() == expected.keys()
+    assert len(step.parameters.frozen) == 1 + 4 + 2 + 1
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_front_has_no_backward(config):
+    config = replace(config, optim=Optim(freeze=("tokenizers.*", "blocks.*")))
+    step = fresh(config)
+    inputs = Inputs.from_batch(Loader("a", config, train=True).load(0))
+    step.begin(("a",), 0.1, 0)
+    with FlopCounterMode(display=False) as counter:
+        step.forward_backward("a", inputs)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        step.model(inputs.grid, "a")
+    # The gradients of the head's weight and of its input, which the last norm needs.
+    assert counter.get_total_flops() == forward.get_total_flops() + 2 * (2 * 8 * 32 * 3)
+
+
+@pytest.mark.parametrize("accumulate", ["mean", "sum"])
+def test_loss_weights_and_those_of_a_step_multiply_each_task_s_gradient(accumulate):
+    tasks = {"a": tile_task(loss_weight=0.25, micro_batches=2), "b": tile_task(num_classes=4, loss_weight=3.0)}
+    config = tiny_config(tasks=tasks, optim=Optim(name="sgd", accumulate=accumulate))
+    batches = {name: Loader(name, config, train=True).load(3) for name in config.tasks}
+    step, model = fresh(config), PolyViT.from_config(config)
+    step.begin(("a", "b"), 0.0, 0, (1.0, 0.5))
+    for name, batch in batches.items():
+        step.forward_backward(name, Inputs.from_batch(batch))
+    losses = {name: LOSSES["softmax"](model(batch.grid, name), batch.labels, 0.0) for name, batch in batches.items()}
+    total = 0.25 * losses["a"] + 3.0 * 0.5 * losses["b"]
+    (total / 2 if accumulate == "mean" else total).backward()
+    found = step.parameters.unflatten([group.grads for group in step.parameters.groups])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    counters = step.read_counters().wait()  # what is logged is the loss itself
+    assert {name: row.loss for name, row in counters.items()} == pytest.approx(
+        {name: loss.item() for name, loss in losses.items()}, rel=1e-5
+    )

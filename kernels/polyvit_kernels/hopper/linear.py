@@ -410,7 +410,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
         elif tile.op == "dgelu_backward":
             yield _variant(dgelu_bwd_kernel, dtype, {"p_slope": tensor, "p_dpre": tensor, "p_sums": "*fp32"}, {}, tile, width)
         else:
-            for gelu in ("erf", "tanh"):
+            for gelu in ("erf", "tanh", "quick"):
                 for slope, more in (({"p_slope": tensor}, {}), ({}, {"p_slope": None})):
                     pointers = {"p_bias": tensor, "p_y": tensor} | slope
                     yield _variant(linear_gelu_fwd_kernel, dtype, pointers, {"GELU": gelu} | more, tile, width)

@@ -67,11 +67,13 @@ def sum_columns(grad: Tensor, columns: int, dtype: torch.dtype, factors: Tensor 
     return sums.view(columns).to(dtype)
 
 
-def cast_and_sum(grad: Tensor, columns: int, dtype: torch.dtype, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`cast_gradient` and `sum_columns`; `grad` is multiplied by the factors once where neither is known."""
+def cast_and_sum(
+    grad: Tensor, columns: int, dtype: torch.dtype, factors: Tensor | None, *, wants_sums: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`cast_gradient` and, where wanted, `sum_columns`; `grad` is multiplied by the factors once where neither is known."""
     if factors is not None and _find(grad, factors) is None:
         grad, factors = multiply(grad, factors), None
-    return cast_gradient(grad, dtype, factors), sum_columns(grad, columns, dtype, factors)
+    return cast_gradient(grad, dtype, factors), sum_columns(grad, columns, dtype, factors) if wants_sums else None
 
 
 def multiply(x: Tensor, factors: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Layer normalisation, by itself or after the addition of a residual."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,13 +137,15 @@ def _layer_norm_backward(
     grad_sum: Tensor | None,
     copy_dtype: torch.dtype | None,
     factors: Tensor | None,
+    output_mask: list[bool],
     pick: Pick,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(gradient of `x`, its copy in `copy_dtype`, the sums of the copy's columns, gradients of the weight and of the bias).
 
     `grad_sum` is added to the gradient of `x`. The copy is multiplied by the `factors` of the examples if there are any; it is empty where
     it would be the gradient itself, and without a `copy_dtype`, as the sums are then. They are rounded last. The bias has the weight's
-    dtype.
+    dtype. `output_mask` says which gradients are wanted, of x, weight and bias; the others are empty. Without that of x there is no
+    `grad_sum` and no `copy_dtype`.
     """
     tile = pick("layer_norm_backward", x, features=x.shape[-1])
     if tile.backend != "torch":
@@ -150,10 +153,11 @@ def _layer_norm_backward(
 
         d_x, copy, sums, d_weight, d_bias = norm.backward(grad, grad_sum, x, weight, mean, rstd, tile, copy_dtype, factors)
         copy, sums = (x.new_empty(0) if tensor is None else tensor for tensor in (copy, sums))
+        d_x, d_weight, d_bias = _keep_wanted(output_mask, x, weight, (d_x, d_weight, d_bias))  # one pass makes all three
         return d_x, copy, sums, d_weight, d_bias
     precise, kept = mean.dtype, mean[..., None]
     inputs = (grad.to(precise), x.to(precise), x.shape[-1:], kept, rstd.view_as(kept), weight.to(precise), weight.to(precise))
-    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True, True, True])
+    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(*inputs, output_mask)
     if grad_sum is not None:
         d_x += grad_sum
     copy, sums = x.new_empty(0), x.new_empty(0)
@@ -161,15 +165,27 @@ def _layer_norm_backward(
         product = gradients.multiply(d_x, factors)
         copy = copy if copy_dtype is x.dtype and factors is None else product.to(copy_dtype, copy=True)
         sums = product.reshape(-1, len(weight)).sum(0).to(copy_dtype)
-    return d_x.to(x.dtype), copy, sums, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    d_x, d_weight, d_bias = _keep_wanted(output_mask, x, weight, (d_x, d_weight, d_bias))
+    return d_x, copy, sums, d_weight, d_bias
+
+
+def _keep_wanted(mask: list[bool], x: Tensor, weight: Tensor, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The gradients of x, of the weight and of the bias in their dtypes, those not wanted empty."""
+    likes = (x, weight, weight)
+    return [
+        gradient.to(like.dtype) if wanted and gradient is not None else like.new_empty(0)
+        for wanted, like, gradient in zip(mask, likes, gradients, strict=True)
+    ]
 
 
 def _fake_layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, copy_dtype, factors = others
+    *_, copy_dtype, factors, mask = others
     is_same = copy_dtype is x.dtype and factors is None
     copy = x.new_empty(0) if copy_dtype is None or is_same else x.new_empty(x.shape, dtype=copy_dtype)
     sums = x.new_empty(0) if copy_dtype is None else x.new_empty(weight.shape, dtype=copy_dtype)
-    return x.new_empty(x.shape), copy, sums, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    shapes = zip(mask, (x, weight, weight), strict=True)
+    d_x, d_weight, d_bias = (like.new_empty(like.shape if wanted else 0) for wanted, like in shapes)
+    return d_x, copy, sums, d_weight, d_bias
 
 
 _layer_norm_backward_op = register("layer_norm_backward", _layer_norm_backward, _fake_layer_norm_backward)
@@ -186,8 +202,13 @@ def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _differentiate_layer_norm(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    d_x, _, _, d_weight, d_bias = _layer_norm_backward_op(grad, *ctx.saved_tensors, None, None, None)
-    return d_x, d_weight, d_bias, None, None
+    mask = list(ctx.needs_input_grad[:3])
+    d_x, _, _, d_weight, d_bias = _layer_norm_backward_op(grad, *ctx.saved_tensors, None, None, None, mask)
+    return *_only(mask, (d_x, d_weight, d_bias)), None, None
+
+
+def _only(mask: Sequence[bool], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
+    return [gradient if wanted else None for wanted, gradient in zip(mask, gradients, strict=True)]
 
 
 _layer_norm_op = register("layer_norm", _layer_norm, _fake_layer_norm, save=_save_layer_norm, differentiate=_differentiate_layer_norm)
@@ -199,12 +220,18 @@ def _copy_dtype(x: Tensor, out_dtype: torch.dtype) -> torch.dtype:
 
 
 def _differentiate_residual(
-    grad: Tensor, grad_x: Tensor | None, saved: tuple[Tensor, ...], copy_dtype: torch.dtype, factors: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The gradients of a residual stream, with its copy and column sums attached, of the weight and of the bias."""
-    wanted, factors = (copy_dtype, factors) if gradients.can_attach(grad) else (None, None)
-    d_x, copy, sums, d_weight, d_bias = _layer_norm_backward_op(grad, *saved, grad_x, wanted, factors)
-    return gradients.attach(d_x, copy=copy, sums=sums, factors=factors), d_weight, d_bias
+    grad: Tensor,
+    grad_x: Tensor | None,
+    saved: tuple[Tensor, ...],
+    copy_dtype: torch.dtype,
+    wanted: Sequence[bool],
+    factors: Tensor | None = None,
+) -> list[Tensor | None]:
+    """The gradients of a residual stream, with its copy and column sums attached, and where `wanted` of the weight and of the bias."""
+    attached, factors = (copy_dtype, factors) if gradients.can_attach(grad) else (None, None)
+    mask = [True, *wanted]
+    d_x, copy, sums, d_weight, d_bias = _layer_norm_backward_op(grad, *saved, grad_x, attached, factors, mask)
+    return _only(mask, (gradients.attach(d_x, copy=copy, sums=sums, factors=factors), d_weight, d_bias))
 
 
 class _LayerNormResidual(torch.autograd.Function):
@@ -222,7 +249,8 @@ class _LayerNormResidual(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return grad_x, None, None, None, None, None
-        return *_differentiate_residual(grad, grad_x, ctx.saved_tensors, ctx.copy_dtype, ctx.factors), None, None, None
+        wanted = ctx.needs_input_grad[1:3]
+        return *_differentiate_residual(grad, grad_x, ctx.saved_tensors, ctx.copy_dtype, wanted, ctx.factors), None, None, None
 
 
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -239,8 +267,9 @@ def _differentiate_add_layer_norm(ctx: Any, grad_sum: Tensor | None, grad: Tenso
     if grad is None:  # the normalised tensor was not used, so that only the sum can have a gradient
         d_sum, d_weight, d_bias = grad_sum, None, None
     else:
-        d_sum, d_weight, d_bias = _differentiate_residual(grad, grad_sum, ctx.saved_tensors, ctx.copy_dtype)
-    d_x, d_residual = (d_sum if d_sum is None else d_sum.to(dtype) for dtype in ctx.dtypes)
+        d_sum, d_weight, d_bias = _differentiate_residual(grad, grad_sum, ctx.saved_tensors, ctx.copy_dtype, ctx.needs_input_grad[2:4])
+    wanted = ctx.needs_input_grad[:2]
+    d_x, d_residual = (d_sum.to(dtype) if needed and d_sum is not None else None for needed, dtype in zip(wanted, ctx.dtypes, strict=True))
     return d_x, d_residual, d_weight, d_bias, None, None
 
 

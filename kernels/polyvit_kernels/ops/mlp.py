@@ -1,7 +1,7 @@
 """Linear layers fused with what follows them: GELU, the addition to a residual."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,11 @@ from polyvit_kernels.ops.gradients import cast_and_sum
 from polyvit_kernels.ops.registration import Pick, pick_torch, register
 from polyvit_kernels.tiles import Tile
 
-Gelu = Literal["tanh", "erf"]
-"""tanh: the approximation of arXiv 1606.08415, section 2; erf: exact."""
+Gelu = Literal["tanh", "erf", "quick"]
+"""tanh: the approximation of arXiv 1606.08415, section 2; erf: exact; quick: x sigmoid(1.702 x), also of section 2, as in CLIP."""
 
 _APPROXIMATE = {"tanh": "tanh", "erf": "none"}
+"""What torch calls the forms that it has."""
 # Not `view`: autograd lets nobody write to an operation's output that is a view. As of torch 2.13 there is no public function for this.
 unsafe_view = torch.ops.aten._unsafe_view
 
@@ -94,8 +95,8 @@ def _needs_backward(*tensors: Tensor) -> bool:
 
 
 def _check_gelu(gelu: str) -> None:
-    if gelu not in _APPROXIMATE:
-        raise ValueError(f"gelu is {gelu!r}, but 'tanh' or 'erf' is needed")
+    if gelu not in get_args(Gelu):
+        raise ValueError(f"gelu is {gelu!r}, but {', '.join(map(repr, get_args(Gelu)))} are what there is")
 
 
 def check_layer(x: Tensor, features: torch.Size, weight: Tensor, bias: Tensor, name: str = "") -> None:
@@ -129,9 +130,22 @@ def _apply_gelu_layer(rows: Tensor, weight: Tensor, bias: Tensor, gelu: str, kee
     if tile.backend != "torch":
         return _kernels(tile).linear_gelu_forward(rows, weight, bias, gelu, keep, tile)
     pre = torch.addmm(bias, rows, weight.t())
-    approximate = _APPROXIMATE[gelu]
-    slope = torch.ops.aten.gelu_backward(torch.ones_like(pre), pre, approximate=approximate) if keep else pre.new_empty(0)
-    return functional.gelu(pre, approximate=approximate), slope
+    return apply_gelu(pre, gelu), _slope(pre, gelu) if keep else pre.new_empty(0)
+
+
+def apply_gelu(x: Float[Tensor, "*shape"], gelu: str) -> Float[Tensor, "*shape"]:
+    """GELU by torch's operators."""
+    if gelu == "quick":
+        return x * torch.sigmoid(1.702 * x)
+    return functional.gelu(x, approximate=_APPROXIMATE[gelu])
+
+
+def _slope(x: Tensor, gelu: str) -> Tensor:
+    if gelu == "quick":
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))  # as torch's own gelu_backward: rounded once
+        sigmoid = torch.sigmoid(1.702 * precise)
+        return torch.addcmul(sigmoid, 1.702 * precise, sigmoid * (1 - sigmoid)).to(x.dtype)
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=_APPROXIMATE[gelu])
 
 
 def _apply_add_layer(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: Pick) -> Tensor:
@@ -146,13 +160,13 @@ def _apply_add_layer(rows: Tensor, weight: Tensor, bias: Tensor, residual: Tenso
     return y.add_(residual) if residual.dtype == y.dtype else y + residual
 
 
-def _differentiate_gelu(grads: Tensor, weight: Tensor, slope: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
-    """dH and its column sums; `grads` is the gradient of a layer with this `weight` whose input is gelu(H)."""
+def _differentiate_gelu(grads: Tensor, weight: Tensor, slope: Tensor, wants_sums: bool, pick: Pick) -> tuple[Tensor, Tensor | None]:
+    """dH and, where wanted, its column sums; `grads` is the gradient of a layer with this `weight` whose input is gelu(H)."""
     tile = pick("dgelu_backward", grads, tokens=len(grads), features=grads.shape[1])
     if tile.backend != "torch":
         return _kernels(tile).dgelu_backward(grads, weight, slope, tile)
     d_pre = (grads @ weight).mul_(slope)
-    return d_pre, d_pre.sum(0)
+    return d_pre, d_pre.sum(0) if wants_sums else None
 
 
 def _kernels(tile: Tile) -> Any:
@@ -165,12 +179,12 @@ def _kernels(tile: Tile) -> Any:
 
 
 def _differentiate_layer(
-    output_mask: list[bool], x: Tensor, weight: Tensor, d_out: Tensor, d_bias: Tensor
+    output_mask: list[bool], x: Tensor, weight: Tensor, d_out: Tensor, d_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dW, db; empty where `output_mask` is False."""
     d_x = (d_out @ weight).view(x.shape) if output_mask[0] else x.new_empty(0)
     d_weight = d_out.t() @ _flatten(x) if output_mask[1] else x.new_empty(0)
-    return d_x, d_weight, d_bias.to(x.dtype) if output_mask[2] else x.new_empty(0)
+    return d_x, d_weight, d_bias.to(x.dtype) if output_mask[2] and d_bias is not None else x.new_empty(0)
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str, keep: bool, pick: Pick) -> tuple[Tensor, Tensor]:
@@ -182,7 +196,7 @@ def _linear_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, slope: Tensor, output_mask: list[bool], pick: Pick
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_pre = _flatten(grad) * slope
-    return _differentiate_layer(output_mask, x, weight, d_pre, d_pre.sum(0))
+    return _differentiate_layer(output_mask, x, weight, d_pre, d_pre.sum(0) if output_mask[2] else None)
 
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, factors: Tensor | None, pick: Pick) -> Tensor:
@@ -192,7 +206,7 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, facto
 def _linear_add_backward(
     grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, output_mask: list[bool], pick: Pick
 ) -> tuple[Tensor, Tensor, Tensor]:
-    copy, sums = cast_and_sum(grad, len(weight), x.dtype, factors)
+    copy, sums = cast_and_sum(grad, len(weight), x.dtype, factors, wants_sums=output_mask[2])
     return _differentiate_layer(output_mask, x, weight, _flatten(copy), sums)
 
 
@@ -227,10 +241,12 @@ def _mlp_backward(
     output_mask: list[bool],
     pick: Pick,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    copy, sums = cast_and_sum(grad, len(fc2_weight), x.dtype, factors)
+    copy, sums = cast_and_sum(grad, len(fc2_weight), x.dtype, factors, wants_sums=output_mask[4])
     copy = _flatten(copy)
-    d_pre, d_fc1_bias = _differentiate_gelu(copy, fc2_weight, slope, pick)
-    first = _differentiate_layer(output_mask[:3], x, fc1_weight, d_pre, d_fc1_bias)
+    first = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if any(output_mask[:3]):
+        d_pre, d_fc1_bias = _differentiate_gelu(copy, fc2_weight, slope, output_mask[2], pick)
+        first = _differentiate_layer(output_mask[:3], x, fc1_weight, d_pre, d_fc1_bias)
     _, d_fc2_weight, d_fc2_bias = _differentiate_layer([False, *output_mask[3:]], activation, fc2_weight, copy, sums)
     return *first, d_fc2_weight, d_fc2_bias
 
@@ -305,7 +321,7 @@ def _save_linear_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_linear_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:3])
-    gradients = _only(mask, _linear_add_backward_op(grad, *ctx.saved_tensors, mask))
+    gradients = _only(mask, _linear_add_backward_op(grad, *ctx.saved_tensors, mask)) if any(mask) else [None] * 3
     return *gradients, grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None, None
 
 

@@ -121,24 +121,31 @@ def _gather_tubelets(grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) ->
     return patches.sub_(mean.to(precise).repeat(repeats)).div_(std.to(precise).repeat(repeats)).to(weight.dtype)
 
 
-def _patch_embed_backward(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
-    """(gradient of the weight, gradient of the positions `[tokens, dim]` in fp32 at least)."""
+def _patch_embed_backward(
+    grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor, output_mask: list[bool], pick: Pick
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the weight, gradient of the positions `[tokens, dim]` in fp32 at least), empty where `output_mask` is False."""
+    precise = torch.promote_types(grad.dtype, torch.float32)
+    d_pos = grad.sum(0, dtype=precise) if output_mask[1] else grad.new_empty(0, dtype=precise)
+    if not output_mask[0]:
+        return weight.new_empty(0), d_pos
     tile = pick("patch_embed_backward", weight, features=weight[0].numel())
     if tile.backend != "torch":
         from polyvit_kernels.triton_kernels import patch_embed as patches
 
         tubelets = patches.tubelets(grid, weight, mean, std, grad.shape[1], tile)
         # Class tokens have a row of zeros there, so that their gradients need not be cut out.
-        d_weight = (cast_gradient(grad, weight.dtype).reshape(-1, len(weight)).T @ tubelets).view(weight.shape)
-        return d_weight, grad.sum(0, dtype=torch.float32)
+        return (cast_gradient(grad, weight.dtype).reshape(-1, len(weight)).T @ tubelets).view(weight.shape), d_pos
     rows = grad[:, 1:].reshape(-1, len(weight)).to(weight.dtype)
-    d_weight = (rows.T @ _gather_tubelets(grid, weight, mean, std).flatten(0, 1)).view(weight.shape)
-    return d_weight, grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return (rows.T @ _gather_tubelets(grid, weight, mean, std).flatten(0, 1)).view(weight.shape), d_pos
 
 
-def _fake_patch_embed_backward(grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_patch_embed_backward(
+    grad: Tensor, grid: Tensor, weight: Tensor, mean: Tensor, std: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(grad.dtype, torch.float32)
-    return weight.new_empty(weight.shape), grad.new_empty(grad.shape[1:], dtype=precise)
+    d_pos = grad.new_empty(grad.shape[1:] if output_mask[1] else 0, dtype=precise)
+    return weight.new_empty(weight.shape if output_mask[0] else 0), d_pos
 
 
 _patch_embed_backward_op = register("patch_embed_backward", _patch_embed_backward, _fake_patch_embed_backward)
@@ -153,12 +160,14 @@ def _save_patch_embed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _differentiate_patch_embed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grid, weight, mean, std = ctx.saved_tensors
     bias_dtype, cls_dtype, pos_dtype = ctx.dtypes
-    d_weight, d_pos = _patch_embed_backward_op(grad, grid, weight, mean, std)
-    d_bias = d_pos[1:].sum(0).to(bias_dtype)
+    wants_grid, wants_weight, wants_bias, wants_cls, wants_pos, *_ = ctx.needs_input_grad
+    mask = [wants_weight, wants_bias or wants_cls or wants_pos]
+    d_weight, d_pos = _patch_embed_backward_op(grad, grid, weight, mean, std, mask)
+    d_grid = _differentiate_grid(grad, grid, weight, std) if wants_grid else None
+    d_bias = d_pos[1:].sum(0).to(bias_dtype) if wants_bias else None
     # A copy: autograd may add to a gradient, and the positions' must not change with the class token's.
-    d_cls = d_pos[None, :1].to(cls_dtype, copy=True)
-    d_grid = _differentiate_grid(grad, grid, weight, std) if ctx.needs_input_grad[0] else None
-    return d_grid, d_weight, d_bias, d_cls, d_pos[None].to(pos_dtype), None, None, None
+    d_cls = d_pos[None, :1].to(cls_dtype, copy=True) if wants_cls else None
+    return d_grid, d_weight if wants_weight else None, d_bias, d_cls, d_pos[None].to(pos_dtype) if wants_pos else None, None, None, None
 
 
 def _differentiate_grid(grad: Tensor, grid: Tensor, weight: Tensor, std: Tensor) -> Tensor:

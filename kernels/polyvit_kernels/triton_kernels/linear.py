@@ -388,7 +388,7 @@ def variants(tile: Tile, dtype: str) -> Iterator[Variant]:
         yield sums_variant(dtype)
         return
     pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y", "p_slope"), tensor)
-    for kind, keep in itertools.product(("erf", "tanh"), (True, False)):
+    for kind, keep in itertools.product(("erf", "tanh", "quick"), (True, False)):
         constants = {"GELU": kind, "PRECISE": dtype == "fp32", "KEEP": keep, "EVEN_N": True}
         yield _variant(linear_gelu_fwd_kernel, pointers, constants, tile)
 

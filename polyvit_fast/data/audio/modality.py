@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from polyvit_fast.config import Modality, Preprocessing
@@ -140,3 +140,10 @@ class Audio(Modality):
                 else ("No feature extractor of the library makes this spectrogram.",)
             ),
         )
+
+    def with_views(self, *counts: int) -> Audio:
+        """With so many clips of a file."""
+        clips, *others = counts
+        if others:
+            raise ValueError(f"audio: views are clips, such as 4, and not {'x'.join(map(str, counts))}")
+        return replace(self, eval_clips=clips)

@@ -1,17 +1,15 @@
-"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719): random operations of one strength, drawn from the picture's own generator."""
+"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719) by Pillow, on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 from PIL import ImageEnhance, ImageOps
 
-GREY = (128, 128, 128)  # fills what a shift uncovers
-MAX_MAGNITUDE = 10
+from polyvit_fast.data.augment.operations import GREY, Operation, draw_operations
 
 
 def rand_augment(
@@ -23,22 +21,6 @@ def rand_augment(
     without a strength. Operations that have a direction get a random one.
     """
     return apply_operations(picture, draw_operations(rng, num_ops, magnitude))
-
-
-class Operation(NamedTuple):
-    """An index into `OPERATIONS`, and the strength from -1 to 1: the fraction of the operation's range, and its direction."""
-
-    number: int
-    strength: float
-
-
-def draw_operations(rng: np.random.Generator, num_ops: int, magnitude: float) -> list[Operation]:
-    """The operations on one picture, in their order."""
-    operations = []
-    for _ in range(num_ops):
-        number = int(rng.integers(len(OPERATIONS)))
-        operations.append(Operation(number, magnitude / MAX_MAGNITUDE * (1 if rng.random() < 0.5 else -1)))
-    return operations
 
 
 def apply_operations(picture: UInt8[np.ndarray, "height width 3"], operations: Sequence[Operation]) -> UInt8[np.ndarray, "height width 3"]:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from polyvit_fast.data.augment.rand_augment import GREY, Operation
+from polyvit_fast.data.augment.operations import GREY, Operation
 from polyvit_fast.data.device import send_array
 
 Pictures = UInt8[Tensor, "batch height width 3"]

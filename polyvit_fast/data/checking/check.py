@@ -23,6 +23,7 @@ from polyvit_fast.data.checking.findings import SPLITS, Findings, Verdict
 from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.sources.synthetic import Synthetic
+from polyvit_fast.extras import DECODING, require
 from polyvit_fast.media import DEFECTS, Media, MediaError, Sample, printable
 from polyvit_fast.randomness import generator
 
@@ -41,6 +42,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    require("checking files", *DECODING)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     findings = Findings(out, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True))

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_fast.data.augment.colour import recolour
-from polyvit_fast.data.augment.rand_augment import apply_operations
 from polyvit_fast.data.dali import Graph, UnavailableError, new_pipeline, split_by_size
 from polyvit_fast.data.image.crops import (
     CHUNK_PIXELS,
@@ -88,6 +87,8 @@ class ImageDecoder:
             crop = torch.from_dlpack(crops[position[i]]) if i in position else torch.from_numpy(requests[i].cut_box())
             check_grey(requests[i].content, crop.numpy()[-1, -1].tolist())
             out[i] = self._finish(crop, requests[i].augmentation)
+            if erasing := requests[i].augmentation.erasing:
+                erasing.apply(out[i])
 
         map_in_threads(fill, range(len(requests)), self.num_threads)
 
@@ -135,6 +136,8 @@ class ImageDecoder:
         if augmentation.colours:
             pixels = recolour(pixels, *augmentation.colours)
         if augmentation.operations:
+            from polyvit_fast.data.augment.rand_augment import apply_operations
+
             # Pillow's RandAugment, as DALI's takes no random numbers from outside, and is slower on a CPU (benchmarks/bench_data.py).
             pixels = apply_operations(np.ascontiguousarray(pixels), augmentation.operations)
         return pixels

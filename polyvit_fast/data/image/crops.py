@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from polyvit_fast.data.augment.colour import Colours, draw_colours
-from polyvit_fast.data.augment.rand_augment import Operation, draw_operations
+from polyvit_fast.data.augment.operations import Operation, draw_operations
+from polyvit_fast.data.augment.random_erasing import Erasing, draw_erasing
 from polyvit_fast.data.image.modality import Image
 
 Box = tuple[int, int, int, int]
@@ -28,6 +29,7 @@ class Augmentation:
     mirrored: bool = False
     colours: Colours | None = None
     operations: Sequence[Operation] = ()
+    erasing: Erasing | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,15 @@ def draw_augmentation(image: Image, rng: np.random.Generator) -> Augmentation:
     mirrored = image.flip and rng.random() < 0.5
     jittered = image.colour_jitter or image.hue_jitter_degrees
     colours = draw_colours(rng, image.colour_jitter, image.hue_jitter_degrees) if jittered else None
-    return Augmentation(mirrored, colours, draw_operations(rng, image.rand_augment_ops, image.rand_augment_magnitude))
+    operations = draw_operations(rng, image.rand_augment_ops, image.rand_augment_magnitude)
+    return Augmentation(mirrored, colours, operations, _draw_erasing(image, rng))
+
+
+def _draw_erasing(image: Image, rng: np.random.Generator) -> Erasing | None:
+    if not image.random_erasing_prob:
+        return None
+    limits = image.random_erasing_area_ratios, image.random_erasing_aspect_ratio
+    return draw_erasing(rng, image.random_erasing_prob, image.size, *limits)
 
 
 def decode_boxes(fn: Any, types: Any, **options: Any) -> Any:

@@ -72,7 +72,14 @@ def augment(pictures: UInt8[Tensor, "batch height width 3"], each: Sequence[Augm
     pictures = mirror(pictures, [one.mirrored for one in each])
     if any(one.colours for one in each):
         pictures = recolour(pictures, [colour_map(one.colours or Colours()) for one in each])
-    return rand_augment(pictures, [one.operations for one in each]) if any(one.operations for one in each) else pictures
+    if any(one.operations for one in each):
+        pictures = rand_augment(pictures, [one.operations for one in each])
+    if any(one.erasing for one in each):
+        pictures = pictures.clone()  # what nothing has changed may be the decoder's own memory
+        for picture, one in zip(pictures, each, strict=True):
+            if one.erasing:
+                one.erasing.apply(picture)
+    return pictures
 
 
 def _picture_pipeline(images: ImageDecoder, device: torch.device) -> Any:

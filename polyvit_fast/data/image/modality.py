@@ -39,6 +39,13 @@ class Image(Modality):
     """RandAugment's N: random operations on each training picture; 0 switches it off."""
     rand_augment_magnitude: float = 9.0
     """RandAugment's M: their strength, from 0 to 10."""
+    random_erasing_prob: float = 0.0
+    """Random Erasing (arXiv 1708.04896): probability that a rectangle of a training picture becomes noise, after all else; 0 switches it
+    off. The paper has 0.5."""
+    random_erasing_area_ratios: tuple[float, float] = (0.02, 0.4)
+    """Smallest and largest fraction of the grid that is erased; the paper's."""
+    random_erasing_aspect_ratio: float = 0.3
+    """The rectangle's height over its width is at least this, and at most its inverse; the paper's."""
     max_pixels: int = 89_478_485
     """A larger picture counts as broken and is not decoded (the default is 256 MiB of RGB)."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
@@ -54,6 +61,11 @@ class Image(Modality):
             raise ValueError("colour_jitter must lie in [0, 1] and hue_jitter_degrees in [0, 180]")
         if self.rand_augment_ops < 0 or not 0 <= self.rand_augment_magnitude <= 10:
             raise ValueError("rand_augment_ops must not be negative and rand_augment_magnitude must lie in [0, 10]")
+        if not 0 <= self.random_erasing_prob <= 1 or not 0 < self.random_erasing_aspect_ratio <= 1:
+            raise ValueError("random_erasing_prob must lie in [0, 1], and random_erasing_aspect_ratio above 0 and at most at 1")
+        smallest, largest = self.random_erasing_area_ratios
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"random_erasing_area_ratios = {smallest} {largest} must be two fractions of the grid, the smaller one first")
         if self.max_pixels <= 0 or min(self.std) <= 0:
             raise ValueError("max_pixels and std must be positive")
 
@@ -116,6 +128,10 @@ class Image(Modality):
             },
             differences=tuple(differences),
         )
+
+    def with_views(self, *counts: int) -> Image:
+        """Raises ValueError: a picture has one view."""
+        raise ValueError("image: a picture has one view in evaluation, the whole of it or its centre (eval_crop)")
 
     def thorough(self) -> Image:
         """With the whole picture, and with attention to the warnings of libjpeg and libtiff: for a process that does nothing else."""

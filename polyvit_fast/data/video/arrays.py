@@ -14,6 +14,7 @@ from polyvit_fast.data.video.clips import frame_numbers, scale_size
 from polyvit_fast.data.video.cpu import VideoDecoder
 from polyvit_fast.data.video.frames import check_size
 from polyvit_fast.data.video.modality import Video
+from polyvit_fast.extras import require
 
 WANTED = (
     "wanted is an array of uint8 from 0 to 255 or floats from 0 to 1 with the axes (frames, rows, columns, channels) or "
@@ -36,6 +37,7 @@ def read_videos(video: Video, value: Any, name: str) -> list[Tensor]:
 
 
 def _cut(video: Video, frames: UInt8[np.ndarray, "all height width 3"]) -> UInt8[Tensor, "view frames size size 3"]:
+    require("reading videos", "av")
     import av
     from av.video.reformatter import VideoReformatter
 

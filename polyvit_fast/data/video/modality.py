@@ -113,6 +113,13 @@ class Video(Modality):
             differences=("The processor takes frames: which ones of a file, you choose. It scales with Pillow, the run with FFmpeg.",),
         )
 
+    def with_views(self, *counts: int) -> Video:
+        """With so many clips of a file, and squares of each if there is a second count."""
+        clips, *crops = counts
+        if len(crops) > 1 or crops not in ([], [1], [3]):
+            raise ValueError(f"video: views are clips x crops with 1 or 3 crops, such as 4x3, and not {'x'.join(map(str, counts))}")
+        return replace(self, eval_clips=clips, eval_crops=crops[0] if crops else self.eval_crops)
+
     def thorough(self) -> Video:
         """With clips from all over the file."""
         return replace(self, eval_clips=max(self.eval_clips, THOROUGH_CLIPS))

@@ -98,10 +98,16 @@ def _use_hugging_face(subject: Subject, folder: Path, name: str) -> str:
     kind, processor = _read_class(folder), subject.vit.preprocessing.hugging_face
     if not processor:
         return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")'
-    loader = "AutoFeatureExtractor" if "feature_extractor_type" in processor else "AutoImageProcessor"
+    loader, thing, flags = "AutoImageProcessor", "picture" if subject.vit.grid.sizes[0] == 1 else "frames", ""
+    inputs = '**processor({0}, return_tensors="pt"{1})'
+    if "feature_extractor_type" in processor:
+        loader, thing, flags = "AutoFeatureExtractor", "wave", f", sampling_rate={processor['sampling_rate']}"
+        if kind != hugging_face.AST.classifier:
+            inputs = 'processor({0}, return_tensors="pt"{1})["input_values"][:, None]'
     return (
         f"from transformers import {loader}, {kind}\n\n"
-        f'processor, model = {loader}.from_pretrained("{name}"), {kind}.from_pretrained("{name}")'
+        f'processor, model = {loader}.from_pretrained("{name}"), {kind}.from_pretrained("{name}")\n'
+        f"logits = model({inputs.format(thing, flags)}).logits"
     )
 
 

@@ -76,8 +76,7 @@ class PlainViT:
 
     def describe_merging(self) -> list[str]:
         """What `merge_channels` has done, in a sentence, if anything."""
-        count, dtype = self.grid.sizes[3], str(self.tensors["weight"].dtype).removeprefix("torch.")
-        text = f"The {count} channels of the grid are copies of one, which the model takes: their weights are added up, and rounded to {dtype}."
+        text = f"The {self.grid.sizes[3]} channels of the grid are copies of one, which the model takes; their weights are added up."
         return [text] if self.has_copies else []
 
 

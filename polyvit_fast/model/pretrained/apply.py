@@ -89,7 +89,7 @@ def load_into(target: Target, source: Pretrained, parts: Sequence[str] | None = 
 
     A tokenizer is loaded from the source's of the same modality, else from its only or first one. A head is loaded where the source has one
     for classes of the same names, row by row; without names on both sides it is loaded if the task is named in `parts`, or has the name
-    of the source's task, and the numbers of classes agree. Everything else stays as it was drawn. Raises ValueError when sizes differ.
+    of the source's task, and the numbers of classes are equal. Everything else stays as it was drawn. Raises ValueError when sizes differ.
     """
     _check_sizes(target.model, source)
     report = LoadReport(source.source, source.kind, left_out=dict(source.left_out))
@@ -178,7 +178,8 @@ def _load_tokenizer(target: Target, source: Pretrained, name: str, report: LoadR
         try:
             value, change = _fit_tensor(short, tokenizer, modality, parameter, target)
         except ValueError as error:
-            raise ValueError(f"{source.source}, {theirs}: {short} does not fit the model's {key}: {error}") from error
+            advice = "" if theirs == name else f". To leave {name} out, name what to load: trunk={source.source},{theirs}={source.source}"
+            raise ValueError(f"{source.source}, {theirs}: {short} does not fit the model's {key}: {error}{advice}") from error
         values[key] = value
         report.rows.append(Loaded(key, f"{theirs}: {short}", change))
     for short in sorted(tokenizer.tensors.keys() - {key.removeprefix(f"tokenizers.{name}.") for key in own}):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 CONFIGS = {"config.json": "", "preprocessor_config.json": "preprocessor"}
-"""What lies beside weights, and the key under which it is returned."""
+"""What lies next to weights, and the key under which it is returned."""
 NDARRAY = 1  # the number of arrays among Flax's extensions of msgpack
 
 
@@ -33,7 +33,7 @@ def read_files(source: str) -> tuple[Tensors, dict[str, Any]]:
     for file in files:
         tensors |= _read_tensors(file)
     config: dict[str, Any] = {"metadata": _read_metadata(files[0])} if files[0].suffix == ".safetensors" else {}
-    # Beside a single file, only the config.json of a library that writes pairs of them is about it.
+    # Next to a single file, only the config.json of a library that writes pairs of them is about it.
     for name, key in CONFIGS.items() if path.is_dir() or path.suffix == ".safetensors" else ():
         if (folder / name).is_file():
             content = _read_config(folder / name)
@@ -100,7 +100,7 @@ def _read_extension(number: int, content: bytes) -> Any:
 
 
 def _flatten(content: Any, separator: str, path: str = "") -> Tensors:
-    """Nested dicts as one, names joined; what is no tensor, such as a step or an optimizer's settings, is left out."""
+    """Nested dicts as one, by their paths; what is no tensor, such as a step or an optimizer's settings, is left out."""
     if isinstance(content, Mapping):
         if "__msgpack_chunked_array__" in content:
             chunks = [content["chunks"][str(number)] for number in range(len(content["chunks"]))]

@@ -1,7 +1,7 @@
 """Weights of JAX: original ViT and AugReg (.npz), big_vision, and scenic's ViT, ViViT and PolyViT (Flax msgpack).
 
-The names are paths joined by "/". A dense layer's kernel is the transpose of ours, and attention's are split into heads. All these models
-have GELU's tanh approximation and LayerNorms with an eps of 1e-6.
+The names are paths, with "/" between their parts. A dense layer's kernel is the transpose of ours, and attention's are split into heads.
+All these models have GELU's tanh approximation and LayerNorms with an eps of 1e-6.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ROOTS = re.compile(r"^(opt|optimizer|target|params|model|state|0)/")
 """What old and new training states put before the names of their weights."""
 TOKENIZERS = {"tokenizer2d": "image", "tokenizer3d": "video", "tokenizer_spec": "audio"}
 """Scenic's PolyViT's, and the modalities that they are for."""
+DATASETS = {"kinetics400": "video", "moments_in_time": "video", "balanced_audioset": "audio", "audioset": "audio", "vggsound": "audio"}
+"""The modality of the heads that scenic's only configuration has; those whose names begin with bit_ are for images."""
 LEVELS = (127.5,) * 3
 
 
@@ -46,8 +48,8 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
     encoder = {name.removeprefix("Transformer/"): tensor for name, tensor in tensors.items() if name.startswith("Transformer/")}
     trunk = _read_blocks(encoder, source)
     trunk |= {f"norm.{key}": encoder[f"encoder_norm/{there}"] for key, there in (("weight", "scale"), ("bias", "bias"))}
-    place = next((place for place in ("posembed_input/pos_embedding", "pos_embedding") if place in encoder), None)
-    positions = encoder[place] if place else tensors.get("pos_embedding")
+    key = next((key for key in ("posembed_input/pos_embedding", "pos_embedding") if key in encoder), None)
+    positions = encoder[key] if key else tensors.get("pos_embedding")
     tokenizer = _read_tokenizer({**tensors, "posembed_input/pos_embedding": positions} if positions is not None else tensors)
     modality = "video" if tokenizer.tensors["weight"].shape[1] > 1 else "image"
     stem = next((stem for stem in ("head", "output_projection") if f"{stem}/kernel" in tensors), None)
@@ -77,7 +79,7 @@ def _convert_polyvit(tensors: Tensors, source: str) -> Pretrained:
     for name in (name for name in tensors if name.startswith("classification_head_") and name.endswith("output_projection/kernel")):
         stem = name.removesuffix("/kernel")
         task = stem.split("/")[0].removeprefix("classification_head_").removeprefix("bit_")
-        heads[task] = _read_head(tensors, stem, next(iter(tokenizers)))
+        heads[task] = _read_head(tensors, stem, DATASETS.get(task, "image"))
     qkv = next(tensor for name, tensor in blocks.items() if name.endswith("attn.qkv.weight"))
     fc1 = next(tensor for name, tensor in blocks.items() if name.endswith("mlp.fc1.weight"))
     sample = {name.split("/", 2)[-1] if name.startswith("tokenizer/") else name.split("/", 1)[-1]: t for name, t in tensors.items()}

@@ -15,9 +15,10 @@ Interpolation = Literal["bilinear", "bicubic"]
 Tubelets = tuple[int, int, int]
 """How many there are along (frames, rows, columns)."""
 Kernel = Float[Tensor, "dim frames rows columns channels"]
+FittedKernel = Float[Tensor, "dim new_frames rows columns new_channels"]
 
 
-def fit_kernel(kernel: Kernel, sizes: tuple[int, int, int, int], inflation: Inflation) -> tuple[Kernel, str]:
+def fit_kernel(kernel: Kernel, sizes: tuple[int, int, int, int], inflation: Inflation) -> tuple[FittedKernel, str]:
     """The kernel for tubelets of `sizes` (frames, rows, columns, channels), and what was done, "" where nothing was.
 
     central: of one frame's kernel the middle frame of the tubelet gets all, the others zeros; average: each gets an equal part, so that a
@@ -29,10 +30,8 @@ def fit_kernel(kernel: Kernel, sizes: tuple[int, int, int, int], inflation: Infl
     if kernel.shape[2:4] != (rows, columns):
         raise ValueError(f"its tubelets have {_times(kernel.shape[2:4])} pixels, the model's {_times((rows, columns))}")
     if kernel.shape[1] != frames:
+        done.append(f"inflated to {frames} frames ({inflation})" if frames > 1 else f"{kernel.shape[1]} frames added up")
         kernel = _fit_frames(kernel, frames, inflation)
-        done.append(
-            f"{'inflated to' if frames > 1 else 'added up to'} {frames} frame{'s' * (frames > 1)}" + f" ({inflation})" * (frames > 1)
-        )
     if kernel.shape[4] != channels:
         if 1 not in (kernel.shape[4], channels):
             raise ValueError(f"its grid has {kernel.shape[4]} channels, the model's {channels}")
@@ -42,7 +41,7 @@ def fit_kernel(kernel: Kernel, sizes: tuple[int, int, int, int], inflation: Infl
     return kernel, ", ".join(done)
 
 
-def _fit_frames(kernel: Kernel, frames: int, inflation: Inflation) -> Kernel:
+def _fit_frames(kernel: Kernel, frames: int, inflation: Inflation) -> FittedKernel:
     if frames == 1:
         return kernel.sum(1, keepdim=True)
     if kernel.shape[1] != 1:
@@ -79,7 +78,7 @@ def _resize(grid: Float[Tensor, "frames dim rows columns"], size: tuple[int, int
     return functional.interpolate(grid, size, mode="bicubic", antialias=True)
 
 
-def _fit_times(grid: Float[Tensor, "dim frames rows columns"], frames: int) -> Float[Tensor, "dim new rows columns"]:
+def _fit_times(grid: Float[Tensor, "dim frames rows columns"], frames: int) -> Float[Tensor, "dim new_frames rows columns"]:
     if grid.shape[1] == 1:
         return grid.expand(-1, frames, -1, -1)
     if frames == 1:

@@ -1,4 +1,4 @@
-"""timm's `vit_*` and `deit_*`: their state dict, with the config.json that timm puts beside it."""
+"""timm's `vit_*` and `deit_*`: their state dict, with the config.json that timm puts next to it."""
 
 from __future__ import annotations
 

@@ -97,14 +97,14 @@ class Pretrained:
     kind: str
     """Whose format they were in, for messages: "timm ViT"."""
     model: Model
-    """Their size and form. What the tensors cannot tell, and no file beside them, is as the format has it by default."""
+    """Their size and form. What the tensors cannot tell, and no file next to them, is as the format has it by default."""
     tokenizers: dict[str, TokenizerWeights]
     """By the name of the modality."""
     trunk: Tensors
     """`blocks.*` and `norm.*`; the blocks of tokenizers are numbered from 0, those of the trunk go on from there."""
     heads: dict[str, HeadWeights] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    """Tensors of the file that have no place here, and why."""
+    """Tensors of the file that are of no use here, and why."""
 
     def build(self) -> PolyViT:
         """The model itself, in evaluation mode. Raises ValueError when the file does not tell the size of its grid."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 
 from polyvit_fast.model.modules import Block
+from polyvit_fast.model.parameters import find_component, is_matrix
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import World
-from polyvit_fast.train.optim import Parameters, ParamGroup, find_component, is_matrix
+from polyvit_fast.train.optim import Parameters, ParamGroup, check_shapes
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -44,7 +46,10 @@ def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precisio
 
 
 class ShardedParameters(Parameters):
-    """This process's shards of a model's parameters and of their gradients: a group each. `by_component` as of `FlatParameters`."""
+    """This process's shards of a model's parameters and of the gradients of the trained ones: a group each.
+
+    `by_component` and `lr_factors` as of `FlatParameters`.
+    """
 
     averages_grads = True
 
@@ -57,18 +62,21 @@ class ShardedParameters(Parameters):
         precision: Literal["fp32", "bf16"],
         *,
         by_component: bool = False,
+        lr_factors: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         shard(model, world, device, precision)
         self.world = world
         self.shards = {name: cast("DTensor", parameter) for name, parameter in model.named_parameters()}
-        self.shapes = {name: shard.shape for name, shard in self.shards.items()}
+        trained = {name: parameter for name, parameter in self.shards.items() if parameter.requires_grad}
+        self.shapes = {name: shard.shape for name, shard in trained.items()}
+        self.frozen = {name: shard.to_local().view(-1) for name, shard in self.shards.items() if name not in trained}
         self.groups = []
-        for name, parameter in self.shards.items():
+        for name, parameter in trained.items():
             gradient = cast("DTensor", torch.zeros_like(parameter))
             parameter.grad = gradient  # FSDP adds to what is there
             component = find_component(name) if by_component else ""
             values, grads = parameter.to_local().view(-1), gradient.to_local().view(-1)
-            self.groups.append(ParamGroup(values, grads, is_matrix(name, parameter), component))
+            self.groups.append(ParamGroup(values, grads, is_matrix(name, parameter), component, lr_factors.get(name, 1.0)))
         number = torch.zeros(2, 1, device=self.groups[0].values.device)
         self.groups.append(ParamGroup(number[0], number[1], decays=False))
         self.found_inf = number[1, 0]
@@ -81,11 +89,14 @@ class ShardedParameters(Parameters):
 
     @torch.no_grad()
     def unflatten(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """A tensor per parameter, gathered to the CPU of rank 0, nothing on the others; all processes call it."""
+        """A tensor per trained parameter, gathered to the CPU of rank 0, nothing on the others; all processes call it."""
+        return self._gather(self._name(flats))
+
+    def _gather(self, flats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from torch.distributed.tensor import DTensor
 
         tensors = {}
-        for name, flat in self._name(flats).items():
+        for name, flat in flats.items():
             shard = self.shards[name]
             local = flat.view(shard.to_local().shape)
             sharded = DTensor.from_local(local, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride())
@@ -96,9 +107,23 @@ class ShardedParameters(Parameters):
 
     @torch.no_grad()
     def fill(self, flats: Sequence[Tensor], tensors: dict[str, Tensor]) -> None:
-        """Set this process's shards from a whole tensor per parameter. Raises ValueError when names or shapes differ."""
-        self.check(tensors)
-        for name, flat in self._name(flats).items():
+        """Set this process's shards from a whole tensor per trained parameter. Raises ValueError when names or shapes differ."""
+        check_shapes(self.shapes, tensors)
+        self._scatter(self._name(flats), tensors)
+
+    @torch.no_grad()
+    def list_frozen(self) -> dict[str, Tensor]:
+        """The frozen parameters, gathered to the CPU of rank 0, nothing on the others; all processes call it."""
+        return self._gather(self.frozen)
+
+    @torch.no_grad()
+    def fill_frozen(self, tensors: dict[str, Tensor]) -> None:
+        """Set this process's shards of the frozen parameters. Raises ValueError when names or shapes differ."""
+        check_shapes({name: self.shards[name].shape for name in self.frozen}, tensors)
+        self._scatter(self.frozen, tensors)
+
+    def _scatter(self, flats: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        for name, flat in flats.items():
             rows = -(-len(tensors[name]) // self.world.size)  # FSDP shards by rows, as many on each process until they end
             flat.copy_(tensors[name][rows * self.world.rank :][:rows].flatten())
 
@@ -106,4 +131,4 @@ class ShardedParameters(Parameters):
         """Nothing to do: autocast rounds the parameters that FSDP has gathered."""
 
     def _name(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.shards, flats, strict=False))  # the last one is that of found_inf
+        return dict(zip(self.shapes, flats, strict=False))  # the last one is that of found_inf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +10,20 @@ from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from polyvit_fast.config import Source, Task, Train
-from polyvit_fast.model.cost import BF16_BYTES, FP32_BYTES, activation_bytes, forward_flops, num_parameters, state_bytes
+from polyvit_fast.model.cost import (
+    BF16_BYTES,
+    FP32_BYTES,
+    activation_bytes,
+    backward_flops,
+    forward_flops,
+    num_parameters,
+    num_trained_parameters,
+    state_bytes,
+)
+from polyvit_fast.model.parameters import freeze
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import check_warmup, count_steps, make_step_plan
@@ -54,6 +65,8 @@ class CostReport:
 
     config: Train
     parameters: dict[str, int]
+    trained: dict[str, int]
+    """As many of them are not frozen."""
     num_steps: int
     state_bytes: int
     tasks: list[TaskCost]
@@ -62,6 +75,11 @@ class CostReport:
     def num_parameters(self) -> int:
         """Of all components."""
         return sum(self.parameters.values())
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are not frozen."""
+        return sum(self.trained.values())
 
     @property
     def training_flops(self) -> int:
@@ -81,21 +99,24 @@ class CostReport:
 def estimate_cost(config: Train) -> CostReport:
     """What `config` costs. The model is built without memory; the data is listed where it is there.
 
-    Raises ValueError for a schedule that cannot work.
+    Raises ValueError for a schedule that cannot work, or a pattern of `Optim.freeze` that does not.
     """
     plan = make_step_plan(config)
     counts = count_steps(plan)
     with torch.device("meta"):
         model = PolyViT.from_config(config)
-    tasks = [_estimate_task(config, name, counts[name]) for name in config.tasks]
-    return CostReport(config, _count_parameters(model), len(plan), state_bytes(model, config.optim, config.keeps_rounded), tasks)
+    freeze(model, config.optim.freeze)
+    tasks = [_estimate_task(config, model, name, counts[name]) for name in config.tasks]
+    parameters, trained = (_count_parameters(model, count) for count in (num_parameters, num_trained_parameters))
+    return CostReport(config, parameters, trained, len(plan), state_bytes(model, config.optim, config.keeps_rounded), tasks)
 
 
-def _estimate_task(config: Train, name: str, num_steps: int) -> TaskCost:
+def _estimate_task(config: Train, model: PolyViT, name: str, num_steps: int) -> TaskCost:
     task = config.tasks[name]
     (num_train, train_problem), (num_val, val_problem) = _count_samples(task.train, task), _count_samples(task.val, task)
     forward, problem = forward_flops(config.model, task.modality, task.num_classes), train_problem or val_problem
-    training = _count_forwards(config) * forward * task.batch * num_steps
+    backward = backward_flops(model, name, task.modality) if config.optim.freeze else 2 * forward
+    training = (_count_forwards(config) * forward + backward) * task.batch * num_steps
     remarks = () if problem else tuple(dict.fromkeys([*task.train.remarks(task), *task.val.remarks(task)]))
     return TaskCost(name, task, num_steps, forward, training, _count_activations(config, task), num_train, num_val, problem, remarks)
 
@@ -106,8 +127,8 @@ def _count_activations(config: Train, task: Task) -> int:
 
 
 def _count_forwards(config: Train) -> int:
-    """Forward passes that a training step costs: its own, two for a backward pass that multiplies each matrix twice, one recomputed."""
-    return 4 if config.compute.recompute else 3
+    """Forward passes of a training step: its own, and one recomputed. A backward pass that multiplies each matrix twice costs two more."""
+    return 2 if config.compute.recompute else 1
 
 
 def _count_samples(source: Source, task: Task) -> tuple[int | None, str]:
@@ -119,13 +140,13 @@ def _count_samples(source: Source, task: Task) -> tuple[int | None, str]:
     return (count, "") if count else (None, f"{source} has no samples")
 
 
-def _count_parameters(model: PolyViT) -> dict[str, int]:
-    counts = {"trunk, shared by all tasks": num_parameters(model.blocks) + num_parameters(model.norm)}
+def _count_parameters(model: PolyViT, count: Callable[[nn.Module], int]) -> dict[str, int]:
+    counts = {"trunk, shared by all tasks": count(model.blocks) + count(model.norm)}
     for name, tokenizer in model.tokenizers.items():
-        adaptors = sum(num_parameters(child) for child in tokenizer.children())
-        counts[f"tokenizer, {name}"] = num_parameters(tokenizer) - adaptors
-        counts |= {f"adaptors, {name}": adaptors} if adaptors else {}
-    return counts | {"heads, one per task": num_parameters(model.heads)}
+        adaptors = sum(count(child) for child in tokenizer.children())
+        counts[f"tokenizer, {name}"] = count(tokenizer) - adaptors
+        counts |= {f"adaptors, {name}": adaptors} if any(num_parameters(child) for child in tokenizer.children()) else {}
+    return counts | {"heads, one per task": count(model.heads)}
 
 
 def _list_divisors(number: int) -> list[int]:
@@ -136,8 +157,9 @@ def print_cost(config: Train) -> None:
     """Print what `config` costs: a headline, tables, notes."""
     report, console = estimate_cost(config), Console()
     schedule, num_tasks = config.schedule, len(report.tasks)
+    trained = f" ({report.num_trained:,} trained)" if report.num_trained < report.num_parameters else ""
     console.print(
-        f"{report.num_parameters:,} parameters, {num_tasks} task{'s' * (num_tasks > 1)}, {report.num_steps:,} steps "
+        f"{report.num_parameters:,} parameters{trained}, {num_tasks} task{'s' * (num_tasks > 1)}, {report.num_steps:,} steps "
         f"({schedule if isinstance(schedule, str) else getattr(schedule, '__name__', 'own')} schedule), {_flop(report.training_flops)}",
         markup=False,
         highlight=False,
@@ -152,9 +174,11 @@ def print_cost(config: Train) -> None:
 
 def build_tables(report: CostReport) -> list[Table]:
     """The numbers as tables for `Console.print`; they fit into 80 columns."""
-    parameters = build_table(["component"], ["parameters", "of all"], "Parameters")
+    frozen = report.num_trained < report.num_parameters
+    parameters = build_table(["component"], ["parameters", "of all", *["trained"] * frozen], "Parameters")
+    trained = report.trained | {"all": report.num_trained}
     for component, count in (report.parameters | {"all": report.num_parameters}).items():
-        parameters.add_row(component, f"{count:,}", f"{count / report.num_parameters:.1%}")
+        parameters.add_row(component, f"{count:,}", f"{count / report.num_parameters:.1%}", *[f"{trained[component]:,}"] * frozen)
     compute = build_table(["task", "modality", "grid"], ["tokens\nper view", "forward\nper view", "training\nin all", "of all"], "FLOPs")
     gpus = [f"{size}\nGiB" for size in GPU_GIB]
     title = "Memory, and how many micro-batches a GPU of so many GiB needs"
@@ -220,13 +244,21 @@ def _note_state(report: CostReport) -> Iterator[str]:
         f"Activations are what a micro-batch keeps for its backward pass in {config.precision}{again}. Short-lived results and the "
         f"allocator's slack are not counted; the columns of GPUs leave {1 - COUNTED_RATIO:.0%} for them (-: even one example is too much)."
     )
-    not_saved = FP32_BYTES + BF16_BYTES * config.keeps_rounded  # gradients, rounded parameters
-    size = _bytes(report.state_bytes - not_saved * report.num_parameters)
+    if report.num_trained < report.num_parameters:
+        yield (
+            "Frozen parameters need no gradient and no optimizer state. Activations are counted as if nothing were frozen: up to the first "
+            "layer that is trained none are kept, so that less may be needed."
+        )
+    not_saved = FP32_BYTES * report.num_trained + BF16_BYTES * config.keeps_rounded * report.num_parameters  # gradients, rounded parameters
+    not_trained = report.num_parameters - report.num_trained  # a moving average is stored whole
+    size = _bytes(report.state_bytes - not_saved + FP32_BYTES * not_trained * bool(config.optim.ema_decay))
     yield f"A checkpoint takes {size} on disk; up to {config.log.keep + 1} stay (keep = {config.log.keep}, and the best)."
 
 
 def _note_compute(report: CostReport) -> str:
-    forwards = {3: "three", 4: "four"}[_count_forwards(report.config)]
+    forwards = {1: "three", 2: "four"}[_count_forwards(report.config)]
+    if report.config.optim.freeze:
+        forwards = _round(report.training_flops / sum(row.forward_flops * row.task.batch * row.num_steps for row in report.tasks))
     text = f"FLOPs are two per multiplication of matrices in blocks, patches and head; training takes {forwards} times the forward pass."
     hours = report.training_flops / SUSTAINED_FLOPS / 3600
     if hours > 0.1:

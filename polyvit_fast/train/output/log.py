@@ -22,6 +22,7 @@ from rich.table import Table
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.extras import require
 from polyvit_fast.files import write_atomically
 from polyvit_fast.train.output.table import build_table
 
@@ -51,6 +52,7 @@ class Log:
         done: Mapping[str, int] | None = None,
         console: Console | None = None,
     ) -> None:
+        require("a run's log", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter  # here, because it takes long to import
 
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polyvit_fast.config import StepPlan, Train
+from polyvit_fast.extras import require
 from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import count_steps
 
@@ -65,6 +66,7 @@ def print_schedule(plan: StepPlan, lrs: Sequence[float]) -> None:
 
 def plot_schedule(path: Path, plan: StepPlan, config: Train, lrs: Sequence[float]) -> None:
     """Draw the plan as a PNG: the task of every step, each task's percentage of the minibatches so far, the learning rate of every step."""
+    require("drawing", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -121,15 +123,16 @@ def _draw_percentages(axes: Axes, present: np.ndarray) -> None:
 
 
 def _draw_rates(axes: Axes, plan: StepPlan, config: Train, rates: np.ndarray) -> None:
-    """A line for each `lr_scale` among the steps, hence a single one when all tasks have the same."""
+    """A line for each `lr_scale` and each task's own schedule among the steps, hence a single one when all tasks have the same."""
     names = list(config.tasks)
-    scales = np.array([sum(config.tasks[name].lr_scale for name in tasks) / len(tasks) for tasks in plan])
-    for scale in sorted(set(scales.tolist()), reverse=True):
-        steps = np.flatnonzero(scales == scale)
+    kinds = {tasks: _describe_rate(config, tasks) for tasks in set(plan)}
+    for kind in sorted(set(kinds.values()), key=lambda kind: (kind[1], -kind[0])):
+        scale, own = kind
+        steps = np.array([step for step, tasks in enumerate(plan) if kinds[tasks] == kind])
         members = sorted({name for step in steps for name in plan[step]}, key=names.index)
         colour = _colour(names.index(members[0])) if len(members) == 1 else "#333333"
         more = f" and {len(members) - 2} more" if len(members) > 2 else ""
-        label = f"× {scale:g}: {', '.join(members[:2])}{more}"
+        label = f"× {scale:g}: {', '.join(members[:2])}{more}{own and f' ({own})'}"
         axes.plot(steps, rates[steps], color=colour, label=label, marker="." if len(steps) < 60 else "")
     if len(axes.lines) > 1:
         axes.legend(title="lr_scale", alignment="left", loc="upper right")
@@ -137,11 +140,19 @@ def _draw_rates(axes: Axes, plan: StepPlan, config: Train, rates: np.ndarray) ->
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
+def _describe_rate(config: Train, names: tuple[str, ...]) -> tuple[float, str]:
+    """The mean `lr_scale` of a step's tasks, and which of them have a schedule of their own."""
+    tasks = {name: config.tasks[name] for name in names}
+    own = [f"own {task.lr_schedule} of {name}" for name, task in tasks.items() if task.lr_schedule != "run"]
+    return sum(task.lr_scale for task in tasks.values()) / len(names), ", ".join(own)
+
+
 def plot_run(folder: Path, path: Path) -> None:
     """Draw a run folder's metrics.jsonl as a PNG: for each task its loss above its metric, of training and of held-out examples.
 
     Raises ValueError when nothing was logged yet.
     """
+    require("drawing", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

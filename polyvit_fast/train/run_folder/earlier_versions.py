@@ -59,6 +59,7 @@ def _upgrade_record(values: Any) -> Any:
     match values.get("type"):
         case "Task":
             later = {"test": None, "mixup_pairs": "neighbours", "zero_head": False, "head_norm": False}
+            later |= {"lr_schedule": "run", "warmup_steps": 0, "loss_weight": 1.0, "cutmix": 0.0}
             if isinstance(values.get("modality"), Mapping):
                 values = {**values, "modality": {**TOKENS, **values["modality"]}}
         case "Train":
@@ -67,6 +68,11 @@ def _upgrade_record(values: Any) -> Any:
             later = {"norm_eps": 1e-6, "last_norm_eps": 0.0}
         case "Optim":
             later = {"clip": "mean", "accumulate": "mean", "absent": "auto" if values.get("name") == "sgd" else "coast"}
+            later |= {"freeze": [], "layer_decay": 1.0}
+        case "Image":
+            later = {"random_erasing_prob": 0.0, "random_erasing_area_ratios": [0.02, 0.4], "random_erasing_aspect_ratio": 0.3}
+        case "LogOptions":
+            later = {"early_stop_evaluations": 0}
         case "Audio":
             later = {"padding": "auto" if values.get("spectrogram") == "mbt" else "waveform", "patch_stride": 0}
         case "Video":

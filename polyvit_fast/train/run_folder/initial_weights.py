@@ -75,9 +75,8 @@ def read_checkpoint(found: Checkpoint, source: str) -> Pretrained:
         for name in tasks
     }
     trunk = {shift_block(name, model.num_adaptor_layers): t for name, t in tensors.items() if name.startswith(("blocks.", "norm."))}
-    tokenizers = {
-        name: _read_tokenizer(found.state.get("tokenizers", {}).get(name), select(tensors, f"tokenizers.{name}.")) for name in names
-    }
+    described = found.state.get("tokenizers", {})
+    tokenizers = {name: _read_tokenizer(described.get(name, {}), select(tensors, f"tokenizers.{name}.")) for name in names}
     return Pretrained(source=source, kind=f"run, step {found.step}", model=model, tokenizers=tokenizers, trunk=trunk, heads=heads)
 
 

@@ -35,3 +35,9 @@ def test_shape_of_the_tokens():
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Audio(**fields)
+
+
+def test_other_views():
+    assert Audio().with_views(4) == Audio(eval_clips=4)
+    with pytest.raises(ValueError, match="audio: views are clips, such as 4, and not 4x3"):
+        Audio().with_views(4, 3)

@@ -4,7 +4,8 @@ import torch
 from image_files import vary_pictures
 
 from polyvit_fast.data.augment import rand_augment as pillow
-from polyvit_fast.data.augment.rand_augment import Operation, apply_operations, draw_operations
+from polyvit_fast.data.augment.operations import Operation, draw_operations
+from polyvit_fast.data.augment.rand_augment import apply_operations
 from polyvit_fast.data.augment.rand_augment_gpu import OPERATIONS, rand_augment
 from polyvit_fast.randomness import generator
 

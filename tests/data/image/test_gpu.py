@@ -135,3 +135,26 @@ def test_pictures_that_are_not_jpeg_have_the_cpus_pixels(tmp_path):
     Pillow.fromarray(levels).save(tmp_path / "a.png")
     _, decoder = both(Image(size=16), train=False)
     assert np.array_equal(decoder([Media(str(tmp_path / "a.png"))], rngs(1)).squeeze().numpy(), levels)
+
+
+def test_what_is_erased_is_the_same_on_both_to_the_level(media):
+    """Where a picture is not erased it is what it is without, and RandAugment before it has the numbers that it would have."""
+    plain, erased = (Image(size=64, rand_augment_ops=2, random_erasing_prob=prob) for prob in (0.0, 0.7))
+    forms = {image: both(image, train=True) for image in (plain, erased)}
+    for seed in range(4):
+        requests = forms[erased][0].request_crops(media, rngs(6, seed))
+        assert 0 < sum(request.augmentation.erasing is not None for request in requests) <= 6
+        for number in (0, 1):
+            without, grid = (forms[image][number](media, rngs(6, seed)).squeeze((1, 2)) for image in (plain, erased))
+            for index, request in enumerate(requests):
+                expected = without[index].clone()
+                if erasing := request.augmentation.erasing:
+                    rows, columns, _ = erasing.noise.shape
+                    noise = torch.from_numpy(erasing.noise)
+                    expected[erasing.top : erasing.top + rows, erasing.left : erasing.left + columns] = noise
+                assert torch.equal(grid[index], expected)
+
+
+def test_nothing_is_erased_in_evaluation(media):
+    for erased, plain in zip(both(Image(size=32, random_erasing_prob=1.0), train=False), both(Image(size=32), train=False), strict=True):
+        assert torch.equal(erased(media, rngs(6)), plain(media, rngs(6)))

@@ -28,3 +28,13 @@ def test_grid_tubelet_views_and_tokens_are_the_papers():
 def test_impossible_fields_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         Video(**changes)
+
+
+def test_other_views():
+    video = Video(eval_crops=3)
+    assert video.with_views(4) == Video(eval_clips=4, eval_crops=3)
+    assert video.with_views(4, 1) == Video(eval_clips=4)
+    assert video.with_views(2, 3).eval_views == 6
+    for counts in ((4, 2), (4, 3, 1)):
+        with pytest.raises(ValueError, match=f"1 or 3 crops, such as 4x3, and not {'x'.join(map(str, counts))}"):
+            video.with_views(*counts)

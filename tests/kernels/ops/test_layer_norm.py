@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from long_forms import every, mark_long
+from partial_gradients import assert_only_the_wanted
 from samples import activations, factors, normal
 from torch.nn import functional
 
@@ -136,7 +137,9 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
     saved = (x.detach(), weight.detach(), torch.zeros(x.shape[:-1], device=DEVICE), torch.ones(x.shape[:-1], device=DEVICE))
     for grad_sum, low_dtype in ((None, None), (x.detach(), None), (x.detach(), torch.bfloat16), (None, torch.float32)):
         for some in (None, factors(len(x))) if low_dtype else (None,):
-            torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, (residual.detach(), *saved, grad_sum, low_dtype, some))
+            mask = [True, some is None, grad_sum is None]
+            arguments = (residual.detach(), *saved, grad_sum, low_dtype, some, mask)
+            torch.library.opcheck(torch.ops.polyvit.layer_norm_backward, arguments)
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -249,3 +252,28 @@ def test_a_residual_beside_the_norm_compiles_whole():
 def test_factors_that_do_not_fit_are_refused_forward(some, grad):
     with pytest.raises(ValueError, match=r"factors are .*, but \[4\] torch.float32, one for each example"):
         ops.layer_norm_residual(normal(4, 5, 8).requires_grad_(grad), normal(8), normal(8), factors=some.to(DEVICE))
+
+
+@pytest.mark.parametrize("path", ["registered", "on_kernels"])
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm_residual", "add_layer_norm"])
+def test_a_gradient_that_nobody_wants_is_not_returned(name, path, request):
+    request.getfixturevalue(path)
+    inputs = {"x": normal(3, 5, 48), "weight": normal(48, seed=2), "bias": normal(48, seed=3)}
+    if name == "add_layer_norm":
+        inputs["residual"] = normal(3, 5, 48, seed=1)
+
+    def form(**given):
+        found = getattr(ops, name)(**given)
+        return found if name == "layer_norm" else torch.cat(found, -1)
+
+    assert_only_the_wanted(form, inputs, dict.fromkeys(inputs, 0))
+
+
+@pytest.mark.usefixtures("registered")
+def test_on_a_cpu_the_sums_over_all_vectors_are_left_out_where_the_norm_is_frozen():
+    x, weight, bias = normal(3, 48).requires_grad_(), normal(48), normal(48)
+    loss = sum(part.sum() for part in ops.layer_norm_residual(x, weight, bias))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss.backward()
+    [masks] = [event.concrete_inputs[-1] for event in profile.events() if event.name == "aten::native_layer_norm_backward"]
+    assert masks == [True, False, False]

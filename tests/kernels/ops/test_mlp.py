@@ -6,14 +6,14 @@ import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from long_forms import mark_long, pairs
-from samples import factors, normal
+from partial_gradients import assert_only_the_wanted
+from samples import PLAIN_GELU, factors, normal
 from torch.nn import functional
 
 import polyvit_kernels as ops
 from polyvit_kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-APPROXIMATE = {"tanh": "tanh", "erf": "none"}
 LAYOUTS = {
     "contiguous": ((2, 5, 48), lambda x: x),
     "transposed": ((48, 5, 2), lambda x: x.permute(2, 1, 0)),
@@ -34,7 +34,7 @@ def mlp_inputs(x, hidden):
 
 def mlp_forms(gelu, view):
     def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        hidden = functional.gelu(x @ fc1_weight.T + fc1_bias, approximate=APPROXIMATE[gelu])
+        hidden = PLAIN_GELU[gelu](x @ fc1_weight.T + fc1_bias)
         return hidden @ fc2_weight.T + fc2_bias
 
     def seen(form, *more):
@@ -44,7 +44,7 @@ def mlp_forms(gelu, view):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("gelu", ["tanh", "erf", "quick"])
 @pytest.mark.parametrize("tokens", [1, 63, 197, 257])
 def test_mlp_at_every_length(tokens, gelu, dtype):
     assert_as_exact_as_torch(*mlp_forms(gelu, lambda x: x), mlp_inputs(normal(2, tokens, 48) * 2, 80), dtype)
@@ -62,12 +62,12 @@ def test_mlp_in_every_layout(shape, view, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("gelu", ["tanh", "erf", "quick"])
 @pytest.mark.parametrize("shape", [(48,), (7, 33), (2, 3, 5, 16)], ids=str)
 def test_linear_gelu(shape, gelu, dtype):
     assert_as_exact_as_torch(
         lambda **inputs: ops.linear_gelu(**inputs, gelu=gelu),
-        lambda **inputs: functional.gelu(functional.linear(*inputs.values()), approximate=APPROXIMATE[gelu]),
+        lambda **inputs: PLAIN_GELU[gelu](functional.linear(*inputs.values())),
         lambda **inputs: reference.linear_gelu(**inputs, kind=gelu),
         linear_inputs(normal(*shape) * 2, 65),
         dtype,
@@ -95,7 +95,7 @@ def test_linear_add(layout, dtype, wider):
 
 @pytest.mark.parametrize("wider", [False, True], ids=["residual as x", "residual in fp32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("gelu", ["tanh", "erf", "quick"])
 def test_mlp_with_a_residual(gelu, dtype, wider):
     ours, plain, truth = mlp_forms(gelu, lambda x: x)
 
@@ -165,7 +165,7 @@ def test_factors_that_do_not_fit():
         ops.linear_add(normal(48), *layer, normal(48), factors(48))
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("gelu", ["tanh", "erf", "quick"])
 def test_linear_gelu_is_the_first_half_of_mlp(gelu):
     inputs = mlp_inputs(normal(2, 65, 48), 80)
     hidden = ops.linear_gelu(inputs["x"], inputs["fc1_weight"], inputs["fc1_bias"], gelu)
@@ -276,6 +276,7 @@ def test_opcheck(layout, dtype):
         torch.library.opcheck(getattr(torch.ops.polyvit, name).default, arguments)
     x, residual, *layers = (tensor.detach() for tensor in (x, residual, *layers))
     torch.library.opcheck(torch.ops.polyvit.mlp.default, (x, *layers, None, None, "erf", False))
+    torch.library.opcheck(torch.ops.polyvit.linear_gelu.default, (x, *layers[:2], "quick", True))
     rows = x.shape[:-1].numel()
     activation, slope = (normal(rows, 80, seed=seed).to(dtype) for seed in (8, 9))
     d_hidden = view(normal(*shape)).flatten(0, 1)[:, :1].expand(rows, 80).to(dtype).view(*x.shape[:-1], 80)
@@ -328,7 +329,7 @@ def test_autocast_gives_torchs_own_dtypes_and_values(residual_dtype):
 
 
 @pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize(("layout", "gelu"), pairs(LAYOUTS, APPROXIMATE))
+@pytest.mark.parametrize(("layout", "gelu"), pairs(LAYOUTS, PLAIN_GELU))
 def test_the_kernels_that_the_tile_table_chooses(layout, gelu):
     shape, view = LAYOUTS[layout]
 
@@ -341,7 +342,7 @@ def test_the_kernels_that_the_tile_table_chooses(layout, gelu):
         return run
 
     def plain_gelu(x, weight, bias, gelu):
-        return functional.gelu(functional.linear(x, weight, bias), approximate=APPROXIMATE[gelu])
+        return PLAIN_GELU[gelu](functional.linear(x, weight, bias))
 
     def plain_add(x, weight, bias, residual):
         return residual + functional.linear(x, weight, bias)
@@ -381,7 +382,7 @@ def test_sizes_that_do_not_fit_are_told(changes, message):
 @pytest.mark.usefixtures("unchecked_types")
 def test_other_mistakes_are_told():
     inputs = linear_inputs(normal(2, 5, 48))
-    with pytest.raises(ValueError, match="gelu is 'relu', but 'tanh' or 'erf' is needed"):
+    with pytest.raises(ValueError, match="gelu is 'relu', but 'tanh', 'erf', 'quick' are what there is"):
         ops.linear_gelu(**inputs, gelu="relu")
     with pytest.raises(ValueError, match=r"x is torch.float32, weight torch.bfloat16 and bias torch.float32, but one dtype is needed"):
         ops.linear_gelu(**inputs | {"weight": inputs["weight"].bfloat16()}, gelu="erf")
@@ -408,3 +409,27 @@ def test_dtypes_that_are_no_floating_point_ones_are_told(dtype, autocast):
                 pytest.raises(ValueError, match=f"{name} is {dtype}, but a floating-point dtype is needed"),
             ):
                 call(**inputs | {name: inputs[name].to(dtype)}, **more)
+
+
+MULTIPLIED = 2 * 10 * 48 * 80
+"""The operations of one product of the MLP below."""
+PARTIAL = {
+    "mlp": {"x": 2, "fc1_weight": 2, "fc1_bias": 1, "fc2_weight": 1, "fc2_bias": 0},
+    "mlp and residual": {"x": 2, "fc1_weight": 2, "fc1_bias": 1, "fc2_weight": 1, "fc2_bias": 0, "residual": 0},
+    "linear_gelu": {"x": 1, "weight": 1, "bias": 0},
+    "linear_add": {"x": 1, "weight": 1, "bias": 0, "residual": 0},
+}
+
+
+@pytest.mark.parametrize("path", ["registered", "on_kernels"])
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_gradient_that_nobody_wants_costs_nothing(name, path, request):
+    request.getfixturevalue(path)
+    x, residual = normal(2, 5, 48), {"residual": normal(2, 5, 80, seed=7)}
+    forms = {
+        "mlp": (lambda **given: ops.mlp(**given, gelu="erf"), mlp_inputs(x, 80)),
+        "mlp and residual": (lambda **given: ops.mlp(**given, gelu="erf"), mlp_inputs(x, 80) | {"residual": normal(2, 5, 48, seed=7)}),
+        "linear_gelu": (lambda **given: ops.linear_gelu(**given, gelu="erf"), linear_inputs(x, 80)),
+        "linear_add": (ops.linear_add, linear_inputs(x, 80) | residual),
+    }
+    assert_only_the_wanted(*forms[name], {key: products * MULTIPLIED for key, products in PARTIAL[name].items()})

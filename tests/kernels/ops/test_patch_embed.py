@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import DEVICE, assert_as_exact_as_torch, outputs_and_gradients
 from long_forms import mark_long
+from partial_gradients import assert_only_the_wanted
 from samples import normal
 from torch.nn import functional
 
@@ -236,8 +237,9 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
     grad = normal(len(grid), 5, 40)
     # opcheck itself cannot copy tensors without elements that do not lie in order.
     layouts = (grad, grad.transpose(0, 2).contiguous().transpose(0, 2), grad[:, :, :1].expand(-1, -1, 40))
-    for layout in layouts if len(grid) and dtype == torch.float32 else layouts[:1]:
-        torch.library.opcheck(torch.ops.polyvit.patch_embed_backward, (layout, grid.detach(), weight.detach(), *statistics))
+    some = layouts if len(grid) and dtype == torch.float32 else layouts[:1]
+    for layout, mask in zip(some, ([True, True], [True, False], [False, True]), strict=False):
+        torch.library.opcheck(torch.ops.polyvit.patch_embed_backward, (layout, grid.detach(), weight.detach(), *statistics, mask))
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -275,3 +277,11 @@ def test_what_no_row_is_for_is_done_by_torch():
     inputs = {key: t.double() for key, t in patch_embed_inputs(normal(2, 1, 16, 16, 3), (1, 8, 8), 3).items()}
     truth = reference.patch_embed(**inputs, mean=numbers(0.1, 0.2, 0.3).double(), std=numbers(1, 2, 3).double())
     torch.testing.assert_close(normalised(**inputs), truth, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", ["registered", "on_kernels"])
+def test_a_gradient_that_nobody_wants_costs_nothing(path, request):
+    request.getfixturevalue(path)
+    inputs = patch_embed_inputs(bytes_of(2, 1, 16, 24, 3), (1, 8, 8), 3)
+    costs = dict.fromkeys(["weight", "bias", "cls_token", "pos_embed"], 0) | {"weight": 2 * 2 * 6 * (8 * 8 * 3) * 40}
+    assert_only_the_wanted(normalised, inputs, costs)

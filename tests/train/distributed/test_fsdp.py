@@ -9,6 +9,7 @@ from tiny_runs import Tile, tile_task, tiny_config
 from polyvit_fast.config import Model, Optim
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import Loader
+from polyvit_fast.model.parameters import decay_by_layer, freeze
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.fsdp import ShardedParameters
 from polyvit_fast.train.distributed.process_group import World
@@ -131,3 +132,33 @@ def test_shards_together_are_one_model(precision):
 def test_one_process_cannot_be_sharded():
     with pytest.raises(ValueError, match="sharded = True spreads the model over processes, but there is one"):
         ShardedParameters(PolyViT.from_config(config()), World(), "cpu", "fp32")
+
+
+def tune(world: World | None) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors after steps with frozen blocks and rates by layer; without a world of one process, whole."""
+    model = PolyViT.from_config(config())
+    freeze(model, ["blocks.0.*", "tokenizers.tile.*"])
+    factors = decay_by_layer(model, 0.5)
+    parameters = ShardedParameters(model, world, "cpu", "fp32", lr_factors=factors) if world else FlatParameters(model, lr_factors=factors)
+    optimizer = Optimizer(parameters, config().optim)
+    train(model, parameters, optimizer, world or World(), "fp32")
+    saved = {"model": parameters.state_dict(), "optimizer": optimizer.state_dict(), "ema": optimizer.ema_state_dict()}
+    if world:
+        whole = world.broadcast(saved)
+        parameters.load_state_dict(whole["model"])
+        optimizer.load_ema(whole["ema"])
+        again = {"model": parameters.state_dict(), "ema": optimizer.ema_state_dict()}
+        assert all(torch.equal(tensor, saved[kind][name]) for kind, tensors in again.items() for name, tensor in tensors.items())
+    return saved
+
+
+def test_frozen_parameters_and_rates_by_layer_are_those_of_one_process():
+    found, expected = run_together(SIZE, tune)[0], tune(None)
+    start = PolyViT.from_config(config()).state_dict()
+    for kind, tensors in expected.items():
+        assert found[kind].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(found[kind][name], tensor, rtol=1e-4, atol=1e-5)
+    frozen = [name for name in start if name.startswith(("blocks.0.", "tokenizers.tile."))]
+    assert all(torch.equal(found[kind][name], start[name]) for name in frozen for kind in ("model", "ema"))
+    assert not [name for name in found["optimizer"] if name.partition(".")[2] in frozen]

@@ -93,7 +93,30 @@ def test_time_of_long_runs(name, words):
     assert ("sustained 100 TFLOP/s" in note) == bool(words)
 
 
-@pytest.mark.parametrize("optim", [Optim(name="sgd"), Optim(name="adamw", ema_decay=0.99)], ids=lambda optim: optim.name)
+FROZEN = ("blocks.*", "norm.*", "tokenizers.*")
+
+
+def test_what_is_frozen_is_counted_as_such(capsys, monkeypatch):
+    text = printed(tiny_config(optim=Optim(name="adamw", freeze=FROZEN)), capsys, monkeypatch)
+    heads = 32 * (3 + 4) + 3 + 4
+    assert f"({heads:,} trained)" in text
+    assert cells(text, "Parameters", "heads,")[-1] == f"{heads}"
+    assert cells(text, "Parameters", "trunk,")[-1] == "0"
+    assert "Frozen parameters need no gradient" in text
+    report, whole = (estimate_cost(tiny_config(optim=Optim(name="adamw", freeze=freeze))) for freeze in (FROZEN, ()))
+    assert report.state_bytes == 4 * (report.num_parameters + 3 * heads)
+    # A head's backward multiplies once, for its weight, and nothing before it multiplies at all.
+    for row, num_classes in zip(report.tasks, (3, 4), strict=True):
+        assert row.training_flops == 8 * row.num_steps * (row.forward_flops + 2 * 32 * num_classes)
+    assert report.training_flops < whole.training_flops / 2.9
+    assert "trained" not in printed(tiny_config(), capsys, monkeypatch).partition("Memory")[0].replace("is trained", "")
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [Optim(name="sgd"), Optim(name="adamw", ema_decay=0.99), Optim(name="adamw", freeze=("blocks.*",))],
+    ids=["sgd", "adamw", "frozen"],
+)
 def test_state_is_what_a_run_allocates(optim):
     config = tiny_config(optim=optim)
     step = Step(PolyViT.from_config(config), config)
@@ -188,10 +211,11 @@ def test_a_gpu_that_one_example_overfills_gets_a_dash(capsys, monkeypatch):
     assert cells(text, "Memory", "huge")[-4:] == ["-", "-", "-", "-"]
 
 
-def test_a_checkpoint_is_as_large_as_estimated(tmp_path, capsys):
+@pytest.mark.parametrize("optim", [Optim(name="adamw"), Optim(name="sgd", ema_decay=0.9, freeze=("blocks.*",))], ids=["whole", "frozen"])
+def test_a_checkpoint_is_as_large_as_estimated(tmp_path, capsys, optim):
     from polyvit_fast.train.loop import train
 
-    config = tiny_config(out=str(tmp_path), keep=1, model=Model(dim=128, depth=2, num_heads=2, mlp_dim=512))
+    config = tiny_config(out=str(tmp_path), keep=1, model=Model(dim=128, depth=2, num_heads=2, mlp_dim=512), optim=optim)
     [note] = [note for note in write_notes(estimate_cost(config)) if "checkpoint" in note]
     mebibytes = float(re.search(r"takes ([\d.]+) MiB on disk; up to 2 stay", note)[1])
     train(config, "tiny", ["test"])

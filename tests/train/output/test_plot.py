@@ -1,7 +1,7 @@
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from polyvit_fast.config import Modality, Optim, Source, Task, Train
 from polyvit_fast.train.output import plot
 from polyvit_fast.train.output.plot import build_schedule_table, plot_run, plot_schedule, print_schedule
-from polyvit_fast.train.schedule import learning_rate, make_step_plan
+from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def where(image: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
 def draw(tmp_path: Path, of: Train) -> np.ndarray:
     plan = make_step_plan(of)
     path = tmp_path / "new" / "schedule.png"
-    plot_schedule(path, plan, of, [learning_rate(of, plan, step) for step in range(len(plan))])
+    plot_schedule(path, plan, of, list(LearningRates(of, plan)))
     return pixels(path)
 
 
@@ -175,3 +175,19 @@ def test_a_folder_without_points_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl holds no points: nothing was logged yet"):
         plot_run(tmp_path, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_task_with_a_schedule_of_its_own_has_a_line_of_its_own():
+    from matplotlib.figure import Figure
+
+    of = config({"a": 30, "b": 60, "c": 10}, "weighted")
+    of = replace(of, tasks=of.tasks | {name: replace(of.tasks[name], lr_schedule="cosine", warmup_steps=5) for name in ("b", "c")})
+    plan, axes = make_step_plan(of), Figure().subplots()
+    rates = LearningRates(of, plan)
+    plot._draw_rates(axes, plan, of, np.array(list(rates)))
+    lines = {str(line.get_label()): line for line in axes.lines}
+    assert list(lines) == ["× 1: a", "× 1: b (own cosine of b)", "× 1: c (own cosine of c)"]
+    for name, line in zip("abc", lines.values(), strict=True):
+        steps = [step for step, names in enumerate(plan) if names == (name,)]
+        assert np.array_equal(line.get_xdata(), steps)
+        assert np.array_equal(line.get_ydata(), [rates[step] for step in steps])

@@ -1,0 +1,77 @@
+"""A picture of which classes are taken for which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from polyvit_fast.extras import require
+from polyvit_fast.train.output.plot import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:  # matplotlib is imported where it draws, because that takes long
+    Axes = Any
+
+MOST = 30
+"""Classes that can be read on one picture; of more, those with the most wrong answers are shown."""
+NUMBERED = 15
+"""Classes up to which every cell has its number."""
+OTHERS = "all others"
+
+
+def plot_confusion(path: Path, title: str, classes: Sequence[str], confusion: Int[torch.Tensor, "classes classes"]) -> None:
+    """Draw the confusion matrix as a PNG: in each row, the percentages of a class's files by the class that they were taken for."""
+    require("drawing", "matplotlib")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names, counts = _choose_classes(list(classes), confusion.numpy())
+    percentages = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    if len(classes) > MOST:
+        title += f": the {len(names) - 1} of {len(classes)} classes with the most wrong answers"
+    side = 2.8 + 0.27 * len(names)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+        axes = figure.subplots()
+        picture = axes.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
+        axes.grid(visible=False)
+        _label(axes, names)
+        if len(names) <= NUMBERED:
+            _number(axes, percentages, counts)
+        figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the row's files")
+        axes.set_title(title, fontsize="medium")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def _choose_classes(names: list[str], counts: np.ndarray) -> tuple[list[str], Float[np.ndarray, "shown shown"]]:
+    """All classes, or of many those with the most wrong answers, and all others as one."""
+    if len(names) <= MOST:
+        return names, counts.astype(float)
+    wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    chosen = np.sort(np.argsort(-wrong, kind="stable")[: MOST - 1])
+    group = np.full(len(names), len(chosen))
+    group[chosen] = np.arange(len(chosen))
+    merged = np.zeros((MOST, MOST))
+    np.add.at(merged, (group[:, None], group[None]), counts)
+    return [*(names[number] for number in chosen), OTHERS], merged
+
+
+def _label(axes: Axes, names: list[str]) -> None:
+    short = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90, fontsize="small")
+    axes.set_yticks(range(len(names)), short, fontsize="small")
+    axes.set(xlabel="taken for", ylabel="class")
+
+
+def _number(axes: Axes, percentages: np.ndarray, counts: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(percentages):
+        if counts[row, column]:
+            colour = "white" if value > 55 else "#222222"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color=colour)

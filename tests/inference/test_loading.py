@@ -1,0 +1,88 @@
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import polyvit_fast as pf
+from polyvit_fast import experiments
+from polyvit_fast.config import ComputeOptions, DataOptions
+from polyvit_fast.inference.loading import move_to
+from polyvit_fast.train.evaluate import find_checkpoint
+
+
+def test_the_moving_average_is_taken_where_there_is_one(run, model):
+    found = find_checkpoint(run.folder, "newest")
+    groups = {name: found.load_tensors(name) for name in ("model", "ema")}
+    assert any(not torch.equal(groups["model"][name], groups["ema"][name]) for name in groups["ema"])
+    for weights, group in (("auto", "ema"), ("ema", "ema"), ("model", "model")):
+        loaded = pf.load(run.folder, weights=weights)
+        assert loaded.weights == group
+        assert all(torch.equal(value, groups[group][name]) for name, value in loaded.model.state_dict().items())
+        assert not loaded.model.training
+
+
+def test_checkpoints_by_name_and_step(run):
+    assert [pf.load(run.folder, which).step for which in ("newest", "best", 12, "12")] == [12] * 4
+    assert pf.load(str(run.folder)).folder == run.folder
+    with pytest.raises(ValueError, match="holds no checkpoint '5'; there are newest, best and the steps 12"):
+        pf.load(run.folder, 5)
+
+
+def test_nothing_that_it_was_trained_on_need_exist(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(path.read_text().replace(json.dumps(run.config.tasks["shapes"].train.root), '"/nowhere"'))
+    model = pf.load(tmp_path / "copy")
+    assert model.tasks["shapes"].val.root == "/nowhere"
+    assert model.classes["shapes"][:3] == ("circle", "cross", "ring")
+    assert len(model.predict(run.files("shapes")[0], "shapes")) == 1
+
+
+def test_what_is_no_run_is_named(run, tmp_path, unchecked_types):
+    with pytest.raises(ValueError, match=r"nothing is not a run folder: it has no config\.json"):
+        pf.load(tmp_path / "nothing")
+    for name in ("config.json", "versions.json"):
+        shutil.copy(run.folder / name, tmp_path)
+    with pytest.raises(ValueError, match="holds no whole checkpoint yet"):
+        pf.load(tmp_path)
+    with pytest.raises(ValueError, match="weights = 'best' is none of"):
+        pf.load(run.folder, weights="best")
+    with pytest.raises(ValueError, match="device = 'gpu' is none of 'cpu', 'cuda' and 'auto'"):
+        pf.load(run.folder, device="gpu")
+
+
+def test_a_run_without_an_average_has_none(tmp_path):
+    smoke = experiments.load("smoke")
+    tasks = {"pictures": replace(smoke.tasks["pictures"], steps=1)}
+    pf.train(replace(smoke, tasks=tasks), out=tmp_path)
+    model = pf.load(tmp_path)
+    assert model.weights == "model"
+    assert model.classes["pictures"] == ("0", "1", "2", "3", "4")  # its samples have no names
+    with pytest.raises(ValueError, match="weights = ema: the run kept no moving average"):
+        pf.load(tmp_path, weights="ema")
+
+
+def test_a_run_of_a_gpu_is_moved_to_the_cpu():
+    smoke = experiments.load("smoke")
+    on_gpu = replace(smoke, device="cuda", compute=ComputeOptions(attention="cudnn"), data=DataOptions(decoding="gpu", num_threads=3))
+    assert move_to(on_gpu, "cpu") == replace(smoke, data=DataOptions(num_threads=3))
+    if not torch.cuda.is_available():
+        assert move_to(on_gpu, "auto") == move_to(on_gpu, "cpu")
+        with pytest.raises(ValueError, match="PyTorch finds no NVIDIA GPU here"):
+            move_to(smoke, "cuda")
+
+
+def modules_after(code: str) -> set[str]:
+    code += "; import sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_loads_nothing_and_its_functions_load_no_decoder():
+    assert not {"torch", "numpy", "tyro", "rich"} & modules_after("import polyvit_fast as pf")
+    loaded = modules_after("import polyvit_fast as pf; pf.load; pf.train; pf.TrainedModel; pf.fuse")
+    assert "polyvit_fast.inference.loading" in loaded
+    assert not {"nvidia.dali", "av", "matplotlib", "torchmetrics", "tensorboard", "pyarrow", "triton", "polyvit_fast.cli"} & loaded
