@@ -11,6 +11,8 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "train"),
     "tensorboard": ("tensorboard", "train"),
     "torchmetrics": ("torchmetrics", "train"),
+    "onnx": ("onnx", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
 }
 """What pip calls each module, and the extra that brings it."""
 

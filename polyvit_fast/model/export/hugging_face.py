@@ -64,7 +64,7 @@ def convert(vit: PlainViT) -> Converted:
             return _convert(vit, shape)
     fewest = min(map(len, reasons.values()))
     close = {name: faults for name, faults in reasons.items() if len(faults) == fewest}
-    listed = ", or ".join(f"{name}, but {' and '.join(faults)}" for name, faults in list(close.items())[:2])
+    listed = ", or ".join(f"{name}, but {' and '.join(faults)}" for name, faults in close.items())
     raise ValueError(f"no class of Hugging Face's transformers computes what this model does; the nearest is {listed}")
 
 
@@ -202,6 +202,10 @@ def _describe_spectrogram(vit: PlainViT, channels: int) -> dict[str, Any]:
     return sizes | {"time_stride": time_stride, "frequency_stride": frequency_stride}
 
 
+def _count_tokens(number: int) -> str:
+    return f"{number or 'no'} class token{'s' * (number != 1)}"
+
+
 def _find_faults(vit: PlainViT, shape: Shape) -> list[str]:
     """In what the model differs from what the library's class computes."""
     grid, several = vit.grid, vit.reads_mean_of_class_tokens
@@ -209,7 +213,7 @@ def _find_faults(vit: PlainViT, shape: Shape) -> list[str]:
     eps = shape.last_norm_eps or vit.model.norm_eps
     faults = {
         f"it takes {'one picture' if shape.one_frame else 'several frames'}": shape.one_frame not in (None, grid.sizes[0] == 1),
-        f"it has {shape.num_class_tokens} class tokens, not {grid.num_class_tokens}": shape.num_class_tokens != grid.num_class_tokens,
+        f"it has {_count_tokens(shape.num_class_tokens)}, not {grid.num_class_tokens}": shape.num_class_tokens != grid.num_class_tokens,
         f"its head reads {shape.pool}, not {reads}": shape.pool != reads,
         "its head normalises what it reads (head_norm)": shape.normalises_in_head and vit.head and not vit.has_head_norm,
         "its head has no norm of its own (head_norm)": vit.has_head_norm and not shape.normalises_in_head,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from polyvit_fast.extras import require
 from polyvit_fast.model.export.graph import trace
 from polyvit_fast.model.export.plain import PlainViT
 
@@ -29,17 +30,15 @@ def write_torch_export(vit: PlainViT, path: Path, description: str) -> None:
 def write_onnx(vit: PlainViT, path: Path, properties: Mapping[str, str]) -> None:
     """Write an ONNX model with the input `preprocessing.input_name` and the output logits; `properties` become its metadata.
 
-    Raises ValueError without the packages onnx and onnxscript.
+    Raises MissingExtraError without the packages that write it.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"ONNX needs the package {error.name}: pip install polyvit-fast[onnx]") from None
+    require("an export to ONNX", "onnx", "onnxscript")
     program, inputs = trace(vit), [vit.preprocessing.input_name]
     with _quiet():
         exported = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False, input_names=inputs, output_names=["logits"])
     assert exported
+    for node in exported.model.graph:
+        node.metadata_props.clear()  # the lines of source files that it is from, a hundred times its own size
     exported.model.metadata_props.update(properties)
     exported.model.producer_name = "polyvit-fast"
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
