@@ -9,4 +9,4 @@ def test_the_default_says_nothing():
     found = SMALL["picture"].preprocessing
     assert found == Preprocessing()
     assert (found.input_name, found.dtype, found.is_mono) == ("grid", "float32", False)
-    assert not (found.steps or found.hugging_face or found.timm or found.differences)
+    assert (found.steps, found.hugging_face, found.timm, found.differences) == ((), {}, {}, ())

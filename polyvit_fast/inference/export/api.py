@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from uuid import uuid4
 
 import polyvit_fast
 from polyvit_fast import experiments
-from polyvit_fast.config import Task, Train
+from polyvit_fast.config import Train
 from polyvit_fast.inference.export.model_card import write_card
 from polyvit_fast.inference.export.targets import CONFIG, GRAPHS, TARGETS, WEIGHTS, Subject
 from polyvit_fast.inference.export.verify import Comparison, compare
@@ -76,7 +75,7 @@ def export(
     _check_folder(folder, overwrite)
     model = load(run, checkpoint, config=config)
     recorded, found = load_run(model.folder, experiments.load, config), find_checkpoint(model.folder, str(model.step))
-    subject = _make_subject(_choose_task(model.tasks, task, str(run)), model.config, found, str(run))
+    subject = _make_subject(model.find_task(task), model.config, found, str(run))
     target, temporary = TARGETS[to], folder.with_name(f".tmp-{folder.name}-{uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
@@ -101,14 +100,6 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} is a file; name a folder that is empty, or not there yet")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} is not empty; name another folder, or let its model be replaced with --overwrite")
-
-
-def _choose_task(tasks: Mapping[str, Task], task: str | None, run: str) -> str:
-    name = next(iter(tasks)) if task is None and len(tasks) == 1 else task
-    if name is None or name not in tasks:
-        fault = "has several tasks: name one with --task" if name is None else f"has no task {name!r}"
-        raise ValueError(f"{run} {fault}; it has {', '.join(tasks)}")
-    return name
 
 
 def _make_subject(task: str, config: Train, found: Checkpoint, run: str) -> Subject:

@@ -1,0 +1,134 @@
+"""From a model of another library through a run and back to that library; and what an export writes, overwrites and refuses."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from stories import STORIES, write_experiment
+
+import polyvit_fast as pf
+from polyvit_fast import cli
+from polyvit_fast.data.decoders import build_decoder
+from polyvit_fast.inference.export.targets import TARGETS
+from polyvit_fast.inference.export.verify import Comparison
+from polyvit_fast.model import pretrained
+from polyvit_fast.randomness import generator
+
+
+def decode(model, task):
+    """The grids of a task's validation files."""
+    record = model.tasks[task]
+    samples = list(record.val.samples(record))[:4]
+    decoder = build_decoder(record.modality, batch=4, train=False, num_threads=1)
+    return decoder([sample.media for sample in samples], [generator(0, str(number)) for number in range(4)])[:, 0]
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_there_and_back(name, tmp_path, monkeypatch, capsys):
+    """Their weights, ten steps on real files, their library again: it computes what the run does."""
+    story = STORIES[name]
+    (tmp_path / "theirs").mkdir()
+    story.save(tmp_path / "theirs")
+    experiment, run, out = write_experiment(story, tmp_path), tmp_path / "run", tmp_path / "out"
+    assert cli.run(["train", str(experiment), "--init", str(tmp_path / "theirs"), "--out", str(run)]) == 0
+    assert "initial weights" in (run / "init.txt").read_text() or name.split()[0].lower() in (run / "init.txt").read_text().lower()
+    exported = pf.export(run, story.to, out)
+    assert isinstance(exported.comparison, Comparison)
+    assert exported.comparison.difference < 1e-12 * max(1, exported.comparison.largest)
+    model = pf.load(run)
+    grids = decode(model, story.kind)
+    mean, std = (torch.tensor(values) for values in model.tasks[story.kind].modality.normalisation)
+    inputs = (grids.double() - mean) / std
+    if story.to == "timm":
+        import timm
+
+        theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval().double()
+        found = theirs(inputs[:, 0].movedim(-1, 1))
+    else:
+        import transformers
+
+        kind = json.loads((out / "config.json").read_text())["architectures"][0]
+        assert kind in ("ViTForImageClassification", "VivitForVideoClassification", "ASTForAudioClassification")
+        theirs = getattr(transformers, kind).from_pretrained(out).eval().double()
+        inputs = (
+            {"Vi": inputs[:, 0].movedim(-1, 1), "AS": inputs[:, 0, :, :, 0]}[kind[:2]] if "Vivit" not in kind else inputs.movedim(-1, 2)
+        )
+        found = theirs(inputs).logits
+        assert theirs.config.id2label[0] == model.classes[story.kind][0]
+    with torch.no_grad():
+        truth = model.model.double()(grids, story.kind)
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-12 * max(1, truth.abs().max().item()))
+        before = pretrained.load(str(tmp_path / "theirs")).double()(grids.double(), "classes")
+    assert (truth - before).abs().max() > 0.01  # it has learnt something
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_every_form_has_the_runs_logits(to, run, tmp_path, unchecked_types):
+    exported = pf.export(run.folder, to, tmp_path / "out", task="shapes", checkpoint="best")
+    assert isinstance(exported.comparison, Comparison)
+    assert exported.comparison.difference <= (1e-5 if to in ("onnx", "torch.export") else 1e-12)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(exported.files)
+    assert "README.md" in exported.files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert f"wrote {exported.files[0]}" in str(exported)
+
+
+def test_our_own_form_starts_a_run(run, tmp_path):
+    pf.export(run.folder, "safetensors", tmp_path / "own", task="motion")
+    source, model = pretrained.read(str(tmp_path / "own")), pf.load(run.folder)
+    assert list(source.heads) == ["motion"]
+    assert source.heads["motion"].class_names == model.classes["motion"]
+    theirs = source.state_dict()
+    ours = model.model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty; name another folder, or let its model be replaced with --overwrite"):
+        pf.export(run.folder, "hf", tmp_path, task="shapes")
+    pf.export(run.folder, "hf", tmp_path, task="shapes", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "note.txt",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    pf.export(run.folder, "torch.export", tmp_path, task="shapes", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"note.txt", "README.md", "model.pt2"}
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_exported_is_refused(run, tmp_path):
+    for arguments, message in (
+        (("hff", {}), "to = 'hff' is none of 'timm', 'hf', 'safetensors', 'torch.export', 'onnx'"),
+        (("hf", {}), "has several tasks"),
+        (("hf", {"task": "shape"}), "has no task 'shape'"),
+        (("timm", {"task": "motion"}), "task motion cannot be exported to timm: .* it takes 8 frames at once"),
+        (("hf", {"task": "shapes", "checkpoint": 5}), "holds no checkpoint '5'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pf.export(run.folder, arguments[0], tmp_path / "out", **arguments[1])
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="is not a run folder"):
+        pf.export(tmp_path, "hf", tmp_path / "out")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        pf.export(run.folder, "hf", file, task="shapes")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="out cannot be written: Permission denied; choose another with --out"):
+        pf.export(run.folder, "hf", tmp_path / "out", task="shapes")
+
+
+def test_a_folder_below_a_file_is_named(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/out cannot be written: Not a directory; choose another with --out"):
+        pf.export(run.folder, "hf", Path(tmp_path / "file" / "out"), task="shapes")
