@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from polyvit_fast.inference.loading import load
     from polyvit_fast.inference.trained_model import TrainedModel
     from polyvit_fast.inference.training import train
+    from polyvit_fast.model import pretrained
     from polyvit_fast.model.modules import Attention, Block, LayerNorm, Mlp
     from polyvit_fast.model.polyvit import PolyViT
 
@@ -25,6 +26,7 @@ __all__ = [
     "export",
     "fuse",
     "load",
+    "pretrained",
     "train",
     "unfuse",
 ]
@@ -42,6 +44,7 @@ _MODULES = {
     "export": "inference.export.api",
     "fuse": "drop_in.api",
     "load": "inference.loading",
+    "pretrained": "model.pretrained",
     "train": "inference.training",
     "unfuse": "drop_in.api",
 }
@@ -51,4 +54,5 @@ def __getattr__(name: str) -> Any:
     """Imports a name when it is first used: PyTorch takes seconds, during which the command line could not handle signals."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)

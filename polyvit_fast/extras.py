@@ -11,6 +11,8 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "train"),
     "tensorboard": ("tensorboard", "train"),
     "torchmetrics": ("torchmetrics", "train"),
+    "msgpack": ("msgpack", "pretrained"),
+    "huggingface_hub": ("huggingface_hub", "pretrained"),
     "onnx": ("onnx", "onnx"),
     "onnxscript": ("onnxscript", "onnx"),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
@@ -24,10 +26,26 @@ def split_subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
     return arguments[0], arguments[1:]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExperimentHelp:
+    """A training run."""
+
+    only: tuple[str, ...] = ()
+    """Train these tasks alone, such as one as the baseline of all: the others are left out.
+    The run folder is then runs/NAME-only-TASK, and optim.warmup_steps is lowered to the same fraction of the steps that are left."""
+    train: Annotated[Train, tyro.conf.arg(name="")]
+
+
 def load_config(name: str, flags: list[str], command: str) -> Train:
-    """The configuration of an experiment with the flags in it."""
-    config = experiments.load(name)
-    return tyro.cli(Train, default=config, args=flags, prog=f"polyvit-fast {command} {name}")
+    """The configuration of an experiment with the flags in it, of which --only leaves out tasks."""
+    config, prog = experiments.load(name), f"polyvit-fast {command} {name}"
+    if "--only" in flags:  # it decides what other flags there are
+        begin = flags.index("--only")
+        names = list(takewhile(lambda word: not word.startswith("-"), flags[begin + 1 :]))
+        config, flags = config.only(names), flags[:begin] + flags[begin + 1 + len(names) :]
+    if {*HELP_FLAGS} & {*flags}:
+        return tyro.cli(ExperimentHelp, default=ExperimentHelp(train=config), args=flags, prog=prog).train
+    return tyro.cli(Train, default=config, args=flags, prog=prog)
 
 
 def parse_options(kind: type[Options], flags: list[str], command: str) -> Options:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from polyvit_fast import __version__
-from polyvit_fast.cli import evaluation, exporting, prediction, training
+from polyvit_fast.cli import evaluation, exporting, prediction, probing, training
 from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
@@ -19,6 +19,7 @@ HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos
   polyvit-fast eval RUN                               evaluate a checkpoint of a run: the newest, the best or a step
   polyvit-fast predict RUN FILES ...                  predict the classes of files and folders, as a table, CSV or Parquet
   polyvit-fast features RUN FILES ... --out X.npz     write the features of files
+  polyvit-fast probe RUN --experiment EXPERIMENT      train heads on the frozen model, on tasks that are new to it
   polyvit-fast export RUN --to timm --out FOLDER      write one task for timm, Hugging Face, PyTorch alone or ONNX
   polyvit-fast plot RUN                               draw its loss and metric curves as PNG
   polyvit-fast plot schedule EXPERIMENT               draw which task each step trains, and the learning rate
@@ -31,6 +32,7 @@ EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. 
 First run:        polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
 All settings:     polyvit-fast train demo --help
 Change settings:  polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
+Some tasks alone: polyvit-fast train demo --only motion
 Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
 Any command with --traceback shows the traceback of an error instead of its message alone.
 
@@ -112,6 +114,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluation.run_eval,
     "predict": prediction.run_predict,
     "features": prediction.run_features,
+    "probe": probing.run_probe,
     "export": exporting.run_export,
     "plot": training.run_plot,
     "plan": training.run_plan,

@@ -49,21 +49,25 @@ def run_eval(arguments: list[str]) -> int:
     config = load_run(folder).config
     from polyvit_fast.inference.answers import ANSWER_COLUMNS, Answers
     from polyvit_fast.inference.loading import move_to
-    from polyvit_fast.inference.tables import open_table
+    from polyvit_fast.inference.tables import check_table_file, open_table
     from polyvit_fast.train.evaluate import evaluate_run
     from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
 
     config = config if options.device == "as trained" else move_to(config, options.device)
     config = _change_views(config, options.tasks, options.views) if options.views else config
+    table = Path(options.predictions)
+    if options.predictions:
+        check_table_file(table)
     with ExitStack() as stack:
-        add_rows = stack.enter_context(open_table(Path(options.predictions), ANSWER_COLUMNS)) if options.predictions else None
-        keep = {"keep": answers} if (answers := Answers(add_rows) if add_rows or options.per_class else None) else {}
+        # Of several processes only the first has answers, so only that one may open the table.
+        answers = Answers((lambda: stack.enter_context(open_table(table, ANSWER_COLUMNS))) if options.predictions else None)
+        keep = {"keep": answers} if options.predictions or options.per_class else {}
         progress = stack.enter_context(show_evaluation_progress())
         rows = evaluate_run(folder, config, options.checkpoint, options.tasks, progress, split=options.split, **keep)
     if not rows:  # under torchrun the first process has them
         return 0
     print_evaluation(config, rows)
-    if answers and options.per_class:
+    if options.per_class:
         for name, found in answers.tasks.items():
             _print_classes(name, found)
             if not found.several:

@@ -19,7 +19,7 @@ class ExportOptions:
     to: Literal["timm", "hf", "safetensors", "torch.export", "onnx"]
     """timm: pictures, for timm.create_model("local-dir:FOLDER", pretrained=True).
     hf: Hugging Face's ViT, DeiT, ViViT, VideoMAE or AST, whichever computes the same, for from_pretrained.
-    safetensors: our own names, for --init and polyvit_fast.model.pretrained.load.
+    safetensors: our own names, for --init and polyvit_fast.pretrained.load.
     torch.export: a .pt2 with the graph, for PyTorch alone.
     onnx: the graph for onnxruntime and others; needs pip install polyvit-fast[onnx]."""
     out: str

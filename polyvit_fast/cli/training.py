@@ -77,7 +77,7 @@ def run_plan(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed as well."""
+    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed, --only too."""
 
     manifests: str = "clean-manifests"
     """Folder to write to: for each task and split a manifest without the broken files, and broken.tsv."""

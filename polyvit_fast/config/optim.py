@@ -44,13 +44,14 @@ class Optim:
     for each of them, and decay it N times as much."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: patterns of their names in which * stands for anything, such as "blocks.*" "tokenizers.image.*".
-    They have no gradient, momentum or weight decay, and count for no clip_norm; where all that lies before a layer is frozen, the backward
-    pass ends there."""
+    They have no gradient, momentum or weight decay, and do not count for clip_norm.
+    The backward pass computes nothing for them, and ends where all that lies before is frozen."""
     layer_decay: float = 1.0
     """Layer-wise decay of the learning rate for fine-tuning, commonly 0.65 to 0.9. 1: off.
-    The rule of BEiT (arXiv 2106.08254) and timm: the rate of block i = 0, 1, … (a modality's adaptors come first) is multiplied by
-    layer_decay^(depth - i), that of tokenizers with their positions and class token by layer_decay^(depth + 1), that of heads by 1, and
-    that of the last norm by 1 as well, as in BEiT (timm: by layer_decay)."""
+    The rule of BEiT (arXiv 2106.08254) and timm multiplies the rate of
+    block i = 0, 1, … (adaptors come first) by layer_decay^(depth - i);
+    tokenizers, with positions and class token, by layer_decay^(depth + 1);
+    heads by 1, and the last norm too, as in BEiT (in timm it has the last block's)."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated in their stead. 0: off."""
 

@@ -69,20 +69,22 @@ class Task:
     lr_schedule: Literal["run", "cosine", "constant"] = "run"
     """How the learning rate changes over this task's steps.
     run: as in the whole run, with optim.warmup_steps and a cosine over the steps of all tasks.
-    cosine: from optim.lr to 0 over this task's own steps. constant: it stays optim.lr. Both begin with this task's warmup_steps.
-    An update from several tasks (schedule accumulating) has one rate, the highest of theirs; the losses of the others are multiplied by
-    what their rate is of it."""
+    cosine: from optim.lr to 0 over this task's own steps, after its warmup_steps.
+    constant: optim.lr, after its warmup_steps.
+    In an update from several tasks (schedule accumulating) the highest of their rates holds.
+    The other tasks' losses are then multiplied by the fraction that their own rates are of it."""
     warmup_steps: int = 0
-    """Steps of this task over which its learning rate rises, with lr_schedule cosine or constant. They are counted in steps, U_j; where
-    the schedule gives the task more or fewer steps, it warms up for the same fraction of them."""
+    """Steps of this task over which its learning rate rises, with lr_schedule cosine or constant.
+    They are counted in U_j; where the schedule gives the task another number of steps, it warms up for the same fraction of them."""
     loss_weight: float = 1.0
-    """Factor on this task's loss. It tells where an update has the gradients of several tasks (schedule accumulating). In an update from
-    one task adamw divides most of it out again, and so does sgd where it clips: take lr_scale there."""
+    """Factor on this task's loss, for updates from several tasks (schedule accumulating).
+    In an update from one task adamw divides most of it out again, and so does sgd where it clips: take lr_scale there."""
     mixup: float = 0.0
     """Mixup: alpha of the Beta distribution of the weight with which two examples of a batch are mixed. 0: off."""
     cutmix: float = 0.0
-    """CutMix: alpha of the Beta distribution of the fraction of a grid that stays, the rest being a box of rows and columns, in all frames,
-    of the other example; labels are mixed by area. 0: off. With mixup too, each batch has one of the two, at random (as in timm)."""
+    """CutMix: alpha of the Beta distribution of the fraction of a grid that stays. 0: off.
+    The rest, a box of rows and columns in all frames, is the other example's; labels are mixed by area.
+    With mixup too, each batch has one of the two at random, as in timm."""
     mixup_pairs: Literal["neighbours", "reversed"] = "neighbours"
     """Which two examples mixup and CutMix mix. Micro-batches do not matter.
     neighbours: 0 with 1, 2 with 3 and so on. The pairs do not depend on the number of processes.

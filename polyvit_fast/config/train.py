@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,6 +97,32 @@ class Train:
         for task in self.tasks.values():
             found.setdefault(task.modality.name, task.modality)
         return found
+
+    def only(self, names: Collection[str]) -> Train:
+        """This run with some of its tasks alone: the baseline of each by itself, say. It has a run folder of its own.
+
+        The schedule plans as many steps as these tasks have, and the warm-up takes the same fraction of them. Raises ValueError for a name
+        that no task has.
+        """
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown or not names:
+            what = f"there is no task {', '.join(unknown)}" if unknown else "no task is named"
+            raise ValueError(f"--only: {what}; there are {', '.join(self.tasks)}")
+        tasks = {name: task for name, task in self.tasks.items() if name in names}
+        before, now = (sum(task.steps for task in some.values()) for some in (self.tasks, tasks))
+        optim = replace(self.optim, warmup_steps=-(-self.optim.warmup_steps * now // before))
+        out = self.out and f"{self.out}-only-{'-'.join(tasks)}"
+        return replace(self, tasks=tasks, optim=optim, init=self._find_init(tasks), out=out)
+
+    def _find_init(self, tasks: dict[str, Task]) -> str | dict[str, str]:
+        """What these tasks begin with in this run: the same trunk, even where the modality that it comes from is left out."""
+        parts = self.init_parts
+        if "" in parts or not parts:
+            return self.init
+        first = next((part for part in parts if part in self.modalities), None)
+        trunk = {"trunk": parts[first]} if first else {}
+        left = {"trunk", *tasks, *(task.modality.name for task in tasks.values())}
+        return {part: source for part, source in (trunk | parts).items() if part in left}
 
     @property
     def init_parts(self) -> dict[str, str]:

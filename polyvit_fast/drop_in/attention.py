@@ -111,8 +111,12 @@ def _unfit_timm(m: Any) -> str:
     )
 
 
+def _has_head_norms(m: Any) -> bool:
+    return bool(not_identity(m, "normalised", "q_norm", "k_norm"))
+
+
 def _unfit_head_norms(m: Any) -> str:
-    if not not_identity(m, "", "q_norm", "k_norm"):
+    if not _has_head_norms(m):
         return ""
     return unfit_member(m.q_norm, "q_norm", NormPart) or unfit_member(m.k_norm, "k_norm", NormPart)
 
@@ -126,7 +130,7 @@ def _read_timm(m: Any) -> AttentionPart:
         pack = partial(project, m.qkv)
     else:  # EVA, which itself reads the layer's weight and does not call the layer
         pack = partial(_linear, m.qkv.weight, torch.cat([m.q_bias, m.k_bias, m.v_bias]))
-    norms = (read_member(m.q_norm), read_member(m.k_norm)) if not_identity(m, "", "q_norm", "k_norm") else None
+    norms = (read_member(m.q_norm), read_member(m.k_norm)) if _has_head_norms(m) else None
     drops = read_drops(m, "attn_drop", "proj_drop")
     return AttentionPart(pack, m.num_heads, m.head_dim, m.proj, False, drops, head_norms=norms, linears=linears)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from polyvit_fast.drop_in.attention import packs
 from polyvit_fast.drop_in.parts import AttentionPart, BlockPart, MlpPart, Part
+from polyvit_kernels.layers import is_plain
 
 KERNEL_HEADS = 16
 """Heads whose width this does not divide are PyTorch's on a GPU (`polyvit_kernels.attention`)."""
@@ -33,7 +34,11 @@ def gains(part: Part) -> tuple[Gain, ...]:
 
 
 def _block_gains(part: BlockPart) -> tuple[Gain, ...]:
-    found = [Gain("residuals added by the products before them, in the backward by the norms, with two bias gradients", 2, 4)]
+    # An adapted projection is called, and its sum with the residual is a kernel of its own.
+    products = 2 if is_plain(part.attention.proj) else 1
+    found = [
+        Gain("residuals added by the products before them, in the backward by the norms, with their bias gradients", products, 2 + products)
+    ]
     scales = sum(scale is not None for scale in part.scales)
     if scales:
         found.append(Gain("LayerScale in the weights (in fp16 in both sums, which are then kernels of their own)", scales, 3 * scales))

@@ -102,7 +102,7 @@ _LAYER_SCALES = {
 def unfit_scales(module: Any, *names: str) -> str:
     """Why those members, if they are there, are no LayerScale that we know."""
     for name in names:
-        if not_identity(module, "", name) and type(read_scale(module, name)) not in PLAIN:
+        if not_identity(module, "scaled", name) and type(read_scale(module, name)) not in PLAIN:
             return f"{name} ({type(getattr(module, name)).__name__}) is no plain LayerScale"
     return ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,11 +80,15 @@ class TaskAnswers:
 
 
 class Answers:
-    """Collects the answers of an evaluation: a call of it is the evaluation's `keep`."""
+    """Collects the answers of an evaluation: a call of it is the evaluation's `keep`.
 
-    def __init__(self, add_rows: AddRows | None = None) -> None:
+    `open_table`, called for the first answer, gives the function that adds rows to a table with `ANSWER_COLUMNS`.
+    """
+
+    def __init__(self, open_table: Callable[[], AddRows] | None = None) -> None:
         self.tasks: dict[str, TaskAnswers] = {}
-        self.add_rows = add_rows
+        self.open_table = open_table
+        self.add_rows: AddRows | None = None
 
     def __call__(self, loader: Loader, indices: Sequence[int], logits: Tensor, labels: Tensor) -> None:
         """Add a batch."""
@@ -92,11 +96,12 @@ class Answers:
         if not len(logits):
             return
         answers.add(logits, labels)
-        if self.add_rows:
+        if self.open_table:
+            self.add_rows = add_rows = self.add_rows or self.open_table()
             probabilities = PROBABILITIES[loader.task.loss](logits)
             order = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :TOP].tolist()
             for index, numbers, values in zip(indices, order, probabilities.tolist(), strict=True):
                 sample = loader.samples[index]
                 names = ";".join(answers.classes[label] for label in sample.labels)
                 begin = (sample.media.name, loader.name, names)
-                self.add_rows((*begin, rank, answers.classes[number], values[number]) for rank, number in enumerate(numbers, 1))
+                add_rows((*begin, rank, answers.classes[number], values[number]) for rank, number in enumerate(numbers, 1))

@@ -36,6 +36,8 @@ def load(
     of the weights if the run has one, which are those that it was evaluated with. `config`: the configuration that the run was trained
     with, needed where it was made in Python of classes of your own. Raises ValueError when there is no such run, checkpoint or device.
     """
+    if Path(run).parent.name == "checkpoints":
+        raise ValueError(f"{run} is a checkpoint; give its run folder, {Path(run).parents[1]}, and checkpoint= with its step")
     recorded = load_run(Path(run), experiments.load, config)
     settings = move_to(recorded.config, device)
     group = _choose_weights(settings, weights)

@@ -26,15 +26,21 @@ def open_table(path: Path, columns: Mapping[str, type]) -> Iterator[AddRows]:
 
     Raises ValueError for another ending, a folder that cannot be written, or when pyarrow is missing.
     """
-    open_as = FORMATS.get(path.suffix.lower())
-    if open_as is None:
-        raise ValueError(f"{path}: the name of a table ends in {' or '.join(FORMATS)}")
+    check_table_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_as(path, columns) as add:
+        with FORMATS[path.suffix.lower()](path, columns) as add:
             yield add
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_table_file(path: Path) -> None:
+    """Raise ValueError when a table cannot be written there: for another ending, or without pyarrow."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: the name of a table ends in {' or '.join(FORMATS)}")
+    if path.suffix.lower() == ".parquet":
+        import_pyarrow(path)
 
 
 @contextmanager

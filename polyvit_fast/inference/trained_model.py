@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polyvit_fast.config import Task, Train
+from polyvit_fast.config import Modality, Task, Train
 from polyvit_fast.inference.decoding import GridReader
 from polyvit_fast.inference.results import Features, Prediction, Predictions, Skipped
 from polyvit_fast.media import printable
@@ -108,18 +108,17 @@ class TrainedModel:
         return Features(torch.cat(found) if found else torch.empty(0, self.config.model.dim), names, skipped)
 
     def _compute_features(self, reader: GridReader, layer: int | None, pool: Pool | None, grids: Tensor) -> Tensor:
-        record = reader.task.modality
-        count, norms_last = record.num_class_tokens, pool == "mean" and layer is None
+        record, views = reader.task.modality, grids.flatten(0, 1)
         with torch.autocast(grids.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            number = self.config.model.depth if norms_last else layer
-            tokens = self.model.features(grids.flatten(0, 1), record.name, task=reader.name, layer=number)
-            if pool == "cls":
-                tokens = tokens[:, : count if record.pool == "class_tokens" else 1].mean(1)
-            elif pool == "mean":
-                tokens = tokens[:, count:].mean(1)
-            tokens = self.model.norm(tokens) if norms_last else tokens
-        views = tokens.float().unflatten(0, grids.shape[:2])
-        return views if pool is None else views.mean(1)
+            if layer is None and pool == ("mean" if record.pool == "mean" else "cls"):
+                found = self.model.embed(views, record.name, task=reader.name)
+            else:
+                norms_last = pool == "mean" and layer is None
+                number = self.config.model.depth if norms_last else layer
+                found = _pool_tokens(self.model.features(views, record.name, task=reader.name, layer=number), record, pool)
+                found = self.model.norm(found) if norms_last else found
+        features = found.float().unflatten(0, grids.shape[:2])
+        return features if pool is None else features.mean(1)
 
     def _compute_logits(self, task: str, inputs: Any, on_error: OnError) -> tuple[list[str], Tensor, list[Skipped]]:
         """The names and logits of the inputs, and those that are broken."""
@@ -178,3 +177,10 @@ class TrainedModel:
         if modality is not None and modality not in modalities:
             raise ValueError(f"{self.folder} has no modality {modality!r}; it has {', '.join(map(repr, modalities))}")
         return next(name for name, one in self.tasks.items() if modality in (None, one.modality.name))
+
+
+def _pool_tokens(tokens: Tensor, modality: Modality, pool: Pool | None) -> Tensor:
+    count = modality.num_class_tokens
+    if pool == "mean":
+        return tokens[:, count:].mean(1)
+    return tokens[:, : count if modality.pool == "class_tokens" else 1].mean(1) if pool == "cls" else tokens

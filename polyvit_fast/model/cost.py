@@ -95,27 +95,30 @@ def activation_bytes(
     *,
     residual: Precision = "fp32",
     keeps_rounded: bool = False,
+    num_frozen: int = 0,
 ) -> int:
     """Memory that one micro-batch of `task` holds from its forward to its backward pass, on a GPU.
 
     Counted is what autograd keeps: per block both inputs of the norms, the inputs of attention and of all linear layers, and GELU's
     slope; in bf16 the weights' rounded copies too, unless those last for the whole run. With `recompute` it is the input of every block
-    and all that one block keeps. Not counted: short-lived results and gradients (about as much as one block keeps), memory that the
-    allocator reserves beyond that, the input grid, decoded batches.
+    and all that one block keeps. The first `num_frozen` layers (see `count_frozen_layers`) keep nothing. Not counted: short-lived results
+    and gradients (about as much as one block keeps), memory that the allocator reserves beyond that, the input grid, decoded batches.
     """
     narrow, wide = BYTES[precision], BYTES[residual]
     batch, tokens = task.batch // task.micro_batches, task.modality.num_tokens
     stream = wide * tokens * model.dim
-    embedding = stream if model.dropout else 0
+    embedding = stream if model.dropout and not num_frozen else 0
+    num_blocks = min(model.depth, model.depth + 1 - num_frozen)  # that keep anything
     ends_with_class_token = _ends_with_class_token(model, task.modality)
-    end = (wide * model.dim if ends_with_class_token else stream) + narrow * model.dim
-    num_whole, num_last, num_inputs = model.depth - ends_with_class_token, int(ends_with_class_token), 0
+    end = (wide * model.dim if ends_with_class_token else stream) * (num_blocks >= 0) + narrow * model.dim
+    num_last = int(ends_with_class_token and num_blocks > 0)
+    num_whole, num_inputs = max(0, num_blocks - num_last), 0
     if recompute:  # the block that the backward pass is in, and the inputs of all others
-        num_whole, num_last, num_inputs = (1, 0, model.depth - 1) if num_whole else (0, 1, 0)
+        num_whole, num_last, num_inputs = (1, 0, num_blocks - 1) if num_whole else (0, num_last, 0)
     whole, last = _whole_block_bytes(model, tokens, narrow, wide), _class_token_bytes(model, tokens, narrow, wide)
     blocks = num_whole * whole + num_last * last + num_inputs * stream
     matrices = num_whole * _block_matrices(model) + num_last * (_block_matrices(model) - 3 * model.dim**2)  # its qkv stays fp32
-    weights = matrices + model.dim * (_tubelet_elements(task.modality) + task.num_classes)
+    weights = matrices + model.dim * (_tubelet_elements(task.modality) * (not num_frozen) + task.num_classes)
     return batch * (embedding + blocks + end) + (BF16_BYTES * weights if precision == "bf16" and not keeps_rounded else 0)
 
 

@@ -59,6 +59,12 @@ def _find_layer(model: PolyViT, name: str) -> int:
             return model.depth + 1
 
 
+def count_frozen_layers(model: PolyViT, task: str) -> int:
+    """Layers that an input of `task` passes before the first that is trained: its tokenizer, the blocks, the last norm."""
+    names = list_parameters(model, task)
+    return min((_find_layer(model, name) + name.startswith("heads.") for name in names), default=model.depth + 2)
+
+
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter is subject to weight decay."""
     return parameter.ndim >= 2 and name.endswith("weight")

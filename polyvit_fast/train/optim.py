@@ -159,10 +159,10 @@ class FlatParameters(Parameters):
 
         # The deepest layers first, whose gradients are complete last, and of one factor all together.
         self.leaves = dict(sorted(model.named_parameters(), key=lambda item: (not is_matrix(*item), lr_factors.get(item[0], 1.0))))
-        trained = [name for name, parameter in self.leaves.items() if parameter.requires_grad]
+        trained, frozen = ([n for n, leaf in self.leaves.items() if leaf.requires_grad == is_trained] for is_trained in (True, False))
         self.views, self.decayed = self._lay_out(trained, 0), 0
         end = self.views[-1].end
-        self.frozen_views = self._lay_out([name for name in self.leaves if name not in set(trained)], end + ALIGNMENT)
+        self.frozen_views = self._lay_out(frozen, end + ALIGNMENT)
         self.shapes = {view.name: view.shape for view in self.views}
         device = next(iter(self.leaves.values())).device
         self.values = torch.zeros(self.frozen_views[-1].end if self.frozen_views else end + ALIGNMENT, device=device)

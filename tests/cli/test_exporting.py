@@ -28,7 +28,7 @@ def test_a_task_is_exported_and_compared(trained, tmp_path, capsys):
         ("--to hf --task shape", "has no task 'shape'; perhaps you meant 'shapes'"),
         (
             "--to timm --task motion",
-            "task motion cannot be exported to timm: timm's VisionTransformer cannot hold this model: it takes 4 frames",
+            "task motion cannot be exported to timm: timm's VisionTransformer cannot hold this model: it takes",
         ),
         ("--to hf --task shapes --checkpoint 7", "holds no checkpoint '7'"),
     ],

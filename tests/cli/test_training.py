@@ -117,3 +117,56 @@ def test_check_names_broken_files_and_writes_clean_manifests(here, capsys):
     clean = (here / "clean-manifests" / "colours-train.csv").read_text()
     assert "train/red/0.png" in clean
     assert "train/red/1.png" not in clean
+
+
+def test_only_makes_a_baseline_of_some_tasks(here, capsys):
+    """For every command that takes an experiment, and for those that take its run folder."""
+    few = ("--only", "clips", "--tasks.clips.steps", "3")
+    assert cli.run(["train", "smoke", *few]) == 0
+    folder = here / "runs" / "smoke-only-clips"
+    assert "tasks: clips" in (folder / "log.txt").read_text()
+    stored = json.loads((folder / "config.json").read_text())["config"]
+    assert list(stored["tasks"]) == ["clips"]
+    assert cli.run(["train", "smoke", *few]) == 0  # resumes
+    assert "resumed from step 3 of 3" in (folder / "log.txt").read_text()
+    assert cli.run(["eval", str(folder)]) == 0
+    assert cli.run(["plot", str(folder)]) == 0
+    capsys.readouterr()
+    assert cli.run(["plan", "smoke", "--optim.lr", "0.1", "--only", "sounds", "pictures"]) == 0
+    assert "2 tasks, 28 steps" in capsys.readouterr().out
+    assert cli.run(["plot", "schedule", "smoke", *few]) == 0
+    assert (folder / "schedule.png").exists()
+    assert cli.run(["check", "smoke", "--only", "clips"]) == 0
+    assert "pictures" not in capsys.readouterr().out.partition("drawn")[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--only", "clip"], "--only: there is no task clip; there are pictures, clips, sounds"),
+        (["--only", "clips", "x", "y"], "--only: there is no task x, y; there are pictures, clips, sounds"),
+        (["--only"], "--only: no task is named; there are pictures, clips, sounds"),
+        (["--only", "--optim.lr", "1"], "--only: no task is named"),
+    ],
+)
+def test_only_names_the_tasks_that_there_are(here, capsys, flags, words):
+    assert cli.run(["plan", "smoke", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_shows_only_and_the_flags_of_the_tasks_that_are_left(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    with pytest.raises(SystemExit):
+        cli.run(["train", "smoke", "--only", "clips", "--help"])
+    text = capsys.readouterr().out
+    assert "--only" in text
+    assert "--tasks.clips.steps" in text
+    assert "--tasks.sounds.steps" not in text
+    flags = [
+        "--optim.freeze",
+        "--optim.layer-decay",
+        "--tasks.clips.lr-schedule",
+        "--tasks.clips.warmup-steps",
+        "--tasks.clips.loss-weight",
+    ]
+    assert all(flag in text for flag in [*flags, "--tasks.clips.cutmix", "--early-stop-evaluations"])

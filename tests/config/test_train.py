@@ -133,3 +133,36 @@ def test_sounds_with_different_spectrograms_cannot_have_one_tokenizer(field, fir
     named = "grid" if field == "num_mel_bins" else f"{field} = {first} and b has {second}"
     with pytest.raises(ValueError, match=f"tasks a and b have the same modality audio, hence one tokenizer, but a has {named}"):
         Train(tasks=tasks)
+
+
+def test_only_some_tasks_are_a_run_of_their_own(config):
+    tasks = {name: tile_task(steps=steps) for name, steps in (("a", 60), ("b", 30), ("c", 10))}
+    whole = replace(config, tasks=tasks, out="runs/all", optim=replace(config.optim, warmup_steps=15))
+    part = whole.only(["c", "a"])
+    assert list(part.tasks.items()) == [("a", tasks["a"]), ("c", tasks["c"])]  # in the experiment's order, which decides the plan
+    assert part.out == "runs/all-only-a-c"
+    assert part.optim == replace(whole.optim, warmup_steps=11)  # 15 of 100 steps are 10.5 of 70
+    assert whole.only(["b"]) == replace(whole, tasks={"b": tasks["b"]}, out="runs/all-only-b", optim=replace(whole.optim, warmup_steps=5))
+    assert replace(whole, out="").only(["b"]).out == ""
+    with pytest.raises(ValueError, match="--only: there is no task x; there are a, b, c"):
+        whole.only(["a", "x"])
+
+
+class OtherTile(Tile):
+    name = "other"
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [
+        ("", ""),
+        ("runs/first@best", "runs/first@best"),
+        ({"tile": "A", "other": "B"}, {"trunk": "A", "other": "B"}),
+        ("tile=A,other=B,a=C,b=D", {"trunk": "A", "other": "B", "b": "D"}),
+        ({"trunk": "T", "tile": "A"}, {"trunk": "T"}),
+        ({"a": "C"}, {}),
+    ],
+)
+def test_some_tasks_begin_with_what_they_have_in_the_whole_run(config, init, expected):
+    tasks = {"a": tile_task(), "b": tile_task(modality=OtherTile())}
+    assert replace(config, tasks=tasks, init=init).only(["b"]).init == expected

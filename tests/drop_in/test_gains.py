@@ -90,6 +90,14 @@ def test_products_of_adapted_layers_are_no_gain():
     assert entry.gains == ()
 
 
+def test_an_adapted_projection_is_added_by_itself():
+    model, _ = timm_vit()
+    whole = next(entry for entry in fuse(model).replaced if entry.what == "Block").gains[0]
+    model.blocks[0].attn.proj = nn.Sequential(model.blocks[0].attn.proj)
+    less = next(entry for entry in fuse(model).replaced if entry.what == "Block").gains[0]
+    assert (whole.forward - less.forward, whole.backward - less.backward) == (1, 1)
+
+
 def test_only_what_was_measured_is_quoted():
     layer = nn.Linear(4, 4)
     assert "exact GELU" in measured(MlpPart(layer, layer, "erf"))[0]

@@ -6,7 +6,15 @@ from foreign_models import hugging_face_vit, normal, reasons, timm_vit
 from torch import nn
 
 from polyvit_fast import fuse
-from polyvit_fast.drop_in.members import first_argument, full_name, not_identity, unknown_members
+from polyvit_fast.drop_in.members import (
+    first_argument,
+    full_name,
+    hugging_face_input,
+    not_identity,
+    read_scale,
+    unfit_scales,
+    unknown_members,
+)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "quick_gelu"])
@@ -51,6 +59,29 @@ def test_an_identity_is_no_member_that_computes():
     assert not_identity(module, "scaled", "0", "2") == "scaled (2 is a ReLU)"
     module[1].register_forward_hook(lambda module, args, output: 2 * output)
     assert not_identity(module, "scaled", "1") == "scaled (1 is a Identity)"
+
+
+def test_layer_scales_are_read_from_modules_and_parameters():
+    from timm.layers import LayerScale
+
+    module = nn.Module()
+    module.ls, module.none, module.same, module.gamma = LayerScale(8), None, nn.Identity(), nn.Parameter(torch.ones(8))
+    assert read_scale(module, "ls") is module.ls.gamma
+    assert read_scale(module, "gamma") is module.gamma
+    assert all(read_scale(module, name) is None for name in ("none", "same", "absent"))
+    assert unfit_scales(module, "ls", "none", "same", "gamma", "absent") == ""
+    module.ls.register_forward_hook(lambda module, args, output: 2 * output)
+    assert unfit_scales(module, "gamma", "ls") == "ls (LayerScale) is no plain LayerScale"
+    module.ls = nn.Linear(8, 8)
+    assert unfit_scales(module, "ls") == "ls (Linear) is no plain LayerScale"
+
+
+def test_hidden_states_may_be_given_by_name():
+    x = normal(2)
+    assert hugging_face_input(None, (), {"hidden_states": x, "attention_mask": None, "output_hidden_states": True}) is x
+    assert hugging_face_input(None, (x,), {"attention_mask": None}) is x
+    assert hugging_face_input(None, (), {"hidden_states": x, "is_causal": True}) is None
+    assert hugging_face_input(None, (x,), {"hidden_states": x}) is None
 
 
 def test_a_call_is_about_its_first_argument_unless_another_asks_for_something():

@@ -45,6 +45,8 @@ def test_nothing_that_it_was_trained_on_need_exist(run, tmp_path):
 def test_what_is_no_run_is_named(run, tmp_path, unchecked_types):
     with pytest.raises(ValueError, match=r"nothing is not a run folder: it has no config\.json"):
         pf.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"step_00000012 is a checkpoint; give its run folder, .*run, and checkpoint= with its step"):
+        pf.load(run.folder / "checkpoints" / "step_00000012")
     for name in ("config.json", "versions.json"):
         shutil.copy(run.folder / name, tmp_path)
     with pytest.raises(ValueError, match="holds no whole checkpoint yet"):

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from polyvit_fast.config import MODELS, Model, Optim
 from polyvit_fast.model.cost import activation_bytes, forward_flops, num_parameters, state_bytes
+from polyvit_fast.model.parameters import count_frozen_layers, freeze
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_kernels.layers import has_hooks
 
@@ -154,3 +155,29 @@ def test_state_bytes_count_every_copy():
     assert state_bytes(model, Optim(name="sgd")) == 120
     assert state_bytes(model, Optim(name="adamw")) == 160
     assert state_bytes(model, Optim(name="adamw", ema_decay=0.99)) == 200
+
+
+FROZEN = {
+    1: ("tokenizers.*",),
+    2: ("tokenizers.clip.*", "blocks.0.*"),
+    3: ("tokenizers.clip.*", "blocks.[0-1].*"),
+    4: ("tokenizers.clip.*", "blocks.*"),
+    5: ("tokenizers.clip.*", "blocks.*", "norm.*"),
+    0: ("tokenizers.clip.bias", "blocks.*"),
+}
+
+
+@each_precision
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("num_frozen", FROZEN)
+@pytest.mark.usefixtures("registered")
+def test_before_the_first_layer_that_is_trained_nothing_is_kept(num_frozen, dropout, precision, residual):
+    config, modality = replace(MODEL, dropout=dropout), SMALL["clip"]
+    model = PolyViT(config, SMALL, {"task": ("clip", 7)}, residual=residual).train()
+    freeze(model, FROZEN[num_frozen])
+    assert count_frozen_layers(model, "task") == num_frozen
+    kept = kept_bytes(model, torch.zeros(8, *modality.grid, dtype=torch.uint8), precision)
+    of = task(modality, 7, batch=8, drop_path_rate=0.3)
+    counted = activation_bytes(config, of, precision, residual=residual, num_frozen=num_frozen)
+    assert counted == pytest.approx(kept, rel=0.01, abs=64)  # the last norm also keeps the mean and the std of each example
+    assert activation_bytes(config, of, precision, True, residual=residual, num_frozen=num_frozen) <= counted

@@ -4,7 +4,15 @@ import pytest
 import torch
 from tiny_runs import Tile, tile_task, tiny_config
 
-from polyvit_fast.model.parameters import decay_by_layer, find_component, freeze, is_matrix, list_components, list_parameters
+from polyvit_fast.model.parameters import (
+    count_frozen_layers,
+    decay_by_layer,
+    find_component,
+    freeze,
+    is_matrix,
+    list_components,
+    list_parameters,
+)
 from polyvit_fast.model.polyvit import PolyViT
 
 
@@ -113,3 +121,19 @@ def test_components_are_tokenizers_heads_and_the_trunk():
     assert find_component("heads.a.weight") == "heads.a"
     assert find_component("blocks.0.norm1.bias") == find_component("norm.weight") == ""
     assert list_components(model(), "b") == ("", "tokenizers.other", "heads.b")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "num_frozen"),
+    [
+        ([], 0),
+        (["tokenizers.*", "blocks.1.*"], 2),  # with the adaptor
+        (["tokenizers.tile.weight", "tokenizers.tile.blocks.*"], 0),
+        (["tokenizers.*", "blocks.*"], 4),
+        (["tokenizers.*", "blocks.*", "norm.*"], 5),
+    ],
+)
+def test_layers_before_the_first_that_is_trained_are_counted(patterns, num_frozen):
+    vit = model(num_adaptor_layers=1)
+    freeze(vit, patterns)
+    assert count_frozen_layers(vit, "a") == num_frozen

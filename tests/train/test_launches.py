@@ -22,17 +22,22 @@ pytestmark = pytest.mark.usefixtures("h100_on_meta")
 
 def launches(monkeypatch, depth=3, drop_path_rate=0.0, **changes) -> list[Launch]:
     """Of a step in bf16 on an H100, but for matrix products and for the kernels of our operations."""
+    found = all_launches(monkeypatch, depth, drop_path_rate, **changes)
+    assert "attention_short_bwd_kernel" in {launch.name for launch in found}
+    return [launch for launch in found if not launch.ours and launch.name not in PRODUCTS]
+
+
+def all_launches(monkeypatch, depth=3, drop_path_rate=0.0, **changes) -> list[Launch]:
     task = tile_task(modality=Tile(size=64), batch=BATCH, drop_path_rate=drop_path_rate)
     model = Model(dim=DIM, depth=depth, num_heads=2, mlp_dim=256)
-    run = tiny_config(tasks={"a": task}, model=model, precision="bf16", optim=Optim(name="adamw", lr=0.1), **changes)
+    run = tiny_config(tasks={"a": task}, model=model, precision="bf16", **({"optim": Optim(name="adamw", lr=0.1)} | changes))
     object.__setattr__(run, "device", "meta")
     step, buffers = Step(PolyViT.from_config(run).train(), run), InputBuffers(run, {"a": torch.uint8}, META)
     step.begin(("a",), 0.1, 0)
     with Launches(monkeypatch) as mode:
         step.forward_backward("a", buffers.view("a", 0))
         step.update()
-    assert "attention_short_bwd_kernel" in {launch.name for launch in mode.found}
-    return [launch for launch in mode.found if not launch.ours and launch.name not in PRODUCTS]
+    return mode.found
 
 
 def sees_all_tokens(launch: Launch) -> bool:
@@ -78,3 +83,38 @@ def test_drop_path_needs_no_pass(changes, monkeypatch):
         for rate in (0.0, 0.1)
     )
     assert some == more
+
+
+def count_launches(monkeypatch, *freeze: str, layer_decay=1.0) -> Counter:
+    optim = Optim(name="adamw", lr=0.1, freeze=freeze, layer_decay=layer_decay)
+    return Counter(launch.name for launch in all_launches(monkeypatch, 4, optim=optim))
+
+
+def test_a_frozen_block_multiplies_for_no_weight_and_a_frozen_front_has_no_backward(monkeypatch):
+    trained, block, front = (count_launches(monkeypatch, *freeze) for freeze in ((), ("blocks.1.*",), ("tokenizers.*", "blocks.[0-1].*")))
+    assert not block - trained
+    assert trained - block == {
+        "mm": 4,  # the gradients of four weights
+        "add_": 12,  # and of all parameters, to the flat buffer
+        "_to_copy": 1,  # the rounded one of the bias of qkv
+    }
+    assert not front - trained
+    gone = trained - front
+    assert {name: gone[name] for name in gone if name.endswith("_kernel")} == {
+        "attention_short_bwd_kernel": 2,
+        "dgelu_bwd_kernel": 2,
+        "layer_norm_bwd_kernel": 4,
+        "patch_embed_bwd_kernel": 1,
+        "adamw_update_kernel": 2,  # of the tokenizer's parameters
+    }
+    assert gone["mm"] == 2 * 7 + 1
+
+
+def test_rates_by_layer_launch_two_updates_for_each_layer(monkeypatch):
+    alike, decayed = (count_launches(monkeypatch, layer_decay=decay) for decay in (1.0, 0.8))
+    assert alike["adamw_update_kernel"] == 2 * 3  # matrices and the rest of tokenizer, trunk and head
+    assert decayed - alike == {
+        "adamw_update_kernel": 2 * 4 + 1 - 2,  # of four blocks and the last norm instead of the trunk
+        "mul": 1,  # all rates at once
+    }
+    assert not alike - decayed

@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+from fine_tuning import make_config, write_pictures
 from long_forms import mark_long
 from PIL import Image as Pillow
 from safetensors.torch import load_file
@@ -25,6 +27,7 @@ from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import DataError
+from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.evaluate import evaluate, evaluate_run
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import Log, print_evaluation, print_results
@@ -528,3 +531,27 @@ def test_a_run_that_ends_has_not_stopped_early(tmp_path, config, worsening):
     outcome = run(config, tmp_path, eval_every_steps=4, early_stop_evaluations=3)
     assert (outcome.step, worsening) == (20, [4, 8, 12, 16, 20])
     assert "early" not in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("schedule", ["weighted", "accumulating"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.long)])
+def test_fine_tuning_resumed_is_bitwise_the_straight_run(tmp_path, schedule, optimizer):
+    write_pictures(tmp_path / "pictures")
+    config = make_config(tmp_path / "pictures", schedule)
+    config = replace(config, optim=replace(config.optim, name=optimizer))
+    total = len(make_step_plan(config))
+    straight = run(config, tmp_path / "straight")
+    assert run_until(config, tmp_path / "resumed", total // 2).step == total // 2
+    resumed = run(config, tmp_path / "resumed")
+    assert_equal_weights(tmp_path / "straight", tmp_path / "resumed")
+    assert {name: row["loss"] for name, row in straight.metrics.items()} == {name: row["loss"] for name, row in resumed.metrics.items()}
+    newest = checkpoint.find_newest(tmp_path / "straight")
+    assert newest
+    start, average = PolyViT.from_config(config).state_dict(), newest.load_tensors("ema")
+    frozen = {name for name in start if any(fnmatchcase(name, pattern) for pattern in config.optim.freeze)}
+    assert len(frozen) == 12 + 4
+    for tensors in (newest.load_tensors("model"), average):
+        assert {name for name, tensor in tensors.items() if torch.equal(tensor, start[name])} == frozen
+    assert not [name for name in newest.load_tensors("optimizer") if name.partition(".")[2] in frozen]
+    evaluated = evaluate_run(tmp_path / "straight", config, "newest", (), lambda *done: None)
+    assert {name: row["loss"] for name, row in evaluated.items()} == {name: row["loss"] for name, row in straight.metrics.items()}

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import processes
 import pytest
 import torch
+from fine_tuning import FROZEN, make_config, write_pictures
 from tiny_runs import change
 
 from polyvit_fast import cli, experiments
@@ -23,6 +25,7 @@ from polyvit_fast.config import Optim
 from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.loop import train
+from polyvit_fast.train.output.log import Log
 from polyvit_fast.train.run_folder import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +33,8 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ("--optim.name", "sgd", "--optim.lr", "0.05", "--optim.warmup-steps", "2", "--log-every-steps", "8", "--compute-threads", "1")
 LONG = ("--tasks.pictures.steps", "3000")
 PATIENCE_SECONDS = 120
+OTHER_RUNS = {"schedule": "accumulating", "sharded": True}
+"""Of fine-tuning, besides the usual one."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,6 +90,39 @@ def test_several_processes_are_one_with_the_same_batches(tmp_path, alone, count,
     for name, row in theirs["tasks"].items():
         assert ours["tasks"][name]["num_examples"] == row["num_examples"]
         assert ours["tasks"][name]["loss"] == pytest.approx(row["loss"], rel=10 * rounding)
+
+
+def tune(pictures: Path, folder: Path, changes: dict, stop_at: int = 0) -> None:
+    """A run with every option of fine-tuning; with `stop_at` a signal stops it after so many steps."""
+    tick = Log.tick
+
+    def tick_and_signal(log: Log, done: int, task: str) -> None:
+        tick(log, done, task)
+        if done == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "tick", tick_and_signal)
+        train(make_config(pictures, **({"out": str(folder)} | changes)), "test", ["test"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="weighted"), *(pytest.param({key: value}, id=key, marks=pytest.mark.long) for key, value in OTHER_RUNS.items())],
+)
+def test_fine_tuning_in_two_processes_is_that_of_one_and_resumes_to_the_bit(tmp_path, changes):
+    pictures = tmp_path / "pictures"
+    write_pictures(pictures)
+    tune(pictures, tmp_path / "one", changes | {"sharded": False})
+    for stop_at, folder in ((0, "two"), (5, "resumed"), (0, "resumed")):
+        processes.run_processes(2, tune, pictures, tmp_path / folder, changes, stop_at)
+    start = PolyViT.from_config(make_config(pictures)).state_dict()
+    assert_equal_but_for_rounding(tmp_path / "two", tmp_path / "one", start)
+    straight, resumed = weights(tmp_path / "two"), weights(tmp_path / "resumed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert "resumed from step 5" in (tmp_path / "resumed" / "log.txt").read_text()
+    frozen = {name for name in start if any(fnmatchcase(name, pattern) for pattern in FROZEN)}
+    assert {name for name in start if torch.equal(straight[name], start[name])} == frozen
 
 
 def start_torchrun(folder: Path, *flags: str) -> subprocess.Popen:

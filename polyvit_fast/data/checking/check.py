@@ -36,7 +36,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
 
     `out` gets broken.tsv with task, split, file and reason; for each split that was checked completely TASK-SPLIT.csv, a manifest of the
     good files, and TASK-SPLIT.sha256, with which the next check finds what has changed; and duplicates.tsv with files whose bytes are
-    equal although one of them is for validation, or their labels differ. Raises ValueError at the end when some splits could not be
+    equal although one of them is held out, or their labels differ. Raises ValueError at the end when some splits could not be
     checked.
     """
     from rich.console import Console
@@ -51,7 +51,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
             for name, task in config.tasks.items():
                 checked: dict[Split, CheckedSplit] = {}
                 for split in SPLITS:
-                    if isinstance(_source(task, split), Synthetic):
+                    if isinstance(_find_source(task, split), Synthetic | None):
                         continue
                     try:
                         checked[split] = _check_split(name, task, split, findings, progress, num_workers, deadline_seconds)
@@ -71,12 +71,12 @@ def _check_split(
     name: str, task: Task, split: Split, findings: Findings, progress: Any, num_workers: int, deadline_seconds: float
 ) -> CheckedSplit:
     """Check a split and store the findings. Raises ValueError when it cannot be listed, or its kind of files cannot be decoded."""
-    source = _source(task, split)
+    source = _find_source(task, split) or task.val
     try:
         samples = source.samples(task)
         remarks = source.remarks(task)
     except (ValueError, OSError) as error:
-        if split == "val" and _lacks_classes(task):
+        if split != "train" and _lacks_classes(task):
             raise ValueError("its files were not checked: its labels need the class list of train, which cannot be read") from error
         raise ValueError(getattr(error, "strerror", None) or str(error)) from error
     if not samples:
@@ -113,8 +113,9 @@ def find_broken(
     return [verdict for verdict in scan(task_name, task, split, samples, num_workers, deadline_seconds) if verdict.reason]
 
 
-def _source(task: Task, split: Split) -> Source:
-    return {"train": task.train, "val": task.val}[split]
+def _find_source(task: Task, split: Split) -> Source | None:
+    """The samples of a split; None: the task has no test files."""
+    return {"train": task.train, "val": task.val, "test": task.test}[split]
 
 
 def scan(
@@ -228,7 +229,7 @@ def _work(pipe: Any, task: Task, split: Split) -> None:
     torch.set_num_threads(1)
     try:
         task = replace(task, modality=task.modality.thorough())
-        decoder = build_task_decoder(_source(task, split), task, batch=1, train=False, num_threads=1)
+        decoder = build_task_decoder(_find_source(task, split) or task.val, task, batch=1, train=False, num_threads=1)
     except Exception as error:
         return pipe.send(f"{type(error).__name__}: {error}")
     pipe.send("")

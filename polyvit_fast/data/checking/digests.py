@@ -10,7 +10,7 @@ from typing import Literal
 
 from polyvit_fast.media import Media, MediaError, Sample
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # as `sha256sum` writes them, in a line that then begins with a backslash
 
 
@@ -75,14 +75,14 @@ class CheckedSplit:
     """Empty where a file is broken."""
 
 
-def find_leaks(train: CheckedSplit, val: CheckedSplit) -> Iterator[EqualPair]:
-    """Validation samples whose bytes are in the training split too, each with the first training sample that it equals."""
+def find_leaks(train: CheckedSplit, held_out: CheckedSplit, split: Split = "val") -> Iterator[EqualPair]:
+    """Held-out samples whose bytes are in the training split too, each with the first training sample that it equals."""
     first: dict[str, int] = {}
     for index, digest in enumerate(train.digests):
         first.setdefault(digest, index)
-    for index, digest in enumerate(val.digests):
+    for index, digest in enumerate(held_out.digests):
         if digest and digest in first:
-            yield _pair("val", val.samples[index], "train", train.samples[first[digest]])
+            yield _pair(split, held_out.samples[index], "train", train.samples[first[digest]])
 
 
 def find_contradictions(split: Split, checked: CheckedSplit) -> Iterator[EqualPair]:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from polyvit_fast.config import Task
+from polyvit_fast.config import Source, Task
 from polyvit_fast.data.checking.digests import CheckedSplit, EqualPair, Split, find_contradictions, find_leaks, format_digests, read_digests
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.label_cells import format_classes, format_labels
 from polyvit_fast.files import write_atomically
 from polyvit_fast.media import Media, Sample
 
-SPLITS: tuple[Split, ...] = ("train", "val")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SHOWN = 5  # files that a message names
 
 
@@ -90,9 +90,12 @@ class Findings:
             self._report_pairs(name, f"{split}: {len(pairs)} files are equal to another one with other labels", pairs)
         if task.train == task.val and checked:
             self.report(f"{name}: its validation files are its training files, so its metric says nothing about other files")
-        elif len(checked) == len(SPLITS):
-            pairs = list(find_leaks(checked["train"], checked["val"]))
-            self._report_pairs(name, f"val: {len(pairs)} files are in the training split too, by their bytes", pairs)
+        held_out: list[tuple[Split, Source | None]] = [("val", task.val), ("test", task.test)]
+        for split, source in held_out:
+            if not {"train", split} <= checked.keys() or source == task.train:
+                continue
+            pairs = list(find_leaks(checked["train"], checked[split], split))
+            self._report_pairs(name, f"{split}: {len(pairs)} files are in the training split too, by their bytes", pairs)
 
     def _report_pairs(self, name: str, text: str, pairs: Sequence[EqualPair]) -> None:
         if not pairs:
@@ -115,7 +118,11 @@ def write_clean_manifest(path: Path, task: Task, samples: Sequence[Sample], verd
     rows = [(_absolute(sample.media), format_labels(sample.labels, names, task.num_classes)) for sample in good]
     write_atomically(path, _format_rows(path, [("path", "labels" if task.multi_label else "label"), *rows]))
     if names:
-        write_atomically(path.with_name(f"{path.stem.removesuffix('-train').removesuffix('-val')}-classes.txt"), format_classes(names))
+        write_atomically(path.with_name(f"{_remove_split(path.stem)}-classes.txt"), format_classes(names))
+
+
+def _remove_split(stem: str) -> str:
+    return next((stem.removesuffix(f"-{split}") for split in SPLITS if stem.endswith(f"-{split}")), stem)
 
 
 def _absolute(media: Media) -> str:

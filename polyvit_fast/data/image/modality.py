@@ -40,8 +40,8 @@ class Image(Modality):
     rand_augment_magnitude: float = 9.0
     """RandAugment's M: their strength, from 0 to 10."""
     random_erasing_prob: float = 0.0
-    """Random Erasing (arXiv 1708.04896): probability that a rectangle of a training picture becomes noise, after all else; 0 switches it
-    off. The paper has 0.5."""
+    """Random Erasing: probability that a rectangle of a training picture becomes noise, after all else; 0 switches it off.
+    The paper (arXiv 1708.04896) has 0.5."""
     random_erasing_area_ratios: tuple[float, float] = (0.02, 0.4)
     """Smallest and largest fraction of the grid that is erased; the paper's."""
     random_erasing_aspect_ratio: float = 0.3

@@ -28,7 +28,7 @@ NO_MEDIA = (
 )
 """Endings of notes and drawings, tables, subtitles and other sidecars, checksums, arrays, programs, archives and unfinished copies."""
 NO_MEDIA_NAMES = (
-    _endings("thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini readme license licence copying notice authors changelog makefile")
+    _endings("thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini readme license licence copying notice authors changelog version makefile")
     | _endings("checksums md5sum md5sums sha1sum sha1sums sha256sum sha256sums sha512sum sha512sums")
     | {"icon\r", "thumbs.db:encryptable"}  # of a folder on macOS, and of a copy from Windows
 )

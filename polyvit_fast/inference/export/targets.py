@@ -146,7 +146,7 @@ def _write_safetensors(subject: Subject, folder: Path) -> list[str]:
 
 def _use_safetensors(subject: Subject, folder: Path, name: str) -> str:
     return (
-        f'from polyvit_fast.model import pretrained\n\nmodel = pretrained.load("{name}")\n'
+        f'import polyvit_fast as pf\n\nmodel = pf.pretrained.load("{name}")\n'
         f'logits = model(grids, "{subject.task}")  # or start a run from it: --init {name}'
     )
 

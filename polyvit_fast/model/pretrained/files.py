@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from polyvit_fast.extras import MissingExtraError, require
+
 Tensors = dict[str, Tensor]
 CONFIGS = {"config.json": "", "preprocessor_config.json": "preprocessor"}
 """What lies next to weights, and the key under which it is returned."""
@@ -70,6 +72,8 @@ def _read_tensors(file: Path) -> Tensors:
                 content = torch.load(file, map_location="cpu", weights_only=True)
             case _:
                 content = _read_msgpack(file)
+    except MissingExtraError:
+        raise
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} is no file of weights that can be read: {reason}") from error
@@ -80,10 +84,9 @@ def _read_tensors(file: Path) -> Tensors:
 
 def _read_msgpack(file: Path) -> Any:
     """A tree as Flax's `to_bytes` writes it."""
-    try:
-        import msgpack
-    except ModuleNotFoundError:
-        raise ValueError("Flax's files need msgpack: pip install msgpack") from None
+    require("reading Flax's files", "msgpack")
+    import msgpack
+
     return msgpack.unpackb(file.read_bytes(), ext_hook=_read_extension, raw=False, strict_map_key=False)
 
 
@@ -143,10 +146,9 @@ def _fetch(name: str) -> Path:
     """The folder of a model of Hugging Face's hub, fetched unless it is there already."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{name}: there is no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError:
-        raise ValueError(f"{name}: there is no such folder; to fetch it from the hub, pip install huggingface_hub") from None
+    require(f"{name} is no file or folder here, and fetching it from Hugging Face's hub", "huggingface_hub")
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "config.json", "preprocessor_config.json"]))
     except Exception as error:  # a dozen classes of the library, requests and the operating system

@@ -23,7 +23,7 @@ from polyvit_fast.model.cost import (
     num_trained_parameters,
     state_bytes,
 )
-from polyvit_fast.model.parameters import freeze
+from polyvit_fast.model.parameters import count_frozen_layers, freeze
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import check_warmup, count_steps, make_step_plan
@@ -51,6 +51,8 @@ class TaskCost:
     num_train: int | None
     num_val: int | None
     problem: str
+    num_frozen: int
+    """Layers before the first that is trained."""
     remarks: tuple[str, ...] = ()
 
     @property
@@ -89,7 +91,7 @@ class CostReport:
     def peak_bytes(self, row: TaskCost, micro_batches: int | None = None) -> int:
         """Estimated memory during a step of a task, with another number of micro-batches if one is given."""
         task = replace(row.task, micro_batches=micro_batches or row.task.micro_batches)
-        return self.state_bytes + _count_activations(self.config, task)
+        return self.state_bytes + _count_activations(self.config, task, row.num_frozen)
 
     def find_micro_batches(self, row: TaskCost, memory_bytes: float) -> int | None:
         """The least number of micro-batches whose peak stays within `memory_bytes`; None when single examples do not."""
@@ -118,11 +120,13 @@ def _estimate_task(config: Train, model: PolyViT, name: str, num_steps: int) -> 
     backward = backward_flops(model, name, task.modality) if config.optim.freeze else 2 * forward
     training = (_count_forwards(config) * forward + backward) * task.batch * num_steps
     remarks = () if problem else tuple(dict.fromkeys([*task.train.remarks(task), *task.val.remarks(task)]))
-    return TaskCost(name, task, num_steps, forward, training, _count_activations(config, task), num_train, num_val, problem, remarks)
+    num_frozen = count_frozen_layers(model, name)
+    activations = _count_activations(config, task, num_frozen)
+    return TaskCost(name, task, num_steps, forward, training, activations, num_train, num_val, problem, num_frozen, remarks)
 
 
-def _count_activations(config: Train, task: Task) -> int:
-    more = {"residual": config.compute.residual, "keeps_rounded": config.keeps_rounded}
+def _count_activations(config: Train, task: Task, num_frozen: int) -> int:
+    more = {"residual": config.compute.residual, "keeps_rounded": config.keeps_rounded, "num_frozen": num_frozen}
     return activation_bytes(config.model, task, config.precision, config.compute.recompute, **more)
 
 
@@ -246,8 +250,7 @@ def _note_state(report: CostReport) -> Iterator[str]:
     )
     if report.num_trained < report.num_parameters:
         yield (
-            "Frozen parameters need no gradient and no optimizer state. Activations are counted as if nothing were frozen: up to the first "
-            "layer that is trained none are kept, so that less may be needed."
+            "Frozen parameters need no gradient and no optimizer state, and up to the first layer that is trained no activations are kept."
         )
     not_saved = FP32_BYTES * report.num_trained + BF16_BYTES * config.keeps_rounded * report.num_parameters  # gradients, rounded parameters
     not_trained = report.num_parameters - report.num_trained  # a moving average is stored whole

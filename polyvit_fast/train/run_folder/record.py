@@ -103,7 +103,10 @@ def load_run(folder: Path, load: Callable[[str], Train], own: Train | None = Non
 def _read_config(folder: Path, experiment: str, values: Mapping[str, Any], load: Callable[[str], Train], own: Train | None) -> Train:
     if own is None and experiment == MADE_IN_PYTHON:
         return rebuild(values)
-    return from_json(own or load(_experiment_file(folder, experiment)), values)
+    config, stored = own or load(_experiment_file(folder, experiment)), values.get("tasks")
+    if isinstance(stored, Mapping) and stored and stored.keys() < config.tasks.keys():
+        config = config.only(list(stored))  # a run of --only has some of the experiment's tasks
+    return from_json(config, values)
 
 
 def _experiment_file(folder: Path, experiment: str) -> str:

@@ -270,6 +270,19 @@ def test_equal_files_are_named_where_they_should_not_be(tmp_path, capsys):
     assert [row[2].removeprefix(f"{tmp_path}/") for row in rows[2:]] == ["val/blue/c.png", "val/red/c.png", "val/red/other.png"]
 
 
+def test_test_files_are_checked_like_validation_files(tmp_path, capsys):
+    train, val = colour_folder(tmp_path / "train", ["a.png"]), colour_folder(tmp_path / "val", ["b.png"])
+    test = colour_folder(tmp_path / "test", ["c.png", "d.png"])
+    (tmp_path / "test" / "red" / "d.png").write_bytes(b"")
+    config = tiny_config(tasks={"p": replace(picture_task(train), val=val, test=test)})
+    assert check_files(config, tmp_path / "out", 1, 60.0) == 1
+    lines = capsys.readouterr().out
+    assert f"p test: {tmp_path}/test/red/d.png: the file is empty" in lines
+    assert "p test: 3 of 4 files are good" in lines
+    assert "p test: 2 files are in the training split too, by their bytes" in lines
+    assert {"p-test.csv", "p-val.csv", "p-train.csv", "p-classes.txt"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_changed_bytes_are_named_by_the_next_check(tmp_path, capsys):
     config = tiny_config(tasks={"p": replace(picture_task(colour_folder(tmp_path / "files", ["a.png", "b.png"])), val=Synthetic())})
     check_files(config, tmp_path / "out", 1, 60.0)

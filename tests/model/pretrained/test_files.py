@@ -48,7 +48,8 @@ def test_torchs_own_files(tmp_path, wrapped):
 
 
 def test_numpys_and_flaxs_bfloat16(tmp_path):
-    msgpack = pytest.importorskip("msgpack")
+    import msgpack
+
     exact = torch.tensor([1.5, -2.0, 0.25]).to(torch.bfloat16)
     raw = exact.view(torch.int16).numpy()
     np.savez(tmp_path / "a.npz", x=raw.view("V2"))
@@ -59,7 +60,7 @@ def test_numpys_and_flaxs_bfloat16(tmp_path):
 
 
 def test_flaxs_arrays_in_chunks(tmp_path):
-    msgpack = pytest.importorskip("msgpack")
+    import msgpack
 
     def array(values):
         return msgpack.ExtType(1, msgpack.packb((values.shape, values.dtype.name, values.tobytes()), use_bin_type=True))
@@ -72,7 +73,8 @@ def test_flaxs_arrays_in_chunks(tmp_path):
 
 
 def test_of_flaxs_checkpoints_the_last_is_read(tmp_path):
-    msgpack = pytest.importorskip("msgpack")
+    import msgpack
+
     for step in (9, 10):
         packed = msgpack.packb(((), "int64", np.int64(step).tobytes()), use_bin_type=True)
         (tmp_path / f"checkpoint_{step}").write_bytes(msgpack.packb({"x": msgpack.ExtType(1, packed)}, use_bin_type=True))

@@ -43,8 +43,9 @@ def test_a_run_before_0_5_keeps_what_it_computed(version):
     assert resume_differences(values, to_json(smoke)) == differing
 
 
-def test_a_run_of_0_5_has_the_same_configuration():
-    values, smoke = stored_by("0.5.0"), experiments.load("smoke")
+@pytest.mark.parametrize("version", ["0.5.0", "0.6.0"])
+def test_a_run_from_0_5_on_has_the_same_configuration(version):
+    values, smoke = stored_by(version), experiments.load("smoke")
     assert not is_older_than_0_5(values)
     assert from_json(smoke, upgrade(values)) == smoke
     assert resume_differences(values, to_json(smoke)) == []
@@ -109,3 +110,22 @@ def test_later_fields_say_what_an_earlier_version_did(optimizer, spectrogram):
 def test_what_is_no_configuration_is_refused_by_from_json_alone(values):
     with pytest.raises(ValueError, match="the experiment has"):
         from_json(tiny_config(), upgrade(values))
+
+
+def test_what_0_6_did_not_know_is_off_whatever_the_experiment_says_now():
+    values, smoke = stored_by("0.6.0"), experiments.load("smoke")
+    pictures, optim = smoke.tasks["pictures"], Optim(name="adamw", lr=2e-3, warmup_steps=2, freeze=("blocks.*",), layer_decay=0.7)
+    modality = replace(pictures.modality, random_erasing_prob=0.5, random_erasing_area_ratios=(0.1, 0.2), random_erasing_aspect_ratio=0.5)
+    own = {"cutmix": 1.0, "loss_weight": 2.0, "lr_schedule": "cosine", "warmup_steps": 3}
+    now = change(
+        smoke,
+        tasks=smoke.tasks | {"pictures": replace(pictures, modality=modality, **own)},
+        optim=optim,
+        eval_every_steps=5,
+        early_stop_evaluations=2,
+    )
+    assert from_json(now, upgrade(values)) == smoke
+    differing = {difference.partition(":")[0] for difference in resume_differences(values, to_json(now))}
+    erasing = {f"tasks.pictures.modality.random_erasing_{name}" for name in ("prob", "area_ratios", "aspect_ratio")}
+    assert differing == {"optim.freeze", "optim.layer_decay", *erasing, *(f"tasks.pictures.{name}" for name in own)}
+    assert from_json(now, to_json(now)) == now

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import change, tiny_config
 
+from polyvit_fast import experiments
 from polyvit_fast.config import LogOptions, Train
 from polyvit_fast.train.run_folder import record
 from polyvit_fast.train.run_folder.config_json import to_json
@@ -19,7 +20,7 @@ def test_a_resumed_run_may_differ_only_where_no_number_depends_on_it():
     old = tiny_config()
     free = {"out": "elsewhere", "log_every_steps": 1, "eval_every_steps": 9, "save_every_steps": 3, "keep": 5, "num_threads": 7}
     free |= {"prefetch": 1, "decode_timeout_seconds": 5.0, "max_bad_ratio": 0.5, "nonfinite_patience": 3, "resume": False}
-    free["changed_files"] = "allow"
+    free |= {"changed_files": "allow", "early_stop_evaluations": 2}
     free |= {"capture": False, "recompute": True, "sharded": True}
     names = {name.split(".")[-1] for name in record.MAY_CHANGE - {"log"}}
     assert set(free) == names | {field.name for field in fields(LogOptions)}
@@ -132,3 +133,10 @@ def test_the_commit_is_that_of_our_own_checkout_only(tmp_path):
     assert record._commit(installed) is None
     (installed / ".git").write_text("gitdir: /nowhere")
     assert record._commit(installed) is None
+
+
+def test_a_run_of_some_tasks_is_read_back_as_such(tmp_path):
+    smoke = experiments.load("smoke")
+    part = replace(smoke.only(["clips"]), out=str(tmp_path))
+    describe_run(tmp_path, "smoke", ["polyvit-fast"], part)
+    assert load_run(tmp_path, experiments.load).config == part

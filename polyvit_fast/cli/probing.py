@@ -1,0 +1,95 @@
+"""The command probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from polyvit_fast import experiments
+from polyvit_fast.cli.arguments import HELP_FLAGS, parse_options, split_subject
+
+if TYPE_CHECKING:
+    from polyvit_fast.probe.probing import ProbeResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Train heads on the features of a frozen model, on tasks that it was not trained on: how much does it know?
+
+    SOURCE is a run folder (runs/mine, runs/mine@best), a file or folder of weights of timm, Hugging Face, torchvision or JAX, or a name
+    on Hugging Face's hub. Features are computed once and kept. A penalty is chosen on a fifth of the training files, never on those that
+    are reported. Intervals are of 95 %.
+
+    polyvit-fast probe runs/demo --experiment birds.py --random
+    """
+
+    experiment: str
+    """A name from `polyvit-fast list`, or the path of your own .py file: its tasks are probed, with their modalities and sources."""
+    tasks: tuple[str, ...] = ()
+    """Names of some of its tasks. None: all."""
+    heads: tuple[Literal["linear", "attentive", "few-shot"], ...] = ("linear", "attentive", "few-shot")
+    """linear: logistic regression on what heads read. attentive: on what learned queries read of all tokens.
+    few-shot: ridge regression to a few examples of each class, ten draws."""
+    shots: tuple[int, ...] = (1, 5, 20)
+    """Examples of each class for few-shot."""
+    random: bool = False
+    """Probe the same model with random weights too."""
+    out: str = ""
+    """Folder of probe.json and the features. Empty: probe/ in the run folder, or next to the file of weights."""
+    device: Literal["as in the experiment", "cpu", "cuda"] = "as in the experiment"
+    """Where the model computes."""
+
+    def __post_init__(self) -> None:
+        if not self.heads or min(self.shots, default=0) < 1:
+            raise ValueError("heads must name one at least, and shots must be 1 or more")
+
+
+def run_probe(arguments: list[str]) -> int:
+    """Probe a frozen model."""
+    if arguments and arguments[0] in HELP_FLAGS:
+        parse_options(ProbeOptions, ["--help"], "probe SOURCE")
+    source, flags = split_subject(arguments, "probe SOURCE --experiment EXPERIMENT")
+    options = parse_options(ProbeOptions, flags, "probe SOURCE")
+    config = experiments.load(options.experiment)
+    config = config if options.device == "as in the experiment" else replace(config, device=options.device)
+    from polyvit_fast.probe.probing import ProbePlan, probe
+    from polyvit_fast.train.output.log import show_evaluation_progress
+
+    plan = ProbePlan(
+        source=source,
+        config=config,
+        tasks=options.tasks,
+        heads=options.heads,
+        shots=options.shots,
+        compares_random=options.random,
+        folder=Path(options.out) if options.out else _choose_folder(source),
+    )
+    with show_evaluation_progress() as progress:
+        results = probe(plan, print, progress)
+    _print_results(results)
+    print(f"written: {plan.folder / 'probe.json'}")
+    return 0
+
+
+def _choose_folder(source: str) -> Path:
+    path = Path(source.partition("@")[0])
+    if path.is_dir():
+        return path / "probe"
+    return path.with_name("probe") if path.is_file() else Path("probe") / source.replace("/", "--")
+
+
+def _print_results(results: list[ProbeResult]) -> None:
+    """A line for each head of each task, with random weights next to the others where they were probed."""
+    from rich.console import Console
+
+    from polyvit_fast.train.output.table import build_table
+
+    sources = list(dict.fromkeys(row.weights for row in results))
+    estimates = {(row.task, row.head, row.weights): row.estimate for row in results}
+    names = [Path(source).name for source in sources]
+    table = build_table(["task, head"], ["metric", *names], title="values with their 95 % confidence intervals")
+    for row in results:
+        if row.weights == sources[0]:
+            table.add_row(f"{row.task}, {row.head}", row.metric, *(str(estimates[row.task, row.head, source]) for source in sources))
+    Console().print(table)
