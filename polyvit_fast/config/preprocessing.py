@@ -26,4 +26,4 @@ class Preprocessing:
     timm: dict[str, Any] = field(default_factory=dict)
     """The fields of timm's pretrained_cfg that say so to its transforms. Empty where there are none."""
     differences: tuple[str, ...] = ()
-    """What those processors do otherwise, in sentences."""
+    """What these do otherwise, in sentences."""

@@ -108,7 +108,7 @@ class Image(Modality):
                 "crop_size": size,
             }
         )
-        differences = ["Processors elsewhere do not turn a picture as its EXIF tag says: call PIL.ImageOps.exif_transpose first."]
+        differences = ["Other libraries do not turn a picture as its EXIF tag says: call PIL.ImageOps.exif_transpose first."]
         if not squash:
             differences.append(
                 f"They scale the short side to {short_side} before they cut, so that the square may lie half a pixel elsewhere."

@@ -22,8 +22,8 @@ from polyvit_fast.train.run_folder.initial_weights import read_checkpoint
 from polyvit_fast.train.run_folder.record import load_run
 
 To = Literal["timm", "hf", "safetensors", "torch.export", "onnx"]
-CARD = "README.md"
-WRITTEN = (CARD, WEIGHTS, CONFIG, "preprocessor_config.json", *GRAPHS.values(), f"{GRAPHS['onnx']}.data")
+MODEL_CARD = "README.md"
+WRITTEN = (MODEL_CARD, WEIGHTS, CONFIG, "preprocessor_config.json", *GRAPHS.values(), f"{GRAPHS['onnx']}.data")
 """All files that an export may write. One that overwrites another leaves none of that one's."""
 
 
@@ -82,8 +82,7 @@ def export(
         remarks = target.write(subject, temporary)
         comparison = compare(subject, target, temporary, model.model)
         usage = target.usage(subject, temporary, str(folder))
-        card = write_card(subject, recorded, found, to, usage, remarks, comparison)
-        (temporary / CARD).write_text(card)
+        (temporary / MODEL_CARD).write_text(write_card(subject, recorded, found, to, usage, remarks, comparison))
         files = tuple(sorted(path.name for path in temporary.iterdir()))
         _publish(temporary, folder)
     except ValueError as error:

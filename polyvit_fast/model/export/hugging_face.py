@@ -1,6 +1,6 @@
 """A task as Hugging Face's ViT, DeiT, ViViT, VideoMAE or AST: the folder that `from_pretrained` loads, with names of transformers 4 and 5.
 
-Which of them is told by what the model does: how many frames, class tokens and norms it has, and what its head reads.
+Which of them it is follows from what the model does: how many frames, class tokens and norms it has, and what its head reads.
 """
 
 from __future__ import annotations
