@@ -111,7 +111,7 @@ class Image(Modality):
         differences = ["Other libraries do not turn a picture as its EXIF tag says: call PIL.ImageOps.exif_transpose first."]
         if not squash:
             differences.append(
-                f"They scale the short side to {short_side} before they cut, so that the square may lie half a pixel elsewhere."
+                f"They scale the short side to {short_side} before they cut, so that the square may lie elsewhere by up to a pixel."
             )
         return Preprocessing(
             input_name="pixels",

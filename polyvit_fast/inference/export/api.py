@@ -14,7 +14,7 @@ from polyvit_fast import experiments
 from polyvit_fast.config import Train
 from polyvit_fast.inference.export.model_card import write_card
 from polyvit_fast.inference.export.targets import CONFIG, GRAPHS, TARGETS, WEIGHTS, Subject
-from polyvit_fast.inference.export.verify import Comparison, compare
+from polyvit_fast.inference.export.verify import LogitDifference, compare
 from polyvit_fast.inference.loading import load
 from polyvit_fast.model.export.plain import flatten, select_task
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint, find_checkpoint
@@ -38,14 +38,14 @@ class Exported:
     files: tuple[str, ...]
     remarks: tuple[str, ...]
     """What is not as it is in the run, in sentences."""
-    comparison: Comparison | str
+    comparison: LogitDifference | str
     """Of the logits; or why there is none."""
 
     def __str__(self) -> str:
         compared = self.comparison
         verdict = (
             f"the logits of {compared.library} differ from the run's by at most {compared}"
-            if isinstance(compared, Comparison)
+            if isinstance(compared, LogitDifference)
             else f"nothing was compared: {compared}"
         )
         files = f"{', '.join(self.files[:-1])} and {self.files[-1]}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polyvit_fast.inference.export.targets import TARGETS, Subject
-from polyvit_fast.inference.export.verify import Comparison
+from polyvit_fast.inference.export.verify import LogitDifference
 from polyvit_fast.model.export.graph import describe_layout
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint
 from polyvit_fast.train.run_folder.record import RecordedRun
@@ -24,7 +24,7 @@ def write_card(
     to: str,
     usage: str,
     remarks: Sequence[str],
-    comparison: Comparison | str,
+    comparison: LogitDifference | str,
 ) -> str:
     """The model card, in Markdown."""
     sections = {
@@ -89,12 +89,12 @@ def _list_numbers(values: Sequence[float]) -> str:
     return f"{values[0]:.8g}" if len(set(values)) == 1 else f"({', '.join(f'{value:.8g}' for value in values)})"
 
 
-def _describe_differences(subject: Subject, to: str, remarks: Sequence[str], comparison: Comparison | str) -> str:
+def _describe_differences(subject: Subject, to: str, remarks: Sequence[str], comparison: LogitDifference | str) -> str:
     known = {"hf": subject.vit.preprocessing.hugging_face, "timm": subject.vit.preprocessing.timm}.get(to)
     lines = [*remarks, *(subject.vit.preprocessing.differences if to in ("timm", "hf") else ())]
     if known == {}:
         lines.append("These files describe no preprocessing: the library has none that makes this input.")
-    if isinstance(comparison, Comparison):
+    if isinstance(comparison, LogitDifference):
         lines.append(
             f"The logits of {comparison.library} and of the run were compared on random grids: they differ by at most {comparison}."
         )

@@ -39,7 +39,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """One of the forms."""
 
     library: str
@@ -196,10 +196,10 @@ def _compute_onnx(subject: Subject, folder: Path, grids: Tensor) -> Tensor:
 
 
 TARGETS = {
-    "timm": Target("timm", _write_timm, _use_timm, _compute_timm),
-    "hf": Target("transformers", _write_hugging_face, _use_hugging_face, _compute_hugging_face),
-    "safetensors": Target("polyvit_fast", _write_safetensors, _use_safetensors, _compute_safetensors),
-    "torch.export": Target("torch", _write_torch_export, _use_torch_export, _compute_torch_export, torch.float32),
-    "onnx": Target("onnxruntime", _write_onnx, _use_onnx, _compute_onnx, torch.float32),
+    "timm": ExportTarget("timm", _write_timm, _use_timm, _compute_timm),
+    "hf": ExportTarget("transformers", _write_hugging_face, _use_hugging_face, _compute_hugging_face),
+    "safetensors": ExportTarget("polyvit_fast", _write_safetensors, _use_safetensors, _compute_safetensors),
+    "torch.export": ExportTarget("torch", _write_torch_export, _use_torch_export, _compute_torch_export, torch.float32),
+    "onnx": ExportTarget("onnxruntime", _write_onnx, _use_onnx, _compute_onnx, torch.float32),
 }
 """By the name that the command line gives them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyvit_fast.inference.export.targets import Subject, Target
+from polyvit_fast.inference.export.targets import ExportTarget, Subject
 from polyvit_fast.model.export.plain import PlainViT
 from polyvit_fast.model.polyvit import PolyViT
 
@@ -20,8 +20,8 @@ ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models' logits of random grids."""
+class LogitDifference:
+    """How far two models' logits of random grids are apart."""
 
     library: str
     difference: float
@@ -36,8 +36,8 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(subject: Subject, target: Target, folder: Path, model: PolyViT) -> Comparison | str:
-    """The comparison of the files in a folder with `model`, or why the library cannot be imported.
+def compare(subject: Subject, target: ExportTarget, folder: Path, model: PolyViT) -> LogitDifference | str:
+    """How far the logits of the files in a folder are from those of `model`, or why the library cannot be imported.
 
     Raises RuntimeError when they compute something else.
     """
@@ -58,7 +58,7 @@ def compare(subject: Subject, target: Target, folder: Path, model: PolyViT) -> C
             f"{target.library} computes other logits from the exported files: they differ by {difference:.2e}, where the largest is "
             f"{largest:.3g}. It is a bug in the export: please report it"
         )
-    return Comparison(target.library, difference, largest, "fp64" if target.dtype == torch.float64 else "fp32")
+    return LogitDifference(target.library, difference, largest, "fp64" if target.dtype == torch.float64 else "fp32")
 
 
 def draw_grids(vit: PlainViT, count: int) -> Tensor:

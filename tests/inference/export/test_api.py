@@ -11,7 +11,7 @@ import polyvit_fast as pf
 from polyvit_fast import cli
 from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.inference.export.targets import TARGETS
-from polyvit_fast.inference.export.verify import Comparison
+from polyvit_fast.inference.export.verify import LogitDifference
 from polyvit_fast.model import pretrained
 from polyvit_fast.randomness import generator
 
@@ -34,7 +34,7 @@ def test_there_and_back(name, tmp_path):
     assert cli.run(["train", str(experiment), "--init", str(tmp_path / "theirs"), "--out", str(run)]) == 0
     assert f"theirs ({name})" in (run / "init.txt").read_text()
     exported = pf.export(run, story.to, out)
-    assert isinstance(exported.comparison, Comparison)
+    assert isinstance(exported.comparison, LogitDifference)
     assert exported.comparison.difference < 1e-12 * max(1, exported.comparison.largest)
     model = pf.load(run)
     grids = decode(model, story.kind)
@@ -64,7 +64,7 @@ def test_there_and_back(name, tmp_path):
 @pytest.mark.parametrize("to", TARGETS)
 def test_every_form_has_the_runs_logits(to, run, tmp_path, unchecked_types):
     exported = pf.export(run.folder, to, tmp_path / "out", task="shapes", checkpoint="best")
-    assert isinstance(exported.comparison, Comparison)
+    assert isinstance(exported.comparison, LogitDifference)
     assert exported.comparison.difference <= (1e-5 if to in ("onnx", "torch.export") else 1e-12)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(exported.files)
     assert "README.md" in exported.files
