@@ -41,14 +41,12 @@ def compare(subject: Subject, target: ExportTarget, folder: Path, model: PolyViT
 
     Raises RuntimeError when they compute something else.
     """
-    try:
-        import_module(target.library)
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed here"
-    except (ImportError, RuntimeError) as error:  # a torchvision of another PyTorch raises both
-        return f"{target.library} cannot be imported here: {str(error).splitlines()[0]}"
     grids = draw_grids(subject.vit, NUM_GRIDS)
-    found = target.compute(subject, folder, grids)
+    try:
+        _import_library(target.library)
+        found = target.compute(subject, folder, grids)
+    except ImportError as error:
+        return _explain(target.library, error)
     truth = copy.deepcopy(model).cpu().double().eval()(grids, subject.task)
     difference, largest = (found.double() - truth).abs().max().item(), truth.abs().max().item()
     # Written so that NaN does not pass.
@@ -59,6 +57,22 @@ def compare(subject: Subject, target: ExportTarget, folder: Path, model: PolyViT
             f"{largest:.3g}. It is a bug in the export: please report it"
         )
     return LogitDifference(target.library, difference, largest, "fp64" if target.dtype == torch.float64 else "fp32")
+
+
+def _import_library(name: str) -> None:
+    try:
+        import_module(name)
+    except RuntimeError as error:  # what a torchvision that was built for another PyTorch raises
+        raise ImportError(str(error)) from error
+
+
+def _explain(library: str, error: BaseException) -> str:
+    """Why a library cannot be imported: the first of the errors, as transformers imports its parts when they are asked for."""
+    while error.__cause__:
+        error = error.__cause__
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed here"
+    return f"{library} cannot be imported here: {str(error).splitlines()[0]}"
 
 
 def draw_grids(vit: PlainViT, count: int) -> Tensor:

@@ -57,6 +57,21 @@ def test_without_the_library_nothing_is_compared(tmp_path, monkeypatch):
     sys.modules.pop("a_broken_library", None)
 
 
+def test_a_part_that_cannot_be_imported_is_no_bug_of_ours(tmp_path):
+    """transformers imports a class when it is asked for, and wraps what then goes wrong."""
+    polyvit, subject = make()
+
+    def compute(*_):
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist\nand more")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'ViTForImageClassification'") from error
+
+    target = dataclasses.replace(TARGETS["hf"], compute=compute)
+    found = compare(subject, target, tmp_path, polyvit)
+    assert found == "transformers cannot be imported here: operator torchvision::nms does not exist"
+
+
 def test_grids_are_those_of_a_decoder():
     _, subject = make("plain sound")
     grids = draw_grids(subject.vit, 2)
