@@ -121,6 +121,9 @@ def _make_subject(task: str, config: Train, found: Checkpoint, run: str) -> Subj
 
 def _publish(temporary: Path, folder: Path) -> None:
     """Give the files their names at once where the folder is new, else one by one; what an earlier export left is deleted."""
+    mode = (temporary / MODEL_CARD).stat().st_mode
+    for path in temporary.iterdir():
+        path.chmod(mode)  # safetensors writes a file that nobody else may read
     if not folder.exists():
         os.rename(temporary, folder)
         return

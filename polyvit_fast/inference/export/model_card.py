@@ -76,7 +76,8 @@ def _describe_input(subject: Subject, to: str) -> str:
     frames, rows, columns, channels = vit.grid.sizes
     lines = [f"{number}. {step}" for number, step in enumerate(preprocessing.steps, 1)]
     if not lines:
-        lines.append(f"The run's own decoder makes a grid of {frames} frames, {rows} rows, {columns} columns and {channels} channels.")
+        size = f"{frames} frame{'s' * (frames > 1)}, {rows} rows, {columns} columns and {channels} channels"
+        lines.append(f"The run's own decoder makes a grid of {size}.")
     inside = "The model does this itself" if to not in ("timm", "hf") else "The model takes the result"
     lines += ["", f"Then the mean {mean} is subtracted, and the rest divided by the std {std}. {inside}."]
     if to in ("torch.export", "onnx"):

@@ -24,8 +24,8 @@ def read(source: str) -> Pretrained:
                 raise ValueError(f"{source} looks like {form.__name__.rpartition('.')[2]}, but has no {error}") from error
     names = ", ".join(list(tensors)[:3])
     raise ValueError(
-        f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are what `polyvit-fast export` writes, timm's ViT and "
-        "DeiT, Hugging Face's ViT, DeiT, ViViT, AST and VideoMAE, torchvision's ViT, and JAX's ViT, ViViT and PolyViT"
+        f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are timm's ViT and DeiT, Hugging Face's ViT, DeiT, "
+        "ViViT, AST and VideoMAE, torchvision's ViT, JAX's ViT, ViViT and PolyViT, and what `polyvit-fast export` writes"
     )
 
 

@@ -34,7 +34,8 @@ def read_files(source: str) -> tuple[Tensors, dict[str, Any]]:
     tensors: Tensors = {}
     for file in files:
         tensors |= _read_tensors(file)
-    config: dict[str, Any] = {"metadata": _read_metadata(files[0])} if files[0].suffix == ".safetensors" else {}
+    metadata = _read_metadata(files[0]) if files[0].suffix == ".safetensors" else {}
+    config: dict[str, Any] = {"metadata": metadata} if metadata else {}
     # Next to a single file, only the config.json of a library that writes pairs of them is about it.
     for name, key in CONFIGS.items() if path.is_dir() or path.suffix == ".safetensors" else ():
         if (folder / name).is_file():

@@ -1,6 +1,8 @@
 """From a model of another library through a run and back to that library; and what an export writes, overwrites and refuses."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,7 @@ def test_every_form_has_the_runs_logits(to, run, tmp_path, unchecked_types):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(exported.files)
     assert "README.md" in exported.files
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     assert f"wrote {exported.files[0]}" in str(exported)
 
 
@@ -122,3 +125,33 @@ def test_a_folder_below_a_file_is_named(run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/out cannot be written: Not a directory; choose another with --out"):
         pf.export(run.folder, "hf", Path(tmp_path / "file" / "out"), task="shapes")
+
+
+@pytest.mark.parametrize("to", ["hf", "timm", "safetensors", "torch.export"])
+def test_a_modality_of_ones_own(to, config, tmp_path, unchecked_types):
+    """Nothing is known of its files; its grid is all that there is."""
+    pf.train(config, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="has several tasks"):
+        pf.export(tmp_path / "run", to, tmp_path / "out", config=config)
+    exported = pf.export(tmp_path / "run", to, tmp_path / "out", task="b", config=config)
+    assert isinstance(exported.comparison, LogitDifference)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "The run's own decoder makes a grid of 1 frame, 16 rows, 16 columns and 3 channels." in text
+    assert "4 classes, whose names the run does not know. Of the logits, sigmoid gives" in text
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_a_run_of_an_earlier_version(run, tmp_path):
+    """0.6 stored neither what tokenizers are like nor whose they are: the configuration says it."""
+    shutil.copytree(run.folder, tmp_path / "old")
+    newest = sorted((tmp_path / "old" / "checkpoints").iterdir())[-1]
+    state = json.loads((newest / "state.json").read_text())
+    content = json.dumps({key: value for key, value in state.items() if key not in ("tokenizers", "modality_of")}).encode()
+    (newest / "state.json").write_bytes(content)
+    manifest = json.loads((newest / "MANIFEST.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (newest / "MANIFEST.json").write_text(json.dumps(manifest))
+    old = pf.export(tmp_path / "old", "hf", tmp_path / "out", task="motion")
+    new = pf.export(run.folder, "hf", tmp_path / "new", task="motion")
+    assert old.comparison == new.comparison
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "new" / "config.json").read_text()
