@@ -209,7 +209,10 @@ def test_flags_in_the_text_exist(files, capsys):
     assert sorted(flags - known) == []
 
 
-SCRIPTS = ["python benchmarks/gpu.py", "python benchmarks/tune.py", "python -m polyvit_kernels.aot", "python tests/measure_tree.py"]
+SCRIPTS = [
+    *("python benchmarks/gpu.py", "python benchmarks/tune.py", "python benchmarks/install.py"),
+    *("python -m polyvit_kernels.aot", "python tests/measure_tree.py"),
+]
 
 
 @pytest.mark.parametrize("shown", SCRIPTS)

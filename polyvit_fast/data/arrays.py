@@ -34,7 +34,7 @@ def read_value(modality: Modality, value: Any, name: str) -> list[Media | Tensor
             return list(_check_grids(modality, torch.as_tensor(to_numpy(value))))
         read = next((READERS[kind] for kind in type(modality).__mro__ if kind in READERS), None)
         if read is None:
-            raise ValueError(f"a {type(value).__name__} cannot be read; wanted are {_describe_grids(modality)}")
+            raise ValueError(f"an input of type {type(value).__name__} cannot be read; wanted are {_describe_grids(modality)}")
         return read(modality, value, name)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

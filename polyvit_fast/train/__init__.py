@@ -1,4 +1,7 @@
-"""What happens in a run: the schedule, the step, the loop, evaluation, checkpoints, logs."""
+"""What happens in a run: the schedule, the step, the loop, evaluation, checkpoints, logs.
+
+The folder can be called, too: polyvit_fast.train(config, out="runs/mine") trains; see polyvit_fast.inference.training.train.
+"""
 
 import sys
 from importlib import import_module

@@ -28,7 +28,9 @@ def test_grids_of_another_size_or_dtype_are_refused(grids):
 
 
 def test_a_modality_that_is_not_known_takes_grids_alone():
-    with pytest.raises(ValueError, match=r"mine: a ndarray cannot be read; wanted are grids \[samples, views, 1, 16, 16, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"mine: an input of type ndarray cannot be read; wanted are grids \[samples, views, 1, 16, 16, 3\]"
+    ):
         read_value(Tile(), np.zeros((16, 16, 3), np.uint8), "mine")
 
 

@@ -50,14 +50,14 @@ def test_several_inputs_come_in_any_iterable_but_a_sound_is_a_pair(tmp_path):
         for rate in (8000, 8000.0, np.int64(8000)):
             assert names((value, rate), Audio()) == ["input"]
             assert names([(value, rate), (value, rate)], Audio()) == ["input[0]", "input[1]"]
-    with pytest.raises(ValueError, match=r"input\[0\]: a ndarray does not say its sample rate; wanted is a pair"):
+    with pytest.raises(ValueError, match=r"input\[0\]: an input of type ndarray does not say its sample rate; wanted is a pair"):
         names((wave, wave), Audio())
 
 
 def test_inputs_are_read_one_by_one(tmp_path):
     items = list_items([PICTURE, 3], Image(size=32), never)
     assert next(items).name == "input[0]"
-    with pytest.raises(ValueError, match=r"input\[1\]: a int is no picture; wanted is a picture of Pillow"):
+    with pytest.raises(ValueError, match=r"input\[1\]: an input of type int is no picture; wanted is a picture of Pillow"):
         next(items)
 
 
@@ -77,5 +77,5 @@ def test_what_is_no_file_of_bytes_is_refused(tmp_path):
         names(io.StringIO("abc"))
     with pytest.raises(ValueError, match="is a folder; give a list of its files"):
         names(tmp_path)
-    with pytest.raises(ValueError, match="input: a NoneType is no picture"):
+    with pytest.raises(ValueError, match="input: an input of type NoneType is no picture"):
         names(None)

@@ -148,7 +148,7 @@ def test_broken_files_are_named_or_skipped(run, model, tmp_path):
 def test_wrong_arrays_are_refused_even_where_broken_files_are_skipped(model):
     with pytest.raises(ValueError, match=r"input\[0\]: an array of floats from 0 to 200 .*wanted is"):
         model.predict([np.full((8, 8, 3), 200.0) * np.arange(2)[:, None, None].repeat(4, 0)], "shapes", on_error="skip")
-    with pytest.raises(ValueError, match="input: a ndarray does not say its sample rate"):
+    with pytest.raises(ValueError, match="input: an input of type ndarray does not say its sample rate"):
         model.predict(np.zeros(9000, np.float32), "tones", on_error="skip")
 
 

@@ -26,10 +26,10 @@ CODES = {np.dtype(np.int16): 1, np.dtype(np.int32): 1, np.dtype(np.float32): 3}
 def read_waveform(audio: Audio, value: Any, name: str) -> list[Media]:
     """The sound of a pair (waveform, rate). Raises ValueError for other values."""
     if not (isinstance(value, tuple) and len(value) == 2):
-        raise ValueError(f"a {type(value).__name__} does not say its sample rate; {WANTED}")
+        raise ValueError(f"an input of type {type(value).__name__} does not say its sample rate; {WANTED}")
     wave, rate = to_numpy(value[0]), value[1]
     if wave is None:
-        raise ValueError(f"a {type(value[0]).__name__} is no waveform; {WANTED}")
+        raise ValueError(f"a waveform of type {type(value[0]).__name__} cannot be read; {WANTED}")
     return [MemoryMedia(name, content=_as_wav(_channels_last(wave), _whole_rate(rate)))]
 
 

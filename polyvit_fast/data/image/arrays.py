@@ -23,7 +23,7 @@ def read_pictures(image: Image, value: Any, name: str) -> list[Media]:
         return [MemoryMedia(name, content=picture_to_ppm(value, image.max_pixels))]
     array = to_numpy(value)
     if array is None:
-        raise ValueError(f"a {type(value).__name__} is no picture; {WANTED}")
+        raise ValueError(f"an input of type {type(value).__name__} is no picture; {WANTED}")
     if array.ndim not in (2, 3, 4):
         raise ValueError(f"an array of shape {list(array.shape)} is no picture; {WANTED}")
     levels = to_levels(array, WANTED)

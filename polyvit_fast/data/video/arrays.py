@@ -29,7 +29,7 @@ def read_videos(video: Video, value: Any, name: str) -> list[Tensor]:
     """
     array = to_numpy(value)
     if array is None:
-        raise ValueError(f"a {type(value).__name__} is no video; {WANTED}")
+        raise ValueError(f"an input of type {type(value).__name__} is no video; {WANTED}")
     if array.ndim not in (4, 5):
         raise ValueError(f"an array of shape {list(array.shape)} is no video; {WANTED}")
     videos = to_rgb(to_levels(array, WANTED), WANTED)

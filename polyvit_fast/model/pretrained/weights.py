@@ -107,13 +107,18 @@ class Pretrained:
     """Tensors of the file that are of no use here, and why."""
 
     def build(self) -> PolyViT:
-        """The model itself, in evaluation mode. Raises ValueError when the file does not tell the size of its grid."""
+        """The model itself, in evaluation mode. Raises ValueError when the file does not tell the size of its grid, or lacks weights."""
         grids: dict[str, Modality] = {name: self.read_grid(name) for name in self.tokenizers}
         heads = {name: (head.modality, len(head.tensors["weight"])) for name, head in self.heads.items()}
         normed = [name for name, head in self.heads.items() if "norm.weight" in head.tensors]
         dtype = next(iter(self.trunk.values())).dtype
         model = PolyViT(self.model, grids, heads, norm_heads=normed).to(dtype).eval()
-        model.load_state_dict(self.state_dict())
+        found, needed = self.state_dict(), model.state_dict()
+        missing = [name for name in needed if name not in found]
+        if missing:
+            names = ", ".join(missing[:3])
+            raise ValueError(f"{self.source} ({self.kind}) lacks {names}; a run can start from it all the same, with these new: --init")
+        model.load_state_dict(found)
         return model
 
     def state_dict(self) -> Tensors:

@@ -66,9 +66,9 @@ def test_whole_numbers(dtype, subtype, scale):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (waves()[0], r"mine: a ndarray does not say its sample rate; wanted is a pair \(waveform, rate\)"),
-        ((waves()[0],), "a tuple does not say its sample rate"),
-        (([0.0, 0.1], RATE), "a list is no waveform"),
+        (waves()[0], r"mine: an input of type ndarray does not say its sample rate; wanted is a pair \(waveform, rate\)"),
+        ((waves()[0],), "an input of type tuple does not say its sample rate"),
+        (([0.0, 0.1], RATE), "a waveform of type list cannot be read"),
         ((waves()[0], 0), "the sample rate 0 is no whole number of samples per second"),
         ((waves()[0], 16_000.5), "the sample rate 16000.5 is no whole number"),
         ((waves()[0], "16k"), "the sample rate '16k' is no whole number"),

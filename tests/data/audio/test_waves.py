@@ -1,3 +1,5 @@
+import re
+
 import av
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import soundfile
 from sound_files import amplitude, encode, mux, noise, silent_video, tone, write, write_video
 
 from polyvit_fast.data.audio.waves import decode, resample
-from polyvit_fast.media import Media, MediaError
+from polyvit_fast.media import Media, MediaError, MemoryMedia
 
 RATE = 44_100
 
@@ -79,6 +81,24 @@ def test_all_channels_count_the_same(tmp_path):
     six = noise(0.5, RATE, 6)
     _, wave = decoded(write(tmp_path / "a.aiff", six, RATE, "FLOAT"))
     assert np.abs(wave - six.mean(1)).max() < 1e-7
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".webm", ".opus", ".aac", ".mp3"])
+def test_bytes_in_memory_are_decoded_like_their_file(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", noise(0.7, 48_000, channels=2), 48_000)
+    rate, wave = decode(Media(str(path)), 60.0)
+    memory = MemoryMedia("mine", content=path.read_bytes())
+    again = decode(memory, 60.0)
+    assert again[0] == rate == 48_000
+    np.testing.assert_array_equal(again[1], wave)
+    part = MemoryMedia("mine", 100, path.stat().st_size, content=b"x" * 100 + path.read_bytes() + b"y" * 50)
+    np.testing.assert_array_equal(decode(part, 60.0)[1], wave)
+    cut = path.read_bytes()[:60]
+    path.write_bytes(cut)
+    with pytest.raises(MediaError) as caught:
+        decode(Media(str(path)), 60.0)
+    with pytest.raises(MediaError, match=re.escape(str(caught.value))):
+        decode(MemoryMedia("mine", content=cut), 60.0)
 
 
 def test_a_member_of_a_tar_is_read_at_its_offset(tmp_path):

@@ -108,8 +108,8 @@ def test_other_modes_of_pillow(mode):
         (PIXELS[:0], r"an array of shape \[0, 450, 3\] is empty"),
         (PIXELS[0, 0], r"an array of shape \[3\] is no picture"),
         (PIXELS[None, None], r"an array of shape \[1, 1, 300, 450, 3\] is no picture"),
-        (3, "mine: a int is no picture; wanted"),
-        ({"image": PIXELS}, "a dict is no picture"),
+        (3, "mine: an input of type int is no picture; wanted"),
+        ({"image": PIXELS}, "an input of type dict is no picture"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_what_is_wanted(value, reason):

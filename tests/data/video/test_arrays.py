@@ -81,5 +81,5 @@ def test_frames_that_a_file_may_not_have_either(frames):
     assert len(frames) == NUM_FRAMES
     with pytest.raises(MediaError, match="its frames have 80 x 48 pixels, more than max_pixels = 100"):
         read_value(Video(**SMALL, max_pixels=100), frames, "mine")
-    with pytest.raises(ValueError, match="a str is no video"):
+    with pytest.raises(ValueError, match="an input of type str is no video"):
         read_value(VIDEO, "clip.mp4", "mine")

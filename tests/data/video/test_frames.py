@@ -7,6 +7,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -41,7 +42,7 @@ from video_kinds import (
 
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.data.video.frames import read_clips, read_header
-from polyvit_fast.media import Media, MediaError
+from polyvit_fast.media import Media, MediaError, MemoryMedia
 
 
 def test_the_number_in_a_picture_can_be_read():
@@ -49,6 +50,17 @@ def test_the_number_in_a_picture_can_be_read():
     assert {number_of(np.rot90(numbered(7), turns)) for turns in (1, 2, 3)} == {-1}
     assert number_of(numbered(7)[:, ::-1]) == -1
     assert number_of(numbered(7, 341, 257)) == 7
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "vp9.webm", "h264-open-gop.mkv"])
+def test_bytes_in_memory_are_read_like_their_file(video, name):
+    content = Path(video(name)).read_bytes()
+    numbers = np.array([[0, 150, 299]])
+    expected, count = read(Media(str(video(name))), numbers)
+    for media in (MemoryMedia("mine", content=content), MemoryMedia("mine", 7, len(content), content=b"x" * 7 + content + b"y" * 9)):
+        clips, again = read(media, numbers)
+        assert again == count
+        assert np.array_equal(clips, expected)
 
 
 CHOICES = {

@@ -167,3 +167,13 @@ def test_another_type_of_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "beit"}))
     with pytest.raises(ValueError, match="its model_type is 'beit'; known are vit, deit, vivit, audio-spectrogram-transformer, videomae"):
         pretrained.read(str(tmp_path))
+
+
+def test_a_model_that_lacks_weights_can_start_a_run_but_is_none(tmp_path):
+    """What VideoMAE's pretraining saves has no norm after its encoder."""
+    theirs = save(videomae(), tmp_path)
+    theirs.videomae.save_pretrained(tmp_path / "trunk")
+    found = pretrained.read(str(tmp_path / "trunk"))
+    assert not [name for name in found.trunk if name.startswith("norm.")]
+    with pytest.raises(ValueError, match=r"trunk \(Hugging Face VideoMAE\) lacks norm.weight, norm.bias; a run can start from it"):
+        found.build()
