@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyvit_fast.drop_in.api import fuse, unfuse
     from polyvit_fast.drop_in.fuse_report import FuseReport
+    from polyvit_fast.inference.export.api import Exported, export
     from polyvit_fast.inference.loading import load
     from polyvit_fast.inference.trained_model import TrainedModel
     from polyvit_fast.inference.training import train
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Attention",
     "Block",
+    "Exported",
     "FuseReport",
     "LayerNorm",
     "Mlp",
     "PolyViT",
     "TrainedModel",
+    "export",
     "fuse",
     "load",
     "pretrained",
@@ -32,11 +35,13 @@ __version__ = "0.6.0"
 _MODULES = {
     "Attention": "model.modules",
     "Block": "model.modules",
+    "Exported": "inference.export.api",
     "FuseReport": "drop_in.fuse_report",
     "LayerNorm": "model.modules",
     "Mlp": "model.modules",
     "PolyViT": "model.polyvit",
     "TrainedModel": "inference.trained_model",
+    "export": "inference.export.api",
     "fuse": "drop_in.api",
     "load": "inference.loading",
     "pretrained": "model.pretrained",

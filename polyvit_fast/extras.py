@@ -13,6 +13,8 @@ EXTRAS = {
     "torchmetrics": ("torchmetrics", "train"),
     "msgpack": ("msgpack", "pretrained"),
     "huggingface_hub": ("huggingface_hub", "pretrained"),
+    "onnx": ("onnx", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
 }
 """What pip calls each module, and the extra that brings it."""
 

@@ -128,7 +128,17 @@ def test_inference(demo, capsys):
     assert {"classes.csv", "features.npz", "answers.csv"} <= {path.name for path in demo.iterdir()}
 
 
-SEPARATE = ("README.md", "inference.md", "reliability.md", "extending.md", "paper.md", "kernels.md")
+def test_export(demo, capsys):
+    declare_operators()
+    run_code("export.md")
+    run_commands("export.md")
+    text = capsys.readouterr().out
+    assert text.count("differ from the run's by at most") == 7
+    assert "nothing was compared" not in text
+    assert (demo / "tuned" / "config.json").exists()
+
+
+SEPARATE = ("README.md", "export.md", "inference.md", "reliability.md", "extending.md", "paper.md", "kernels.md")
 """Pages whose examples show something to look at."""
 
 
@@ -186,7 +196,7 @@ def test_flags_of_commands_are_accepted(files):
 
 
 def test_flags_in_the_text_exist(files, capsys):
-    for command in ("train", "check", "eval", "predict", "features", "probe"):
+    for command in ("train", "check", "eval", "predict", "features", "probe", "export"):
         with pytest.raises(SystemExit):
             cli.run([command, "wildlife.py", "--help"])
     known = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)) | {"--help", "--traceback", "--signal"}

@@ -16,11 +16,19 @@ import sys
 from importlib.abc import MetaPathFinder
 
 class Hidden(MetaPathFinder):
+    def __init__(self, others):
+        self.others = others
+
     def find_spec(self, name, path=None, target=None):
         if any(name == hidden or name.startswith(hidden + ".") for hidden in {hidden!r}):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+            return None
+        return next(filter(None, (other.find_spec(name, path, target) for other in self.others)), None)
 
-sys.meta_path.insert(0, Hidden())
+    def find_distributions(self, *arguments):
+        for other in self.others:
+            yield from getattr(other, "find_distributions", lambda *_: ())(*arguments)
+
+sys.meta_path[:] = [Hidden(sys.meta_path[:])]
 """
 
 

@@ -24,7 +24,7 @@ INSTEAD = {
     "first_first": "rank0_first",
     "reachable": "translate_errors, or a plain sentence",
     "joined": "concatenated; process_group",
-    "cards?": "GPU",
+    "(?<!model )cards?": "GPU",
     "processors": "SMs of a GPU, cores of a CPU",
     "layer_norm_beside": "layer_norm_residual",
     "beside": "next to, with, besides",

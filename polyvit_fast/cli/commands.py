@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from polyvit_fast import __version__
-from polyvit_fast.cli import evaluation, prediction, probing, training
+from polyvit_fast.cli import evaluation, exporting, prediction, probing, training
 from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
@@ -20,6 +20,7 @@ HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos
   polyvit-fast predict RUN FILES ...                  predict the classes of files and folders, as a table, CSV or Parquet
   polyvit-fast features RUN FILES ... --out X.npz     write the features of files
   polyvit-fast probe RUN --experiment EXPERIMENT      train heads on the frozen model, on tasks that are new to it
+  polyvit-fast export RUN --to timm --out FOLDER      write one task for timm, Hugging Face, PyTorch alone or ONNX
   polyvit-fast plot RUN                               draw its loss and metric curves as PNG
   polyvit-fast plot schedule EXPERIMENT               draw which task each step trains, and the learning rate
   polyvit-fast plan EXPERIMENT                        print what a run will cost: parameters, FLOPs, memory, passes over the data
@@ -114,6 +115,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": prediction.run_predict,
     "features": prediction.run_features,
     "probe": probing.run_probe,
+    "export": exporting.run_export,
     "plot": training.run_plot,
     "plan": training.run_plan,
     "check": training.run_check,

@@ -8,6 +8,7 @@ from polyvit_fast.config.modality import Decoder, Modality
 from polyvit_fast.config.model import MODELS, Model
 from polyvit_fast.config.optim import Optim
 from polyvit_fast.config.options import ComputeOptions, DataOptions, DistributedOptions, LogOptions
+from polyvit_fast.config.preprocessing import Preprocessing
 from polyvit_fast.config.task import Source, Task
 from polyvit_fast.config.train import Schedule, StepPlan, Train
 
@@ -21,6 +22,7 @@ __all__ = [
     "Modality",
     "Model",
     "Optim",
+    "Preprocessing",
     "Schedule",
     "Source",
     "StepPlan",

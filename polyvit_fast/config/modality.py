@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from polyvit_fast.config.preprocessing import Preprocessing
 from polyvit_fast.media import Media
 
 
@@ -71,6 +72,11 @@ class Modality(ABC):
     @abstractmethod
     def eval_views(self) -> int:
         """Evenly spaced views of one sample whose logits are averaged in evaluation."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What evaluation does with a file, for those who use a model elsewhere. The default says nothing."""
+        return Preprocessing()
 
     def thorough(self) -> Modality:
         """This modality with evaluation views that cover as much of every file as possible, for `polyvit-fast check`."""

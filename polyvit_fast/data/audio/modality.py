@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from polyvit_fast.config import Modality
+from polyvit_fast.config import Modality, Preprocessing
 from polyvit_fast.data.audio.spectrogram import FRAMES_PER_SECOND
+
+AST_HZ = 16_000
+"""The rate of the sounds that AST's feature extractor is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,41 @@ class Audio(Modality):
     def eval_views(self) -> int:
         """The clips of a file."""
         return self.eval_clips
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The clip's spectrogram. AST's feature extractor makes that of kaldi at 16 kHz, padded with rows of 0."""
+        pads_rows = self.padding == "spectrogram" or (self.padding == "auto" and self.spectrogram == "kaldi")
+        extractor = {
+            "feature_extractor_type": "ASTFeatureExtractor",
+            "feature_size": 1,
+            "sampling_rate": self.sample_rate_hz,
+            "num_mel_bins": self.num_mel_bins,
+            "max_length": self._frames,
+            "padding_value": 0.0,
+            "do_normalize": True,
+            "return_attention_mask": False,
+        }
+        is_asts = pads_rows and self.spectrogram == "kaldi" and self.sample_rate_hz == AST_HZ
+        form = "Kaldi's, with pre-emphasis and Hann windows" if self.spectrogram == "kaldi" else "MBT's, with Hamming windows"
+        clips = "the one in the middle" if self.eval_clips == 1 else f"{self.eval_clips} and averages their logits"
+        filling = "rows of 0" if pads_rows else "silence"
+        return Preprocessing(
+            input_name="spectrogram",
+            is_mono=True,
+            steps=(
+                f"The sound's channels are averaged, and it is resampled to {self.sample_rate_hz} Hz.",
+                f"A clip is {self.clip_seconds:g} seconds; evaluation takes {clips}.",
+                f"It becomes {self._frames} rows of natural logarithms of the energies in {self.num_mel_bins} mel bands"
+                f" ({form}: 25 ms every 10 ms); {filling} after a shorter sound.",
+            ),
+            hugging_face=extractor if is_asts else {},
+            differences=(
+                ("The feature extractor takes the first seconds of a longer sound, not the middle ones, and one channel at 16 kHz.",)
+                if is_asts
+                else ("No feature extractor of the library makes this spectrogram.",)
+            ),
+        )
 
     def with_views(self, *counts: int) -> Audio:
         """With so many clips of a file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from polyvit_fast.config import Modality
+from polyvit_fast.config import Modality, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,46 @@ class Image(Modality):
     def eval_views(self) -> int:
         """One: evaluation sees one fixed crop."""
         return 1
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """As `eval_crop` says, without what decoders do about damaged files."""
+        squash, size = self.eval_crop == "resize", {"height": self.size, "width": self.size}
+        short_side = int(self.size / self.crop_ratio)
+        cut = "the whole picture" if squash else f"the square in the middle whose side is {self.crop_ratio:g} of the short side"
+        resize = {"do_resize": True, "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        processor = (
+            {"image_processor_type": "ViTImageProcessor", **resize, "size": size}
+            if squash
+            else {
+                "image_processor_type": "BitImageProcessor",
+                **resize,
+                "do_convert_rgb": True,
+                "size": {"shortest_edge": short_side},
+                "do_center_crop": True,
+                "crop_size": size,
+            }
+        )
+        differences = ["Other libraries do not turn a picture as its EXIF tag says: call PIL.ImageOps.exif_transpose first."]
+        if not squash:
+            differences.append(
+                f"They scale the short side to {short_side} before they cut, so that the square may lie elsewhere by up to a pixel."
+            )
+        return Preprocessing(
+            input_name="pixels",
+            dtype="uint8",
+            steps=(
+                "The picture is turned upright as its EXIF tag says, and becomes 8-bit RGB without alpha.",
+                f"It is {cut}, scaled to {self.size} × {self.size}, bilinear with antialiasing.",
+            ),
+            hugging_face=processor,
+            timm={
+                "interpolation": "bilinear",
+                "crop_pct": 1.0 if squash else self.crop_ratio,
+                "crop_mode": "squash" if squash else "center",
+            },
+            differences=tuple(differences),
+        )
 
     def with_views(self, *counts: int) -> Image:
         """Raises ValueError: a picture has one view."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from polyvit_fast.config import Modality
+from polyvit_fast.config import Modality, Preprocessing
 
 THOROUGH_CLIPS = 8  # of 32 frames with stride 2 they are 20 seconds, twice the length of Kinetics' files
 
@@ -86,6 +86,33 @@ class Video(Modality):
         """`eval_crops` of each of `eval_clips`."""
         return self.eval_clips * self.eval_crops
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The middle clip, or several."""
+        views = "" if self.eval_views == 1 else f" Logits are averaged over {self.eval_clips} clips with {self.eval_crops} squares each."
+        return Preprocessing(
+            input_name="pixels",
+            dtype="uint8",
+            steps=(
+                f"A clip is {self.frames} frames, every {_count(self.stride)} frame of the file; a shorter file repeats its last one."
+                f" Evaluation takes the clip in the middle.{views}",
+                f"Frames are 8-bit RGB, scaled bilinearly so that the short side has {self.short_side} pixels.",
+                f"The square of {self.size} × {self.size} in the middle is cut out.",
+            ),
+            hugging_face={
+                "image_processor_type": "VideoMAEImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": self.short_side},
+                "resample": 2,
+                "do_center_crop": True,
+                "crop_size": {"height": self.size, "width": self.size},
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+            },
+            differences=("The processor takes frames: which ones of a file, you choose. It scales with Pillow, the run with FFmpeg.",),
+        )
+
     def with_views(self, *counts: int) -> Video:
         """With so many clips of a file, and squares of each if there is a second count."""
         clips, *crops = counts
@@ -96,3 +123,7 @@ class Video(Modality):
     def thorough(self) -> Video:
         """With clips from all over the file."""
         return replace(self, eval_clips=max(self.eval_clips, THOROUGH_CLIPS))
+
+
+def _count(stride: int) -> str:
+    return "single" if stride == 1 else {2: "2nd", 3: "3rd"}.get(stride, f"{stride}th")

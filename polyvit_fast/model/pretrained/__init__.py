@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.model.pretrained import hugging_face, jax, timm, torchvision
+from polyvit_fast.model.pretrained import hugging_face, jax, polyvit, timm, torchvision
 from polyvit_fast.model.pretrained.files import read_files
 from polyvit_fast.model.pretrained.weights import Pretrained
 
-FORMATS = (timm, hugging_face, torchvision, jax)
+FORMATS = (polyvit, timm, hugging_face, torchvision, jax)
 
 
 def read(source: str) -> Pretrained:
@@ -33,7 +33,7 @@ def read(source: str) -> Pretrained:
     names = ", ".join(list(tensors)[:3])
     raise ValueError(
         f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are timm's ViT and DeiT, Hugging Face's ViT, DeiT, "
-        "ViViT, AST and VideoMAE, torchvision's ViT, and JAX's ViT, ViViT and PolyViT"
+        "ViViT, AST and VideoMAE, torchvision's ViT, JAX's ViT, ViViT and PolyViT, and what `polyvit-fast export` writes"
     )
 
 

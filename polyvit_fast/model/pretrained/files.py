@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +22,7 @@ NDARRAY = 1  # the number of arrays among Flax's extensions of msgpack
 
 
 def read_files(source: str) -> tuple[Tensors, dict[str, Any]]:
-    """All tensors by name, and what config.json says of them (preprocessor_config.json under "preprocessor").
+    """All tensors by name, and what config.json says of them (preprocessor_config.json under "preprocessor", a header under "metadata").
 
     `source` is a file (.safetensors, .npz, .pth, .pt, .bin, .msgpack, or Flax's `checkpoint_123`), a folder with one, or `owner/name` on
     the hub. Raises ValueError that names it when there is none, when it is broken, or when it holds anything but tensors.
@@ -34,7 +34,8 @@ def read_files(source: str) -> tuple[Tensors, dict[str, Any]]:
     tensors: Tensors = {}
     for file in files:
         tensors |= _read_tensors(file)
-    config: dict[str, Any] = {}
+    metadata = _read_metadata(files[0]) if files[0].suffix == ".safetensors" else {}
+    config: dict[str, Any] = {"metadata": metadata} if metadata else {}
     # Next to a single file, only the config.json of a library that writes pairs of them is about it.
     for name, key in CONFIGS.items() if path.is_dir() or path.suffix == ".safetensors" else ():
         if (folder / name).is_file():
@@ -126,6 +127,12 @@ def _to_tensor(array: np.ndarray) -> Tensor:
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # NumPy has no bfloat16, and stores its bytes as such
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
     return torch.from_numpy(np.array(array))
+
+
+def _read_metadata(file: Path) -> dict[str, str]:
+    """The texts in a file's header that are no tensors' descriptions."""
+    with safe_open(file, "pt") as content:
+        return content.metadata() or {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from polyvit_fast.config import Model
-from polyvit_fast.model.pretrained.weights import HEAD, HeadWeights, Pretrained, Tensors, TokenizerWeights, measure_model
+from polyvit_fast.model.pretrained.weights import HEAD, HeadWeights, Pretrained, Tensors, TokenizerWeights, has_equal_heads, measure_model
 
 PREFIXES = ("vit.", "deit.", "vivit.", "audio_spectrogram_transformer.", "videomae.")
 RENAMED = (
@@ -55,6 +55,8 @@ FAMILIES = {
     "audio-spectrogram-transformer": Family("Hugging Face AST", "audio", 1e-12, is_turned=True),
     "videomae": Family("Hugging Face VideoMAE", "video", 1e-12),
 }
+CLASSIFIERS = ("cls_classifier", "distillation_classifier")
+"""DeiT's, where it has one for each of its class tokens, and gives the mean of their logits."""
 AST_MEAN, AST_STD = -4.2677393, 2 * 4.5689974
 """AudioSet's, which AST's feature extractor has by default; it divides by twice the standard deviation."""
 
@@ -171,7 +173,7 @@ def _read_tokenizer(tensors: Tensors, config: Mapping[str, Any], family: Family)
         tubelets=tubelets,
         token_stride=stride,
         num_class_tokens=len(class_tokens),
-        pool="class_tokens" if family.is_turned else "cls" if class_tokens else "mean",
+        pool="class_tokens" if family.is_turned or has_equal_heads(tensors, *CLASSIFIERS) else "cls" if class_tokens else "mean",
         positions="sinusoidal" if positions is None else "learned",
         mean=mean,
         std=std,
@@ -204,7 +206,7 @@ def _turn(positions: torch.Tensor, num_class_tokens: int, tubelets: tuple[int, i
 
 def _read_normalisation(config: Mapping[str, Any], family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
     preprocessor = config.get("preprocessor") or {}
-    if family.is_turned:
+    if family.is_turned or "feature_extractor_type" in preprocessor:
         return (float(preprocessor.get("mean", AST_MEAN)),), (2 * float(preprocessor["std"]) if "std" in preprocessor else AST_STD,)
     mean, std = (tuple(255.0 * value for value in preprocessor.get(f"image_{name}") or (0.5,) * 3) for name in ("mean", "std"))
     return mean, std
@@ -216,7 +218,9 @@ def _read_heads(tensors: Tensors, config: Mapping[str, Any], modality: str) -> t
     if classes and all(name == f"LABEL_{number}" for number, name in enumerate(classes)):
         classes = None  # what the library writes where nobody named them
     left_out = {
-        name: "the head of the distillation token; heads here read one token" for name in tensors if "distillation_classifier" in name
+        name: "the head of the distillation token; heads here read one token"
+        for name in tensors
+        if "distillation_classifier" in name and not has_equal_heads(tensors, *CLASSIFIERS)
     }
     stem = next((stem for stem in ("classifier.dense", "cls_classifier", "classifier") if f"{stem}.weight" in tensors), None)
     if stem is None:

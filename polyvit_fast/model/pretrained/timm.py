@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 
-from polyvit_fast.model.pretrained.weights import HEAD, HeadWeights, Pretrained, Tensors, TokenizerWeights, count_blocks, measure_model
+from polyvit_fast.model.pretrained.weights import (
+    HEAD,
+    HeadWeights,
+    Pretrained,
+    Tensors,
+    TokenizerWeights,
+    count_blocks,
+    has_equal_heads,
+    measure_model,
+)
 
 HEADS_OF_DIM = {1280: 16, 1408: 16, 1664: 16}
 """timm's models whose heads are not 64 wide."""
+TOKENS = ("cls_token", "dist_token", "reg_token")
+"""Those in front of the patches, in their order; a single register is a second class token that no head reads."""
 UNKNOWN = {
-    "reg_token": "register tokens",
     "norm_pre": "a norm before the blocks",
     "attn.q_norm": "normalised queries and keys",
     "attn.norm": "a norm of attention's outputs",
@@ -61,6 +71,8 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
 
 
 def _refuse_unknown(tensors: Tensors, source: str) -> None:
+    if sum(tensors[name].shape[1] for name in TOKENS if name in tensors) > 2:
+        raise ValueError(f"{source}: reg_token is of {tensors['reg_token'].shape[1]} register tokens; models here have two tokens at most")
     for part, meaning in UNKNOWN.items():
         found = next((name for name in tensors if name == part or f".{part}." in f".{name}."), None)
         if found:
@@ -83,7 +95,7 @@ def _read_tokenizer(tensors: Tensors, config: Mapping[str, Any], files: Mapping[
     kernel = tensors["patch_embed.proj.weight"]
     found: Tensors = {"weight": kernel.permute(0, 2, 3, 1)[:, None]}
     found["bias"] = tensors.get("patch_embed.proj.bias", kernel.new_zeros(len(kernel)))
-    class_tokens = [tensors[name] for name in ("cls_token", "dist_token") if name in tensors]
+    class_tokens = [tensors[name] for name in TOKENS if name in tensors]
     if class_tokens:
         found["cls_token"] = torch.cat(class_tokens, 1)
     positions, tubelets = tensors["pos_embed"], None
@@ -100,12 +112,12 @@ def _read_tokenizer(tensors: Tensors, config: Mapping[str, Any], files: Mapping[
         positions = torch.cat([positions.new_zeros(1, len(class_tokens), positions.shape[2]), positions], 1)
     found["pos_embed"] = positions
     mean, std = (tuple(255.0 * value for value in files.get(name) or (0.5, 0.5, 0.5)) for name in ("mean", "std"))
-    pool = "mean" if pools_mean else "cls"
+    pool = "mean" if pools_mean else "class_tokens" if has_equal_heads(tensors, "head", "head_dist") else "cls"
     return TokenizerWeights(tensors=found, tubelets=tubelets, num_class_tokens=len(class_tokens), pool=pool, mean=mean, std=std)
 
 
 def _read_heads(tensors: Tensors, config: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, HeadWeights]:
-    if "head_dist.weight" in tensors:
+    if "head_dist.weight" in tensors and not has_equal_heads(tensors, "head", "head_dist"):
         left_out |= {f"head_dist.{key}": "the head of the distillation token; heads here read one token" for key in ("weight", "bias")}
     if "head.weight" not in tensors:
         return {}
@@ -125,9 +137,5 @@ def _read_gelu(arguments: Mapping[str, Any], config: Mapping[str, Any], source: 
 
 
 def _find_rest(tensors: Tensors, left_out: Mapping[str, str]) -> list[str]:
-    known = ("blocks.", "patch_embed.proj.", "norm.", "fc_norm.", "head.")
-    return [
-        name
-        for name in tensors
-        if not name.startswith(known) and name not in ("cls_token", "dist_token", "pos_embed") and name not in left_out
-    ]
+    known = ("blocks.", "patch_embed.proj.", "norm.", "fc_norm.", "head.", "head_dist.")
+    return [name for name in tensors if not name.startswith(known) and name not in (*TOKENS, "pos_embed") and name not in left_out]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from polyvit_fast.config import Modality, Model
@@ -107,7 +108,7 @@ class Pretrained:
 
     def build(self) -> PolyViT:
         """The model itself, in evaluation mode. Raises ValueError when the file does not tell the size of its grid, or lacks weights."""
-        grids: dict[str, Modality] = {name: self._grid(name, tokenizer) for name, tokenizer in self.tokenizers.items()}
+        grids: dict[str, Modality] = {name: self.read_grid(name) for name in self.tokenizers}
         heads = {name: (head.modality, len(head.tensors["weight"])) for name, head in self.heads.items()}
         normed = [name for name, head in self.heads.items() if "norm.weight" in head.tensors]
         dtype = next(iter(self.trunk.values())).dtype
@@ -133,7 +134,9 @@ class Pretrained:
             named |= {f"heads.{name}.{key}": value for key, value in head.tensors.items()}
         return named
 
-    def _grid(self, name: str, tokenizer: TokenizerWeights) -> TokenGrid:
+    def read_grid(self, name: str) -> TokenGrid:
+        """The grid of a tokenizer. Raises ValueError when the file does not tell its size."""
+        tokenizer = self.tokenizers[name]
         tubelets, weight = tokenizer.tubelets, tokenizer.tensors["weight"]
         if tubelets is None:
             raise ValueError(
@@ -159,6 +162,13 @@ def shift_block(name: str, by: int) -> str:
 def count_blocks(tensors: Tensors) -> int:
     """How many different `blocks.N` there are."""
     return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+
+
+def has_equal_heads(tensors: Tensors, *names: str) -> bool:
+    """Whether these heads of class tokens are there and equal. The mean of their logits is then that of one head on the tokens' mean."""
+    first, *others = ([tensors.get(f"{name}.{key}") for key in ("weight", "bias")] for name in names)
+    pairs = [pair for other in others for pair in zip(first, other, strict=True)]
+    return all(one is not None and two is not None and torch.equal(one, two) for one, two in pairs)
 
 
 def measure_model(blocks: Tensors, num_heads: int, **settings: Any) -> Model:

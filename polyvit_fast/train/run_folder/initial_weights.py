@@ -12,6 +12,7 @@ from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.model import pretrained
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import LoadReport, Target, load_into
+from polyvit_fast.model.pretrained.polyvit import select
 from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, Tensors, TokenizerWeights, shift_block
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint, find_checkpoint
 
@@ -80,14 +81,14 @@ def read_checkpoint(found: Checkpoint, source: str) -> Pretrained:
     heads = {
         name: HeadWeights(
             modality=modality_of[name] if modality_of[name] in names else names[0],
-            tensors=_select(tensors, f"heads.{name}."),
+            tensors=select(tensors, f"heads.{name}."),
             class_names=tuple(classes[name]) if classes.get(name) else None,
         )
         for name in tasks
     }
     trunk = {shift_block(name, model.num_adaptor_layers): t for name, t in tensors.items() if name.startswith(("blocks.", "norm."))}
     described = found.state.get("tokenizers", {})
-    tokenizers = {name: _read_tokenizer(described.get(name, {}), _select(tensors, f"tokenizers.{name}.")) for name in names}
+    tokenizers = {name: _read_tokenizer(described.get(name, {}), select(tensors, f"tokenizers.{name}.")) for name in names}
     return Pretrained(source=source, kind=f"run, step {found.step}", model=model, tokenizers=tokenizers, trunk=trunk, heads=heads)
 
 
@@ -104,7 +105,3 @@ def _read_tokenizer(described: Mapping[str, Any], tensors: Tensors) -> Tokenizer
     """Of versions before 0.7 nothing is described: their tokens do not overlap, and there is one class token."""
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
     return TokenizerWeights(tensors=tensors, **values)
-
-
-def _select(tensors: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

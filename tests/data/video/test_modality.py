@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 
 from polyvit_fast.data.video.modality import Video
 
@@ -38,3 +40,23 @@ def test_other_views():
     for counts in ((4, 2), (4, 3, 1)):
         with pytest.raises(ValueError, match=f"1 or 3 crops, such as 4x3, and not {'x'.join(map(str, counts))}"):
             video.with_views(*counts)
+
+
+def test_hugging_faces_image_processor_cuts_frames_as_an_evaluation_does():
+    from transformers import VideoMAEImageProcessorPil
+
+    video = Video(size=32, short_side=36, frames=4, stride=3)
+    found = video.preprocessing
+    rows, columns = np.mgrid[:54, :72]
+    frame = np.stack([128 + 100 * np.sin(rows / 17 + n) * np.cos(columns / (13 + n)) for n in range(3)], -1).astype(np.uint8)
+    processor = VideoMAEImageProcessorPil(**found.hugging_face, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    theirs = torch.as_tensor(processor([frame] * 4, return_tensors="pt")["pixel_values"])[0] * 255
+    scaled = torch.nn.functional.interpolate(torch.tensor(frame).movedim(-1, 0)[None], (36, 48), mode="bilinear", antialias=True)
+    ours = scaled[0, :, 2:34, 8:40]
+    assert theirs.shape == (4, 3, 32, 32)
+    assert (theirs - ours).abs().max() <= 2
+    assert found.dtype == "uint8"
+    assert "every 3rd frame of the file" in found.steps[0]
+    assert "averaged over 4 clips with 3 squares each" in Video(eval_clips=4, eval_crops=3).preprocessing.steps[0]
+    assert "every single frame" in Video(stride=1).preprocessing.steps[0]
+    assert "every 12th frame" in Video(stride=12).preprocessing.steps[0]

@@ -111,7 +111,7 @@ def test_features_of_a_distilled_deit_are_timms(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reg_tokens": 2}, "reg_token is of register tokens"),
+        ({"reg_tokens": 2}, "reg_token is of 2 register tokens"),
         ({"qk_norm": True}, "q_norm.(weight|bias) is of normalised queries and keys"),
         ({"pre_norm": True}, "norm_pre.(weight|bias) is of a norm before the blocks"),
     ],

@@ -1,0 +1,44 @@
+"""The command export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from polyvit_fast.cli.arguments import split_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write one task of a run as a plain Vision Transformer that another library loads, with a model card, and compare the logits.
+
+    $ polyvit-fast export runs/demo --task shapes --to timm --out shapes-timm
+    $ polyvit-fast export runs/demo --task motion --to onnx --out motion-onnx --checkpoint best
+    """
+
+    to: Literal["timm", "hf", "safetensors", "torch.export", "onnx"]
+    """timm: pictures, for timm.create_model("local-dir:FOLDER", pretrained=True).
+    hf: Hugging Face's ViT, DeiT, ViViT, VideoMAE or AST, whichever computes the same, for from_pretrained.
+    safetensors: our own names, for --init and polyvit_fast.pretrained.load.
+    torch.export: a .pt2 with the graph, for PyTorch alone.
+    onnx: the graph for onnxruntime and others; needs pip install polyvit-fast[onnx]."""
+    out: str
+    """Folder for the files, which must be empty or not there."""
+    task: str = ""
+    """Name of the task. Empty: the run's only one."""
+    checkpoint: str = "newest"
+    """newest, best, or the step of a checkpoint."""
+    overwrite: bool = False
+    """Replace the model that an earlier export wrote into the folder."""
+
+
+def run_export(arguments: list[str]) -> int:
+    """Take one task of a run away."""
+    folder, options = split_run(ExportOptions, arguments, "export")
+    from polyvit_fast.inference.export.api import export
+
+    exported = export(
+        folder, options.to, options.out, task=options.task or None, checkpoint=options.checkpoint, overwrite=options.overwrite
+    )
+    print(exported)
+    return 0
