@@ -102,7 +102,7 @@ def main() -> None:
     found = measure(args.runs)
     print_tables(found)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
+        args.out.write_text(json.dumps(found, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

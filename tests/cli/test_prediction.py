@@ -21,7 +21,8 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_a_folder_of_everything(trained, mixed, capsys):
+def test_a_folder_of_everything(trained, mixed, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # the folder's name is as long as the machine wants
     assert cli.run(["predict", str(trained), str(mixed)]) == 0
     out, err = printed(capsys)
     assert all(name in out for name in ("shapes", "motion", "chords", "a.jpg", "b.jpg", "c.mp4", "d.wav"))
@@ -79,7 +80,8 @@ def test_many_files_are_computed_in_chunks(trained, tmp_path):
     assert [row["class"] for row in rows] == expected * 3
 
 
-def test_a_task_that_is_named_takes_files_of_any_name(trained, mixed, capsys):
+def test_a_task_that_is_named_takes_files_of_any_name(trained, mixed, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     (mixed / "picture.txt").write_bytes((mixed / "a.jpg").read_bytes())
     assert cli.run(["predict", str(trained), str(mixed / "picture.txt"), str(mixed / "a.jpg")]) == 0
     assert "picture.txt: by its name it is no file of the run's tasks; name one with --task if it is" in printed(capsys)[1]

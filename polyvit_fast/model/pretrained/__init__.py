@@ -1,4 +1,4 @@
-"""Weights that others have trained: read into a form of our own, loaded into a PolyViT, and written out again."""
+"""Weights that others have trained: read into a form of our own, and loaded into a PolyViT."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ def read(source: str) -> Pretrained:
         if form.recognise(tensors):
             try:
                 return form.convert(tensors, config, source)
-            except KeyError as error:
-                raise ValueError(f"{source} looks like {form.__name__.rpartition('.')[2]}, but has no {error}") from error
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                if str(error).startswith(source):
+                    raise
+                kind = form.__name__.rpartition(".")[2]
+                reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(
+                    f"{source}: its tensors are named like those of {kind}, but {reason}. Is a config.json next to them another model's?"
+                ) from error
+    if not tensors:
+        raise ValueError(f"{source} holds no tensors")
     names = ", ".join(list(tensors)[:3])
     raise ValueError(
         f"{source}: {len(tensors)} tensors of an unknown format ({names}, …); known are timm's ViT and DeiT, Hugging Face's ViT, DeiT, "

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from polyvit_fast.config import Modality, Model, Task
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.resize import Inflation, Interpolation, fit_kernel, fit_positions, guess_tubelets
 from polyvit_fast.model.pretrained.weights import Pretrained, TokenizerWeights, shift_block
+from polyvit_fast.model.tokenizer import sinusoids
 
 SIZES = ("dim", "depth", "num_heads", "mlp_dim")
 Classes = tuple[str, ...] | None
@@ -131,7 +134,7 @@ def _compare_settings(model: Model, source: Pretrained) -> list[str]:
     return [
         f"the model has {name} = {getattr(model, name)}, {source.source} was trained with {getattr(source.model, name)} "
         f"(--model.{name.replace('_', '-')} {getattr(source.model, name)})"
-        for name in ("gelu", "norm_eps")
+        for name in ("gelu", "norm_eps", "last_norm_eps")
         if getattr(model, name) != getattr(source.model, name)
     ]
 
@@ -194,6 +197,7 @@ def _compare_tokens(tokenizer: TokenizerWeights, modality: Modality, source: str
     pairs = {
         "num_class_tokens": (modality.num_class_tokens, tokenizer.num_class_tokens),
         "pool": (modality.pool, tokenizer.pool),
+        "positions": (modality.positions, tokenizer.positions),
         "tokens every (frames, rows, columns)": (modality.token_stride, stride),
         "mean": (mean[0], mean[0] if tokenizer.mean is None else tokenizer.mean[0]),
         "std": (std[0], std[0] if tokenizer.std is None else tokenizer.std[0]),
@@ -226,14 +230,18 @@ def _fit_class_tokens(theirs: Tensor, ours: Tensor) -> tuple[Tensor, str]:
 def _fit_all_positions(
     tokenizer: TokenizerWeights, modality: Modality, parameter: Tensor, interpolation: Interpolation
 ) -> tuple[Tensor, str]:
-    theirs, old = tokenizer.tensors["pos_embed"], tokenizer.num_class_tokens
-    count, new = theirs.shape[1] - old, modality.num_class_tokens
-    tubelets = tokenizer.tubelets or guess_tubelets(count, modality.tubelets)
+    theirs, old, new = tokenizer.tensors.get("pos_embed"), tokenizer.num_class_tokens, modality.num_class_tokens
+    tubelets, from_sines = tokenizer.tubelets, ""
+    if theirs is None:
+        tubelets, from_sines = tubelets or modality.tubelets, "fixed sines and cosines"
+        theirs = functional.pad(sinusoids(math.prod(tubelets), parameter.shape[2]), (0, 0, old, 0))[None]
+    count = theirs.shape[1] - old
+    tubelets = tubelets or guess_tubelets(count, modality.tubelets)
     if tubelets is None:
         raise ValueError(f"it has {count} positions, which are no square, and the model {modality.num_tokens - new}")
     first, changed = _fit_class_tokens(theirs[:, :old], parameter[:, :new]) if old and new else (parameter.detach()[:, :new], "")
     rest, resized = fit_positions(theirs[:, old:].float(), tubelets, modality.tubelets, interpolation)
-    return torch.cat([first.to(rest), rest], 1), ", ".join(filter(None, (resized, changed)))
+    return torch.cat([first.to(rest), rest], 1), ", ".join(filter(None, (from_sines, resized, changed)))
 
 
 def _load_head(target: Target, source: Pretrained, name: str, report: LoadReport, values: dict[str, Tensor], *, asked: bool) -> None:
@@ -244,7 +252,7 @@ def _load_head(target: Target, source: Pretrained, name: str, report: LoadReport
         return
     classes, theirs = target.classes.get(name), head.class_names
     count = target.tasks[name].num_classes
-    if classes and theirs:
+    if classes and theirs and (asked or head.modality == target.tasks[name].modality.name):
         rows = {theirs.index(label): number for number, label in enumerate(classes) if label in theirs}
         reason = f"none of its classes is among the source's ({', '.join(theirs[:3])}, …)" if not rows else ""
     else:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from polyvit_fast.config import Model
 from polyvit_fast.model.pretrained.weights import HEAD, HeadWeights, Pretrained, Tensors, TokenizerWeights, has_equal_heads, measure_model
 
 PREFIXES = ("vit.", "deit.", "vivit.", "audio_spectrogram_transformer.", "videomae.")
@@ -81,17 +82,28 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
     eps = float(config.get("layer_norm_eps", family.norm_eps))
     last_eps = 1e-5 if norm == "fc_norm" else 0.0  # torch's own, as VideoMAE's class gives it none
     model = measure_model(trunk, config.get("num_attention_heads") or max(1, dim // 64), gelu=gelu, norm_eps=eps, last_norm_eps=last_eps)
+    _check_config(config, model)
     heads, left_out = _read_heads(tensors, config, family.modality)
-    left_out |= {name: "no part of a Vision Transformer's forward pass here" for name in tensors if name.startswith(("pooler.", "decoder"))}
+    known = ("layers.", "embeddings.", "layernorm.", "fc_norm.", "classifier.", "cls_classifier.")
+    rest = [name for name in tensors if not name.startswith((*known, *left_out))]
+    left_out |= dict.fromkeys(rest, "no part of a Vision Transformer's forward pass here")
     return Pretrained(
         source=source,
         kind=family.kind,
         model=model,
-        tokenizers={family.modality: _read_tokenizer(tensors, config, family, source)},
+        tokenizers={family.modality: _read_tokenizer(tensors, config, family)},
         trunk=trunk,
         heads=heads,
         left_out=left_out,
     )
+
+
+def _check_config(config: Mapping[str, Any], model: Model) -> None:
+    """Raise ValueError where config.json says other sizes than the weights have."""
+    sizes = {"hidden_size": model.dim, "num_hidden_layers": model.depth, "intermediate_size": model.mlp_dim}
+    for name, size in sizes.items():
+        if config.get(name, size) != size:
+            raise ValueError(f"config.json says {name} = {config[name]}, the weights have {size}")
 
 
 def _rename(name: str) -> str:
@@ -138,7 +150,7 @@ def _read_block(tensors: Tensors, number: int) -> Tensors:
     return found
 
 
-def _read_tokenizer(tensors: Tensors, config: Mapping[str, Any], family: Family, source: str) -> TokenizerWeights:
+def _read_tokenizer(tensors: Tensors, config: Mapping[str, Any], family: Family) -> TokenizerWeights:
     kernel, found = tensors["embeddings.patch_embeddings.projection.weight"], {}
     if family.is_turned:
         kernel = kernel.transpose(2, 3)
@@ -151,9 +163,10 @@ def _read_tokenizer(tensors: Tensors, config: Mapping[str, Any], family: Family,
     tubelets = _count_tubelets(tensors, config, tuple(found["weight"].shape[1:4]), stride, len(class_tokens))
     positions = tensors.get("embeddings.position_embeddings")
     if positions is not None:
-        if family.is_turned:
-            positions = _turn(positions, len(class_tokens), tubelets, source)
-        found["pos_embed"] = positions
+        count = positions.shape[1] - len(class_tokens)
+        if tubelets and math.prod(tubelets) != count:
+            raise ValueError(f"its config.json means {' × '.join(map(str, tubelets))} tokens, there are {count} positions")
+        found["pos_embed"] = _turn(positions, len(class_tokens), tubelets) if family.is_turned and tubelets else positions
     mean, std = _read_normalisation(config, family)
     return TokenizerWeights(
         tensors=found,
@@ -174,7 +187,7 @@ def _count_tubelets(
         lengths = (1, int(config.get("max_length", 1024)), int(config.get("num_mel_bins", 128)))
         frames, rows, columns = ((length - size) // step + 1 for length, size, step in zip(lengths, sizes, stride, strict=True))
         return frames, rows, columns
-    if "image_size" in config:
+    if config.get("image_size"):
         size = config["image_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return int(config.get("num_frames", 1)) // sizes[0], height // sizes[1], width // sizes[2]
@@ -184,11 +197,9 @@ def _count_tubelets(
     return (1, side, side) if sizes[0] == 1 and side and side * side == count else None
 
 
-def _turn(positions: torch.Tensor, num_class_tokens: int, tubelets: tuple[int, int, int] | None, source: str) -> torch.Tensor:
+def _turn(positions: torch.Tensor, num_class_tokens: int, tubelets: tuple[int, int, int]) -> torch.Tensor:
     """Positions in the order (time, frequency) that were in the order (frequency, time)."""
     first, rest = positions[:, :num_class_tokens], positions[:, num_class_tokens:]
-    if tubelets is None or math.prod(tubelets) != rest.shape[1]:
-        raise ValueError(f"{source}: it has {rest.shape[1]} positions, but its config.json means {tubelets}")
     _, rows, columns = tubelets
     return torch.cat([first, rest.unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2)], 1)
 
@@ -215,6 +226,8 @@ def _read_heads(tensors: Tensors, config: Mapping[str, Any], modality: str) -> t
     if stem is None:
         return {}, left_out
     head = {key: tensors[f"{stem}.{key}"] for key in ("weight", "bias")}
+    if classes and len(classes) != len(head["weight"]):
+        raise ValueError(f"config.json names {len(classes)} classes, the head has {len(head['weight'])}")
     head |= {
         f"norm.{key}": tensors[f"classifier.layernorm.{key}"] for key in ("weight", "bias") if f"classifier.layernorm.{key}" in tensors
     }

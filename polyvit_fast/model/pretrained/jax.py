@@ -30,6 +30,8 @@ TOKENIZERS = {"tokenizer2d": "image", "tokenizer3d": "video", "tokenizer_spec": 
 """Scenic's PolyViT's, and the modalities that they are for."""
 DATASETS = {"kinetics400": "video", "moments_in_time": "video", "balanced_audioset": "audio", "audioset": "audio", "vggsound": "audio"}
 """The modality of the heads that scenic's only configuration has; those whose names begin with bit_ are for images."""
+SQUARE, MEASURED = {"image"}, {"audio"}
+"""Modalities whose grids are square, and those whose grids are no levels of 0 to 255."""
 LEVELS = (127.5,) * 3
 
 
@@ -45,16 +47,27 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
         raise ValueError(f"{source}: a factorised encoder; models here attend to all tubelets at once (ViViT's model 1)")
     if any(name.startswith("tokenizer/") for name in tensors):
         return _convert_polyvit(tensors, source)
+    if any(name.startswith("MAPHead_0/") for name in tensors):
+        raise ValueError(f"{source}: its head pools by attention (MAPHead_0), which models here do not")
+    if "cls" not in tensors:
+        raise ValueError(f"{source}: it has no class token, and takes the mean of normalised tokens, where models here normalise the mean")
     encoder = {name.removeprefix("Transformer/"): tensor for name, tensor in tensors.items() if name.startswith("Transformer/")}
     trunk = _read_blocks(encoder, source)
     trunk |= {f"norm.{key}": encoder[f"encoder_norm/{there}"] for key, there in (("weight", "scale"), ("bias", "bias"))}
     key = next((key for key in ("posembed_input/pos_embedding", "pos_embedding") if key in encoder), None)
     positions = encoder[key] if key else tensors.get("pos_embedding")
-    tokenizer = _read_tokenizer({**tensors, "posembed_input/pos_embedding": positions} if positions is not None else tensors)
-    modality = "video" if tokenizer.tensors["weight"].shape[1] > 1 else "image"
+    if positions is None:
+        raise ValueError(f"{source}: it has no position embeddings; fixed ones of two axes (sincos2d) are unknown here")
+    modality = "video" if tensors["embedding/kernel"].ndim == 5 else "image"
+    tokenizer = _read_tokenizer({**tensors, "posembed_input/pos_embedding": positions}, modality)
     stem = next((stem for stem in ("head", "output_projection") if f"{stem}/kernel" in tensors), None)
-    heads = {HEAD: _read_head(tensors, stem, modality)} if stem else {}
-    left_out = {name: "a layer of the head that is left out in fine-tuning" for name in tensors if name.startswith("pre_logits/")}
+    hidden = [name for name in tensors if name.startswith("pre_logits/")]
+    heads = {HEAD: _read_head(tensors, stem, modality)} if stem and not hidden else {}
+    left_out = dict.fromkeys(hidden, "a hidden layer of the head, which models here do not have")
+    if stem and hidden:
+        left_out |= dict.fromkeys((f"{stem}/kernel", f"{stem}/bias"), "it reads pre_logits, which models here do not have")
+    known = ("Transformer/", "embedding/", "pre_logits/", f"{stem}/")
+    left_out |= {name: "of no use here" for name in tensors if not name.startswith(known) and name not in ("cls", "pos_embedding")}
     model = measure_model(trunk, _count_heads(encoder), gelu="tanh", norm_eps=1e-6)
     return Pretrained(
         source=source, kind="JAX ViT", model=model, tokenizers={modality: tokenizer}, trunk=trunk, heads=heads, left_out=left_out
@@ -66,7 +79,7 @@ def _convert_polyvit(tensors: Tensors, source: str) -> Pretrained:
     for theirs, ours in TOKENIZERS.items():
         own = {name.removeprefix(f"tokenizer/{theirs}/"): t for name, t in tensors.items() if name.startswith(f"tokenizer/{theirs}/")}
         if own:
-            tokenizers[ours] = _read_tokenizer(own, _read_blocks(own, source) if "encoderblock_0" in " ".join(own) else {})
+            tokenizers[ours] = _read_tokenizer(own, ours, _read_blocks(own, source))
     num_adaptors = count_blocks(next(iter(tokenizers.values())).tensors)
     encoder = {name.removeprefix("vit_encoder/"): tensor for name, tensor in tensors.items() if name.startswith("vit_encoder/")}
     trunk = _read_blocks(encoder, source)
@@ -146,21 +159,22 @@ def _read_block(layer: Tensors) -> Tensors:
     return found
 
 
-def _read_tokenizer(tensors: Tensors, adaptors: Tensors | None = None) -> TokenizerWeights:
+def _read_tokenizer(tensors: Tensors, modality: str, adaptors: Tensors | None = None) -> TokenizerWeights:
     kernel = tensors["embedding/kernel"].movedim(-1, 0)  # [dim, (frames,) rows, columns, channels]
     kernel = kernel if kernel.ndim == 5 else kernel[:, None]
     found = {"weight": kernel, "bias": tensors["embedding/bias"], **(adaptors or {})}
-    num_class_tokens, tubelets = int("cls" in tensors), None
-    if num_class_tokens:
-        found["cls_token"] = tensors["cls"]
-    positions = tensors.get("posembed_input/pos_embedding")
-    if positions is not None:
-        found["pos_embed"] = positions if positions.ndim == 3 else positions[None]
-        side = math.isqrt(positions.shape[-2] - num_class_tokens)
-        if kernel.shape[1] == 1 and side * side == positions.shape[-2] - num_class_tokens:
-            tubelets = (1, side, side)
-    pool = "cls" if num_class_tokens else "mean"
-    return TokenizerWeights(tensors=found, tubelets=tubelets, num_class_tokens=num_class_tokens, pool=pool, mean=LEVELS, std=LEVELS)
+    found["cls_token"], positions, tubelets = tensors["cls"], tensors["posembed_input/pos_embedding"], None
+    positions = positions if positions.ndim == 3 else positions[None]
+    if modality in SQUARE:
+        count = positions.shape[1]
+        side = math.isqrt(count)
+        if side * side == count:  # big_vision adds them before the class token, which then has none
+            positions = torch.cat([positions.new_zeros(1, 1, positions.shape[2]), positions], 1)
+        side = math.isqrt(positions.shape[1] - 1)
+        tubelets = (1, side, side) if side * side == positions.shape[1] - 1 else None
+    found["pos_embed"] = positions
+    levels = None if modality in MEASURED else LEVELS
+    return TokenizerWeights(tensors=found, tubelets=tubelets, mean=levels, std=levels)
 
 
 def _read_head(tensors: Tensors, stem: str, modality: str) -> HeadWeights:

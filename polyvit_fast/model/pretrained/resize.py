@@ -92,15 +92,21 @@ def _describe_frames(old: int, new: int) -> str:
     return f"repeated for {new} frames" if old == 1 else f"mean of {old} frames" if new == 1 else f"interpolated from {old} to {new} frames"
 
 
-def guess_tubelets(count: int, wanted: Tubelets, frames: int = 1) -> Tubelets | None:
-    """How `count` tubelets lie in a grid that nothing tells: as the model `wanted` where that fits, else in a square of so many frames."""
+def guess_tubelets(count: int, wanted: Tubelets) -> Tubelets | None:
+    """How `count` tubelets lie in a grid that nothing tells, by the model's own that is `wanted`; None where nothing fits.
+
+    The same grid; else more or fewer frames of the same rows and columns; else, of a grid that is no square, more or fewer rows, which are
+    times; else a square of as many frames.
+    """
+    frames, rows, columns = wanted
     if count == math.prod(wanted):
         return wanted
-    for number in {frames, wanted[0]}:
-        side = math.isqrt(count // number)
-        if side * side * number == count:
-            return number, side, side
-    return None
+    if frames > 1 and count % (rows * columns) == 0:
+        return count // (rows * columns), rows, columns
+    if frames == 1 and rows != columns and count % columns == 0:
+        return 1, count // columns, columns
+    side = math.isqrt(count // frames)
+    return (frames, side, side) if side * side * frames == count else None
 
 
 def _times(sizes: torch.Size | tuple[int, ...]) -> str:

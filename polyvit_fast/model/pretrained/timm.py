@@ -53,14 +53,15 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
         _complete_block(trunk, tensors, f"blocks.{number}.")
     pools_mean = "fc_norm.weight" in tensors
     norm = "fc_norm" if pools_mean else "norm"
-    if config.get("global_pool", "token") not in ("token", "avg") or (config.get("global_pool") == "avg") != pools_mean:
-        raise ValueError(
-            f"{source}: global_pool = {config.get('global_pool')} with the norm before it is unknown here; token and avg are known"
-        )
+    pool = config.get("global_pool", "avg" if pools_mean else "token")
+    if pool not in ("token", "avg") or (pool == "avg") != pools_mean:
+        raise ValueError(f"{source}: global_pool = {pool} with the norm before it is unknown here; token and avg are known")
     trunk |= {f"norm.{key}": tensors[f"{norm}.{key}"] for key in ("weight", "bias") if f"{norm}.{key}" in tensors}
     tokenizer = _read_tokenizer(tensors, config, files, pools_mean)
     heads = _read_heads(tensors, config, left_out)
     dim = trunk["blocks.0.attn.qkv.weight"].shape[1]
+    if arguments.get("embed_dim", dim) != dim:
+        raise ValueError(f"config.json says embed_dim = {arguments['embed_dim']}, the weights have {dim}")
     num_heads = int(arguments.get("num_heads", 0)) or HEADS_OF_DIM.get(dim, max(1, dim // 64))
     model = measure_model(trunk, num_heads, gelu=_read_gelu(arguments, config, source), norm_eps=1e-6)
     left_out |= dict.fromkeys(_find_rest(tensors, left_out), "no part of a Vision Transformer's forward pass here")
@@ -120,7 +121,9 @@ def _read_heads(tensors: Tensors, config: Mapping[str, Any], left_out: dict[str,
         left_out |= {f"head_dist.{key}": "the head of the distillation token; heads here read one token" for key in ("weight", "bias")}
     if "head.weight" not in tensors:
         return {}
-    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or ()
+    if names and len(names) != len(tensors["head.weight"]):
+        raise ValueError(f"config.json names {len(names)} classes, the head has {len(tensors['head.weight'])}")
     head = {key: tensors[f"head.{key}"] for key in ("weight", "bias")}
     return {HEAD: HeadWeights(modality="image", tensors=head, class_names=tuple(names) if names else None)}
 

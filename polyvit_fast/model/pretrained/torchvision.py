@@ -50,9 +50,12 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
         std=STD,
     )
     heads = {}
-    if "heads.head.weight" in tensors:
+    hidden = [name for name in tensors if name.startswith("heads.pre_logits.")]
+    left_out = dict.fromkeys(hidden, "a hidden layer of the head, which models here do not have")
+    if hidden:
+        left_out |= dict.fromkeys(("heads.head.weight", "heads.head.bias"), "it reads pre_logits, which models here do not have")
+    elif "heads.head.weight" in tensors:
         heads[HEAD] = HeadWeights(modality="image", tensors={key: tensors[f"heads.head.{key}"] for key in ("weight", "bias")})
-    left_out = {name: "a layer of the head that is left out in fine-tuning" for name in tensors if name.startswith("heads.pre_logits.")}
     dim = len(kernel)
     model = measure_model(trunk, 16 if dim == 1280 else max(1, dim // 64), gelu="erf", norm_eps=1e-6)
     return Pretrained(

@@ -74,7 +74,7 @@ class TokenizerWeights:
     pool: Literal["cls", "class_tokens", "mean"] = "cls"
     positions: Literal["learned", "sinusoidal"] = "learned"
     mean: tuple[float, ...] | None = None
-    """In the grid's units; None where the file does not tell."""
+    """In the grid's units; where the file does not tell, the format's usual one, or None where it has none."""
     std: tuple[float, ...] | None = None
 
 

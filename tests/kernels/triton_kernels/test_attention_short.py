@@ -51,7 +51,9 @@ def test_every_width(head_dim, tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_and_outlier_channels(dtype):
-    assert_kernels_obey(activations(1, 197, 3, 1, 64) / 30, dtype)
+    # Torch's own fused attention is the baseline: its backward, too, computes the probabilities again from the sums' logarithms, which of
+    # large scores are a little less exact than probabilities that were kept.
+    assert_kernels_obey(activations(1, 197, 3, 1, 64) / 30, dtype, library)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)

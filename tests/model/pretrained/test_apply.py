@@ -7,6 +7,7 @@ from sources import MODEL, as_source, draw, picture_source
 
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import Target, load_into
+from polyvit_fast.model.tokenizer import sinusoids
 
 TASKS = {"pets": ("picture", 4), "motion": ("clip", 5), "words": ("sound", 6)}
 TWO = {name: SMALL[name] for name in ("picture", "clip")}
@@ -98,6 +99,18 @@ def test_class_tokens_of_another_number():
     none = replace(SMALL["picture"], num_class_tokens=0, pool="mean", positions="sinusoidal")
     report = load_into(target(modalities={"picture": none}), picture_source())
     assert report.left_out == {"picture: cls_token": "picture has none", "picture: pos_embed": "picture has none"}
+
+
+def test_fixed_positions_become_learned_ones():
+    fixed = {"picture": replace(SMALL["picture"], positions="sinusoidal")}
+    source = as_source(draw(PolyViT(MODEL, fixed, {})), MODEL, fixed)
+    goal = target()
+    report = load_into(goal, source)
+    tokenizers = goal.polyvit.tokenizers
+    assert rows(report)["tokenizers.picture.pos_embed"] == ("picture: pos_embed", "fixed sines and cosines")
+    assert torch.equal(tokenizers["picture"].pos_embed[0, 1:], sinusoids(4, 32))
+    assert torch.equal(tokenizers["clip"].pos_embed[0, 1:], sinusoids(4, 32).repeat(2, 1))
+    assert "picture has positions = learned, some.file was trained with sinusoidal" in report.remarks
 
 
 @pytest.mark.parametrize(

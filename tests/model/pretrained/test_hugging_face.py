@@ -161,6 +161,27 @@ def test_what_models_here_do_not_have_is_refused(build, changes, message, tmp_pa
         pretrained.read(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 512}, "config.json says hidden_size = 512, the weights have 48"),
+        ({"num_hidden_layers": 12}, "config.json says num_hidden_layers = 12, the weights have 2"),
+        ({"image_size": 224}, "its config.json means 1 × 14 × 14 tokens, there are 6 positions"),
+        ({"id2label": {"0": "cat"}}, "config.json names 1 classes, the head has 3"),
+        ({"id2label": {"cat": 0}}, "Is a config.json next to them another model's"),
+        ({"image_size": "large"}, "Is a config.json next to them another model's"),
+        ({"model_type": "vivit", "num_frames": 4}, "there are 6 positions"),
+    ],
+)
+def test_the_config_of_another_model_is_noticed(changes, message, tmp_path):
+    save(vit(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message) as raised:
+        pretrained.read(str(tmp_path))
+    assert str(raised.value).startswith(str(tmp_path))
+
+
 def test_another_type_of_model_is_named(tmp_path):
     save(vit(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

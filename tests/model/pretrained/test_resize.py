@@ -102,7 +102,16 @@ def test_positions_of_frames_become_their_mean_or_are_interpolated():
 
 @pytest.mark.parametrize(
     ("count", "wanted", "found"),
-    [(400, (1, 50, 8), (1, 50, 8)), (196, (1, 50, 8), (1, 14, 14)), (1568, (8, 10, 10), (8, 14, 14)), (15, (1, 4, 4), None)],
+    [
+        (400, (1, 50, 8), (1, 50, 8)),
+        (800, (1, 50, 8), (1, 100, 8)),
+        (196, (1, 50, 8), (1, 14, 14)),
+        (196, (1, 24, 24), (1, 14, 14)),
+        (3136, (8, 14, 14), (16, 14, 14)),
+        (784, (8, 14, 14), (4, 14, 14)),
+        (1568, (8, 10, 10), (8, 14, 14)),
+        (15, (1, 4, 4), None),
+    ],
 )
 def test_the_grid_of_positions_is_guessed_where_nothing_tells(count, wanted, found):
     assert guess_tubelets(count, wanted) == found

@@ -77,6 +77,24 @@ def test_what_timm_writes_beside_a_model_is_read(tmp_path):
         torch.testing.assert_close(found.build().double()(levels, "classes"), theirs(x), rtol=0, atol=1e-5)
 
 
+def test_a_mean_is_known_by_its_norm_where_nothing_tells(tmp_path):
+    check(save(vit(global_pool="avg"), tmp_path), tmp_path, *picture())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"label_names": ["cat"]}, "config.json names 1 classes, the head has 3"),
+        ({"model_args": {"embed_dim": 32}}, "config.json says embed_dim = 32, the weights have 64"),
+        ({"model_args": [1]}, "Is a config.json next to them another model's"),
+    ],
+)
+def test_the_config_of_another_model_is_noticed(config, message, tmp_path):
+    save(vit(), tmp_path, config)
+    with pytest.raises(ValueError, match=message):
+        pretrained.read(str(tmp_path))
+
+
 def test_features_of_a_distilled_deit_are_timms(tmp_path):
     from timm.models.deit import VisionTransformerDistilled
 

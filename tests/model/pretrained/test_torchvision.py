@@ -19,7 +19,11 @@ def test_logits_are_torchvisions(representation_size, tmp_path):
     mean, std = (torch.tensor(values, dtype=torch.float32).double() for values in (MEAN, STD))
     grid = x.movedim(1, -1)[:, None] * std + mean
     if representation_size:
-        assert sorted(found.left_out) == ["heads.pre_logits.bias", "heads.pre_logits.weight"]
+        assert sorted(found.left_out) == [f"heads.{name}.{key}" for name in ("head", "pre_logits") for key in ("bias", "weight")]
+        assert not found.heads
+        with torch.no_grad():
+            class_tokens = theirs.double().encoder(torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], 1))[:, 0]
+            torch.testing.assert_close(found.build().double().embed(grid, "image"), class_tokens, rtol=0, atol=1e-12)
         return
     with torch.no_grad():
         torch.testing.assert_close(found.build().double()(grid, "classes"), theirs.double()(x), rtol=0, atol=1e-12)
