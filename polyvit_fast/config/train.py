@@ -127,7 +127,7 @@ class Train:
     @property
     def init_parts(self) -> dict[str, str]:
         """The source of each part that `init` names; that of the whole model under ""."""
-        if not isinstance(self.init, str):
+        if isinstance(self.init, dict):
             return self.init
         pairs = [[text.strip() for text in pair.partition("=")] for pair in self.init.split(",")]
         if all(part and source for part, _, source in pairs):

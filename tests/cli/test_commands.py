@@ -21,7 +21,7 @@ def test_help_and_version(capsys):
     for command in cli.COMMANDS:
         assert f"polyvit-fast {command}" in text
     assert cli.run(["--version"]) == 0
-    assert printed(capsys) == "0.6.0"
+    assert printed(capsys) == "0.7.0"
 
 
 @pytest.mark.parametrize(

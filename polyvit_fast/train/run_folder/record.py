@@ -87,10 +87,14 @@ def load_run(folder: Path, load: Callable[[str], Train], own: Train | None = Non
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.json (polyvit-fast train makes one, under runs/ unless --out)")
-    content, versions = _read_json(folder / "config.json"), _read_json(folder / "versions.json")
+    content = _read_json(folder / "config.json")
     experiment, values = content.get("experiment"), content.get("config")
     if not isinstance(experiment, str) or not isinstance(values, dict):
-        raise ValueError(f"{folder / 'config.json'} does not describe a run: it needs the fields experiment and config")
+        raise ValueError(
+            f"{folder / 'config.json'} does not describe a run: it needs the fields experiment and config "
+            "(another library's model is opened by pretrained.load, and starts a run with --init)"
+        )
+    versions = _read_json(folder / "versions.json")
     try:
         config = _read_config(folder, experiment, upgrade(values), load, own)
     except ValueError as error:
