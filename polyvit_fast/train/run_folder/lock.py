@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from uuid import uuid4
 
 from polyvit_fast import strict_json
 
@@ -100,17 +99,22 @@ def _claim(folder: Path, locks: bool, report: Callable[[str], None]) -> Holder:
     holder = Holder(platform.node(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"), _identify_machine())
     while True:
         try:
-            with open(folder / RUNNING, "x") as file:  # of two processes, only one can create it
-                file.write(strict_json.dumps(asdict(holder), 2) + "\n")
+            _create(folder / RUNNING, holder)  # of two processes, only one can create it
             return holder
         except FileExistsError:
-            earlier, stamp = _read(folder), _read_stamp(folder)
+            earlier, stamp = _read(folder), _read_stamp(folder / RUNNING)
             if not (locks and earlier and earlier.machine == holder.machine):  # else it would still hold its lock
                 _wait_until_stale(folder, earlier, stamp, report)
-            _delete_stale(folder, stamp)
+            if stamp and _replace_stale(folder, stamp, holder):
+                return holder
         except OSError as error:
             _remove(folder, holder)
             raise _build_write_error(folder, error) from error
+
+
+def _create(path: Path, holder: Holder) -> None:
+    with open(path, "x") as file:
+        file.write(strict_json.dumps(asdict(holder), 2) + "\n")
 
 
 def _wait_until_stale(folder: Path, earlier: Holder | None, first: tuple[int, int] | None, report: Callable[[str], None]) -> None:
@@ -118,32 +122,51 @@ def _wait_until_stale(folder: Path, earlier: Holder | None, first: tuple[int, in
     who = f"process {earlier.pid} on {earlier.host}" if earlier else "another process"
     report(f"{folder}: {who} did not say that it ended; it is gone if {folder / RUNNING} does not change within {STALE_SECONDS:g} s")
     deadline = time.monotonic() + STALE_SECONDS
-    while (now := _read_stamp(folder)) and time.monotonic() < deadline:
+    while (now := _read_stamp(folder / RUNNING)) and time.monotonic() < deadline:
         if now != first:
             raise _build_refusal(folder)
         time.sleep(0.2)
 
 
-def _delete_stale(folder: Path, stamp: tuple[int, int] | None) -> None:
-    """Delete the stale running.json. Raises ValueError when it is a new one by now, of another process that had waited for it too."""
-    aside = folder / f".{RUNNING}.{uuid4().hex}"
+def _replace_stale(folder: Path, stamp: tuple[int, int], holder: Holder) -> bool:
+    """Put a running.json of this process's in the stead of the stale one; False when that is gone.
+
+    Raises ValueError when another process does so, or did. The file is never missing in between, when a third process could create it.
+    """
+    # Named after the stale file, so that of all processes that waited for it only one can create this.
+    successor = folder / f".{RUNNING}.{stamp[0]}-{stamp[1]}"
     try:
-        os.rename(folder / RUNNING, aside)
-    except FileNotFoundError:  # another process was quicker; only one of them can create the next
-        return
-    status = aside.stat()
-    if (status.st_ino, status.st_mtime_ns) != stamp:
-        with suppress(OSError):
-            os.link(aside, folder / RUNNING)
-        aside.unlink()
+        _create(successor, holder)
+    except FileExistsError:
+        _wait_for_successor(folder, successor)
+        return False
+    except OSError as error:
+        successor.unlink(missing_ok=True)
+        raise _build_write_error(folder, error) from error
+    now = _read_stamp(folder / RUNNING)
+    if now == stamp:
+        os.replace(successor, folder / RUNNING)
+        return True
+    successor.unlink()
+    if now:
         raise _build_refusal(folder)
-    aside.unlink()
+    return False
 
 
-def _read_stamp(folder: Path) -> tuple[int, int] | None:
-    """The inode of running.json and when the file system saw it touched; None when there is none."""
+def _wait_for_successor(folder: Path, successor: Path) -> None:
+    """Raises ValueError unless the process that made this file was killed before it could rename it."""
+    deadline, first = time.monotonic() + STALE_SECONDS, _read_stamp(successor)
+    while time.monotonic() < deadline:
+        if _read_stamp(successor) != first:
+            raise _build_refusal(folder)
+        time.sleep(0.2)
+    successor.unlink(missing_ok=True)
+
+
+def _read_stamp(path: Path) -> tuple[int, int] | None:
+    """The inode of a file and when the file system saw it touched; None when there is none."""
     try:
-        with open(folder / RUNNING, "rb") as file:  # opening it makes NFS ask the server
+        with open(path, "rb") as file:  # opening it makes NFS ask the server
             status = os.fstat(file.fileno())
     except OSError:
         return None

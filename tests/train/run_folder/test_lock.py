@@ -14,6 +14,7 @@ from itertools import product
 import pytest
 from long_forms import mark_long
 
+from polyvit_fast.train.run_folder import lock
 from polyvit_fast.train.run_folder.lock import LOCK, RUNNING
 
 TOUCH_SECONDS, STALE_SECONDS = 0.5, 4.0
@@ -197,6 +198,33 @@ def test_of_several_that_start_at_once_one_is_let_in(tmp_path, start, without_lo
     answers = [process.answer() for process in [start(each, without_locks) for each in machines]]
     assert sorted(answer.split(":")[0] for answer in answers) == ["held", "refused", "refused"]
     assert json.loads((tmp_path / "run" / RUNNING).read_text())["host"] == machines[answers.index("held")].name
+
+
+def claim(name) -> lock.Holder:
+    return lock.Holder(name, 1, "now", f"boot of {name}")
+
+
+def test_who_comes_late_to_a_stale_file_is_refused_and_the_new_one_is_never_missing(tmp_path):
+    """Of two that waited for the same stale file the second must not move away what the first has made of it: a third would get in."""
+    (tmp_path / RUNNING).write_text("stale")
+    stamp = lock._read_stamp(tmp_path / RUNNING)
+    first, second = claim("a"), claim("b")
+    assert lock._replace_stale(tmp_path, stamp, first)
+    new = lock._read_stamp(tmp_path / RUNNING)
+    with pytest.raises(ValueError, match="process 1 on a trains in it"):
+        lock._replace_stale(tmp_path, stamp, second)
+    assert lock._read_stamp(tmp_path / RUNNING) == new
+    assert [path.name for path in tmp_path.iterdir()] == [RUNNING]
+
+
+def test_who_was_killed_while_it_replaced_a_stale_file_does_not_lock_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.3)
+    (tmp_path / RUNNING).write_text("stale")
+    stamp = lock._read_stamp(tmp_path / RUNNING)
+    (tmp_path / f".{RUNNING}.{stamp[0]}-{stamp[1]}").write_text("half of it")
+    assert not lock._replace_stale(tmp_path, stamp, claim("a"))
+    assert lock._replace_stale(tmp_path, stamp, claim("a"))
+    assert [path.name for path in tmp_path.iterdir()] == [RUNNING]
 
 
 def test_who_waits_for_a_dead_one_is_the_one_that_is_named(start):
