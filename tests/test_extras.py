@@ -95,6 +95,7 @@ def test_what_the_base_does():
     assert not done.returncode, done.stderr
 
 
+@pytest.mark.long
 def test_commands_of_the_base(tmp_path):
     commands = [["--help"], ["list"], ["--version"], ["train", "smoke", "--help"], ["plan", "smoke"]]
     for command, (code, output, errors) in zip(commands, run_commands(commands, folder=tmp_path), strict=True):
@@ -116,7 +117,14 @@ MISSED = {
 }
 
 
-@pytest.mark.parametrize("hidden", MISSED, ids=["nothing", "without torchmetrics and data", "without decoders"])
+FIRST, *OTHERS = MISSED
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [FIRST, *(pytest.param(hidden, marks=pytest.mark.long) for hidden in OTHERS)],
+    ids=["nothing", "without torchmetrics and data", "without decoders"],
+)
 def test_commands_say_in_one_sentence_what_they_miss(hidden, tmp_path):
     commands = [command.split() for command in MISSED[hidden]]
     done = run_commands(commands, hidden, tmp_path)
@@ -126,6 +134,7 @@ def test_commands_say_in_one_sentence_what_they_miss(hidden, tmp_path):
         assert "Traceback" not in errors
 
 
+@pytest.mark.long
 def test_a_decoder_says_what_it_misses():
     done = run(
         "from polyvit_fast.data import Image, build_decoder\nbuild_decoder(Image(size=32), batch=2, train=False, num_threads=1)", DECODING
@@ -135,6 +144,7 @@ def test_a_decoder_says_what_it_misses():
     )
 
 
+@pytest.mark.long
 def test_an_evaluation_says_what_it_misses():
     done = run(
         "from polyvit_fast import experiments\nfrom polyvit_fast.train.metrics import Metrics\n"

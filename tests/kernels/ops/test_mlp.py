@@ -422,7 +422,7 @@ PARTIAL = {
 
 
 @pytest.mark.parametrize("path", ["registered", "on_kernels"])
-@pytest.mark.parametrize("name", PARTIAL)
+@pytest.mark.parametrize("name", mark_long(PARTIAL, ["mlp", "linear_add"]))
 def test_a_gradient_that_nobody_wants_costs_nothing(name, path, request):
     request.getfixturevalue(path)
     x, residual = normal(2, 5, 48), {"residual": normal(2, 5, 80, seed=7)}
