@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from polyvit_fast.model.export.plain import PlainViT
 from polyvit_fast.model.modules import GELU
-from polyvit_fast.model.pretrained.polyvit import select
-from polyvit_fast.model.pretrained.weights import Tensors
+from polyvit_fast.model.pretrained.weights import Tensors, select
 
 
 class PlainModule(nn.Module):

@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyvit_fast.config import Modality, Model, Preprocessing
-from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, Tensors, TokenGrid, TokenizerWeights
+from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, Tensors, TokenGrid, TokenizerWeights, describe_tokens
 from polyvit_fast.model.tokenizer import sinusoids
-
-TOKENS = ("tubelets", "token_stride", "num_class_tokens", "pool", "positions")
-"""What a modality and a tokenizer's weights both say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +94,7 @@ def select_task(source: Pretrained, task: str, modality: Modality | None = None)
     head = source.heads[task]
     tokenizer = source.tokenizers[head.modality]
     if modality:
-        mean, std = modality.normalisation
-        settings: dict[str, Any] = {name: getattr(modality, name) for name in TOKENS}
-        tokenizer = replace(tokenizer, mean=mean, std=std, **settings)
+        tokenizer = replace(tokenizer, **describe_tokens(modality))
     return replace(source, tokenizers={head.modality: tokenizer}, heads={task: head}, left_out={})
 
 

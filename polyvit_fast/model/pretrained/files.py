@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polyvit_fast.extras import MissingExtraError, require
+from polyvit_fast.model.pretrained.weights import Tensors
 
-Tensors = dict[str, Tensor]
 CONFIGS = {"config.json": "", "preprocessor_config.json": "preprocessor"}
 """What lies next to weights, and the key under which it is returned."""
 NDARRAY = 1  # the number of arrays among Flax's extensions of msgpack

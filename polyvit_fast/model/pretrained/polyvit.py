@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from polyvit_fast.config import Model
-from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, Tensors, TokenizerWeights, shift_block
+from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, Tensors, TokenizerWeights, select, select_trunk
 
 KEY = "polyvit_fast"
 """Under which the header has the description, as JSON."""
@@ -41,25 +41,16 @@ def convert(tensors: Tensors, config: Mapping[str, Any], source: str) -> Pretrai
         described = json.loads(text)
         model = Model(**described["model"])
         tokenizers = {
-            name: TokenizerWeights(tensors=select(tensors, f"tokenizers.{name}."), **{key: _to_tuple(one[key]) for key in SETTINGS})
+            name: TokenizerWeights.from_json(select(tensors, f"tokenizers.{name}."), {key: one[key] for key in SETTINGS})
             for name, one in described["tokenizers"].items()
         }
-        heads = {
-            name: HeadWeights(
-                modality=one["modality"], tensors=select(tensors, f"heads.{name}."), class_names=_to_tuple(one["class_names"])
-            )
-            for name, one in described["heads"].items()
-        }
+        heads = {name: _read_head(select(tensors, f"heads.{name}."), one) for name, one in described["heads"].items()}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{source}: the description in its header is broken: {error!r}") from error
-    trunk = {shift_block(name, model.num_adaptor_layers): t for name, t in tensors.items() if name.startswith(("blocks.", "norm."))}
+    trunk = select_trunk(tensors, model.num_adaptor_layers)
     return Pretrained(source=source, kind="PolyViT", model=model, tokenizers=tokenizers, trunk=trunk, heads=heads)
 
 
-def select(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _read_head(tensors: Tensors, described: Mapping[str, Any]) -> HeadWeights:
+    names = described["class_names"]
+    return HeadWeights(modality=described["modality"], tensors=tensors, class_names=None if names is None else tuple(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,8 @@ from polyvit_fast.config import Modality, Model
 from polyvit_fast.model.polyvit import PolyViT
 
 Tensors = dict[str, Tensor]
+TOKENS = ("tubelets", "token_stride", "num_class_tokens", "pool", "positions")
+"""What a modality and a tokenizer's weights both say."""
 HEAD = "classes"
 """The task of a model with a single head, in messages and in a model built of its weights."""
 
@@ -76,6 +79,18 @@ class TokenizerWeights:
     mean: tuple[float, ...] | None = None
     """In the grid's units; where the file does not tell, the format's usual one, or None where it has none."""
     std: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_json(cls, tensors: Tensors, described: Mapping[str, Any]) -> TokenizerWeights:
+        """The weights with what `describe_tokens` gave, after JSON. Raises TypeError for an unknown setting."""
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
+        return cls(tensors=tensors, **settings)
+
+
+def describe_tokens(modality: Modality) -> dict[str, Any]:
+    """What a modality says of its tokenizer, as the fields of `TokenizerWeights`."""
+    mean, std = modality.normalisation
+    return {name: getattr(modality, name) for name in TOKENS} | {"mean": mean, "std": std}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +172,16 @@ def shift_block(name: str, by: int) -> str:
     """`blocks.3.…` with another number; other names as they are."""
     start, number, *rest = name.split(".")
     return ".".join((start, str(int(number) + by), *rest)) if start == "blocks" else name
+
+
+def select(tensors: Tensors, prefix: str) -> Tensors:
+    """Those whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def select_trunk(tensors: Tensors, num_adaptors: int) -> Tensors:
+    """A PolyViT's `blocks.*` and `norm.*`, the blocks numbered on from its tokenizers' own."""
+    return {shift_block(name, num_adaptors): tensor for name, tensor in tensors.items() if name.startswith(("blocks.", "norm."))}
 
 
 def count_blocks(tensors: Tensors) -> int:

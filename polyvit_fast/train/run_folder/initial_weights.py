@@ -12,11 +12,8 @@ from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.model import pretrained
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import LoadReport, Target, load_into
-from polyvit_fast.model.pretrained.polyvit import select
-from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, Tensors, TokenizerWeights, shift_block
+from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, TokenizerWeights, describe_tokens, select, select_trunk
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint, find_checkpoint
-
-TOKENS = ("tubelets", "token_stride", "num_class_tokens", "pool", "positions")
 
 
 def load_initial_weights(model: PolyViT, config: Train) -> list[LoadReport]:
@@ -86,22 +83,13 @@ def read_checkpoint(found: Checkpoint, source: str) -> Pretrained:
         )
         for name in tasks
     }
-    trunk = {shift_block(name, model.num_adaptor_layers): t for name, t in tensors.items() if name.startswith(("blocks.", "norm."))}
+    trunk = select_trunk(tensors, model.num_adaptor_layers)
+    # Of versions before 0.7 nothing is described: their tokens do not overlap, and there is one class token.
     described = found.state.get("tokenizers", {})
-    tokenizers = {name: _read_tokenizer(described.get(name, {}), select(tensors, f"tokenizers.{name}.")) for name in names}
+    tokenizers = {name: TokenizerWeights.from_json(select(tensors, f"tokenizers.{name}."), described.get(name, {})) for name in names}
     return Pretrained(source=source, kind=f"run, step {found.step}", model=model, tokenizers=tokenizers, trunk=trunk, heads=heads)
 
 
 def describe_tokenizers(modalities: Mapping[str, Modality]) -> dict[str, dict[str, Any]]:
     """What a checkpoint has to say of its tokenizers, so that their weights serve without the run's configuration."""
-    described = {}
-    for name, modality in modalities.items():
-        mean, std = modality.normalisation
-        described[name] = {key: getattr(modality, key) for key in TOKENS} | {"mean": mean, "std": std}
-    return described
-
-
-def _read_tokenizer(described: Mapping[str, Any], tensors: Tensors) -> TokenizerWeights:
-    """Of versions before 0.7 nothing is described: their tokens do not overlap, and there is one class token."""
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
-    return TokenizerWeights(tensors=tensors, **values)
+    return {name: describe_tokens(modality) for name, modality in modalities.items()}
