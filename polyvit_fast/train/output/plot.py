@@ -14,6 +14,7 @@ from rich.table import Table
 
 from polyvit_fast.config import StepPlan, Train
 from polyvit_fast.extras import require
+from polyvit_fast.train.output.colours import task_colour
 from polyvit_fast.train.output.table import build_table
 from polyvit_fast.train.schedule import count_steps
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 else:  # matplotlib is imported where it draws, because that takes long
     Axes = Any
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#5A4FA2", "#8C8C00", "#7F7F7F", "#222222")
-"""Distinct with the common forms of colour blindness: Okabe and Ito's set, with darker hues for its yellow, then greys."""
 MAX_COLUMNS = 1000
 """Columns in which the tasks of a plan are drawn; in a longer plan a column is several steps."""
 STYLE: dict[Any, Any] = {
@@ -89,7 +88,7 @@ def _draw_tasks(axes: Axes, names: list[str], present: np.ndarray) -> None:
     from matplotlib.colors import ListedColormap
 
     density, num_steps, counts = _compute_density(present), present.shape[1], present.sum(1)
-    colours = ListedColormap([_colour(row) for row in range(len(names))])
+    colours = ListedColormap([task_colour(row) for row in range(len(names))])
     rows = np.indices(density.shape)[0]
     strength = density / np.maximum(density.max(1, keepdims=True), 1e-12)
     extent = (0, num_steps, len(names), 0)
@@ -117,7 +116,7 @@ def _draw_percentages(axes: Axes, present: np.ndarray) -> None:
     sums = np.cumsum(present, axis=1)[:, np.maximum(points, 1) - 1]
     bands = range(len(present))[::-1]  # the first task on top, as above
     axes.stackplot(
-        points, (100 * sums / sums.sum(0))[bands], colors=[_colour(row) for row in bands], edgecolor="white", linewidth=0.6, alpha=0.9
+        points, (100 * sums / sums.sum(0))[bands], colors=[task_colour(row) for row in bands], edgecolor="white", linewidth=0.6, alpha=0.9
     )
     axes.set(ylim=(0, 100), ylabel="minibatches so far [%]", title="Each task's percentage of the minibatches")
 
@@ -130,7 +129,7 @@ def _draw_rates(axes: Axes, plan: StepPlan, config: Train, rates: np.ndarray) ->
         scale, own = kind
         steps = np.array([step for step, tasks in enumerate(plan) if kinds[tasks] == kind])
         members = sorted({name for step in steps for name in plan[step]}, key=names.index)
-        colour = _colour(names.index(members[0])) if len(members) == 1 else "#333333"
+        colour = task_colour(names.index(members[0])) if len(members) == 1 else "#333333"
         more = f" and {len(members) - 2} more" if len(members) > 2 else ""
         label = f"× {scale:g}: {', '.join(members[:2])}{more}{own and f' ({own})'}"
         axes.plot(steps, rates[steps], color=colour, label=label, marker="." if len(steps) < 60 else "")
@@ -167,8 +166,8 @@ def plot_run(folder: Path, path: Path) -> None:
             metric = next((metric for metric in ("mAP", "top1") if f"eval/{metric}" in curve), "top1")
             row, column = divmod(index, num_columns)
             loss, accuracy = axes[2 * row : 2 * row + 2, column]
-            _draw_curves(loss, _colour(index), curve.get("train/loss"), curve.get("eval/loss"))
-            _draw_curves(accuracy, _colour(index), curve.get("train/accuracy"), curve.get(f"eval/{metric}"))
+            _draw_curves(loss, task_colour(index), curve.get("train/loss"), curve.get("eval/loss"))
+            _draw_curves(accuracy, task_colour(index), curve.get("train/accuracy"), curve.get(f"eval/{metric}"))
             loss.set(ylabel="loss", ylim=(0, None), title=name)
             accuracy.set(ylabel="mAP / yes-no accuracy" if metric == "mAP" else "accuracy", ylim=(0, 1.03), xlabel="step")
             accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -221,7 +220,3 @@ def _smooth(values: list[int | float]) -> np.ndarray:
     total = np.convolve(np.where(known, values, 0), window, "same")
     weight = np.convolve(known.astype(float), window, "same")
     return np.where(weight > 1e-9, total / np.maximum(weight, 1e-9), np.nan)
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]

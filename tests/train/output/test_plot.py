@@ -13,6 +13,7 @@ from rich.console import Console
 
 from polyvit_fast.config import Modality, Optim, Source, Task, Train
 from polyvit_fast.train.output import plot
+from polyvit_fast.train.output.colours import COLOURS
 from polyvit_fast.train.output.plot import build_schedule_table, plot_run, plot_schedule, print_schedule
 from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
@@ -48,7 +49,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def where(image: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the pixels in a task's pure colour."""
-    colour = [int(plot.COLOURS[index][i : i + 2], 16) for i in (1, 3, 5)]
+    colour = [int(COLOURS[index][i : i + 2], 16) for i in (1, 3, 5)]
     return np.nonzero((abs(image - colour) <= 1).all(2))
 
 
@@ -94,7 +95,7 @@ def test_nine_tasks_and_a_hundred_thousand_steps_are_drawn(tmp_path, schedule):
     assert image.shape[0] > 900
     assert image.shape[1] == 1300
     ink = 255 - image
-    for colour in plot.COLOURS[:9]:  # each row of the raster is full of its task's colour, mixed with white
+    for colour in COLOURS[:9]:  # each row of the raster is full of its task's colour, mixed with white
         pure = 255 - np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         alike = (ink @ pure) > 0.999 * np.linalg.norm(ink, axis=2) * np.linalg.norm(pure)
         assert (alike & (np.linalg.norm(ink, axis=2) > 20)).sum() > 10_000
