@@ -26,8 +26,8 @@ def fit(value: Any, kind: Any, name: str) -> Any:
     A path becomes text where text is wanted, an int a float, a list a tuple, a number of NumPy one of Python. Nothing else is changed: 30.0
     is no int, 1 no bool, and no float is infinite. Types that say nothing about a single value fit everything. Raises MisfitError.
     """
-    if type(value) is kind and kind in (bool, int):
-        return value
+    if type(value) is kind and (kind in (bool, int) or (kind is float and math.isfinite(value))):
+        return value  # most are
     kind = strip(kind)
     origin = get_origin(kind)
     if origin in (Union, UnionType):
@@ -67,7 +67,7 @@ def _fit_int(value: Any, name: str) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return operator.index(value)
     _refuse_text(value, name, int, "a whole number")
-    is_whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    is_whole = isinstance(value, float | np.floating) and float(value).is_integer()
     raise _misfit(value, int, name, f": write {int(value)}" if is_whole else "")
 
 
@@ -76,7 +76,7 @@ def _fit_float(value: Any, name: str) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise _misfit(value, float, name)
     try:
-        number = value if type(value) is float else float(value)
+        number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -84,7 +84,7 @@ def _fit_float(value: Any, name: str) -> float:
     return number
 
 
-def _refuse_text(value: Any, name: str, kind: type, wanted: str) -> None:
+def _refuse_text(value: Any, name: str, kind: type[int] | type[float], wanted: str) -> None:
     """Raise MisfitError for a text, which may be a number in quotes."""
     if isinstance(value, str):
         try:
@@ -127,8 +127,9 @@ def _fit_tuple(value: Any, kind: Any, name: str) -> tuple[Any, ...]:
     if len(kinds) != len(value):
         raise _misfit(value, kind, name, f", and not {len(value)}")
     fitted = tuple(fit(item, one, f"{name}[{i}]") for i, (item, one) in enumerate(zip(value, kinds, strict=True)))
-    same = isinstance(value, tuple) and all(new is old for new, old in zip(fitted, value, strict=True))
-    return value if same else fitted
+    if isinstance(value, tuple) and all(new is old for new, old in zip(fitted, value, strict=True)):
+        return value
+    return fitted
 
 
 def _fit_dict(value: Any, kind: Any, name: str) -> dict[Any, Any]:
