@@ -67,7 +67,7 @@ def check_range(record: object, interval: str, *names: str) -> None:
                 where = name if index is None else f"{name}[{index}]"
                 if high <= 1:
                     raise ConfigError(name, f"{where} = {show(number)} must be in {interval}")
-                bound = f"at most {high:,.0f}" if above else f"at least {low:,.0f}" if low else ""
+                bound = f"at most {high:,}" if above else f"at least {low:,}" if low else ""
                 raise ConfigError(name, f"{where} = {show(number)} must {f'be {bound}' if bound else LACKS[interval[0]]}")
 
 

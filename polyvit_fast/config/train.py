@@ -61,7 +61,7 @@ class Train(Record):
             raise ValueError("tasks is empty: a run needs at least one")
         for name in self.tasks:
             if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
+                raise ConfigError("tasks", f"task name {name!r} may hold letters, digits, - and _ only")
         if (steps := sum(task.steps for task in self.tasks.values())) > MOST_STEPS:
             raise ConfigError("tasks", f"tasks have {steps:,} steps together: a run has at most {MOST_STEPS:,}")
         check_range(self, f"[{-(2**63)}, {2**63 - 1}]", "seed")

@@ -39,7 +39,8 @@ def describe(kind: Any) -> str:
         is_endless = kinds[-1] is Ellipsis
         return f"a tuple of {_plural(items[0])}" if is_endless else f"a tuple of {len(items)} {_plural(items[0])}"
     if origin is dict:
-        return f"a dict such as {{{_example(kinds[0])}: {_example(kinds[1])}}}"
+        key, item = _example(kinds[0], "name"), _example(kinds[1], "text")
+        return f"a dict such as {{{key}: {item}}}"
     if kind is Callable or origin is Callable:
         return "a function"
     if isinstance(origin or kind, type):
@@ -49,9 +50,9 @@ def describe(kind: Any) -> str:
     return str(kind)
 
 
-def _example(kind: Any) -> str:
+def _example(kind: Any, text: str) -> str:
     kind = strip(kind)
-    return {str: '"name"', int: "1", float: "0.5"}.get(kind) or (f"{kind.__name__}(…)" if isinstance(kind, type) else "…")
+    return {str: f'"{text}"', int: "1", float: "0.5"}.get(kind) or (f"{kind.__name__}(…)" if isinstance(kind, type) else "…")
 
 
 def _plural(words: str) -> str:
