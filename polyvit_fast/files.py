@@ -1,10 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the full path of one."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from uuid import uuid4
+
+
+def absolute(path: str | Path) -> str:
+    """A path from the root, for a message about a file that is not there: a relative one starts from the folder of the command."""
+    return os.path.join(os.getcwd(), path)  # not abspath, which would drop "link/.."
 
 
 def write_atomically(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:
