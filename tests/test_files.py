@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from polyvit_fast.files import write_atomically
+from polyvit_fast.files import absolute, write_atomically
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -34,3 +34,9 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, name)
 def test_a_folder_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "none" / "a.txt", "text")
+
+
+def test_the_whole_path_for_a_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("a/link/../b") == f"{tmp_path}/a/link/../b"
+    assert absolute(tmp_path / "a") == f"{tmp_path}/a"
