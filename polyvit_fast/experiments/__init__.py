@@ -77,8 +77,7 @@ def _module(name: str) -> ModuleType:
 def _suggest(name: str) -> str:
     """The experiment or file that may be meant: the end of a sentence."""
     path = Path(name)
-    inside = sorted(path.glob("*.py")) if path.is_dir() else []
-    nearby = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+    inside, nearby = ([file for file in sorted(folder.glob("*.py")) if file.is_file()] for folder in (path, path.parent))
     known = {own: own for own in names()} | {file.stem: str(file) for file in (*inside, *nearby)}
     close = difflib.get_close_matches(path.stem, known, 1)
     found = [known[close[0]]] if close else list(map(str, inside)) if len(inside) == 1 else []

@@ -327,6 +327,8 @@ def test_what_is_no_experiment(capsys, tmp_path):
     Path("wildlife.py").write_text(WHOLE)
     Path("folder.py").mkdir()
     Path("notes.txt").touch()
+    Path("runs").mkdir()
+    Path("runs/only.py").write_text(WHOLE)
     run_folder = Path("runs/demo")
     run_folder.mkdir(parents=True)
     (run_folder / "config.json").write_text("{}")
@@ -339,6 +341,7 @@ def test_what_is_no_experiment(capsys, tmp_path):
         "nowhere/x.py": f"experiment file {tmp_path}/nowhere/x.py does not exist",
         "folder.py": f"experiment {tmp_path}/folder.py is a folder; give the path of a .py file",
         ".": f"experiment {tmp_path} is a folder; give the path of a .py file",
+        "runs": f"experiment {tmp_path}/runs is a folder; give the path of a .py file; perhaps you meant runs/only.py",
         "notes.txt": f"experiment {tmp_path}/notes.txt is no file that ends in .py",
         "runs/demo": f"{tmp_path}/runs/demo is a run folder, not an experiment: evaluate it with polyvit-fast eval runs/demo, or resume it "
         "with the command that began it: polyvit-fast train demo --keep 3",
