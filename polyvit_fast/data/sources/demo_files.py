@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int16, UInt8
 
 from polyvit_fast.config import Source, Task
+from polyvit_fast.config.record import check_range
 from polyvit_fast.data.sources.manifest import Manifest
 from polyvit_fast.extras import require
 from polyvit_fast.files import write_atomically
@@ -61,8 +62,7 @@ class DemoFiles(Source):
     """Folder that holds the files of all kinds."""
 
     def __post_init__(self) -> None:
-        if self.num_samples <= 0:
-            raise ValueError(f"num_samples = {self.num_samples} must be at least 1")
+        check_range(self, "[1, 1000000]", "num_samples")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """The files, as the manifest in their folder lists them. Raises ValueError when they cannot be written."""

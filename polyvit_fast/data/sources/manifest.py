@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from polyvit_fast.config import Source, Task
+from polyvit_fast.config import ConfigError, Source, Task
 from polyvit_fast.data.sources.classes import check_labels, class_list, normalise, remark_uncompared, shorten
 from polyvit_fast.data.sources.label_cells import LabelCells
 from polyvit_fast.data.sources.listing import Listing, count_names, leads_back, list_media, scan
@@ -26,6 +26,10 @@ class Folder(Source):
 
     path: str
     """Folder with the class folders."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", "path is empty: name the folder with the class folders")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Class by class, files in sorted order. Raises ValueError when class names do not match `num_classes`, or a class is empty."""
@@ -101,6 +105,10 @@ class Manifest(Source):
     classes: str = ""
     """Text file with the class names, one a line, in the order of their numbers. Labels are then names; without it, numbers from 0, or the
     names that the task's other split has."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", "path is empty: name the table")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Line by line. Raises ValueError that names file and line. Whether the files exist becomes known when they are read."""

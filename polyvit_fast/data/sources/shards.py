@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from polyvit_fast.config import Source, Task
+from polyvit_fast.config import ConfigError, Source, Task
 from polyvit_fast.data.sources.classes import check_labels, class_list, shorten
 from polyvit_fast.data.sources.shard_index import ShardExample, read_index, suffix_of
 from polyvit_fast.media import MEDIA_SUFFIXES, Media, Sample, printable
@@ -31,8 +31,8 @@ class Shards(Source):
     """All behind the first dot of the member to decode, such as mp4 or left.png; empty: each sample's only picture, video or sound."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.paths, str) or not self.paths:
-            raise ValueError(f'paths = {self.paths!r} must be a tuple of file names or patterns, such as ("train-*.tar",)')
+        if not all(self.paths or [""]):
+            raise ConfigError("paths", f'paths = {self.paths!r} must be file names or patterns, such as ("train-*.tar",)')
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Shard by shard in the order given, each in the order of its members. Raises ValueError that names shard and member."""

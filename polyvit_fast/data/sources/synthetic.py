@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from polyvit_fast.config import Decoder, Source, Task
+from polyvit_fast.config.record import check_range
 from polyvit_fast.media import Media, Sample
 from polyvit_fast.randomness import generator
 
@@ -30,8 +31,8 @@ class Synthetic(Source):
     """Seed of the noise and of the further labels of multi-label tasks; give train and val different ones."""
 
     def __post_init__(self) -> None:
-        if self.num_samples <= 0:
-            raise ValueError(f"num_samples = {self.num_samples} must be at least 1")
+        check_range(self, "[1, 100000000]", "num_samples")
+        check_range(self, f"[{-(2**63)}, {2**63 - 1}]", "seed")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Media whose paths hold their number, and their labels."""
