@@ -78,6 +78,8 @@ class Run:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
+    watched: deque[tuple[int, PendingCounters]] = field(default_factory=deque)
+    """Steps whose counters have not been looked at yet."""
     interval_times: dict[str, TaskTime] = field(default_factory=dict)
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -324,7 +326,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     step.optimizer.load_state_dict(found.load_tensors("optimizer"))
     if run.config.optim.ema_decay:
         step.optimizer.load_ema(found.load_tensors("ema"))
-    step.counters.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+    step.load_counters(state["counters"])
     run.done = run.saved = found.step
     run.metrics_step = state["metrics_step"]
     run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
