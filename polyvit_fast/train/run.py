@@ -247,8 +247,16 @@ def save(run: Run, *, must: bool = False) -> None:
     if failed and must:
         raise error or checkpoint.CheckpointError(f"step {run.done}: process 0 could not write the checkpoint")
     if error:
-        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
+        run.log.message(f"step {run.done:,}: {error}. Training goes on; the next try is {_describe_next_save(run)}", "error")
     run.clock.restart()
+
+
+def _describe_next_save(run: Run) -> str:
+    """When the training loop saves again: at the next multiple of an interval, after an evaluation, or at the end."""
+    log, end = run.config.log, len(run.plan)
+    intervals = [steps for steps in (log.save_every_steps, log.eval_every_steps) if steps]
+    step = min(end, *((run.done // steps + 1) * steps for steps in intervals))
+    return f"in {step - run.done:,} steps, {'at the end' if step == end else f'after step {step:,}'}"
 
 
 def _write_checkpoint(run: Run) -> None:

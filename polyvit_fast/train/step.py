@@ -228,7 +228,8 @@ MIXUP_PAIRS = {"neighbours": swap_neighbours, "reversed": reverse}
 """How the examples of a batch are ordered in the one that they are mixed with."""
 
 
-def _make_counters(loss: float, matches: float, steps: float, *rest: float) -> TaskCounters:
-    *counts, updates, norms, clipped = rest
-    means = loss / max(steps, 1), matches / max(steps, 1)
-    return TaskCounters(*means, int(steps), *map(int, counts), int(updates), norms / max(updates, 1), clipped / max(updates, 1))
+def _make_counters(
+    loss: float, matches: float, steps: float, skipped: float, in_a_row: float, last: float, updates: float, norms: float, clipped: float
+) -> TaskCounters:
+    counts = int(skipped), int(in_a_row), int(last), int(updates)
+    return TaskCounters(loss / max(steps, 1), matches / max(steps, 1), int(steps), *counts, norms / max(updates, 1), clipped / max(updates, 1))

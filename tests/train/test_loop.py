@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -343,7 +344,17 @@ def test_best_checkpoint_stays(tmp_path, config):
     assert steps == {20, newest.state["best_step"]}
 
 
-def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch):
+@pytest.mark.parametrize(
+    ("intervals", "said"),
+    [
+        ({"save_every_steps": 5}, "step 5: .* the next try is in 5 steps, after step 10"),
+        ({"save_every_steps": 8, "eval_every_steps": 5}, "step 5: .* the next try is in 3 steps, after step 8"),
+        ({"save_every_steps": 12, "eval_every_steps": 15}, "step 12: .* the next try is in 3 steps, after step 15"),
+        ({"save_every_steps": 13}, "step 13: .* the next try is in 7 steps, at the end"),
+    ],
+    ids=["save", "after an evaluation", "before an evaluation", "end"],
+)
+def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch, intervals, said):
     # Only `statvfs` lies: the saving code itself meets a disk with no room, then a disk with room.
     calls = []
     real = os.statvfs
@@ -354,9 +365,10 @@ def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch):
         return status if len(calls) > 1 else os.statvfs_result((*status[:3], 0, 0, *status[5:]))
 
     monkeypatch.setattr(os, "statvfs", full_at_first)
-    outcome = run(config, tmp_path, save_every_steps=5)
+    outcome = run(config, tmp_path, **intervals)
     assert outcome.step == 20
-    assert "Training goes on" in (tmp_path / "log.txt").read_text()
+    [line] = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "Training goes on" in line]
+    assert re.search(said, line)
     assert checkpoint.find_newest(tmp_path)
 
 
