@@ -147,7 +147,9 @@ def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Che
     if world.rank:
         return PeerLog(world.rank)
     first_step = found.step if found else 0
-    return Log(config.folder, dict(count_steps(plan)), len(plan), first_step, done=count_steps(plan[:first_step]))
+    counts = count_steps(plan)
+    totals = {name: counts[name] for name in config.tasks}
+    return Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step]))
 
 
 def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
