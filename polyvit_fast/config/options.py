@@ -48,7 +48,8 @@ class ComputeOptions(Record):
     compute_threads: int = 0
     """CPU threads of PyTorch's operators. 0: one less than there are cores, which leaves one for the decoders."""
     nonfinite_patience: int = 10
-    """Stop the run after this many steps in a row with a non-finite loss or gradient. Each of them skips its update."""
+    """Stop the run after this many steps of a task in a row with a non-finite loss or gradient. Each of them skips its update.
+    The host does not wait for a GPU to see them: there the run stops a step or two later."""
 
     def __post_init__(self) -> None:
         check_range(self, "[1, inf)", "nonfinite_patience")

@@ -78,6 +78,8 @@ class Run:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
+    watched: deque[tuple[int, PendingCounters]] = field(default_factory=deque)
+    """Steps whose counters have not been looked at yet."""
     interval_times: dict[str, TaskTime] = field(default_factory=dict)
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -145,7 +147,9 @@ def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Che
     if world.rank:
         return PeerLog(world.rank)
     first_step = found.step if found else 0
-    return Log(config.folder, dict(count_steps(plan)), len(plan), first_step, done=count_steps(plan[:first_step]))
+    counts = count_steps(plan)
+    totals = {name: counts[name] for name in config.tasks}
+    return Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step]))
 
 
 def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
@@ -245,8 +249,16 @@ def save(run: Run, *, must: bool = False) -> None:
     if failed and must:
         raise error or checkpoint.CheckpointError(f"step {run.done}: process 0 could not write the checkpoint")
     if error:
-        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
+        run.log.message(f"step {run.done:,}: {error}. Training goes on; the next try is {_describe_next_save(run)}", "error")
     run.clock.restart()
+
+
+def _describe_next_save(run: Run) -> str:
+    """When the training loop saves again: at the next multiple of an interval, after an evaluation, or at the end."""
+    log, end = run.config.log, len(run.plan)
+    intervals = [steps for steps in (log.save_every_steps, log.eval_every_steps) if steps]
+    step = min(end, *((run.done // steps + 1) * steps for steps in intervals))
+    return f"in {step - run.done:,} steps, {'at the end' if step == end else f'after step {step:,}'}"
 
 
 def _write_checkpoint(run: Run) -> None:
@@ -324,7 +336,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     step.optimizer.load_state_dict(found.load_tensors("optimizer"))
     if run.config.optim.ema_decay:
         step.optimizer.load_ema(found.load_tensors("ema"))
-    step.counters.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+    step.load_counters(state["counters"])
     run.done = run.saved = found.step
     run.metrics_step = state["metrics_step"]
     run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
