@@ -285,7 +285,8 @@ def save(run: Run, *, must: bool = False) -> None:
     failed = run.world.all_reduce_max(int(error is not None))
     run.saved = -1 if failed else run.done
     if failed and must:
-        raise error or checkpoint.CheckpointError(f"step {run.done}: process 0 could not write the checkpoint")
+        fault = error or f"step {run.done}: process 0 could not write the checkpoint"
+        raise checkpoint.CheckpointError(f"{fault}. Make room there, and start the same command again: it goes on from the newest one")
     if error:
         run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
     run.clock.restart()
@@ -376,13 +377,14 @@ def _lengthen(run: Run) -> None:
         run.evaluations_since_best = 0  # that run did not stop early: it had come to its end
     rates = LearningRates(config, plan)
     steps = ", ".join(f"{name} {before[name]:,} -> {now[name]:,}" for name in now if now[name] != before[name])
-    there = f"{rates[run.done]:.3g} in the next step" if run.done < len(plan) else f"{rates[run.done - 1]:.3g} in the last step"
-    warmup = run.rates.of_run.warmup
-    rise = "is over, and not repeated" if run.done >= warmup else "goes on"
+    there = f"{rates[run.done]:.3g} for the next step" if run.done < len(plan) else f"{rates[run.done - 1]:.3g} in the last step"
+    warmup, lr = run.rates.of_run.warmup, run.config.optim.lr
+    peak = f"after the warm-up of {warmup:,.0f} steps" if warmup else "at its start"
+    over = ", which is over and not repeated" if 0 < warmup <= run.done else ""
     run.log.message(
-        f"the run is lengthened from {len(plan):,} to {len(run.plan):,} steps ({steps}). What was planned stays as it was, and the further "
-        f"steps come after it. The learning rate is that of a run of {len(run.plan):,} steps from now on: it was {there}, and is "
-        f"{run.rates[run.done]:.3g} now. The warm-up of {warmup:,.0f} steps {rise}",
+        f"the run is lengthened from {len(plan):,} to {len(run.plan):,} steps ({steps}). What was planned stays as it was, and the "
+        f"further steps come after it. From now on the learning rate is that of a run of {len(run.plan):,} steps, with its peak of "
+        f"{lr:.3g} {peak}{over}: it was {there}, and is {run.rates[run.done]:.3g} now",
         "warning" if run.world.rank == 0 else "info",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from polyvit_fast.data.sources.fingerprint import (
     fingerprint_list,
     is_known_by_files,
 )
-from polyvit_fast.data.sources.places import find_places, name_place
+from polyvit_fast.data.sources.places import Split, find_places, name_place
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.train.distributed.process_group import World
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint, has_any
@@ -28,7 +28,8 @@ from polyvit_fast.train.schedule import count_planned
 
 Steps = dict[str, int]
 """The steps (U_j) of each task."""
-SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+KINDS: dict[Split, str] = {"train": "training", "val": "validation"}
+"""The splits that a checkpoint knows."""
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ def _list_free_fields(config: Train) -> set[str]:
     free = set[str]()
     for name, task in config.tasks.items():
         free |= {f"tasks.{name}.steps", f"tasks.{name}.test"}  # no training looks at test files
-        free |= {f"tasks.{name}.{split}" for split in SPLITS if is_known_by_files(getattr(task, split))}
+        free |= {f"tasks.{name}.{split}" for split in KINDS if is_known_by_files(getattr(task, split))}
     return free
 
 
@@ -127,6 +128,18 @@ def compare_data(config: Train, found: Checkpoint, data: RunData, report: Report
         _Comparison(config, found, name, "val", stored[name], report).compare_held_out(loader, data.val_fingerprints[name])
 
 
+def describe_other_files(found: Checkpoint, split: Split, loaders: Mapping[str, Loader]) -> Iterator[str]:
+    """A sentence for each task of which other files are to be evaluated than the checkpoint knows; it knows none for test."""
+    known = found.state.get({"train": "samples", "val": "validation_samples"}.get(split, ""), {})
+    for name, loader in loaders.items():
+        if name in known:
+            places = find_places(upgrade(found.config)["tasks"][name][split], to_json(loader.source))
+            changes, _ = find_changes(known[name], loader.fingerprint(), loader.samples, places)
+            if changes:
+                difference = f"these {KINDS[split]} files are not those of {found.path} ({changes})"
+                yield f"task {name}: {difference}: its metrics are those of other files"
+
+
 @dataclass(frozen=True)
 class _Comparison:
     """Of the files of a split of a task with those that a checkpoint knows."""
@@ -134,7 +147,7 @@ class _Comparison:
     config: Train
     found: Checkpoint
     name: str
-    split: Literal["train", "val"]
+    split: Split
     stored: Mapping[str, Any]
     """The task in the checkpoint's configuration."""
     report: Report
@@ -145,8 +158,7 @@ class _Comparison:
         return self.stored[self.split], to_json(getattr(self.config.tasks[self.name], self.split))
 
     def describe(self, changes: str) -> str:
-        kind = "training" if self.split == "train" else "validation"
-        return f"task {self.name}: its {kind} files are not those of {self.found.path} ({changes})"
+        return f"task {self.name}: its {KINDS[self.split]} files are not those of {self.found.path} ({changes})"
 
     def refuse(self, changes: str, loader: Loader, remedy: str) -> ValueError:
         missing, place = find_missing(loader.samples), name_place(self.name, self.split, loader.source)
