@@ -26,6 +26,7 @@ from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
+from polyvit_fast.data.sources.places import Split, advise_place
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -87,7 +88,7 @@ class Loader:
     """The batches of one task: training batches by step, validation batches in order.
 
     `rank` of `world_size` loads its part of every training batch; the parts of all ranks together are the batch of one process.
-    Validation batches do not depend on the ranks.
+    Validation batches do not depend on the ranks. `split` is what stands in the place of the validation files.
     """
 
     def __init__(
@@ -98,15 +99,16 @@ class Loader:
         train: bool,
         rank: int = 0,
         world_size: int = 1,
+        split: Split = "val",
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.name, self.config, self.task, self.report = name, config, config.tasks[name], report
+        self.name, self.config, self.task, self.trains, self.report = name, config, config.tasks[name], train, report
         self.source = self.task.train if train else self.task.val
         try:
             self.classes = class_list(self.task)
             self.samples = self.source.samples(self.task)
         except (ValueError, OSError) as error:
-            raise ValueError(f"task {name}: {error}") from error
+            raise ValueError(f"task {name}: {error}{advise_place(name, {'train': self.task.train, split: self.task.val})}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
@@ -256,8 +258,18 @@ class Loader:
         if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0) or len(self.broken) == len(self.samples):
             raise DataError(
                 f"task {self.name}: {len(self.broken)} of {len(self.samples)} files are broken, more than max_bad_ratio = {ratio} "
-                f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest"
+                f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest. "
+                f"{self._advise_on_broken()}"
             )
+
+    def _advise_on_broken(self) -> str:
+        """How the same command goes on."""
+        if not self.trains:
+            return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
+        return (
+            "Start the same command again with a larger --max-bad-ratio: the run goes on without them. Or with --changed-files allow, after "
+            f"you have repaired or replaced them, or made the manifest tasks.{self.name}.train of the experiment"
+        )
 
 
 def _concatenate(grids: list[Tensor]) -> Tensor:
@@ -414,8 +426,11 @@ def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
         cause = "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "each file alone is decoded in time"
     except ValueError as error:
         cause = str(error)
-    return (
-        f"task {request.task}: its batch {request.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({cause}). "
-        "Replace the file by a good one and start again with --changed-files allow: the run resumes. Or leave it out (`polyvit-fast check` "
-        "writes a clean manifest) and start with another --out"
-    )
+    remedy = "Replace the file by a good one, and start the same command again"
+    if request.loader.trains:
+        remedy = (
+            "Start the same command again with a longer --decode-timeout-seconds. Or with --changed-files allow, after you have replaced "
+            f"the file by a good one, or made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment"
+        )
+    timeout = f"decode_timeout_seconds = {timeout_seconds:g}"
+    return f"task {request.task}: its batch {request.step} was not decoded within {timeout} ({cause}). {remedy}"

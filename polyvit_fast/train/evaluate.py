@@ -22,6 +22,7 @@ from polyvit_fast.train.distributed.process_group import ALONE, World, process_g
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
+from polyvit_fast.train.run_folder.resume import describe_other_files
 from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
@@ -148,7 +149,10 @@ def evaluate_run(
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
         with world.rank0_first():
-            loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks}
+            loaders = {name: Loader(name, config, train=False, rank=world.rank, split=split, report=print) for name in tasks}
+        if world.rank == 0:
+            for text in describe_other_files(found, split, loaders):
+                print(text)
         outputs = (progress, world, keep) if world.rank == 0 else (_ignore, world, _ignore)
         rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, *outputs)
         if world.rank:

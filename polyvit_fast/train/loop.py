@@ -18,7 +18,7 @@ from polyvit_fast.train.evaluate import evaluate, use_device
 from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
-from polyvit_fast.train.schedule import count_steps, make_step_plan
+from polyvit_fast.train.schedule import count_steps
 from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
@@ -55,12 +55,11 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
     require("training", *TRAINING)
-    plan = make_step_plan(config)
     with (
         stop_on_signals() as stop,
         process_group(config.device) as world,
         use_device(config, world),
-        open_run(config, plan, world, experiment, argv) as run,
+        open_run(config, world, experiment, argv) as run,
     ):
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
         step, batches = _prepare(run, stop)
@@ -71,11 +70,11 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
                 _train_step(run, step, batches, stop)
             except Interrupted:
                 break
-            if run.done % config.log.log_every_steps == 0 or run.done == len(plan):
+            if run.done % config.log.log_every_steps == 0 or run.done == len(run.plan):
                 _begin_interval(run)
             _log_intervals(run, wait=False)
             evaluated = config.log.eval_every_steps and run.done % config.log.eval_every_steps == 0 and _evaluate(run, stop)
-            if (evaluated or run.done % config.log.save_every_steps == 0) and run.done < len(plan):
+            if (evaluated or run.done % config.log.save_every_steps == 0) and run.done < len(run.plan):
                 _save(run)
         if run.saved < run.done:
             _save(run, must=True)

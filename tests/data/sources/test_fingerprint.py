@@ -38,10 +38,10 @@ def test_what_is_the_same_has_the_same_fingerprint(tmp_path):
 def test_names_labels_and_order():
     samples = [Sample(Media(os.fsdecode(b"caf\xe9")), (0,)), Sample(Media("b"), (1, 2))]
     before = take_fingerprint(samples)
-    assert before["names"] == fingerprint_names(samples) == "2 files, 3d958813d6444f243705bddb9d75decd"  # as in checkpoints of 0.1 to 0.4
+    assert before["list"] == fingerprint_names(samples) == "2 files, 3d958813d6444f243705bddb9d75decd"  # as in checkpoints of 0.1 to 0.7
     for other in (samples[::-1], samples[:1], [samples[0], Sample(Media("b"), (1,))], [samples[0], Sample(Media("c"), (1, 2))]):
         now = take_fingerprint(other)
-        assert find_changes(before, now, other) == (f"names and labels: {before['names']}; now {now['names']}", False)
+        assert find_changes(before, now, other) == (f"names and labels: {before['list']}; now {now['list']}", False)
 
 
 def test_another_size_is_named(tmp_path):
