@@ -57,7 +57,7 @@ class ConfigError(ValueError):
 
 def check_range(record: object, interval: str, *names: str) -> None:
     """Raise ConfigError when a number in these fields, or in a tuple in one, is outside an interval such as "[0, 1)" or "[1, inf)"."""
-    low, high = (float(bound) if "inf" in bound else int(bound) for bound in interval[1:-1].split(","))
+    low, high = (int(bound) if bound.strip("- ").isdigit() else float(bound) for bound in interval[1:-1].split(","))
     for name in names:
         value = getattr(record, name)
         for index, number in enumerate(value) if isinstance(value, tuple) else ((None, value),):

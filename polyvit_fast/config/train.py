@@ -46,7 +46,7 @@ class Train(Record):
     """How a picture's tokenizer becomes one for videos. central: the tubelet's middle frame gets its weights, the others zeros, as in the
     paper's code; average: each frame gets an equal part."""
     out: str = ""
-    """Run folder. Empty: runs/NAME."""
+    """Run folder. Empty: runs/NAME. This path, like all others, starts from the folder in which the command runs, if it is relative."""
     seed: int = 0
     """Seed of everything random: initial weights, order of tasks and samples, augmentation, dropout."""
     device: Literal["cpu", "cuda"] = "cpu"

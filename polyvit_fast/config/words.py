@@ -52,7 +52,9 @@ def describe(kind: Any) -> str:
 
 def _example(kind: Any, text: str) -> str:
     kind = strip(kind)
-    return {str: f'"{text}"', int: "1", float: "0.5"}.get(kind) or (f"{kind.__name__}(…)" if isinstance(kind, type) else "…")
+    return {str: f'"{text}"', int: "1", float: "0.5"}.get(kind) or (
+        f"{kind.__name__}(…)" if isinstance(kind, type) and kind is not Any else "…"
+    )
 
 
 def _plural(words: str) -> str:
@@ -78,9 +80,10 @@ class _Brief(reprlib.Repr):
         if hasattr(type(x), "__dataclass_fields__"):
             return f"{type(x).__name__}(…)"
         try:
-            return super().repr_instance(x, level).replace("\n", " ")
-        except Exception:
+            text = " ".join(repr(x).split())
+        except Exception:  # of a user's class
             return f"<{type(x).__name__}>"
+        return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 _brief = _Brief()

@@ -36,7 +36,7 @@ def load(name: str) -> Train:
 
 
 def _explain(module: ModuleType) -> str:
-    """What stands in the place of a configuration, and what to do about it: the end of a sentence."""
+    """What `config` is instead of a configuration, and what to do about it: the end of a sentence."""
     values = vars(module)
     if "config" not in values:
         others = [name for name, value in values.items() if isinstance(value, Train)]
@@ -78,8 +78,8 @@ def _suggest(name: str) -> str:
     """The experiment or file that may be meant: the end of a sentence."""
     path = Path(name)
     inside = sorted(path.glob("*.py")) if path.is_dir() else []
-    beside = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
-    known = {own: own for own in names()} | {file.stem: str(file) for file in (*inside, *beside)}
+    nearby = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+    known = {own: own for own in names()} | {file.stem: str(file) for file in (*inside, *nearby)}
     close = difflib.get_close_matches(path.stem, known, 1)
     found = [known[close[0]]] if close else list(map(str, inside)) if len(inside) == 1 else []
     return f"; perhaps you meant {found[0]}" if found else ""

@@ -30,7 +30,7 @@ from polyvit_fast.config import Source, Task
 from polyvit_fast.config.record import check_range
 from polyvit_fast.data.sources.manifest import Manifest
 from polyvit_fast.extras import require
-from polyvit_fast.files import write_atomically
+from polyvit_fast.files import absolute, write_atomically
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator
 
@@ -59,7 +59,7 @@ class DemoFiles(Source):
     num_samples: int = 500
     """Files of this split."""
     root: str = "demo-files"
-    """Folder that holds the files of all kinds."""
+    """Folder that holds the files of all kinds. A relative path starts from the folder in which the command runs."""
 
     def __post_init__(self) -> None:
         check_range(self, "[1, 1000000]", "num_samples")
@@ -70,7 +70,7 @@ class DemoFiles(Source):
         try:
             self._complete(manifest)
         except OSError as error:
-            raise ValueError(f"demo files cannot be written to {manifest.parent}: {error.strerror or error}") from error
+            raise ValueError(f"demo files cannot be written to {absolute(manifest.parent)}: {error.strerror or error}") from error
         return Manifest(path=str(manifest), classes=str(manifest.with_name("classes.txt"))).samples(task)
 
     def count(self, task: Task) -> int:

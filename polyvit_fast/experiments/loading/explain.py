@@ -35,8 +35,8 @@ def _name_line(file: Path, line: int, path: Path) -> str:
 def _is_users(file: Path, path: Path) -> bool:
     """Whether a file is the experiment's, or lies in its folder and is neither of this package, of Python nor of an installed library."""
     folders = set(file.resolve().parents)
-    is_beside = path.resolve().parent in folders and not {PACKAGE, *LIBRARIES} & folders
-    return file == path.absolute() or (is_beside and file.is_file())
+    is_neighbour = path.resolve().parent in folders and not {PACKAGE, *LIBRARIES} & folders
+    return file == path.absolute() or (is_neighbour and file.is_file())
 
 
 def _name_reason(error: BaseException) -> str:

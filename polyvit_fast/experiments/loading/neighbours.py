@@ -1,10 +1,10 @@
-"""The modules beside an experiment file, which it can import."""
+"""The modules next to an experiment file, which it can import."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -15,11 +15,11 @@ from polyvit_fast.extras import EXTRAS
 OURS = {module.partition(".")[0] for module in EXTRAS} | {
     *("polyvit_fast", "polyvit_kernels", "torch", "triton", "numpy", "einops", "safetensors", "jaxtyping", "tyro", "rich")
 }
-"""What this package imports, some of it late: no file beside an experiment takes its place."""
+"""What this package imports, some of it late: an experiment's neighbours do not hide it."""
 
 
 class Neighbours(MetaPathFinder):
-    """Finds the modules beside experiment files: before those that are installed, except those that this package or Python itself needs.
+    """Finds the modules next to experiment files: before those that are installed, except those that this package or Python itself needs.
 
     Each file imports what lies in its own folder, even where the file of another folder has imported a module of the same name before.
     """
@@ -40,12 +40,14 @@ class Neighbours(MetaPathFinder):
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The module of a top-level name."""
         if path is not None or fullname in sys.stdlib_module_names or fullname in OURS:
             return None
         for folder in self.folders:
-            if spec := PathFinder.find_spec(fullname, [folder], target):
+            spec = PathFinder.find_spec(fullname, [folder], target)
+            # A folder without __init__.py, which may hold anything, hides no installed package.
+            if spec and (spec.loader or not PathFinder.find_spec(fullname)):
                 self.found[fullname] = folder
                 return spec
         return None
