@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from long_forms import mark_long
 from PIL import Image as Pillow
 from safetensors.torch import load_file
 from tar_files import write_shard
@@ -129,7 +130,7 @@ def rewrite_state(folder: str, change: Callable[[dict], None]) -> None:
     (newest.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", mark_long(SOURCES, ["folder", "manifest", "shards"]))
 def test_a_run_whose_data_moved_ends_with_the_weights_of_one_that_was_never_moved(here, stop_at, capsys, kind):
     source, field, name = SOURCES[kind]
     write_experiment(source)
@@ -154,7 +155,7 @@ def test_a_run_whose_data_moved_ends_with_the_weights_of_one_that_was_never_move
     assert "not those of" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", mark_long(SOURCES, ["shards"]))
 def test_a_run_of_an_earlier_version_whose_data_moved_resumes(here, stop_at, kind):
     """Up to 0.7 a checkpoint had a digest of the paths as the configuration gave them."""
     source, field, name = SOURCES[kind]
