@@ -267,7 +267,7 @@ class Loader:
         if not self.trains:
             return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
         return (
-            "Start the same command again with a larger --max-bad-ratio: the run goes on without them. Or with --changed-files allow, after "
+            "Start the same command again with a larger --max-bad-ratio: the run goes on without them. Or with --changed-files allow, once "
             f"you have repaired or replaced them, or made the manifest tasks.{self.name}.train of the experiment"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -266,7 +267,9 @@ def _describe_position(run: Run) -> str:
 
 
 def _name_reason(error: BaseException) -> str:
-    return str(error).partition(". ")[0]
+    """How much PyTorch could not allocate, as it says itself."""
+    tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    return tried[0].lower() if tried else str(error).partition(". ")[0]
 
 
 def _is_stuck(step: Step) -> bool:
