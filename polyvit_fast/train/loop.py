@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.decoder_messages import catch_decoder_messages
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.extras import TRAINING, require
@@ -60,6 +61,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
         stop_on_signals() as stop,
         process_group(config.device) as world,
         use_device(config, world),
+        catch_decoder_messages(),
         open_run(config, plan, world, experiment, argv) as run,
     ):
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written

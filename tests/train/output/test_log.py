@@ -194,7 +194,8 @@ def test_on_a_terminal_there_is_a_bar_for_the_run_and_each_task(tmp_path, monkey
     assert "eval" not in bars[-1]
     # Lines end between words, and no markup is read.
     assert re.search(r"warning: the file \[bold\]/data/a\.jpg\[/bold\] is broken: *\nx{120}\n", shown[0])
-    assert "step 42" not in shown[0]
+    assert "step 42/100" not in shown[0]
+    assert "step 42: shapes" not in shown[0]
     assert "step 42/100" in (tmp_path / "log.txt").read_text()
     assert "warning: the file [bold]" in (tmp_path / "log.txt").read_text()
 
