@@ -113,7 +113,8 @@ class Loader:
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
         self.first = rank * self.size if train else 0
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
-        options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
+        self.num_threads = config.data.num_threads
+        options = {"batch": self.size, "train": train, "num_threads": self.num_threads}
         self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
         self.reported: set[str] = set()

@@ -185,6 +185,8 @@ def _log_intervals(run: Run, *, wait: bool) -> None:
         run.count_time(interval.spans)
         rows = {name: _summarise(run, interval.step, name, row) for name, row in counters.items() if row.steps}
         run.log.log_interval(interval.step, interval.lr, rows)
+        for advice in run.advisor.advise(rows, run.config, run.loaders, run.world.local_size):
+            run.log.message(advice)
 
 
 def _summarise(run: Run, done: int, name: str, counters: TaskCounters) -> dict[str, int | float]:
