@@ -89,7 +89,7 @@ class DecoderMessages:
                 text = _COLOURS.sub("", line.decode(errors="replace")).strip()
                 kind = next((kind for kind, begin in KINDS.items() if re.match(begin, text)), None)
                 if kind:
-                    self.found.setdefault(kind, text)
+                    self.found.setdefault(kind, text.rstrip("."))
                 else:
                     os.write(self.real, line + b"\n")
 

@@ -301,7 +301,7 @@ def test_an_evaluation_is_told_in_words(tmp_path):
         rows = {"top1": 0.75, "loss": 1.25, "num_examples": 1300, "num_broken": 2, "examples_per_second": 915.3}
         log.log_evaluation(5, {"shapes": rows, "motion": rows | {"num_broken": 0}})
     assert text(console).splitlines() == [
-        "step 5: shapes: top1 0.7500, loss 1.2500, 1,300 files, 2 broken ones left out, 915/s",
+        "step 5: shapes: top1 0.7500, loss 1.2500, 1,300 files, 2 left out as broken, 915/s",
         "step 5: motion: top1 0.7500, loss 1.2500, 1,300 files, 915/s",
     ]
 
