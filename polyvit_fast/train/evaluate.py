@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.data.decoder_messages import catch_decoder_messages
 from polyvit_fast.data.sources.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, request_validation_batches
 from polyvit_fast.model.polyvit import PolyViT
@@ -143,7 +144,7 @@ def evaluate_run(
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
     config, tasks = _choose_split(config, split, tasks)
-    with process_group(config.device) as world, use_device(config, world):
+    with process_group(config.device) as world, use_device(config, world), catch_decoder_messages():
         found, weights = load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
         config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.decoder_messages import catch_decoder_messages
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.extras import TRAINING, require
@@ -59,6 +60,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
         stop_on_signals() as stop,
         process_group(config.device) as world,
         use_device(config, world),
+        catch_decoder_messages(),
         open_run(config, world, experiment, argv) as run,
     ):
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
@@ -182,6 +184,8 @@ def _log_intervals(run: Run, *, wait: bool) -> None:
         run.count_time(interval.spans)
         rows = {name: _summarise(run, interval.step, name, row) for name, row in counters.items() if row.steps}
         run.log.log_interval(interval.step, interval.lr, rows)
+        for advice in run.advisor.advise(rows, run.config, run.loaders, run.world.local_size):
+            run.log.message(advice)
 
 
 def _summarise(run: Run, done: int, name: str, counters: TaskCounters) -> dict[str, int | float]:

@@ -21,6 +21,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import LoadReport
 from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
+from polyvit_fast.train.output.advice import WaitAdvisor
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.config_json import to_json
@@ -83,6 +84,7 @@ class Run:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
+    advisor: WaitAdvisor = field(default_factory=WaitAdvisor)
     watched: deque[tuple[int, PendingCounters]] = field(default_factory=deque)
     """Steps whose counters have not been looked at yet."""
     interval_times: dict[str, TaskTime] = field(default_factory=dict)

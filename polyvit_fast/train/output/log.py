@@ -238,13 +238,13 @@ def _drop_later_lines(path: Path, step: int) -> dict[str, int]:
 
 def _format_row(row: Row) -> str:
     """A task's numbers as a text: loss 1.250 acc 50.0% 1,234/s norm 0.821 lr 0.001."""
-    patterns = {"ex/s": "{}/s", "skipped": "{} skipped", "broken": "{} broken files"}
+    patterns = {"ex/s": "{}/s", "skipped": "{} skipped", "broken": "{} broken"}
     return " ".join(patterns.get(head, f"{head} {{}}").format(text) for head, text in format_numbers(row).items())
 
 
 def _format_evaluation(row: Row) -> str:
-    """An evaluation's numbers as a text: top1 0.7500, loss 1.2500, 300 files, 2 broken ones left out, 915/s."""
-    words = {"num_examples": "{:,.0f} files", "num_broken": "{:,.0f} broken ones left out", "examples_per_second": "{:,.0f}/s"}
+    """An evaluation's numbers as a text: top1 0.7500, loss 1.2500, 300 files, 2 left out as broken, 915/s."""
+    words = {"num_examples": "{:,.0f} files", "num_broken": "{:,.0f} left out as broken", "examples_per_second": "{:,.0f}/s"}
     shown = {name: value for name, value in row.items() if name != "num_broken" or value}
     return ", ".join(words[name].format(value) if name in words else f"{name} {_format_number(value)}" for name, value in shown.items())
 

@@ -194,7 +194,8 @@ def test_on_a_terminal_there_is_a_bar_for_the_run_and_each_task(tmp_path, monkey
     assert "eval" not in bars[-1]
     # Lines end between words, and no markup is read.
     assert re.search(r"warning: the file \[bold\]/data/a\.jpg\[/bold\] is broken: *\nx{120}\n", shown[0])
-    assert "step 42" not in shown[0]
+    assert "step 42/100" not in shown[0]
+    assert "step 42: shapes" not in shown[0]
     assert "step 42/100" in (tmp_path / "log.txt").read_text()
     assert "warning: the file [bold]" in (tmp_path / "log.txt").read_text()
 
@@ -300,7 +301,7 @@ def test_an_evaluation_is_told_in_words(tmp_path):
         rows = {"top1": 0.75, "loss": 1.25, "num_examples": 1300, "num_broken": 2, "examples_per_second": 915.3}
         log.log_evaluation(5, {"shapes": rows, "motion": rows | {"num_broken": 0}})
     assert text(console).splitlines() == [
-        "step 5: shapes: top1 0.7500, loss 1.2500, 1,300 files, 2 broken ones left out, 915/s",
+        "step 5: shapes: top1 0.7500, loss 1.2500, 1,300 files, 2 left out as broken, 915/s",
         "step 5: motion: top1 0.7500, loss 1.2500, 1,300 files, 915/s",
     ]
 
