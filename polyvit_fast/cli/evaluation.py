@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast.cli.arguments import load_run, split_run
+from polyvit_fast.cli.places import change_places, split_places
 from polyvit_fast.config import Train
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class EvalOptions:
     $ polyvit-fast eval runs/demo --checkpoint best --tasks shapes --per-class
     $ polyvit-fast eval runs/demo --tasks motion --views 4x3
     $ polyvit-fast eval runs/demo --split test --predictions answers.csv
+
+    Where files have moved: --tasks.NAME.val.path FOLDER, or another field of a task's train, val or test.
     """
 
     checkpoint: str = "newest"
@@ -39,21 +42,27 @@ class EvalOptions:
     """Print a line for each class, and draw which classes are taken for which (RUN/confusion-TASK.png, of tasks with one label a file)."""
     predictions: str = ""
     """File for a table (.csv or .parquet) with the five most probable classes of each sample, and its labels."""
+    max_bad_ratio: float | None = None
+    """Largest fraction of a task's files that may be broken. They are left out. None: as in the run."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
     """Where the model computes."""
 
 
 def run_eval(arguments: list[str]) -> int:
     """Evaluate a checkpoint of a run."""
+    places, arguments = split_places(arguments)
     folder, options = split_run(EvalOptions, arguments, "eval")
-    config = load_run(folder).config
+    config = change_places(load_run(folder).config, places, f"eval {folder}")
     from polyvit_fast.inference.answers import ANSWER_COLUMNS, Answers
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
+    from polyvit_fast.train.output.bars import show_evaluation_progress
+    from polyvit_fast.train.output.log import print_evaluation
 
     config = config if options.device == "as trained" else move_to(config, options.device)
+    if options.max_bad_ratio is not None:
+        config = replace(config, data=replace(config.data, max_bad_ratio=options.max_bad_ratio))
     config = _change_views(config, options.tasks, options.views) if options.views else config
     table = Path(options.predictions)
     if options.predictions:
@@ -62,7 +71,7 @@ def run_eval(arguments: list[str]) -> int:
         # Of several processes only the first has answers, so only that one may open the table.
         answers = Answers((lambda: stack.enter_context(open_table(table, ANSWER_COLUMNS))) if options.predictions else None)
         keep = {"keep": answers} if options.predictions or options.per_class else {}
-        progress = stack.enter_context(show_evaluation_progress())
+        progress = stack.enter_context(show_evaluation_progress(list(config.tasks)))
         rows = evaluate_run(folder, config, options.checkpoint, options.tasks, progress, split=options.split, **keep)
     if not rows:  # under torchrun the first process has them
         return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import HELP_FLAGS, parse_options, split_subject
+from polyvit_fast.cli.places import change_places, split_places
 
 if TYPE_CHECKING:
     from polyvit_fast.probe.probing import ProbeResult
@@ -22,6 +23,8 @@ class ProbeOptions:
     are reported. Intervals are of 95 %.
 
     polyvit-fast probe runs/demo --experiment birds.py --random
+
+    Where files have moved: --tasks.NAME.train.path FOLDER, or another field of a task's train or val.
     """
 
     experiment: str
@@ -49,12 +52,13 @@ def run_probe(arguments: list[str]) -> int:
     """Probe a frozen model."""
     if arguments and arguments[0] in HELP_FLAGS:
         parse_options(ProbeOptions, ["--help"], "probe SOURCE")
+    places, arguments = split_places(arguments)
     source, flags = split_subject(arguments, "probe SOURCE --experiment EXPERIMENT")
     options = parse_options(ProbeOptions, flags, "probe SOURCE")
-    config = experiments.load(options.experiment)
+    config = change_places(experiments.load(options.experiment), places, f"probe {source}")
     config = config if options.device == "as in the experiment" else replace(config, device=options.device)
     from polyvit_fast.probe.probing import ProbePlan, probe
-    from polyvit_fast.train.output.log import show_evaluation_progress
+    from polyvit_fast.train.output.bars import show_evaluation_progress
 
     plan = ProbePlan(
         source=source,
@@ -65,7 +69,7 @@ def run_probe(arguments: list[str]) -> int:
         compares_random=options.random,
         folder=Path(options.out) if options.out else _choose_folder(source),
     )
-    with show_evaluation_progress() as progress:
+    with show_evaluation_progress(list(config.tasks)) as progress:
         results = probe(plan, print, progress)
     _print_results(results)
     print(f"written: {plan.folder / 'probe.json'}")

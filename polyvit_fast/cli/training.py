@@ -9,6 +9,7 @@ import tyro
 
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import load_config, load_run, split_subject
+from polyvit_fast.files import make_folder
 from polyvit_fast.train.signals import exit_code
 
 
@@ -49,9 +50,9 @@ def _plot_schedule(arguments: list[str]) -> int:
 
     plan = make_step_plan(config)
     path = config.folder / "schedule.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lrs = list(LearningRates(config, plan))
-    plot_schedule(path, plan, config, lrs)
+    with make_folder(path.parent):
+        plot_schedule(path, plan, config, lrs)
     print_schedule(plan, lrs)
     print(f"drawn: {path}")
     return 0

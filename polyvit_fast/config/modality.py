@@ -6,14 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from polyvit_fast.config.preprocessing import Preprocessing
 from polyvit_fast.config.record import Record
 from polyvit_fast.media import Media
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import, which `--help` and `list` have no need of
+    from torch import Tensor
 
 MOST_NUMBERS = 2**31 - 1
 """In the grid of one view."""

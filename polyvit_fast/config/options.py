@@ -23,8 +23,8 @@ class DataOptions(Record):
     max_bad_ratio: float = 0.01
     """Largest fraction of a task's files that may be broken before the run stops. Until then each is replaced by another of the task."""
     changed_files: Literal["refuse", "allow"] = "refuse"
-    """Whether a run may resume when training files have changed in size or content since its checkpoint, for example because broken ones
-    were repaired."""
+    """Whether a run may resume when training files have changed since its checkpoint, for example because broken ones were repaired or
+    left out. When their list changes, so does the order of the samples from then on."""
 
     def __post_init__(self) -> None:
         check_range(self, "[1, 1024]", "num_threads", "prefetch")
@@ -48,7 +48,8 @@ class ComputeOptions(Record):
     compute_threads: int = 0
     """CPU threads of PyTorch's operators. 0: one less than there are cores, which leaves one for the decoders."""
     nonfinite_patience: int = 10
-    """Stop the run after this many steps in a row with a non-finite loss or gradient. Each of them skips its update."""
+    """Stop the run after this many steps of a task in a row with a non-finite loss or gradient. Each of them skips its update.
+    The host does not wait for a GPU to see them: there the run stops a step or two later."""
 
     def __post_init__(self) -> None:
         check_range(self, "[1, inf)", "nonfinite_patience")

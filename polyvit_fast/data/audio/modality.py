@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from polyvit_fast.config import Modality, Preprocessing
 from polyvit_fast.config.record import check_range
-from polyvit_fast.data.audio.spectrogram import FRAMES_PER_SECOND
 
+FRAMES_PER_SECOND = 100
+"""Rows of a spectrogram."""
 AST_HZ = 16_000
 """The rate of the sounds that AST's feature extractor is for."""
 

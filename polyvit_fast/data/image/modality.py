@@ -14,7 +14,7 @@ class Image(Modality):
     """Pictures: the first of a file, turned upright as its EXIF tag says, alpha dropped, 16 bits rounded to 8.
 
     JPEG, PNG and WebP through DALI; BMP, TIFF, GIF, PBM, PGM, PPM, JPEG 2000, AVIF, QOI, ICO, CUR, ICNS, PSD, DDS, FTEX, BLP, SGI, Sun,
-    PCX, DCX, Pixar, MSP, XBM, XPM, XV thumbnails, GIMP brushes, FLI, Photo CD and TGA through Pillow.
+    PCX, DCX, Pixar, MSP, XBM, XPM, XV thumbnails, GIMP brushes, FLI, Photo CD and TGA through Pillow; HEIC with the extra heic.
     """
 
     name: ClassVar[str] = "image"

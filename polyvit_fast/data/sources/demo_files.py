@@ -29,7 +29,6 @@ from jaxtyping import Bool, Float, Int16, UInt8
 from polyvit_fast.config import Source, Task
 from polyvit_fast.config.record import check_range
 from polyvit_fast.data.sources.manifest import Manifest
-from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.extras import require
 from polyvit_fast.files import absolute, write_atomically
 from polyvit_fast.media import Sample
@@ -109,6 +108,8 @@ class DemoFiles(Source):
     def _make(self, recipe: Recipe, indices: Sequence[int], paths: Sequence[Path]) -> None:
         from rich.console import Console
         from rich.progress import Progress
+
+        from polyvit_fast.data.threads import map_in_threads
 
         require("making the demo's files", "PIL", "av")
 

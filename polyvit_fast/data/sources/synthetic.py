@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from polyvit_fast.config import Decoder, Source, Task
 from polyvit_fast.config.record import check_range
 from polyvit_fast.media import Media, Sample
 from polyvit_fast.randomness import generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PERIOD = 8  # pixels; a divisor of every common patch size, so that each token shows the whole pattern
 EXTRA_LABEL_PROB = 0.2
@@ -39,6 +40,8 @@ class Synthetic(Source):
 
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """A decoder whose grids depend only on the sample's number: float32, in the units of the modality's normalisation."""
+        import torch
+
         views = 1 if train else task.modality.eval_views
         shape = (views, *task.modality.grid)
         mean, std = (np.array(numbers, np.float32) for numbers in task.modality.normalisation)

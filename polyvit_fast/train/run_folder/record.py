@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,9 +46,9 @@ class RecordedRun:
     """Of Python, the libraries and this package, at the last start."""
 
 
-def resume_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences between two stored configurations that forbid resuming: all outside `MAY_CHANGE`."""
-    return differences(upgrade(old), new, ignore=MAY_CHANGE)
+def resume_differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """The differences between two stored configurations that forbid resuming: all outside `MAY_CHANGE` and `may_change`."""
+    return differences(upgrade(old), new, ignore=MAY_CHANGE.union(may_change))
 
 
 def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Train) -> None:
