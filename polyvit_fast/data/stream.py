@@ -39,6 +39,9 @@ NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError, *DE
 """Errors that end the run. Treated as broken files, they would condemn good files one after the other."""
 
 
+CHANGED_FILES = "Files that have changed since the run began need --changed-files allow"
+
+
 class Interrupted(Exception):  # noqa: N818 - no error
     """The reader of batches was asked to stop while it waited for one."""
 
@@ -267,8 +270,8 @@ class Loader:
         if not self.trains:
             return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
         return (
-            "Start the same command again with a larger --max-bad-ratio: the run goes on without them. Or with --changed-files allow, once "
-            f"you have repaired or replaced them, or made the manifest tasks.{self.name}.train of the experiment"
+            "Start the same command again with a larger --max-bad-ratio, and the run goes on without them; or once you have repaired or "
+            f"replaced them, or made the manifest tasks.{self.name}.train of the experiment. {CHANGED_FILES}"
         )
 
 
@@ -429,8 +432,8 @@ def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
     remedy = "Replace the file by a good one, and start the same command again"
     if request.loader.trains:
         remedy = (
-            "Start the same command again with a longer --decode-timeout-seconds. Or with --changed-files allow, after you have replaced "
-            f"the file by a good one, or made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment"
+            "Start the same command again with a longer --decode-timeout-seconds; or once you have replaced the file by a good one, or "
+            f"made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment. {CHANGED_FILES}"
         )
     timeout = f"decode_timeout_seconds = {timeout_seconds:g}"
     return f"task {request.task}: its batch {request.step} was not decoded within {timeout} ({cause}). {remedy}"
