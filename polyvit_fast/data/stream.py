@@ -26,7 +26,7 @@ from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
-from polyvit_fast.data.sources.places import Split, advise_place
+from polyvit_fast.data.sources.locations import Split, advise_location
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -91,7 +91,7 @@ class Loader:
     """The batches of one task: training batches by step, validation batches in order.
 
     `rank` of `world_size` loads its part of every training batch; the parts of all ranks together are the batch of one process.
-    Validation batches do not depend on the ranks. `split` is what stands in the place of the validation files.
+    Validation batches do not depend on the ranks. `split` says which files stand for the validation files.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Loader:
             self.classes = class_list(self.task)
             self.samples = self.source.samples(self.task)
         except (ValueError, OSError) as error:
-            raise ValueError(f"task {name}: {error}{advise_place(name, {'train': self.task.train, split: self.task.val})}") from error
+            raise ValueError(f"task {name}: {error}{advise_location(name, {'train': self.task.train, split: self.task.val})}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)

@@ -215,10 +215,10 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(here, capsys):
 def test_no_command_about_an_experiment_leaves_a_folder_when_it_fails(here, capsys, command):
     before = sorted(here.rglob("*"))
     fault = ["--tasks.p.train.path", "nowhere"] if command == ["check"] else ["--schedule", "weigthed"]
-    places = ["--only", "p"] if command == ["check"] else []
+    locations = ["--only", "p"] if command == ["check"] else []
     if command == ["check"]:
         fault += ["--tasks.p.val.path", "nowhere"]
-    assert cli.run([*command, "mine.py", *places, *fault]) == 2
+    assert cli.run([*command, "mine.py", *locations, *fault]) == 2
     assert sorted(here.rglob("*")) == before
 
 

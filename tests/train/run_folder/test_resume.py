@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 from long_forms import mark_long
 from PIL import Image as Pillow
 from safetensors.torch import load_file
-from tar_files import write_shard
 
 from polyvit_fast import cli
 from polyvit_fast.train.output.log import Log
@@ -57,13 +57,11 @@ def write_files(folder: Path) -> None:
     (folder / "train.csv").write_text("path,label\n" + "".join(f"train/{row}" for row in rows))
     (folder.parent / "table.csv").write_text("path,label\n" + "".join(rows))
     for label, name in enumerate(("cat", "dog")):
-        members = {}
-        for number in range(8):
-            members |= {
-                f"{name}{number}.jpg": (folder / "train" / name / f"{number}.jpg").read_bytes(),
-                f"{name}{number}.cls": b"%d" % label,
-            }
-        write_shard(folder / f"train-{label}.tar", members.items())
+        with tarfile.open(folder / f"train-{label}.tar", "w") as shard:
+            for number in range(8):
+                Path(folder / "label").write_text(str(label))
+                shard.add(folder / "train" / name / f"{number}.jpg", f"{name}{number}.jpg")
+                shard.add(folder / "label", f"{name}{number}.cls")
 
 
 def write_experiment(train: str = FOLDER) -> None:
@@ -184,7 +182,7 @@ def test_a_run_of_an_earlier_version_whose_data_moved_resumes(here, stop_at, kin
     assert_equal("unmoved", "run")
 
 
-def test_other_files_at_the_new_place_are_refused(here, stop_at, capsys):
+def test_other_files_at_the_new_location_are_refused(here, stop_at, capsys):
     stop_at(5)
     train(code=75)
     stop_at(0)
@@ -203,7 +201,7 @@ def test_other_files_at_the_new_place_are_refused(here, stop_at, capsys):
     assert "its metrics are those of other files now" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_files_of_a_table_that_are_gone_are_named_with_the_flag_for_their_place(here, stop_at, capsys):
+def test_files_of_a_table_that_are_gone_are_named_with_the_flag_for_their_location(here, stop_at, capsys):
     write_experiment(SOURCES["root"][0])
     stop_at(5)
     train(code=75)
@@ -228,7 +226,7 @@ def test_the_table_of_the_same_files_may_stand_for_their_folder(here, stop_at):
     assert_equal("straight", "run")
 
 
-def test_eval_and_probe_take_places_and_no_other_field(here, capsys):
+def test_eval_and_probe_take_locations_and_no_other_field(here, capsys):
     train()
     os.rename("data", "elsewhere")
     assert cli.run(["eval", "run"]) == 2
