@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that are there only with something in them."""
+"""Files that are written whole or not at all, folders that are there only with something in them, and paths from the root."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+
+def absolute(path: str | Path) -> str:
+    """A path from the root, for a message about a file that is not there: a relative one starts from the folder of the command."""
+    return os.path.join(os.getcwd(), path)  # not abspath, which would drop "link/.."
 
 
 def write_atomically(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:

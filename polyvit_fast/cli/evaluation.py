@@ -57,7 +57,8 @@ def run_eval(arguments: list[str]) -> int:
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
+    from polyvit_fast.train.output.bars import show_evaluation_progress
+    from polyvit_fast.train.output.log import print_evaluation
 
     config = config if options.device == "as trained" else move_to(config, options.device)
     if options.max_bad_ratio is not None:
@@ -70,7 +71,7 @@ def run_eval(arguments: list[str]) -> int:
         # Of several processes only the first has answers, so only that one may open the table.
         answers = Answers((lambda: stack.enter_context(open_table(table, ANSWER_COLUMNS))) if options.predictions else None)
         keep = {"keep": answers} if options.predictions or options.per_class else {}
-        progress = stack.enter_context(show_evaluation_progress())
+        progress = stack.enter_context(show_evaluation_progress(list(config.tasks)))
         rows = evaluate_run(folder, config, options.checkpoint, options.tasks, progress, split=options.split, **keep)
     if not rows:  # under torchrun the first process has them
         return 0

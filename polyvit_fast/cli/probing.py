@@ -58,7 +58,7 @@ def run_probe(arguments: list[str]) -> int:
     config = change_locations(experiments.load(options.experiment), locations, f"probe {source}")
     config = config if options.device == "as in the experiment" else replace(config, device=options.device)
     from polyvit_fast.probe.probing import ProbePlan, probe
-    from polyvit_fast.train.output.log import show_evaluation_progress
+    from polyvit_fast.train.output.bars import show_evaluation_progress
 
     plan = ProbePlan(
         source=source,
@@ -69,7 +69,7 @@ def run_probe(arguments: list[str]) -> int:
         compares_random=options.random,
         folder=Path(options.out) if options.out else _choose_folder(source),
     )
-    with show_evaluation_progress() as progress:
+    with show_evaluation_progress(list(config.tasks)) as progress:
         results = probe(plan, print, progress)
     _print_results(results)
     print(f"written: {plan.folder / 'probe.json'}")

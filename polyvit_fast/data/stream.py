@@ -22,6 +22,7 @@ from torch import Tensor
 from polyvit_fast.config import StepPlan, Task, Train
 from polyvit_fast.data.augment.mixing import CutBox, draw_mix
 from polyvit_fast.data.dali import UnavailableError
+from polyvit_fast.data.decoder_messages import describe_messages, drop_messages
 from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
@@ -117,9 +118,12 @@ class Loader:
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
         self.first = rank * self.size if train else 0
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
-        options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
+        self.num_threads = config.data.num_threads
+        options = {"batch": self.size, "train": train, "num_threads": self.num_threads}
         self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
+        self.reported: set[str] = set()
+        """The kinds of files about which a library's message was reported."""
         self.note = ""
         self._report_note()
         if rank == 0 and (train or self.source != self.task.train):
@@ -206,11 +210,18 @@ class Loader:
             error.add_note(f"task {self.name}: while decoding {files}. It is a bug in the decoder, not a broken file: please report it")
             raise
         self._report_note()
+        media = [self.samples[i].media for i in indices]
+        for text in describe_messages(self.reported, media, lambda row: self._call_decoder([indices[row]], [positions[row]])):
+            self.report(f"task {self.name}: {text}")
         return grid
 
     def _call_decoder(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
-        return self.decoder([self.samples[i].media for i in indices], rngs)
+        try:
+            return self.decoder([self.samples[i].media for i in indices], rngs)
+        except Exception:
+            drop_messages()
+            raise
 
     def _find_culprits(self, indices: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The samples of a batch with which the decoder's bug shows when each is decoded alone."""

@@ -21,6 +21,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import LoadReport
 from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
+from polyvit_fast.train.output.advice import WaitAdvisor
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.config_json import to_json
@@ -83,6 +84,9 @@ class Run:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
+    advisor: WaitAdvisor = field(default_factory=WaitAdvisor)
+    watched: deque[tuple[int, PendingCounters]] = field(default_factory=deque)
+    """Steps whose counters have not been looked at yet."""
     interval_times: dict[str, TaskTime] = field(default_factory=dict)
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -197,7 +201,7 @@ def _build_step(config: Train, world: World, found: checkpoint.Checkpoint | None
         step.optimizer.load_state_dict(found.load_tensors("optimizer"))
         if config.optim.ema_decay:
             step.optimizer.load_ema(found.load_tensors("ema"))
-        step.counters.copy_(torch.tensor(found.state["counters"], dtype=torch.float64))
+        step.load_counters(found.state["counters"])
     return step, reports
 
 
@@ -205,7 +209,9 @@ def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Che
     if world.rank:
         return PeerLog(world.rank)
     first_step = found.step if found else 0
-    return Log(config.folder, dict(count_steps(plan)), len(plan), first_step, done=count_steps(plan[:first_step]))
+    counts = count_steps(plan)
+    totals = {name: counts[name] for name in config.tasks}
+    return Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step]))
 
 
 def _log_start(run: Run, experiment: str, reports: list[LoadReport]) -> None:
@@ -291,8 +297,16 @@ def save(run: Run, *, must: bool = False) -> None:
         fault = error or f"step {run.done}: process 0 could not write the checkpoint"
         raise checkpoint.CheckpointError(f"{fault}. Make room there, and start the same command again: it goes on from the newest one")
     if error:
-        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
+        run.log.message(f"step {run.done:,}: {error}. Training goes on; the next try is {_describe_next_save(run)}", "error")
     run.clock.restart()
+
+
+def _describe_next_save(run: Run) -> str:
+    """When the training loop saves again: at the next multiple of an interval, after an evaluation, or at the end."""
+    log, end = run.config.log, len(run.plan)
+    intervals = [steps for steps in (log.save_every_steps, log.eval_every_steps) if steps]
+    step = min(end, *((run.done // steps + 1) * steps for steps in intervals))
+    return f"in {step - run.done:,} steps, {'at the end' if step == end else f'after step {step:,}'}"
 
 
 def _write_checkpoint(run: Run) -> None:

@@ -86,7 +86,9 @@ def load_run(folder: Path, load: Callable[[str], Train], own: Train | None = Non
     Raises ValueError when `folder` is not a run folder, a file of it is broken, or the experiment has changed too much.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.json (polyvit-fast train makes one, under runs/ unless --out)")
+        raise ValueError(
+            f"{folder.absolute()} is not a run folder: it has no config.json (polyvit-fast train makes one, under runs/ unless --out)"
+        )
     content = _read_json(folder / "config.json")
     experiment, values = content.get("experiment"), content.get("config")
     if not isinstance(experiment, str) or not isinstance(values, dict):

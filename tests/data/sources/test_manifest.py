@@ -274,7 +274,7 @@ def test_a_table_of_utf_16(tmp_path):
     (tmp_path / "list.tsv").write_bytes("path\tlabel\né.jpg\t2\n".encode("utf-16"))
     (tmp_path / "classes.txt").write_bytes("a\nb\né\n".encode("utf-16"))
     assert listed(Manifest(path=str(tmp_path / "list.tsv")).samples(tile_task())) == [(f"{tmp_path}/é.jpg", (2,))]
-    assert Manifest(path="", classes=str(tmp_path / "classes.txt")).class_names(tile_task()) == ("a", "b", "é")
+    assert Manifest(path="t", classes=str(tmp_path / "classes.txt")).class_names(tile_task()) == ("a", "b", "é")
 
 
 def test_samples_written_as_a_table_of_names_come_back_whatever_the_names(tmp_path):
