@@ -28,7 +28,7 @@ def advise_location(task: str, sources: Mapping[Split, Source]) -> str:
             for path in [values] if isinstance(values, str) else values:
                 where = os.path.abspath(os.path.dirname(path) if field == "paths" else path)
                 if path and not os.path.exists(where):
-                    return f". There is no {where}: if the files have moved, say where they are with --tasks.{task}.{split}.{field}"
+                    return f". If the files have moved, say where they are with --tasks.{task}.{split}.{field}"
     return ""
 
 

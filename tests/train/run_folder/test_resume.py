@@ -141,8 +141,8 @@ def test_a_run_whose_data_moved_ends_with_the_weights_of_one_that_was_never_move
     if kind != "root":  # a table is read without its files
         train(code=2)
         said = capsys.readouterr().err
-        assert f"There is no {here / 'data'}" in said
-        assert f"say where they are with --tasks.p.train.{field}" in said
+        assert f" {here / 'data'}/" in said
+        assert f". If the files have moved, say where they are with --tasks.p.train.{field}" in said
     moved = [f"--tasks.p.train.{field}", str(here / "elsewhere" / name), "--tasks.p.val.path", "elsewhere/val"]
     train(*moved)
     assert_equal("straight", "run")
