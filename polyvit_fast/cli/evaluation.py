@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast.cli.arguments import load_run, split_run
-from polyvit_fast.cli.places import change_places, split_places
+from polyvit_fast.cli.locations import change_locations, split_locations
 from polyvit_fast.config import Train
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class EvalOptions:
 
 def run_eval(arguments: list[str]) -> int:
     """Evaluate a checkpoint of a run."""
-    places, arguments = split_places(arguments)
+    locations, arguments = split_locations(arguments)
     folder, options = split_run(EvalOptions, arguments, "eval")
-    config = change_places(load_run(folder).config, places, f"eval {folder}")
+    config = change_locations(load_run(folder).config, locations, f"eval {folder}")
     from polyvit_fast.inference.answers import ANSWER_COLUMNS, Answers
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import HELP_FLAGS, parse_options, split_subject
-from polyvit_fast.cli.places import change_places, split_places
+from polyvit_fast.cli.locations import change_locations, split_locations
 
 if TYPE_CHECKING:
     from polyvit_fast.probe.probing import ProbeResult
@@ -52,10 +52,10 @@ def run_probe(arguments: list[str]) -> int:
     """Probe a frozen model."""
     if arguments and arguments[0] in HELP_FLAGS:
         parse_options(ProbeOptions, ["--help"], "probe SOURCE")
-    places, arguments = split_places(arguments)
+    locations, arguments = split_locations(arguments)
     source, flags = split_subject(arguments, "probe SOURCE --experiment EXPERIMENT")
     options = parse_options(ProbeOptions, flags, "probe SOURCE")
-    config = change_places(experiments.load(options.experiment), places, f"probe {source}")
+    config = change_locations(experiments.load(options.experiment), locations, f"probe {source}")
     config = config if options.device == "as in the experiment" else replace(config, device=options.device)
     from polyvit_fast.probe.probing import ProbePlan, probe
     from polyvit_fast.train.output.bars import show_evaluation_progress

@@ -27,7 +27,7 @@ from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
-from polyvit_fast.data.sources.places import Split, advise_place
+from polyvit_fast.data.sources.locations import Split, advise_location
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -38,6 +38,9 @@ class DataError(RuntimeError):
 
 NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError, *DEFECTS)
 """Errors that end the run. Treated as broken files, they would condemn good files one after the other."""
+
+
+CHANGED_FILES = "Files that have changed since the run began need --changed-files allow"
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -89,7 +92,7 @@ class Loader:
     """The batches of one task: training batches by step, validation batches in order.
 
     `rank` of `world_size` loads its part of every training batch; the parts of all ranks together are the batch of one process.
-    Validation batches do not depend on the ranks. `split` is what stands in the place of the validation files.
+    Validation batches do not depend on the ranks. `split` says which files stand for the validation files.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class Loader:
             self.classes = class_list(self.task)
             self.samples = self.source.samples(self.task)
         except (ValueError, OSError) as error:
-            raise ValueError(f"task {name}: {error}{advise_place(name, {'train': self.task.train, split: self.task.val})}") from error
+            raise ValueError(f"task {name}: {error}{advise_location(name, {'train': self.task.train, split: self.task.val})}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
@@ -278,8 +281,8 @@ class Loader:
         if not self.trains:
             return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
         return (
-            "Start the same command again with a larger --max-bad-ratio: the run goes on without them. Or with --changed-files allow, once "
-            f"you have repaired or replaced them, or made the manifest tasks.{self.name}.train of the experiment"
+            "Start the same command again with a larger --max-bad-ratio, and the run goes on without them; or once you have repaired or "
+            f"replaced them, or made the manifest tasks.{self.name}.train of the experiment. {CHANGED_FILES}"
         )
 
 
@@ -440,8 +443,8 @@ def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
     remedy = "Replace the file by a good one, and start the same command again"
     if request.loader.trains:
         remedy = (
-            "Start the same command again with a longer --decode-timeout-seconds. Or with --changed-files allow, after you have replaced "
-            f"the file by a good one, or made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment"
+            "Start the same command again with a longer --decode-timeout-seconds; or once you have replaced the file by a good one, or "
+            f"made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment. {CHANGED_FILES}"
         )
     timeout = f"decode_timeout_seconds = {timeout_seconds:g}"
     return f"task {request.task}: its batch {request.step} was not decoded within {timeout} ({cause}). {remedy}"

@@ -257,8 +257,8 @@ def _save_on_error(run: Run) -> Iterator[None]:
             raise PeerLost(f"{_describe_position(run)}: {error}. The same command goes on from the newest checkpoint") from error
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
-                f"the GPU's memory is too small ({_name_reason(error)}): give the largest task more micro_batches, or set --recompute; "
-                "`polyvit-fast plan` estimates what fits"
+                f"the GPU's memory is too small ({_name_reason(error)}): start the same command again with --recompute, or, with another "
+                "--out, give the largest task more micro_batches; `polyvit-fast plan` estimates what fits"
             ) from error
         raise
 

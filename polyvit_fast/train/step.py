@@ -232,4 +232,6 @@ def _make_counters(
     loss: float, matches: float, steps: float, skipped: float, in_a_row: float, last: float, updates: float, norms: float, clipped: float
 ) -> TaskCounters:
     counts = int(skipped), int(in_a_row), int(last), int(updates)
-    return TaskCounters(loss / max(steps, 1), matches / max(steps, 1), int(steps), *counts, norms / max(updates, 1), clipped / max(updates, 1))
+    return TaskCounters(
+        loss / max(steps, 1), matches / max(steps, 1), int(steps), *counts, norms / max(updates, 1), clipped / max(updates, 1)
+    )

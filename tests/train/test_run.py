@@ -158,9 +158,9 @@ FAILING = {
     "schedule": (["--schedule", "weigthed"], "schedule = 'weigthed' is unknown"),
     "memory": (["--model.mlp-dim", "10000000000000"], "the computer's memory is too small"),
     "weights": (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
-    "data": (["--tasks.p.train.path", "nowhere"], "There is no "),
+    "data": (["--tasks.p.train.path", "nowhere"], "If the files have moved"),
     "classes": (["--tasks.p.num-classes", "7"], "where num_classes = 7"),
-    "held-out": (["--tasks.p.val.path", "nowhere"], "There is no "),
+    "held-out": (["--tasks.p.val.path", "nowhere"], "If the files have moved"),
 }
 
 
@@ -215,10 +215,10 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(here, capsys):
 def test_no_command_about_an_experiment_leaves_a_folder_when_it_fails(here, capsys, command):
     before = sorted(here.rglob("*"))
     fault = ["--tasks.p.train.path", "nowhere"] if command == ["check"] else ["--schedule", "weigthed"]
-    places = ["--only", "p"] if command == ["check"] else []
+    locations = ["--only", "p"] if command == ["check"] else []
     if command == ["check"]:
         fault += ["--tasks.p.val.path", "nowhere"]
-    assert cli.run([*command, "mine.py", *places, *fault]) == 2
+    assert cli.run([*command, "mine.py", *locations, *fault]) == 2
     assert sorted(here.rglob("*")) == before
 
 
@@ -242,6 +242,6 @@ def test_of_several_processes_one_that_fails_leaves_no_folder_either(tmp_path):
         first, second = processes.wait()
     finally:
         processes.kill()
-    assert "There is no" in second
+    assert "If the files have moved" in second
     assert "another process of the run ended" in first
     assert not (tmp_path / "new").exists()

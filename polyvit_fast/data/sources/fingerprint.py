@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from polyvit_fast.config import Source
-from polyvit_fast.data.sources.places import Places
+from polyvit_fast.data.sources.locations import Locations
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError, Sample
 
@@ -64,11 +64,11 @@ def fingerprint_list(samples: Sequence[Sample]) -> str:
     return _digest_list([sample.media.name[start:] for sample in samples], samples)
 
 
-def fingerprint_names(samples: Sequence[Sample], places: Places = ()) -> str:
-    """What versions up to 0.7 had in place of `fingerprint_list`, for files that have moved from and to these places."""
+def fingerprint_names(samples: Sequence[Sample], locations: Locations = ()) -> str:
+    """What versions up to 0.7 had instead of `fingerprint_list`, for files that have moved from and to these locations."""
 
     def move_back(name: str) -> str:
-        return next((before + name[len(now) :] for before, now in places if name.startswith(now)), name)
+        return next((before + name[len(now) :] for before, now in locations if name.startswith(now)), name)
 
     return _digest_list([move_back(sample.media.name) for sample in samples], samples)
 
@@ -81,17 +81,17 @@ def _digest_list(names: Iterable[str], samples: Sequence[Sample]) -> str:
 
 
 def find_changes(
-    before: str | Mapping[str, str], now: Fingerprint, samples: Sequence[Sample], places: Sequence[Places] = ()
+    before: str | Mapping[str, str], now: Fingerprint, samples: Sequence[Sample], locations: Sequence[Locations] = ()
 ) -> tuple[str, bool]:
     """(how the files differ from those of an earlier fingerprint, empty where they do not; whether the list of files is the same).
 
     The first versions kept a text for the names only, which says nothing about sizes and contents: these then count as equal.
-    `places` are guesses where files have moved, for versions up to 0.7, whose names are whole paths.
+    `locations` are guesses where files have moved, for versions up to 0.7, whose names are whole paths.
     """
     if isinstance(before, str):
         before = {"names": before}
     then = before["list"] if "list" in before else before["names"]
-    lists = [now["list"]] if "list" in before else [fingerprint_names(samples, guess) for guess in places or [()]]
+    lists = [now["list"]] if "list" in before else [fingerprint_names(samples, guess) for guess in locations or [()]]
     if then not in lists:
         return f"names and labels: {then}; now {lists[0]}", False
     listed = _thin(samples)

@@ -17,7 +17,7 @@ from polyvit_fast.data.sources.fingerprint import (
     fingerprint_list,
     is_known_by_files,
 )
-from polyvit_fast.data.sources.places import Split, find_places, name_place
+from polyvit_fast.data.sources.locations import Split, find_locations, name_location
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.train.distributed.process_group import World
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint, has_any
@@ -133,8 +133,8 @@ def describe_other_files(found: Checkpoint, split: Split, loaders: Mapping[str, 
     known = found.state.get({"train": "samples", "val": "validation_samples"}.get(split, ""), {})
     for name, loader in loaders.items():
         if name in known:
-            places = find_places(upgrade(found.config)["tasks"][name][split], to_json(loader.source))
-            changes, _ = find_changes(known[name], loader.fingerprint(), loader.samples, places)
+            locations = find_locations(upgrade(found.config)["tasks"][name][split], to_json(loader.source))
+            changes, _ = find_changes(known[name], loader.fingerprint(), loader.samples, locations)
             if changes:
                 difference = f"these {KINDS[split]} files are not those of {found.path} ({changes})"
                 yield f"task {name}: {difference}: its metrics are those of other files"
@@ -161,14 +161,14 @@ class _Comparison:
         return f"task {self.name}: its {KINDS[self.split]} files are not those of {self.found.path} ({changes})"
 
     def refuse(self, changes: str, loader: Loader, remedy: str) -> ValueError:
-        missing, place = find_missing(loader.samples), name_place(self.name, self.split, loader.source)
-        moved = f". {missing} is missing: if the files have moved, say where they are now with {place}" if missing and place else ""
+        missing, location = find_missing(loader.samples), name_location(self.name, self.split, loader.source)
+        moved = f". {missing} is missing: if the files have moved, say where they are now with {location}" if missing and location else ""
         return ValueError(f"{self.describe(changes)}{moved}. {remedy}")
 
     def compare(self, loader: Loader, now: Fingerprint) -> None:
         """Of training files: raises ValueError unless they are the same, or may have changed."""
         before = self.found.state["samples"][self.name]
-        changes, same_list = find_changes(before, now, loader.samples, find_places(*self.source))
+        changes, same_list = find_changes(before, now, loader.samples, find_locations(*self.source))
         if changes and self.config.data.changed_files == "refuse":
             order = "" if same_list else ", which changes the order of the samples from here on,"
             remedy = f"Put them back to resume, allow the change{order} with --changed-files allow, or choose another --out"
@@ -189,7 +189,7 @@ class _Comparison:
     def compare_held_out(self, loader: Loader, now: Fingerprint) -> None:
         """Of validation files, which decide no step: reports other ones. Raises ValueError where the configuration asks for other ones."""
         before, (then, today) = self.found.state.get("validation_samples", {}).get(self.name), self.source
-        changes = find_changes(before, now, loader.samples, find_places(then, today))[0] if before else ""
+        changes = find_changes(before, now, loader.samples, find_locations(then, today))[0] if before else ""
         if changes and then != today and self.config.data.changed_files == "refuse":
             remedy = f"Set tasks.{self.name}.val back to resume, allow the change with --changed-files allow, or choose another --out"
             raise self.refuse(changes, loader, remedy)

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import torch
 from long_forms import mark_long
 from PIL import Image as Pillow
 from safetensors.torch import load_file
-from tar_files import write_shard
 
 from polyvit_fast import cli
 from polyvit_fast.train.output.log import Log
@@ -56,13 +57,11 @@ def write_files(folder: Path) -> None:
     (folder / "train.csv").write_text("path,label\n" + "".join(f"train/{row}" for row in rows))
     (folder.parent / "table.csv").write_text("path,label\n" + "".join(rows))
     for label, name in enumerate(("cat", "dog")):
-        members = {}
-        for number in range(8):
-            members |= {
-                f"{name}{number}.jpg": (folder / "train" / name / f"{number}.jpg").read_bytes(),
-                f"{name}{number}.cls": b"%d" % label,
-            }
-        write_shard(folder / f"train-{label}.tar", members.items())
+        with tarfile.open(folder / f"train-{label}.tar", "w") as shard:
+            for number in range(8):
+                Path(folder / "label").write_text(str(label))
+                shard.add(folder / "train" / name / f"{number}.jpg", f"{name}{number}.jpg")
+                shard.add(folder / "label", f"{name}{number}.cls")
 
 
 def write_experiment(train: str = FOLDER) -> None:
@@ -142,8 +141,8 @@ def test_a_run_whose_data_moved_ends_with_the_weights_of_one_that_was_never_move
     if kind != "root":  # a table is read without its files
         train(code=2)
         said = capsys.readouterr().err
-        assert f"There is no {here / 'data'}" in said
-        assert f"say where they are with --tasks.p.train.{field}" in said
+        assert f" {here / 'data'}/" in said
+        assert f". If the files have moved, say where they are with --tasks.p.train.{field}" in said
     moved = [f"--tasks.p.train.{field}", str(here / "elsewhere" / name), "--tasks.p.val.path", "elsewhere/val"]
     train(*moved)
     assert_equal("straight", "run")
@@ -183,7 +182,7 @@ def test_a_run_of_an_earlier_version_whose_data_moved_resumes(here, stop_at, kin
     assert_equal("unmoved", "run")
 
 
-def test_other_files_at_the_new_place_are_refused(here, stop_at, capsys):
+def test_other_files_at_the_new_location_are_refused(here, stop_at, capsys):
     stop_at(5)
     train(code=75)
     stop_at(0)
@@ -202,7 +201,7 @@ def test_other_files_at_the_new_place_are_refused(here, stop_at, capsys):
     assert "its metrics are those of other files now" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_files_of_a_table_that_are_gone_are_named_with_the_flag_for_their_place(here, stop_at, capsys):
+def test_files_of_a_table_that_are_gone_are_named_with_the_flag_for_their_location(here, stop_at, capsys):
     write_experiment(SOURCES["root"][0])
     stop_at(5)
     train(code=75)
@@ -227,7 +226,7 @@ def test_the_table_of_the_same_files_may_stand_for_their_folder(here, stop_at):
     assert_equal("straight", "run")
 
 
-def test_eval_and_probe_take_places_and_no_other_field(here, capsys):
+def test_eval_and_probe_take_locations_and_no_other_field(here, capsys):
     train()
     os.rename("data", "elsewhere")
     assert cli.run(["eval", "run"]) == 2
@@ -301,3 +300,168 @@ def test_a_lengthened_run_may_stop_early_again(here):
     train(*flags, "--optim.lr", "1e-30", "--tasks.p.steps", "30")
     assert read_state("run")["step"] == 20
     assert "stopped early after step 20 of 30" in Path("run/log.txt").read_text()
+
+
+def break_files(count: int) -> None:
+    for number in range(count):
+        path = Path(f"data/train/cat/{number}.jpg")
+        path.write_bytes(path.read_bytes()[:200])
+
+
+def repair() -> tuple[str, ...]:
+    """Replace the broken files; they are as many bytes again, but not the same pictures."""
+    for number in range(8):
+        Pillow.new("RGB", (40, 40), "white").save(f"data/train/cat/{number}.jpg")
+    return ()
+
+
+def take_clean_manifest() -> tuple[str, ...]:
+    if not Path("clean-manifests").exists():
+        assert cli.run(["check", "mine.py"]) == 65
+    write_experiment('Manifest(path="clean-manifests/p-train.csv", classes="clean-manifests/p-classes.txt")')
+    return ()
+
+
+def raise_limit() -> tuple[str, ...]:
+    return ("--max-bad-ratio", "0.5")
+
+
+@pytest.mark.parametrize("way", [raise_limit, repair, take_clean_manifest])
+def test_after_too_many_files_broke_each_way_that_the_message_names_goes_on(here, monkeypatch, capsys, way):
+    tick = Log.tick
+
+    def tick_and_break(log: Log, done: int, task: str) -> None:
+        tick(log, done, task)
+        if done == 2:
+            break_files(4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "tick", tick_and_break)
+        train("--max-bad-ratio", "0", "--prefetch", "1", code=65)
+    said = capsys.readouterr().err
+    assert "Start the same command again with a larger --max-bad-ratio, and the run goes on without them; or once you have repaired" in said
+    assert "or made the manifest tasks.p.train of the experiment. Files that have changed since the run began need --changed-files" in said
+    done = read_state("run")["step"]
+    assert 2 <= done < 10
+    train(*way(), code=2)
+    assert "allow the change" in capsys.readouterr().err
+    train(*way(), "--changed-files", "allow")
+    out = capsys.readouterr().out
+    assert f"resumed from step {done} of 10" in out
+    if way is take_clean_manifest:
+        assert "the run goes on with them as they are now: 12 files, in an order of their own from here on" in out.replace("\n", "")
+    assert read_state("run")["step"] == 10
+    train()  # and from then on the command needs no flag, for the checkpoint knows the files of now
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_a_higher_limit_alone_goes_on_where_files_were_broken_before(here, stop_at, capsys):
+    break_files(2)
+    train(code=65)  # a single one is always allowed
+    done = read_state("run")["step"]
+    assert 0 < done < 10
+    train("--max-bad-ratio", "0.5")
+    assert f"resumed from step {done} of 10" in capsys.readouterr().out
+
+
+def test_broken_files_of_an_evaluation_are_left_out_as_its_message_says(here, capsys):
+    train()
+    for number in range(2):
+        Path(f"data/val/cat/{number}.jpg").write_bytes(b"no picture")
+    assert cli.run(["eval", "run"]) == 65
+    assert "again after you have repaired or replaced them, or with a larger --max-bad-ratio" in capsys.readouterr().err
+    assert cli.run(["eval", "run", "--max-bad-ratio", "0.5"]) == 0
+    assert " 4        2 " in capsys.readouterr().out
+    train("--max-bad-ratio", "0.5")
+
+
+HANGING = """
+import time
+from dataclasses import dataclass, replace
+from polyvit_fast.data.decoders import build_task_decoder
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Folder):
+    def decoder(self, task, *, batch, train, num_threads, device="cpu"):
+        inner = build_task_decoder(Folder(path=self.path), task, batch=batch, train=train, num_threads=num_threads, device=device)
+
+        def decode(media, rngs):
+            if any(one.read().endswith(b"slow") for one in media):
+                time.sleep(2.5)
+            return inner(media, rngs)
+
+        return decode
+
+config = replace(config, tasks={"p": replace(config.tasks["p"], train=Slow(path="data/train"))})
+"""
+
+
+@pytest.mark.parametrize("way", ["time", "file"])
+def test_after_a_decoder_that_hangs_each_way_that_the_message_names_goes_on(here, stop_at, capsys, way):
+    with open("mine.py", "a") as file:
+        file.write(HANGING)
+    hanging = Path("data/train/dog/5.jpg")
+    good = hanging.read_bytes()
+    stop_at(2)
+    train(code=75)
+    stop_at(0)
+    hanging.write_bytes(good + b"slow")
+    train("--changed-files", "allow", "--decode-timeout-seconds", "0.7", "--prefetch", "1", code=65)
+    said = capsys.readouterr().err
+    assert "Start the same command again with a longer --decode-timeout-seconds; or once you have replaced the file by a good one" in said
+    if way == "file":
+        hanging.write_bytes(good)
+    train(*(["--decode-timeout-seconds", "60"] if way == "time" else ["--changed-files", "allow"]))
+    assert read_state("run")["step"] == 10
+
+
+def test_after_a_loss_that_is_not_finite_another_folder_with_a_lower_rate_trains(here, capsys):
+    flags = ("--nonfinite-patience", "2", "--log-every-steps", "1", "--optim.warmup-steps", "0")
+    train(*flags, "--optim.lr", "1e30", code=70)
+    assert "Lower optim.lr" in capsys.readouterr().err
+    train(*flags, "--optim.lr", "1e-3", code=2)
+    assert "optim.lr: 1e+30 -> 0.001. Choose another --out, or set these fields back" in capsys.readouterr().err
+    train(*flags, "--optim.lr", "1e-3", out="other")
+
+
+def test_after_a_full_disk_the_same_command_goes_on(here, stop_at, capsys):
+    stop_at(5)
+    train(code=75)
+    stop_at(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a checkpoint's weights take more
+    try:
+        train(code=74)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Make room there, and start the same command again: it goes on from the newest one" in capsys.readouterr().err
+    train()
+    assert "resumed from step 5 of 10" in capsys.readouterr().out
+
+
+REFUSED = {
+    "configuration": (["--seed", "3"], "seed: 0 -> 3. Choose another --out, or set these fields back to resume"),
+    "resume": (["--no-resume"], "holds a run already (step 10) and resume is off; choose another --out or move it away"),
+    "classes": ([], "class 1 was 'dog' and is 'emu' now. Put them back to resume, or choose another --out"),
+    "checkpoint": ([], "not a single whole one; move it away, or choose another --out"),
+}
+
+
+@pytest.mark.parametrize("case", mark_long(REFUSED, ["configuration", "classes"]))
+def test_each_way_that_a_refusal_names_works(here, capsys, case):
+    flags, words = REFUSED[case]
+    train()
+    if case == "classes":
+        for split in ("train", "val"):
+            os.rename(f"data/{split}/dog", f"data/{split}/emu")
+    if case == "checkpoint":
+        (Path("run/checkpoints/step_00000010/model.safetensors")).write_bytes(b"flipped")
+    train(*flags, code=2)
+    assert words in capsys.readouterr().err
+    train(*flags, out="other")  # choose another --out
+    if case == "classes":
+        for split in ("train", "val"):
+            os.rename(f"data/{split}/emu", f"data/{split}/dog")
+    elif case != "configuration":
+        os.rename("run", "away")
+    train(*(flags if case == "resume" else []))

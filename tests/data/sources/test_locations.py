@@ -2,8 +2,8 @@ import pytest
 from tiny_runs import tile_task
 
 from polyvit_fast.data.sources.demo_files import DemoFiles
+from polyvit_fast.data.sources.locations import advise_location, find_locations, name_location
 from polyvit_fast.data.sources.manifest import Folder, Manifest
-from polyvit_fast.data.sources.places import advise_place, find_places, name_place
 from polyvit_fast.data.sources.shards import Shards
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.train.run_folder.config_json import to_json
@@ -11,7 +11,7 @@ from polyvit_fast.train.run_folder.config_json import to_json
 
 def move_back(name: str, before, now) -> set[str]:
     """What a path of now may have been called, by all guesses."""
-    guesses = find_places(to_json(before), to_json(now))
+    guesses = find_locations(to_json(before), to_json(now))
     return {next((a + name[len(b) :] for a, b in guess if name.startswith(b)), name) for guess in guesses}
 
 
@@ -37,26 +37,26 @@ def test_a_path_is_found_where_it_was(before, now, name, was):
 
 def test_many_shards_in_one_folder_are_one_guess():
     before, now = (Shards(paths=tuple(f"{folder}/{n}.tar" for n in range(500))) for folder in ("old", "new"))
-    assert [len(guess) for guess in find_places(to_json(before), to_json(now))] == [0, 1, 1]
+    assert [len(guess) for guess in find_locations(to_json(before), to_json(now))] == [0, 1, 1]
 
 
-def test_a_source_of_another_kind_or_without_files_has_no_place():
-    assert name_place("a", "train", Synthetic()) == ""
-    assert find_places(to_json(Synthetic(seed=1)), to_json(Synthetic(seed=2))) == [(), (), ()]
-    assert name_place("a", "val", DemoFiles(kind="tones")) == "--tasks.a.val.root"
-    assert name_place("a", "test", Folder(path="x")) == "--tasks.a.test.path"
-    assert name_place("a", "test", Shards(paths=("x.tar",))) == "--tasks.a.test.paths"
+def test_a_source_of_another_kind_or_without_files_has_no_location():
+    assert name_location("a", "train", Synthetic()) == ""
+    assert find_locations(to_json(Synthetic(seed=1)), to_json(Synthetic(seed=2))) == [(), (), ()]
+    assert name_location("a", "val", DemoFiles(kind="tones")) == "--tasks.a.val.root"
+    assert name_location("a", "test", Folder(path="x")) == "--tasks.a.test.path"
+    assert name_location("a", "test", Shards(paths=("x.tar",))) == "--tasks.a.test.paths"
 
 
-def test_advice_names_the_first_place_that_is_gone(tmp_path, monkeypatch):
+def test_advice_names_the_first_location_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     task = tile_task(train=Folder(path="here"), val=Folder(path="gone/val"))
-    expected = f". There is no {tmp_path}/gone/val: if the files have moved, say where they are with --tasks.a.val.path"
-    assert advise_place("a", {"train": task.train, "val": task.val}) == expected
-    assert advise_place("a", {"train": task.train, "test": task.val}).endswith("--tasks.a.test.path")
-    assert advise_place("a", {"train": task.train, "val": Synthetic()}) == ""
-    assert "--tasks.a.val.paths" in advise_place("a", {"val": Shards(paths=("here/x.tar", "gone/x-*.tar"))})
-    assert advise_place("a", {"val": Shards(paths=("here/x-*.tar",))}) == ""
+    expected = ". If the files have moved, say where they are with --tasks.a.val.path"
+    assert advise_location("a", {"train": task.train, "val": task.val}) == expected
+    assert advise_location("a", {"train": task.train, "test": task.val}).endswith("--tasks.a.test.path")
+    assert advise_location("a", {"train": task.train, "val": Synthetic()}) == ""
+    assert "--tasks.a.val.paths" in advise_location("a", {"val": Shards(paths=("here/x.tar", "gone/x-*.tar"))})
+    assert advise_location("a", {"val": Shards(paths=("here/x-*.tar",))}) == ""
     (tmp_path / "t.csv").touch()
-    assert "--tasks.a.val.classes" in advise_place("a", {"val": Manifest(path="t.csv", classes="gone.txt")})
+    assert "--tasks.a.val.classes" in advise_location("a", {"val": Manifest(path="t.csv", classes="gone.txt")})

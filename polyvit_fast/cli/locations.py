@@ -13,18 +13,18 @@ SPLITS = ("train", "val", "test")
 PREFIX = "--tasks."
 
 
-def split_places(flags: list[str]) -> tuple[list[str], list[str]]:
+def split_locations(flags: list[str]) -> tuple[list[str], list[str]]:
     """The flags that begin with --tasks.NAME, with their values, and the others."""
-    places, others = [], []
+    locations, others = [], []
     into = others
     for word in flags:
         if word.startswith("-"):
-            into = places if word.startswith(PREFIX) else others
+            into = locations if word.startswith(PREFIX) else others
         into.append(word)
-    return places, others
+    return locations, others
 
 
-def change_places(config: Train, flags: list[str], command: str) -> Train:
+def change_locations(config: Train, flags: list[str], command: str) -> Train:
     """The configuration with its sources as the flags have them.
 
     Raises ValueError for a flag about anything but a source: what was trained is not what another configuration describes.

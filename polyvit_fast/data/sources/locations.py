@@ -10,17 +10,17 @@ from typing import Any, Literal
 from polyvit_fast.config import Source
 
 Split = Literal["train", "val", "test"]
-Places = Sequence[tuple[str, str]]
+Locations = Sequence[tuple[str, str]]
 """(where files were, where they are now): beginnings of paths."""
 
 
-def name_place(task: str, split: Split, source: Source) -> str:
+def name_location(task: str, split: Split, source: Source) -> str:
     """The flag that says where a source's files are; empty when it has none of the usual names."""
     field = next((field for field in ("root", "path", "paths") if hasattr(source, field)), "")
     return f"--tasks.{task}.{split}.{field}" if field else ""
 
 
-def advise_place(task: str, sources: Mapping[Split, Source]) -> str:
+def advise_location(task: str, sources: Mapping[Split, Source]) -> str:
     """Advice where a path of a source, or the folder of its shards, does not exist; empty when all are there."""
     for split, source in sources.items():
         for field in ("path", "paths", "classes"):
@@ -28,15 +28,15 @@ def advise_place(task: str, sources: Mapping[Split, Source]) -> str:
             for path in [values] if isinstance(values, str) else values:
                 where = os.path.abspath(os.path.dirname(path) if field == "paths" else path)
                 if path and not os.path.exists(where):
-                    return f". There is no {where}: if the files have moved, say where they are with --tasks.{task}.{split}.{field}"
+                    return f". If the files have moved, say where they are with --tasks.{task}.{split}.{field}"
     return ""
 
 
-def find_places(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Places]:
+def find_locations(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Locations]:
     """Where the files of a source may have moved, by its stored configurations of then and now: each a guess to be compared."""
     texts = _pair_texts(_fill_root(before), _fill_root(now))
     pairs = [(_split(one), _split(other)) for one, other in texts if one != other]
-    return [(), _join_places(starmap(_drop_common_end, pairs)), _join_places((one[:-1], other[:-1]) for one, other in pairs)]
+    return [(), _join_locations(starmap(_drop_common_end, pairs)), _join_locations((one[:-1], other[:-1]) for one, other in pairs)]
 
 
 def _fill_root(source: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -54,8 +54,8 @@ def _drop_common_end(one: Sequence[str], other: Sequence[str]) -> tuple[Sequence
     return one, other
 
 
-def _join_places(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> Places:
-    # Of many shards all have one place.
+def _join_locations(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> Locations:
+    # Of many shards all have one location.
     return tuple(dict.fromkeys(("".join(f"{name}/" for name in one), "".join(f"{name}/" for name in other)) for one, other in pairs))
 
 
