@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from io import TextIOWrapper
 
 from polyvit_fast.media import Media, printable
 
@@ -95,7 +95,7 @@ class DecoderMessages:
 
 
 _current: DecoderMessages | None = None
-_streams: list[TextIO] = []
+_streams: list[TextIOWrapper] = []
 """Python's own streams to what standard error was. They stay open: whoever was given one, such as a handler of `logging`, may keep it."""
 
 
@@ -108,7 +108,7 @@ def catch_decoder_messages() -> Iterator[None]:
     global _current
     stderr, own, messages = sys.stderr, None, None
     with suppress(OSError):
-        own = _open_stream(stderr)
+        own = _open_stream()
         messages = None if _current else DecoderMessages()
     if messages is None:
         yield
@@ -121,8 +121,9 @@ def catch_decoder_messages() -> Iterator[None]:
         messages.close()
 
 
-def _open_stream(stderr: TextIO | None) -> TextIO | None:
+def _open_stream() -> TextIOWrapper | None:
     """A stream to standard error that a later pipe does not divert; None when Python's leads elsewhere, as in a notebook."""
+    stderr = sys.stderr
     try:
         if stderr is None or stderr.fileno() != 2:
             return None
