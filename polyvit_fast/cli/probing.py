@@ -57,6 +57,7 @@ def run_probe(arguments: list[str]) -> int:
     options = parse_options(ProbeOptions, flags, "probe SOURCE")
     config = change_locations(experiments.load(options.experiment), locations, f"probe {source}")
     config = config if options.device == "as in the experiment" else replace(config, device=options.device)
+    from polyvit_fast.data.decoder_messages import catch_decoder_messages
     from polyvit_fast.probe.probing import ProbePlan, probe
     from polyvit_fast.train.output.bars import show_evaluation_progress
 
@@ -69,7 +70,7 @@ def run_probe(arguments: list[str]) -> int:
         compares_random=options.random,
         folder=Path(options.out) if options.out else _choose_folder(source),
     )
-    with show_evaluation_progress(list(config.tasks)) as progress:
+    with catch_decoder_messages(), show_evaluation_progress(list(config.tasks)) as progress:
         results = probe(plan, print, progress)
     _print_results(results)
     print(f"written: {plan.folder / 'probe.json'}")

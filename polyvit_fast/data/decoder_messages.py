@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 
 from polyvit_fast.media import Media, printable
 
@@ -95,35 +95,40 @@ class DecoderMessages:
 
 
 _current: DecoderMessages | None = None
-_streams: list[TextIO] = []
+_streams: list[TextIOWrapper] = []
 """Python's own streams to what standard error was. They stay open: whoever was given one, such as a handler of `logging`, may keep it."""
 
 
 @contextmanager
 def catch_decoder_messages() -> Iterator[None]:
-    """Inside, libraries' messages about damaged files are kept for `describe_messages`; Python's own go to standard error as ever."""
+    """Inside, libraries' messages about damaged files are kept for `describe_messages`; Python's own go to standard error as ever.
+
+    Nothing is caught where there is no standard error or no shell.
+    """
     global _current
-    if _current:
+    stderr, own, messages = sys.stderr, None, None
+    with suppress(OSError):
+        own = _open_stream()
+        messages = None if _current else DecoderMessages()
+    if messages is None:
         yield
         return
-    stderr = sys.stderr
-    own = _open_stream(stderr)
-    _current = DecoderMessages()
+    _current, sys.stderr = messages, own or stderr
     try:
-        sys.stderr = own or stderr
         yield
     finally:
-        sys.stderr, closing, _current = stderr, _current, None
-        closing.close()
+        _current, sys.stderr = None, stderr
+        messages.close()
 
 
-def _open_stream(stderr: TextIO) -> TextIO | None:
+def _open_stream() -> TextIOWrapper | None:
     """A stream to standard error that a later pipe does not divert; None when Python's leads elsewhere, as in a notebook."""
+    stderr = sys.stderr
     try:
-        if stderr.fileno() != 2:
+        if stderr is None or stderr.fileno() != 2:
             return None
         stderr.flush()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
     for stream in _streams:
         if os.path.sameopenfile(stream.fileno(), 2):

@@ -130,9 +130,21 @@ def test_all_else_passes_at_once_and_standard_error_is_given_back(capfd):
     )
 
 
-def run_code(code: str) -> subprocess.CompletedProcess:
+def run_code(code: str, redirect: str = "") -> subprocess.CompletedProcess:
     begin = "import os, sys\nfrom polyvit_fast.data.decoder_messages import catch_decoder_messages\n"
-    return subprocess.run([sys.executable, "-c", begin + textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    command = ["/bin/sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, begin + textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_process_without_standard_error_runs_all_the_same():
+    done = run_code(
+        """
+        with catch_decoder_messages():
+            print("inside", sys.stderr)
+        """,
+        "2>&-",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "inside None\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL], ids=str)
