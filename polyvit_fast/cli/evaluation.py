@@ -51,6 +51,7 @@ def run_eval(arguments: list[str]) -> int:
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table
     from polyvit_fast.train.evaluate import evaluate_run
+    from polyvit_fast.train.output.colours import task_colour
     from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
 
     config = config if options.device == "as trained" else move_to(config, options.device)
@@ -72,7 +73,8 @@ def run_eval(arguments: list[str]) -> int:
             _print_classes(name, found)
             if not found.several:
                 suffix = "" if options.split == "val" else f"-{options.split}"
-                _draw_confusion(folder / f"confusion-{name}{suffix}.png", f"{folder.name}, {name}, {options.split} files", found)
+                colour = task_colour(list(config.tasks).index(name))
+                _draw_confusion(folder / f"confusion-{name}{suffix}.png", f"{folder.name}, {name}, {options.split} files", found, colour)
     if options.predictions:
         print(f"written: {options.predictions}")
     return 0
@@ -97,7 +99,6 @@ def _change_views(config: Train, tasks: tuple[str, ...], views: str) -> Train:
 def _print_classes(name: str, answers: TaskAnswers) -> None:
     """A line for each class, the least known first."""
     from rich.console import Console
-    from rich.text import Text
 
     from polyvit_fast.train.output.table import build_table
 
@@ -107,12 +108,12 @@ def _print_classes(name: str, answers: TaskAnswers) -> None:
     for result in sorted(results, key=lambda one: (math.isnan(one.recall), one.recall)):
         numbers = [result.recall, result.precision, *([result.average_precision] if result.average_precision is not None else [])]
         cells = ["-" if math.isnan(number) else f"{number:.1%}" for number in numbers]
-        table.add_row(Text(result.name), f"{result.num_files:,}", *cells)
+        table.add_row(result.name, f"{result.num_files:,}", *cells)
     Console().print(table)
 
 
-def _draw_confusion(path: Path, title: str, answers: TaskAnswers) -> None:
+def _draw_confusion(path: Path, title: str, answers: TaskAnswers, colour: str) -> None:
     from polyvit_fast.inference.confusion import plot_confusion
 
-    plot_confusion(path, title, answers.classes, answers.confusion)
+    plot_confusion(path, title, answers.classes, answers.confusion, colour=colour)
     print(f"drawn: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def run_train(arguments: list[str]) -> int:
     if outcome.rank:
         return 0  # the first process prints the results
     print_results(outcome.results)
-    _plot_curves(config.folder)
+    _plot_curves(config.folder, list(config.tasks))
     return 0
 
 
@@ -36,15 +37,14 @@ def run_plot(arguments: list[str]) -> int:
     folder, flags = split_subject(arguments, "plot RUN")
     if flags:
         raise ValueError(f"plot RUN takes no flags, but got {' '.join(flags)}")
-    load_run(Path(folder))
-    _plot_curves(Path(folder))
+    _plot_curves(Path(folder), list(load_run(Path(folder)).config.tasks))
     return 0
 
 
 def _plot_schedule(arguments: list[str]) -> int:
     name, flags = split_subject(arguments, "plot schedule EXPERIMENT")
     config = load_config(name, flags, "plot schedule")
-    from polyvit_fast.train.output.plot import plot_schedule, print_schedule
+    from polyvit_fast.train.output.schedule_plot import plot_schedule, print_schedule
     from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
     plan = make_step_plan(config)
@@ -52,16 +52,16 @@ def _plot_schedule(arguments: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     lrs = list(LearningRates(config, plan))
     plot_schedule(path, plan, config, lrs)
-    print_schedule(plan, lrs)
+    print_schedule(plan, list(config.tasks), lrs)
     print(f"drawn: {path}")
     return 0
 
 
-def _plot_curves(folder: Path) -> None:
+def _plot_curves(folder: Path, names: Sequence[str]) -> None:
     from polyvit_fast.train.output.plot import plot_run
 
     path = folder / "curves.png"
-    plot_run(folder, path)
+    plot_run(folder, path, names)
     print(f"drawn: {path}")
 
 
@@ -104,6 +104,15 @@ def run_check(arguments: list[str]) -> int:
 
 def run_list(arguments: list[str]) -> int:
     """List the experiments that come with the package."""
+    from rich.console import Console
+
+    from polyvit_fast.train.output.table import build_table
+
+    table, console = build_table(["experiment", "what it is"], []), Console()
     for name in experiments.names():
-        print(f"{name:24} {experiments.describe(name)}")
+        table.add_row(name, experiments.describe(name))
+        if not console.is_terminal:  # a line for each
+            print(f"{name:24} {experiments.describe(name)}")
+    if console.is_terminal:
+        console.print(table)
     return 0
