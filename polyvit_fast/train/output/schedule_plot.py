@@ -160,8 +160,8 @@ def _draw_percentages(axes: Axes, names: list[str], present: Bool[np.ndarray, "t
         axes.plot(points, middle, color=task_colour(row), linewidth=1)  # for bands thinner than a pixel
         line = {"arrowstyle": "-", "color": task_colour(row), "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         look: dict[str, Any] = {"arrowprops": line, "va": "center", "fontsize": "small"}
-        place = {"xy": (1, middle[-1]), "xytext": (1.03, middle[-1]), "xycoords": axes.get_yaxis_transform()}
-        labels.append(axes.annotate(shorten(name, 20), **place, **look))
+        where = {"xy": (1, middle[-1]), "xytext": (1.03, middle[-1]), "xycoords": axes.get_yaxis_transform()}
+        labels.append(axes.annotate(shorten(name, 20), **where, **look))
     axes.set(ylim=(0, 100), ylabel="minibatches so far [%]", title="Each task's percentage of the minibatches")
     return labels
 
@@ -169,20 +169,20 @@ def _draw_percentages(axes: Axes, names: list[str], present: Bool[np.ndarray, "t
 def _spread(axes: Axes, labels: list[Any]) -> None:
     """Move the names of bands apart, so that none covers another."""
     gap = 100 * TEXT_LINE / (axes.bbox.height / axes.figure.dpi)
-    for label, place in zip(labels, _keep_apart([label.xyann[1] for label in labels], gap), strict=True):
-        label.xyann = (label.xyann[0], place)
+    for label, height in zip(labels, _keep_apart([label.xyann[1] for label in labels], gap), strict=True):
+        label.xyann = (label.xyann[0], height)
 
 
-def _keep_apart(places: Sequence[float], gap: float) -> list[float]:
+def _keep_apart(heights: Sequence[float], gap: float) -> list[float]:
     """Falling numbers at least `gap` from each other, moved as little as that takes: those too close stand around their mean."""
-    groups: list[list[float]] = []  # of places as they would be without the gaps, which fall too
-    for index, place in enumerate(places):
-        groups.append([place + index * gap])
+    groups: list[list[float]] = []  # of heights as they would be without the gaps, which fall too
+    for index, height in enumerate(heights):
+        groups.append([height + index * gap])
         while len(groups) > 1 and np.mean(groups[-2]) < np.mean(groups[-1]):
             groups[-2:] = [groups[-2] + groups[-1]]
     apart = [float(np.mean(group)) for group in groups for _ in group]
-    lowest = gap * (len(places) - 1)  # so that the last stays at 0 or above, and the first below 100
-    return [min(max(place, lowest), max(100.0, lowest)) - index * gap for index, place in enumerate(apart)]
+    lowest = gap * (len(heights) - 1)  # so that the last stays at 0 or above, and the first below 100
+    return [min(max(height, lowest), max(100.0, lowest)) - index * gap for index, height in enumerate(apart)]
 
 
 def _find_rates(plan: StepPlan, config: Train) -> dict[str, tuple[np.ndarray, str]]:
