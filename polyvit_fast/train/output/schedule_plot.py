@@ -209,7 +209,7 @@ def _describe_rate(config: Train, names: tuple[str, ...]) -> tuple[float, str]:
 
 
 def _draw_rates(axes: Axes, kinds: dict[str, tuple[np.ndarray, str]], rates: Float[np.ndarray, " steps"]) -> None:
-    """A line for each label; those of several tasks are dark, and told apart by their dashes."""
+    """A line for each label; those of several tasks are dark, and differ in their dashes."""
     peaks, dashes = [rates[steps].max() for steps, _ in kinds.values()], 0
     for label, (steps, colour) in kinds.items():
         style = "-" if colour else DASHES[dashes % len(DASHES)]

@@ -29,8 +29,8 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_are_far_apart_for_every_reader(count, least, sight):
     seen = np.clip(linear(np.array([to_rgb(task_colour(index)) for index in range(count)])) @ SIGHT[sight].T, 0, 1)
-    lab = to_lab(seen)
-    distances = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    perceived = to_lab(seen)
+    distances = np.linalg.norm(perceived[:, None] - perceived[None], axis=2)
     assert distances[~np.eye(count, dtype=bool)].min() > least
 
 
