@@ -51,7 +51,6 @@ def run_eval(arguments: list[str]) -> int:
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.output.colours import task_colour
     from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
 
     config = config if options.device == "as trained" else move_to(config, options.device)
@@ -73,8 +72,7 @@ def run_eval(arguments: list[str]) -> int:
             _print_classes(name, found)
             if not found.several:
                 suffix = "" if options.split == "val" else f"-{options.split}"
-                colour = task_colour(list(config.tasks).index(name))
-                _draw_confusion(folder / f"confusion-{name}{suffix}.png", f"{folder.name}, {name}, {options.split} files", found, colour)
+                _draw_confusion(folder / f"confusion-{name}{suffix}.png", f"{folder.name}, {name}, {options.split} files", found)
     if options.predictions:
         print(f"written: {options.predictions}")
     return 0
@@ -112,8 +110,8 @@ def _print_classes(name: str, answers: TaskAnswers) -> None:
     Console().print(table)
 
 
-def _draw_confusion(path: Path, title: str, answers: TaskAnswers, colour: str) -> None:
+def _draw_confusion(path: Path, title: str, answers: TaskAnswers) -> None:
     from polyvit_fast.inference.confusion import plot_confusion
 
-    plot_confusion(path, title, answers.classes, answers.confusion, colour=colour)
+    plot_confusion(path, title, answers.classes, answers.confusion)
     print(f"drawn: {path}")

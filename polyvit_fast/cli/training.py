@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def run_train(arguments: list[str]) -> int:
     if outcome.rank:
         return 0  # the first process prints the results
     print_results(outcome.results)
-    _plot_curves(config.folder, list(config.tasks))
+    _plot_curves(config.folder)
     return 0
 
 
@@ -37,7 +36,8 @@ def run_plot(arguments: list[str]) -> int:
     folder, flags = split_subject(arguments, "plot RUN")
     if flags:
         raise ValueError(f"plot RUN takes no flags, but got {' '.join(flags)}")
-    _plot_curves(Path(folder), list(load_run(Path(folder)).config.tasks))
+    load_run(Path(folder))
+    _plot_curves(Path(folder))
     return 0
 
 
@@ -57,11 +57,11 @@ def _plot_schedule(arguments: list[str]) -> int:
     return 0
 
 
-def _plot_curves(folder: Path, names: Sequence[str]) -> None:
+def _plot_curves(folder: Path) -> None:
     from polyvit_fast.train.output.plot import plot_run
 
     path = folder / "curves.png"
-    plot_run(folder, path, names)
+    plot_run(folder, path)
     print(f"drawn: {path}")
 
 
