@@ -106,7 +106,6 @@ def _change_views(config: Train, tasks: tuple[str, ...], views: str) -> Train:
 def _print_classes(name: str, answers: TaskAnswers) -> None:
     """A line for each class, the least known first."""
     from rich.console import Console
-    from rich.text import Text
 
     from polyvit_fast.train.output.table import build_table
 
@@ -116,7 +115,7 @@ def _print_classes(name: str, answers: TaskAnswers) -> None:
     for result in sorted(results, key=lambda one: (math.isnan(one.recall), one.recall)):
         numbers = [result.recall, result.precision, *([result.average_precision] if result.average_precision is not None else [])]
         cells = ["-" if math.isnan(number) else f"{number:.1%}" for number in numbers]
-        table.add_row(Text(result.name), f"{result.num_files:,}", *cells)
+        table.add_row(result.name, f"{result.num_files:,}", *cells)
     Console().print(table)
 
 

@@ -72,7 +72,7 @@ def run_probe(arguments: list[str]) -> int:
     )
     with catch_decoder_messages(), show_evaluation_progress(list(config.tasks)) as progress:
         results = probe(plan, print, progress)
-    _print_results(results)
+    _print_results(results, list(config.tasks))
     print(f"written: {plan.folder / 'probe.json'}")
     return 0
 
@@ -84,17 +84,18 @@ def _choose_folder(source: str) -> Path:
     return path.with_name("probe") if path.is_file() else Path("probe") / source.replace("/", "--")
 
 
-def _print_results(results: list[ProbeResult]) -> None:
+def _print_results(results: list[ProbeResult], tasks: list[str]) -> None:
     """A line for each head of each task, with random weights next to the others where they were probed."""
     from rich.console import Console
 
-    from polyvit_fast.train.output.table import build_table
+    from polyvit_fast.train.output.table import build_table, task_cell
 
     sources = list(dict.fromkeys(row.weights for row in results))
     estimates = {(row.task, row.head, row.weights): row.estimate for row in results}
     names = [Path(source).name for source in sources]
-    table = build_table(["task, head"], ["metric", *names], title="values with their 95 % confidence intervals")
+    table = build_table(["task", "head", "metric"], names, title="values with their 95 % confidence intervals")
     for row in results:
         if row.weights == sources[0]:
-            table.add_row(f"{row.task}, {row.head}", row.metric, *(str(estimates[row.task, row.head, source]) for source in sources))
+            values = (str(estimates[row.task, row.head, source]) for source in sources)
+            table.add_row(task_cell(row.task, tasks.index(row.task)), row.head, row.metric, *values)
     Console().print(table)

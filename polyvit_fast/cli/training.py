@@ -45,7 +45,7 @@ def run_plot(arguments: list[str]) -> int:
 def _plot_schedule(arguments: list[str]) -> int:
     name, flags = split_subject(arguments, "plot schedule EXPERIMENT")
     config = load_config(name, flags, "plot schedule")
-    from polyvit_fast.train.output.plot import plot_schedule, print_schedule
+    from polyvit_fast.train.output.schedule_plot import plot_schedule, print_schedule
     from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
     plan = make_step_plan(config)
@@ -53,7 +53,7 @@ def _plot_schedule(arguments: list[str]) -> int:
     lrs = list(LearningRates(config, plan))
     with make_folder(path.parent):
         plot_schedule(path, plan, config, lrs)
-    print_schedule(plan, lrs)
+    print_schedule(plan, list(config.tasks), lrs)
     print(f"drawn: {path}")
     return 0
 
@@ -105,6 +105,15 @@ def run_check(arguments: list[str]) -> int:
 
 def run_list(arguments: list[str]) -> int:
     """List the experiments that come with the package."""
+    from rich.console import Console
+
+    from polyvit_fast.train.output.table import build_table
+
+    table, console = build_table(["experiment", "what it is"], []), Console()
     for name in experiments.names():
-        print(f"{name:24} {experiments.describe(name)}")
+        table.add_row(name, experiments.describe(name))
+        if not console.is_terminal:  # a line for each
+            print(f"{name:24} {experiments.describe(name)}")
+    if console.is_terminal:
+        console.print(table)
     return 0
