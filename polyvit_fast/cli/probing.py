@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast import experiments
-from polyvit_fast.cli.arguments import HELP_FLAGS, parse_options, split_subject
+from polyvit_fast.cli.arguments import parse_options, split_subject
+from polyvit_fast.cli.help import show_options
+from polyvit_fast.train.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.probe.probing import ProbeResult
@@ -21,7 +23,8 @@ class ProbeOptions:
     on Hugging Face's hub. Features are computed once and kept. A penalty is chosen on a fifth of the training files, never on those that
     are reported. Intervals are of 95 %.
 
-    polyvit-fast probe runs/demo --experiment birds.py --random
+    $ polyvit-fast probe runs/demo --experiment birds.py --random
+    $ polyvit-fast probe timm/vit_small_patch16_224.augreg_in21k --experiment birds.py --heads linear few-shot
     """
 
     experiment: str
@@ -47,8 +50,7 @@ class ProbeOptions:
 
 def run_probe(arguments: list[str]) -> int:
     """Probe a frozen model."""
-    if arguments and arguments[0] in HELP_FLAGS:
-        parse_options(ProbeOptions, ["--help"], "probe SOURCE")
+    show_options(arguments, "probe SOURCE --experiment EXPERIMENT [--option value ...]", ProbeOptions.__doc__ or "", ProbeOptions)
     source, flags = split_subject(arguments, "probe SOURCE --experiment EXPERIMENT")
     options = parse_options(ProbeOptions, flags, "probe SOURCE")
     config = experiments.load(options.experiment)
@@ -65,7 +67,7 @@ def run_probe(arguments: list[str]) -> int:
         compares_random=options.random,
         folder=Path(options.out) if options.out else _choose_folder(source),
     )
-    with show_evaluation_progress() as progress:
+    with stop_on_signals(), show_evaluation_progress() as progress:
         results = probe(plan, print, progress)
     _print_results(results)
     print(f"written: {plan.folder / 'probe.json'}")

@@ -12,8 +12,8 @@ class DataOptions:
 
     decoding: Literal["auto", "cpu", "gpu"] = "auto"
     """Where files are decoded. auto: on the GPU with --device cuda, else on the CPU. Formats without a GPU decoder always use the CPU."""
-    num_threads: int = 2
-    """CPU threads that decode files."""
+    num_threads: int = 0
+    """CPU threads that decode files, for each task; 0: as many as there are cores for this process, up to 16. No result depends on it."""
     prefetch: int = 4
     """Batches that are decoded ahead of the step that needs them."""
     decode_timeout_seconds: float = 120.0
@@ -25,7 +25,9 @@ class DataOptions:
     were repaired."""
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "num_threads", "prefetch")
+        _check_at_least_one(self, "prefetch")
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads = {self.num_threads} must not be negative")
         if not 0 <= self.max_bad_ratio <= 1:
             raise ValueError(f"max_bad_ratio = {self.max_bad_ratio} must be in [0, 1]")
         if self.decode_timeout_seconds <= 0:

@@ -16,6 +16,7 @@ from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
 from polyvit_fast.train.evaluate import evaluate, use_device
 from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
+from polyvit_fast.train.hardware import choose_hardware
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
 from polyvit_fast.train.schedule import count_steps, make_step_plan
@@ -53,12 +54,15 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     """
     require("training", *TRAINING)
     plan = make_step_plan(config)
+    hardware = choose_hardware(config, resumes=True)
+    config = hardware.config
     with (
         stop_on_signals() as stop,
         process_group(config.device) as world,
         use_device(config, world),
         open_run(config, plan, world, experiment, argv) as run,
     ):
+        run.log.message(hardware.describe_all(world))
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
         step, batches = _prepare(run, stop)
         run.clock.restart()

@@ -178,7 +178,7 @@ def _log_initial_weights(log: Log | PeerLog, config: Train, reports: list[LoadRe
 def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) -> Run:
     world = step.world
     report = log.message if world.rank == 0 else partial(log.message, level="warning")
-    process = {"report": report, "rank": world.rank, "world_size": world.size}
+    process = {"report": report, "rank": world.rank, "world_size": world.size, "local_size": world.local_size}
     with world.rank0_first():  # only one process makes the demo's files and the indexes of shards
         loaders = {name: Loader(name, config, train=True, **process) for name in dict(count_steps(plan))}
         validation = {name: Loader(name, config, train=False, **process) for name in config.tasks}
