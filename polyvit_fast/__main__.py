@@ -5,7 +5,7 @@ Signals are handled from here on, before the imports of the command line, which 
 
 import sys
 
-from polyvit_fast.train.signals import leave_on_signals
+from polyvit_fast.signals import leave_on_signals
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,7 +119,7 @@ def _parse_known(kind: type[Options], default: Any, words: Sequence[str], flags:
 def _translate(said: str, cause: BaseException | None, flags: list[Flag]) -> str:
     """A sentence for what tyro puts into a box: a title, what is wrong, and below a line the text of --help."""
     rows = [row.strip("│| ") for row in said.splitlines()]
-    text = " ".join(takewhile(lambda row: row.strip("─-╰╯"), rows[1:]))
+    text = " ".join(takewhile(_holds_words, dropwhile(lambda row: not _holds_words(row), rows[1:])))
     message, where = str(getattr(cause, "message", cause or "")), re.match(r"Error parsing ([^:]+): ", text)
     if where and message:  # not from the box, which may have broken words
         name = "" if where[1] == "Train" else _name_values(where[1], flags)
@@ -133,6 +133,10 @@ def _translate(said: str, cause: BaseException | None, flags: list[Flag]) -> str
     if lacking := re.match(r"Missing value for argument '(.*)'", text):
         return f"{_name_values(lacking[1], flags)}: its value is missing"
     return re.sub(r"^Missing from [^:]*: ", "missing: ", text).replace(" (required)", "") or message
+
+
+def _holds_words(row: str) -> bool:
+    return bool(row.strip("─-╰╯"))
 
 
 def _name_values(name: str, flags: list[Flag]) -> str:
@@ -149,6 +153,9 @@ def _refuse_word(word: str, words: Sequence[str], flags: list[Flag]) -> str:
             return f"Unrecognized argument {word}: {switch.name} switches on and {switch.opposite} off, and nothing stands after them"
         return f"Unrecognized argument {word}"
     name = word.partition("=")[0].replace("_", "-")
+    tasks = list(dict.fromkeys(flag.path[1] for flag in flags if flag.path[0] == "tasks"))
+    if (asked := re.match(r"--tasks\.([^.]+)\.", name)) and asked[1] not in [task.replace("_", "-") for task in tasks]:
+        return f"Unrecognized flag {name}: there is no task {asked[1]}; there are {', '.join(tasks)}"
     close = suggest_flags(name, flags)
     return f"Unrecognized flag {name}" + (f": perhaps you meant {' or '.join(close)}" if close else "")
 

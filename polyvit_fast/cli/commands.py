@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from polyvit_fast import __version__
-from polyvit_fast.train.signals import Stopped, end_quietly, exit_code
+from polyvit_fast.signals import Stopped, end_quietly, exit_code
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
 

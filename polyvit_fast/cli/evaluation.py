@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from polyvit_fast.cli.arguments import load_run, split_run
 from polyvit_fast.cli.help import show_options
 from polyvit_fast.config import Train
-from polyvit_fast.train.signals import stop_on_signals
+from polyvit_fast.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.inference.answers import TaskAnswers

@@ -7,7 +7,7 @@ from typing import Literal
 
 from polyvit_fast.cli.arguments import split_run
 from polyvit_fast.cli.help import show_options
-from polyvit_fast.train.signals import stop_on_signals
+from polyvit_fast.signals import stop_on_signals
 
 
 @dataclass(frozen=True, kw_only=True)

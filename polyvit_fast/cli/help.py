@@ -109,8 +109,8 @@ def _group_used(config: Train) -> Iterator[tuple[str, list[Entry]]]:
 
 def _is_used(flag: Flag, name: str) -> bool:
     """Whether a task's flag is that of its own field of this name, or of its training and validation source's path."""
-    place = flag.path[2:]
-    return place == (name,) or (name == "path" and place in (("train", "path"), ("val", "path")))
+    where = flag.path[2:]
+    return where == (name,) or (name == "path" and where in (("train", "path"), ("val", "path")))
 
 
 def _group_all(config: Train) -> Iterator[tuple[str, list[Entry]]]:
@@ -118,13 +118,13 @@ def _group_all(config: Train) -> Iterator[tuple[str, list[Entry]]]:
     groups: dict[tuple[str, type], list[Entry]] = {}
     for entry in merge_tasks(list_flags(config), config):
         flag = entry.flags[0]
-        place = flag.path[:-1] if not entry.tasks else ("tasks", "NAME", *flag.path[2:-1])
-        groups.setdefault((".".join(place), flag.owner), []).append(entry)
-    for (place, owner), entries in groups.items():
+        where = flag.path[:-1] if not entry.tasks else ("tasks", "NAME", *flag.path[2:-1])
+        groups.setdefault((".".join(where), flag.owner), []).append(entry)
+    for (where, owner), entries in groups.items():
         about = (inspect.getdoc(owner) or "").partition("\n")[0]
         tasks = entries[0].tasks
         some = f" (of {', '.join(tasks)})" if tasks and len(tasks) < len(config.tasks) else ""
-        yield f"{place}{some}: {about}" if place else about, entries
+        yield f"{where}{some}: {about}" if where else about, entries
 
 
 def merge_tasks(flags: Sequence[Flag], config: Train) -> list[Entry]:
@@ -171,12 +171,12 @@ def _write_value(value: Any) -> str:
 
 
 def _wrap_text(text: str) -> str:
-    """Paragraphs in the terminal's width; lines of examples, which begin with $ or with the program, stay lines."""
+    """Paragraphs in the terminal's width; lines of examples, which begin with $, stay lines."""
     blocks: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         lines = paragraph.splitlines()
-        is_list = any(line.startswith(("$ ", "polyvit-fast ", "  ")) for line in lines)
-        blocks.append("\n".join(_wrap(line.removeprefix("$ "), "  ", "      ") for line in lines) if is_list else _wrap(" ".join(lines)))
+        is_list = any(line.startswith("$ ") for line in lines)
+        blocks.append("\n".join(_wrap(line, "", " " * INDENT) for line in lines) if is_list else _wrap(" ".join(lines)))
     return "\n\n".join(blocks)
 
 

@@ -13,7 +13,7 @@ import tyro
 
 from polyvit_fast.cli.arguments import split_run
 from polyvit_fast.cli.help import show_options
-from polyvit_fast.train.signals import stop_on_signals
+from polyvit_fast.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.inference.files import FoundFiles

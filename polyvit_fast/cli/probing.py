@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import parse_options, split_subject
 from polyvit_fast.cli.help import show_options
-from polyvit_fast.train.signals import stop_on_signals
+from polyvit_fast.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.probe.probing import ProbeResult

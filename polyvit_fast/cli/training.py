@@ -8,7 +8,7 @@ from pathlib import Path
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import load_config, load_run, refuse_arguments, split_options, split_subject
 from polyvit_fast.cli.help import show_experiment, show_options
-from polyvit_fast.train.signals import exit_code, stop_on_signals
+from polyvit_fast.signals import exit_code, stop_on_signals
 
 TRAIN = """Train an experiment. The same command again goes on with a run that was stopped, bit for bit.
 

@@ -12,6 +12,7 @@ from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.extras import TRAINING, require
+from polyvit_fast.signals import Stop, stop_on_signals
 from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
 from polyvit_fast.train.evaluate import evaluate, use_device
@@ -20,7 +21,6 @@ from polyvit_fast.train.hardware import choose_hardware
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
 from polyvit_fast.train.schedule import count_steps, make_step_plan
-from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
 GIB = 1 << 30

@@ -104,12 +104,12 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 def leave_on_signals(command: str) -> None:
-    """From now on signals end this process at once, but within `stop_on_signals`; what ends it is told as that of `command`."""
+    """From now on signals end this process at once, but within `stop_on_signals`; the end is reported as that of `command`."""
     _install(Stop(command))
 
 
 def end_quietly(code: int) -> None:
-    """From now on signals end this process with this code, and nothing is told: its work is done, and Python takes its time to end."""
+    """From now on signals end this process with this code, and say nothing: its work is done, and Python takes its time to end."""
     for number in (*ALWAYS, *_list_heeded()):
         signal.signal(number, lambda *_: os._exit(code))
 
