@@ -1,9 +1,9 @@
 """polyvit-fast: one Vision Transformer for images, videos and audio (PolyViT, arXiv 2111.12993)."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's takes longer to import than all else that stands before the command line handles signals
 if TYPE_CHECKING:
+    from typing import Any
+
     from polyvit_fast.drop_in.api import fuse, unfuse
     from polyvit_fast.drop_in.fuse_report import FuseReport
     from polyvit_fast.inference.export.api import Exported, export
@@ -50,9 +50,11 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Imports a name when it is first used: PyTorch takes seconds, during which the command line could not handle signals."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     module = import_module(f"{__name__}.{_MODULES[name]}")
     return module if module.__name__.endswith(f".{name}") else getattr(module, name)

@@ -5,19 +5,15 @@ Signals are handled from here on, before the imports of the command line, which 
 
 import sys
 
-from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
+from polyvit_fast.signals import leave_on_signals
 
 
 def main() -> None:
     """Entry point of `polyvit-fast`."""
-    try:
-        with stop_on_signals():
-            from polyvit_fast import cli
+    leave_on_signals(" ".join(["polyvit-fast", *sys.argv[1:2]]))
+    from polyvit_fast import cli
 
-            cli.main()
-    except Stopped as stopped:
-        print(f"polyvit-fast: stopped by {stopped} before it began", file=sys.stderr)
-        sys.exit(exit_code(stopped.number))
+    cli.main()
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_flags_of_commands_are_accepted(files):
 def test_flags_in_the_text_exist(files, capsys):
     for command in ("train", "check", "eval", "predict", "features", "probe", "export"):
         with pytest.raises(SystemExit):
-            cli.run([command, "wildlife.py", "--help"])
+            cli.run([command, "wildlife.py", "--help-all"])
     known = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)) | {"--help", "--traceback", "--signal"}
     for script in ("conftest.py", "gpu.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / script).read_text()))

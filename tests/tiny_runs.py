@@ -41,7 +41,9 @@ def tiny_config(**changes) -> Train:
     """Two tasks on synthetic tiles and a two-block model: takes a second to train."""
     tasks = {"a": tile_task(steps=12), "b": tile_task(steps=8, num_classes=4, loss="sigmoid", multi_label=True)}
     model = Model(dim=32, depth=2, num_heads=2, mlp_dim=64)
-    config = Train(tasks=tasks, model=model, optim=Optim(name="adamw", lr=3e-3), log=LogOptions(log_every_steps=5))
+    config = Train(
+        tasks=tasks, model=model, optim=Optim(name="adamw", lr=3e-3), log=LogOptions(log_every_steps=5), device="cpu", precision="fp32"
+    )
     return change(config, **changes)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 
 from polyvit_fast import __version__
-from polyvit_fast.cli import evaluation, exporting, prediction, probing, training
-from polyvit_fast.train.signals import Stopped, exit_code, stop_on_signals
+from polyvit_fast.signals import Stopped, end_quietly, exit_code
 
 HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos and audio
 
@@ -30,11 +31,11 @@ HELP = f"""polyvit-fast {__version__}: one Vision Transformer for images, videos
 EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. RUN is a run folder such as runs/demo.
 
 First run:        polyvit-fast train demo     (makes its own files; about 3 minutes on two CPU cores)
-All settings:     polyvit-fast train demo --help
+Settings:         polyvit-fast train demo --help     (those that people use; --help-all shows all)
 Change settings:  polyvit-fast train demo --schedule uniform --tasks.motion.batch 16 --out runs/mine
 Some tasks alone: polyvit-fast train demo --only motion
-Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT --device cuda --precision bf16
-Any command with --traceback shows the traceback of an error instead of its message alone.
+Several GPUs:     torchrun --nproc-per-node 8 -m polyvit_fast train EXPERIMENT
+Any command with --help prints its own help; with --traceback it shows the traceback of an error instead of its message alone.
 
 Exit codes:   0  success
               2  wrong input
@@ -50,7 +51,11 @@ def main() -> None:
     """Run the command of the process's arguments and end the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a terminal without a character must not stop a run
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as end:  # after --help
+        code = end.code if isinstance(end.code, int) else 0
+    end_quietly(code)
     try:
         sys.stdout.flush()
     except OSError:  # the reader is gone; Python would flush again at exit and then return 120
@@ -62,7 +67,9 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. Expected errors are printed as one sentence, without a traceback."""
     show_traceback = "--traceback" in argv
     arguments = [argument for argument in argv if argument != "--traceback"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         print(HELP)
         return 0
     if arguments[0] in ("-V", "--version"):
@@ -70,9 +77,10 @@ def run(argv: list[str]) -> int:
         return 0
     try:
         if arguments[0] not in COMMANDS:
-            raise ValueError(f"command {arguments[0]!r} is unknown; there are: {', '.join(COMMANDS)}")
-        with stop_on_signals():
-            return COMMANDS[arguments[0]](arguments[1:])
+            close = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+            hint = f"perhaps you meant {close[0]}" if close else f"there are: {', '.join(COMMANDS)}"
+            raise ValueError(f"command {arguments[0]!r} is unknown; {hint}")
+        return COMMANDS[arguments[0]](arguments[1:])
     except Stopped as stopped:
         _print_error(f"polyvit-fast {arguments[0]}: stopped by {stopped}{' before its first step' if arguments[0] == 'train' else ''}")
         return exit_code(stopped.number)
@@ -97,27 +105,34 @@ def _print_error(text: str) -> None:
 
 def _exit_code(error: Exception) -> int | None:
     """The documented exit code of an expected error; None for a bug, which is printed with its traceback."""
+    if isinstance(error, ValueError):  # before imports that take seconds
+        return 2
     from polyvit_fast.data.stream import DataError
     from polyvit_fast.train.distributed.process_group import PeerLost
     from polyvit_fast.train.run import NonFiniteError
     from polyvit_fast.train.run_folder.checkpoint import CheckpointError
 
-    kinds = ((DataError, 65), (PeerLost, 69), (NonFiniteError, 70), (CheckpointError, 74), (ValueError, 2), (OSError, 2))
+    kinds = ((DataError, 65), (PeerLost, 69), (NonFiniteError, 70), (CheckpointError, 74), (OSError, 2))
     for kind, code in kinds:
         if isinstance(error, kind):
             return code
     return None
 
 
+def _find(module: str, function: str) -> Callable[[list[str]], int]:
+    """The function of a command, whose module is imported when it is run."""
+    return lambda arguments: getattr(import_module(f"polyvit_fast.cli.{module}"), function)(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": training.run_train,
-    "eval": evaluation.run_eval,
-    "predict": prediction.run_predict,
-    "features": prediction.run_features,
-    "probe": probing.run_probe,
-    "export": exporting.run_export,
-    "plot": training.run_plot,
-    "plan": training.run_plan,
-    "check": training.run_check,
-    "list": training.run_list,
+    "train": _find("training", "run_train"),
+    "eval": _find("evaluation", "run_eval"),
+    "predict": _find("prediction", "run_predict"),
+    "features": _find("prediction", "run_features"),
+    "probe": _find("probing", "run_probe"),
+    "export": _find("exporting", "run_export"),
+    "plot": _find("training", "run_plot"),
+    "plan": _find("training", "run_plan"),
+    "check": _find("training", "run_check"),
+    "list": _find("training", "run_list"),
 }

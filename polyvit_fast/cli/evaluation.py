@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast.cli.arguments import load_run, split_run
+from polyvit_fast.cli.help import show_options
 from polyvit_fast.cli.locations import change_locations, split_locations
 from polyvit_fast.config import Train
+from polyvit_fast.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.inference.answers import TaskAnswers
@@ -50,6 +52,7 @@ class EvalOptions:
 
 def run_eval(arguments: list[str]) -> int:
     """Evaluate a checkpoint of a run."""
+    show_options(arguments, "eval RUN [--option value ...]", EvalOptions.__doc__ or "", EvalOptions)
     locations, arguments = split_locations(arguments)
     folder, options = split_run(EvalOptions, arguments, "eval")
     config = change_locations(load_run(folder).config, locations, f"eval {folder}")
@@ -67,7 +70,7 @@ def run_eval(arguments: list[str]) -> int:
     table = Path(options.predictions)
     if options.predictions:
         check_table_file(table)
-    with ExitStack() as stack:
+    with stop_on_signals(), ExitStack() as stack:
         # Of several processes only the first has answers, so only that one may open the table.
         answers = Answers((lambda: stack.enter_context(open_table(table, ANSWER_COLUMNS))) if options.predictions else None)
         keep = {"keep": answers} if options.predictions or options.per_class else {}

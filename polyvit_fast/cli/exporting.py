@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polyvit_fast.cli.arguments import split_run
+from polyvit_fast.cli.help import show_options
+from polyvit_fast.signals import stop_on_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,12 @@ class ExportOptions:
 
 def run_export(arguments: list[str]) -> int:
     """Take one task of a run away."""
+    show_options(arguments, "export RUN --to FORM --out FOLDER [--option value ...]", ExportOptions.__doc__ or "", ExportOptions)
     folder, options = split_run(ExportOptions, arguments, "export")
     from polyvit_fast.inference.export.api import export
 
-    exported = export(
-        folder, options.to, options.out, task=options.task or None, checkpoint=options.checkpoint, overwrite=options.overwrite
-    )
+    choice = {"task": options.task or None, "checkpoint": options.checkpoint, "overwrite": options.overwrite}
+    with stop_on_signals():
+        exported = export(folder, options.to, options.out, **choice)
     print(exported)
     return 0

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from polyvit_fast.cli.arguments import split_run
+from polyvit_fast.cli.help import show_options
+from polyvit_fast.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.inference.files import FoundFiles
@@ -86,6 +88,7 @@ class FeatureOptions:
 
 def run_predict(arguments: list[str]) -> int:
     """Predict the classes of files."""
+    show_options(arguments, "predict RUN FILES ... [--option value ...]", PredictOptions.__doc__ or "", PredictOptions)
     folder, options = split_run(PredictOptions, arguments, "predict")
     from polyvit_fast.inference.files import find_files
     from polyvit_fast.inference.loading import load
@@ -97,7 +100,7 @@ def run_predict(arguments: list[str]) -> int:
     _check_files(options.files, "predict")
     model = load(folder, options.checkpoint, device=options.device, weights=options.weights)
     found = find_files(options.files, model.config, [model.find_task(task) for task in options.task])
-    with use_device(model.config):
+    with stop_on_signals(), use_device(model.config):
         if not options.out:
             return _print_predictions(model, found, options.top)
         with open_table(Path(options.out), PREDICTION_COLUMNS) as add, _show_progress(found) as report:
@@ -135,6 +138,7 @@ def _predict(model: TrainedModel, found: FoundFiles, top: int, report: Report) -
 
 def run_features(arguments: list[str]) -> int:
     """Write the features of files."""
+    show_options(arguments, "features RUN FILES ... --out FILE [--option value ...]", FeatureOptions.__doc__ or "", FeatureOptions)
     folder, options = split_run(FeatureOptions, arguments, "features")
     from polyvit_fast.inference.files import find_files
     from polyvit_fast.inference.loading import load
@@ -148,14 +152,14 @@ def run_features(arguments: list[str]) -> int:
     task = model.find_task_of(options.modality or None, options.task or None)
     found = find_files(options.files, model.config, [task])
     chunks: list[Features] = []
-    with use_device(model.config), _show_progress(found) as report:
+    with stop_on_signals(), use_device(model.config), _show_progress(found) as report:
         for _, files in _split(model, found):
             chunks.append(model.features(files, task=task, layer=options.layer, pool=pool, on_error="skip"))
             report(task, len(files), chunks[-1].skipped)
-    good = [chunk for chunk in chunks if chunk.names]
-    if not good:
-        return NOTHING_WORKED
-    shape = write_features(out, good)
+        good = [chunk for chunk in chunks if chunk.names]
+        if not good:
+            return NOTHING_WORKED
+        shape = write_features(out, good)
     print(f"written: {out}, features {list(shape)}")
     return 0
 

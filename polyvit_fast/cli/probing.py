@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast import experiments
-from polyvit_fast.cli.arguments import HELP_FLAGS, parse_options, split_subject
+from polyvit_fast.cli.arguments import parse_options, split_subject
+from polyvit_fast.cli.help import show_options
 from polyvit_fast.cli.locations import change_locations, split_locations
+from polyvit_fast.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from polyvit_fast.probe.probing import ProbeResult
@@ -22,7 +24,8 @@ class ProbeOptions:
     on Hugging Face's hub. Features are computed once and kept. A penalty is chosen on a fifth of the training files, never on those that
     are reported. Intervals are of 95 %.
 
-    polyvit-fast probe runs/demo --experiment birds.py --random
+    $ polyvit-fast probe runs/demo --experiment birds.py --random
+    $ polyvit-fast probe timm/vit_small_patch16_224.augreg_in21k --experiment birds.py --heads linear few-shot
 
     Where files have moved: --tasks.NAME.train.path FOLDER, or another field of a task's train or val.
     """
@@ -50,8 +53,7 @@ class ProbeOptions:
 
 def run_probe(arguments: list[str]) -> int:
     """Probe a frozen model."""
-    if arguments and arguments[0] in HELP_FLAGS:
-        parse_options(ProbeOptions, ["--help"], "probe SOURCE")
+    show_options(arguments, "probe SOURCE --experiment EXPERIMENT [--option value ...]", ProbeOptions.__doc__ or "", ProbeOptions)
     locations, arguments = split_locations(arguments)
     source, flags = split_subject(arguments, "probe SOURCE --experiment EXPERIMENT")
     options = parse_options(ProbeOptions, flags, "probe SOURCE")
@@ -70,7 +72,7 @@ def run_probe(arguments: list[str]) -> int:
         compares_random=options.random,
         folder=Path(options.out) if options.out else _choose_folder(source),
     )
-    with catch_decoder_messages(), show_evaluation_progress(list(config.tasks)) as progress:
+    with stop_on_signals(), catch_decoder_messages(), show_evaluation_progress(list(config.tasks)) as progress:
         results = probe(plan, print, progress)
     _print_results(results, list(config.tasks))
     print(f"written: {plan.folder / 'probe.json'}")

@@ -5,16 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from polyvit_fast import experiments
-from polyvit_fast.cli.arguments import load_config, load_run, split_subject
+from polyvit_fast.cli.arguments import load_config, load_run, refuse_arguments, split_options, split_subject
+from polyvit_fast.cli.help import show_experiment, show_options
 from polyvit_fast.files import make_folder
-from polyvit_fast.train.signals import exit_code
+from polyvit_fast.signals import exit_code, stop_on_signals
+
+TRAIN = """Train an experiment. The same command again goes on with a run that was stopped, bit for bit.
+
+$ polyvit-fast train demo
+$ polyvit-fast train demo --optim.lr 3e-4 --tasks.motion.batch 32 --out runs/b
+$ polyvit-fast train photos.py --only species
+$ torchrun --nproc-per-node 8 -m polyvit_fast train photos.py
+
+EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. Ctrl-C saves a checkpoint."""
+PLOT = """Draw the loss and metric curves of a run as RUN/curves.png; `plot schedule EXPERIMENT` draws which task each step trains.
+
+$ polyvit-fast plot runs/demo
+$ polyvit-fast plot schedule demo"""
+SCHEDULE = """Draw which task each step of an experiment trains, and the learning rate, as schedule.png in its run folder.
+
+$ polyvit-fast plot schedule demo
+$ polyvit-fast plot schedule demo --schedule task-by-task --out runs/by-task"""
+PLAN = """Print what a run will cost, without training: parameters, FLOPs, memory on GPUs of several sizes, passes over the data.
+
+$ polyvit-fast plan demo
+$ polyvit-fast plan polyvit_b16 --device cuda --recompute"""
+LIST = """List the experiments that come with the package.
+
+$ polyvit-fast list"""
 
 
 def run_train(arguments: list[str]) -> int:
     """Train an experiment, or resume its run."""
+    show_experiment(arguments, "train EXPERIMENT [--field value ...]", TRAIN)
     name, flags = split_subject(arguments, "train EXPERIMENT")
     config = load_config(name, flags, "train")
     from polyvit_fast.train.loop import train
@@ -34,15 +58,16 @@ def run_plot(arguments: list[str]) -> int:
     """Draw the curves of a run, or the schedule of an experiment."""
     if arguments[:1] == ["schedule"]:
         return _plot_schedule(arguments[1:])
+    show_options(arguments, "plot RUN", PLOT, None)
     folder, flags = split_subject(arguments, "plot RUN")
-    if flags:
-        raise ValueError(f"plot RUN takes no flags, but got {' '.join(flags)}")
+    refuse_arguments(flags, "plot RUN")
     load_run(Path(folder))
     _plot_curves(Path(folder))
     return 0
 
 
 def _plot_schedule(arguments: list[str]) -> int:
+    show_experiment(arguments, "plot schedule EXPERIMENT [--field value ...]", SCHEDULE)
     name, flags = split_subject(arguments, "plot schedule EXPERIMENT")
     config = load_config(name, flags, "plot schedule")
     from polyvit_fast.train.output.schedule_plot import plot_schedule, print_schedule
@@ -68,6 +93,7 @@ def _plot_curves(folder: Path) -> None:
 
 def run_plan(arguments: list[str]) -> int:
     """Print what a run will cost."""
+    show_experiment(arguments, "plan EXPERIMENT [--field value ...]", PLAN)
     name, flags = split_subject(arguments, "plan EXPERIMENT")
     config = load_config(name, flags, "plan")
     from polyvit_fast.train.output.cost_report import print_cost
@@ -78,7 +104,11 @@ def run_plan(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed, --only too."""
+    """Decode every file of every task (eight clips of a video) and list the broken ones. All flags of `train` are allowed, --only too.
+
+    $ polyvit-fast check photos.py
+    $ polyvit-fast check photos.py --num-workers 8 --only species
+    """
 
     manifests: str = "clean-manifests"
     """Folder to write to: for each task and split a manifest without the broken files, and broken.tsv."""
@@ -94,17 +124,21 @@ class CheckOptions:
 
 def run_check(arguments: list[str]) -> int:
     """Decode every file of an experiment, and name the broken ones."""
+    show_experiment(arguments, "check EXPERIMENT [--option value ...] [--field value ...]", CheckOptions.__doc__ or "", CheckOptions)
     name, flags = split_subject(arguments, "check EXPERIMENT")
-    options, flags = tyro.cli(CheckOptions, args=flags, prog=f"polyvit-fast check {name}", return_unknown_args=True)
-    config = load_config(name, flags, "check")
+    options, flags = split_options(CheckOptions, flags, f"check {name}")
+    config = load_config(name, flags, "check", CheckOptions)
     from polyvit_fast.data.checking.check import check_files
 
-    num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds)
+    with stop_on_signals():
+        num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds)
     return 65 if num_broken else 0
 
 
 def run_list(arguments: list[str]) -> int:
     """List the experiments that come with the package."""
+    show_options(arguments, "list", LIST, None)
+    refuse_arguments(arguments, "list")
     from rich.console import Console
 
     from polyvit_fast.train.output.table import build_table

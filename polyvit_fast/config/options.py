@@ -14,8 +14,8 @@ class DataOptions(Record):
 
     decoding: Literal["auto", "cpu", "gpu"] = "auto"
     """Where files are decoded. auto: on the GPU with --device cuda, else on the CPU. Formats without a GPU decoder always use the CPU."""
-    num_threads: int = 2
-    """CPU threads that decode files."""
+    num_threads: int = 0
+    """CPU threads that decode files, for each task; 0: as many as there are cores for this process, up to 16. No result depends on it."""
     prefetch: int = 4
     """Batches that are decoded ahead of the step that needs them."""
     decode_timeout_seconds: float = 120.0
@@ -27,7 +27,8 @@ class DataOptions(Record):
     left out. When their list changes, so does the order of the samples from then on."""
 
     def __post_init__(self) -> None:
-        check_range(self, "[1, 1024]", "num_threads", "prefetch")
+        check_range(self, "[0, 1024]", "num_threads")
+        check_range(self, "[1, 1024]", "prefetch")
         check_range(self, "[0, 1]", "max_bad_ratio")
         check_range(self, "(0, inf)", "decode_timeout_seconds")
 

@@ -49,10 +49,12 @@ class Train(Record):
     """Run folder. Empty: runs/NAME. This path, like all others, starts from the folder in which the command runs, if it is relative."""
     seed: int = 0
     """Seed of everything random: initial weights, order of tasks and samples, augmentation, dropout."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model computes. Under torchrun, cuda gives each process one GPU."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward and backward under autocast; parameters and optimizer state stay in fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes. auto: on an NVIDIA GPU if PyTorch finds one that it can use, else on the CPU; a run stays where it began.
+    Under torchrun, cuda gives each process one GPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: forward and backward under autocast; parameters and optimizer state stay in fp32. auto: bf16 on a GPU that has it (compute
+    capability 8.0 or more), else fp32; a run keeps what it began with."""
     resume: bool = True
     """Resume from the newest checkpoint in the run folder, if there is one. The configuration must be the same."""
 

@@ -28,6 +28,7 @@ from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
 from polyvit_fast.data.sources.locations import Split, advise_location
+from polyvit_fast.data.threads import count_decoding_threads
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -104,6 +105,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         split: Split = "val",
+        local_size: int = 1,
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name, self.config, self.task, self.trains, self.report = name, config, config.tasks[name], train, report
@@ -118,7 +120,7 @@ class Loader:
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
         self.first = rank * self.size if train else 0
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
-        self.num_threads = config.data.num_threads
+        self.num_threads = count_decoding_threads(config.data.num_threads, local_size)
         options = {"batch": self.size, "train": train, "num_threads": self.num_threads}
         self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}

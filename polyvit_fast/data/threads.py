@@ -15,6 +15,25 @@ from typing import Any
 
 import torch
 
+MAX_DECODING_THREADS = 16
+"""Of one task's decoder, unless more are asked for: every task has a decoder of its own, and each of its threads has buffers."""
+
+
+def count_decoding_threads(num_threads: int, local_processes: int = 1) -> int:
+    """Threads of each task's decoder; `num_threads` = 0: as many as this process has cores, when all on this machine divide them."""
+    return num_threads or max(1, min(MAX_DECODING_THREADS, _count_cores() // local_processes))
+
+
+def _count_cores() -> int:
+    """Cores that this process may use, by its affinity and by the limit of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return min(cores, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no limit: the quota is "max"
+        return cores
+
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:
     """The results of `function` for `items`, in order. Raises what the first failing item raised, after all have ended."""

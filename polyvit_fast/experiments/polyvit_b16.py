@@ -37,7 +37,7 @@ Differences from the paper's code:
   its settings do not normalise them.
 """
 
-from polyvit_fast.config import MODELS, DataOptions, LogOptions, Optim, Task, Train
+from polyvit_fast.config import MODELS, LogOptions, Optim, Task, Train
 from polyvit_fast.data import Audio, Folder, Image, Manifest, Video
 
 WARMUP_STEPS = {"images": 500, "kinetics400": 8_390, "moments": 30_910, "audioset": 795, "vggsound": 6_735}
@@ -132,6 +132,5 @@ config = Train(
     optim=Optim(name="sgd", lr=1.0, momentum=0.9, warmup_steps=sum(WARMUP_STEPS.values()), clip_norm=1.0),
     schedule="weighted",
     seed=42,
-    data=DataOptions(num_threads=8),
     log=LogOptions(log_every_steps=100, eval_every_steps=5_000, save_every_steps=5_000),
 )

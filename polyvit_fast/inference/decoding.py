@@ -15,6 +15,7 @@ from polyvit_fast.data.dali import UnavailableError
 from polyvit_fast.data.decoders import build_decoder, build_task_decoder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import NO_FILES_FAULT, DataError, evaluation_size
+from polyvit_fast.data.threads import count_decoding_threads
 from polyvit_fast.inference.inputs import Item, Skip, list_items
 from polyvit_fast.media import DEFECTS, Media, printable
 from polyvit_fast.randomness import generator
@@ -82,7 +83,7 @@ class GridReader:
     def _build_decoder(self) -> Decoder:
         task, data = self.task, self.config.data
         on_gpu = self.config.device == "cuda" and data.decoding != "cpu"
-        options: dict[str, Any] = {"batch": evaluation_size(task), "train": False, "num_threads": data.num_threads}
+        options: dict[str, Any] = {"batch": evaluation_size(task), "train": False, "num_threads": count_decoding_threads(data.num_threads)}
         options["device"] = "cuda" if on_gpu else "cpu"
         try:
             if isinstance(task.val, Synthetic):  # its decoder makes grids up

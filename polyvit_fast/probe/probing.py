@@ -21,6 +21,7 @@ from polyvit_fast.probe.few_shot import measure_few_shot
 from polyvit_fast.probe.heads import AttentiveProbe, LinearProbe, Probe, split_for_choice
 from polyvit_fast.probe.intervals import Estimate, bootstrap, wilson
 from polyvit_fast.train.evaluate import use_device
+from polyvit_fast.train.hardware import choose_hardware
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder.initial_weights import read_source
 
@@ -72,7 +73,7 @@ def probe(plan: ProbePlan, report: Callable[[str], None], progress: Progress) ->
     if unknown:
         raise ValueError(f"the experiment has no task {', '.join(unknown)}; it has {', '.join(plan.config.tasks)}")
     names = plan.tasks or tuple(plan.config.tasks)
-    config = replace(plan.config, tasks={name: plan.config.tasks[name] for name in names}, init="")
+    config = replace(choose_hardware(plan.config).config, tasks={name: plan.config.tasks[name] for name in names}, init="")
     source = read_source(plan.source)
     config = replace(config, model=source.model)
     results: list[ProbeResult] = []

@@ -4,16 +4,16 @@ The folder can be called, too: polyvit_fast.train(config, out="runs/mine") train
 """
 
 import sys
-from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 
 class _CallableFolder(ModuleType):
     """This folder of modules, which is `polyvit_fast.train(config)` too: Python puts it where that function would stand."""
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: object, **options: object) -> object:
         """See `polyvit_fast.inference.training.train`."""
+        from importlib import import_module
+
         return import_module("polyvit_fast.inference.training").train(*args, **options)
 
 

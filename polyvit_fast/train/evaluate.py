@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from polyvit_fast.data.sources.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, request_validation_batches
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.distributed.process_group import ALONE, World, process_group
+from polyvit_fast.train.hardware import choose_hardware, count_compute_threads
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
@@ -43,7 +43,7 @@ def use_device(config: Train, world: World = ALONE) -> Iterator[None]:
         raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or look at what nvidia-smi says")
     check_backend(config.compute.attention, config.device)
     before = torch.get_num_threads()
-    torch.set_num_threads(config.compute.compute_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size - 1))
+    torch.set_num_threads(count_compute_threads(config, world))
     try:
         yield
     finally:
@@ -143,14 +143,15 @@ def evaluate_run(
     unknown = sorted(set(tasks) - config.tasks.keys())
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
-    config, tasks = _choose_split(config, split, tasks)
+    config, tasks = _choose_split(choose_hardware(config).config, split, tasks)
     with process_group(config.device) as world, use_device(config, world), catch_decoder_messages():
         found, weights = load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
         config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
         with world.rank0_first():
-            loaders = {name: Loader(name, config, train=False, rank=world.rank, split=split, report=print) for name in tasks}
+            process = {"rank": world.rank, "local_size": world.local_size, "report": print}
+            loaders = {name: Loader(name, config, train=False, split=split, **process) for name in tasks}
         if world.rank == 0:
             for text in describe_other_files(found, split, loaders):
                 print(text)

@@ -13,14 +13,15 @@ from polyvit_fast.data.decoder_messages import catch_decoder_messages
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.extras import TRAINING, require
+from polyvit_fast.signals import Stop, stop_on_signals
 from polyvit_fast.train.capture import CapturedStep, capture
 from polyvit_fast.train.distributed.process_group import process_group
 from polyvit_fast.train.evaluate import evaluate, use_device
 from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
+from polyvit_fast.train.hardware import choose_hardware
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
 from polyvit_fast.train.schedule import count_steps
-from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
 GIB = 1 << 30
@@ -56,6 +57,8 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
     require("training", *TRAINING)
+    hardware = choose_hardware(config, resumes=True)
+    config = hardware.config
     with (
         stop_on_signals() as stop,
         process_group(config.device) as world,
@@ -63,6 +66,7 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
         catch_decoder_messages(),
         open_run(config, world, experiment, argv) as run,
     ):
+        run.log.message(hardware.describe_all(world))
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
         step, batches = _prepare(run, stop)
         run.clock.restart()

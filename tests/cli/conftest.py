@@ -24,7 +24,7 @@ def trained(tmp_path_factory) -> Path:
         tasks[name] = replace(task, train=train, val=val, steps=2, batch=6)
     tasks["shapes"] = replace(tasks["shapes"], test=replace(tasks["shapes"].val, num_samples=6))
     tasks["motion"] = replace(tasks["motion"], modality=replace(CLIP, frames=4, tubelet_frames=2))
-    config = replace(demo, tasks=tasks, model=Model(dim=32, depth=2, num_heads=2, mlp_dim=64), out="")
+    config = replace(demo, tasks=tasks, model=Model(dim=32, depth=2, num_heads=2, mlp_dim=64), out="", device="cpu")
     pf.train(config, out=home / "run")
     return home / "run"
 

@@ -27,7 +27,8 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("trian demo", "command 'trian' is unknown; there are: train, eval, predict, features"),
+        ("trian demo", "command 'trian' is unknown; perhaps you meant train"),
+        ("go demo", "command 'go' is unknown; there are: train, eval, predict, features"),
         ("train", "usage: polyvit-fast train EXPERIMENT"),
         ("train smok", "experiment 'smok' is unknown; perhaps you meant smoke"),
         ("train mine.py", "experiment file mine.py does not exist"),

@@ -43,7 +43,7 @@ def test_an_error_in_an_experiment_file_is_reported_with_its_line(here, capsys, 
 
 def test_train_eval_and_plot_of_a_users_own_file(here, capsys):
     (here / "mine.py").write_text(EXPERIMENT)
-    assert cli.run(["train", "mine.py", "--log-every-steps", "2"]) == 0
+    assert cli.run(["train", "mine.py", "--device", "cpu", "--log-every-steps", "2"]) == 0
     text = printed(capsys)
     assert "pictures" in text
     assert "top1" in text
@@ -121,7 +121,7 @@ def test_check_names_broken_files_and_writes_clean_manifests(here, capsys):
 
 def test_only_makes_a_baseline_of_some_tasks(here, capsys):
     """For every command that takes an experiment, and for those that take its run folder."""
-    few = ("--only", "clips", "--tasks.clips.steps", "3")
+    few = ("--device", "cpu", "--only", "clips", "--tasks.clips.steps", "3")
     assert cli.run(["train", "smoke", *few]) == 0
     folder = here / "runs" / "smoke-only-clips"
     assert "tasks: clips" in (folder / "log.txt").read_text()
@@ -157,7 +157,7 @@ def test_only_names_the_tasks_that_there_are(here, capsys, flags, words):
 def test_help_shows_only_and_the_flags_of_the_tasks_that_are_left(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     with pytest.raises(SystemExit):
-        cli.run(["train", "smoke", "--only", "clips", "--help"])
+        cli.run(["train", "smoke", "--only", "clips", "--help-all"])
     text = capsys.readouterr().out
     assert "--only" in text
     assert "--tasks.clips.steps" in text

@@ -82,8 +82,8 @@ def test_any_field_can_be_set_on_the_command_line(config):
         ("--tasks.a.steps five", ["tasks.a.steps", "INT"]),
         ("--tasks.a.steps 0", ["tasks.a", "steps = 0 must be at least 1"]),
         ("--data.num-threads 5", ["Unrecognized", "Perhaps you meant", "--num-threads INT"]),
-        ("--num-threads 0", ["data", "num_threads = 0 must be at least 1"]),
-        ("--residual bf16", ["--residual bf16 needs --precision bf16"]),
+        ("--num-threads -1", ["data", "num_threads = -1 must not be negative"]),
+        ("--residual bf16 --precision fp32", ["--residual bf16 needs --precision bf16"]),
     ],
 )
 def test_wrong_flags_are_named(config, capsys, flags, words):

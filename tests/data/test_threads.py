@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import threading
 import time
 import weakref
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from polyvit_fast.data import threads
-from polyvit_fast.data.threads import map_in_threads
+from polyvit_fast.data.threads import MAX_DECODING_THREADS, count_decoding_threads, map_in_threads
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5, 100])
@@ -142,3 +143,10 @@ def test_a_forked_process_starts_threads_of_its_own():
     map_in_threads(abs, [1, 2], 2)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(map_in_threads, (abs, [-1, -2], 2)).get(20) == [1, 2]
+
+
+def test_decoding_threads_are_the_cores_of_a_process_unless_they_are_set():
+    cores = len(os.sched_getaffinity(0))
+    assert 1 <= count_decoding_threads(0) <= min(cores, MAX_DECODING_THREADS)
+    assert count_decoding_threads(0, local_processes=2 * cores) == 1
+    assert count_decoding_threads(40) == count_decoding_threads(40, local_processes=8) == 40

@@ -41,7 +41,9 @@ def tiny_demo(files: Path) -> Train:
         tasks[name] = replace(task, **sources, steps=3, batch=8, micro_batches=2)
     tasks["motion"] = replace(tasks["motion"], modality=replace(CLIP, eval_crops=3, flip=True))
     optim = replace(demo.optim, warmup_steps=0, ema_decay=0.9)
-    return replace(demo, tasks=tasks, model=Model(dim=32, depth=2, num_heads=2, mlp_dim=64), optim=optim, out="")
+    return replace(
+        demo, tasks=tasks, model=Model(dim=32, depth=2, num_heads=2, mlp_dim=64), optim=optim, out="", device="cpu", precision="fp32"
+    )
 
 
 @pytest.fixture(scope="session")

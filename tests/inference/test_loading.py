@@ -60,7 +60,7 @@ def test_what_is_no_run_is_named(run, tmp_path, unchecked_types):
 def test_a_run_without_an_average_has_none(tmp_path):
     smoke = experiments.load("smoke")
     tasks = {"pictures": replace(smoke.tasks["pictures"], steps=1)}
-    pf.train(replace(smoke, tasks=tasks), out=tmp_path)
+    pf.train(replace(smoke, tasks=tasks, device="cpu"), out=tmp_path)
     model = pf.load(tmp_path)
     assert model.weights == "model"
     assert model.classes["pictures"] == ("0", "1", "2", "3", "4")  # its samples have no names
@@ -69,7 +69,7 @@ def test_a_run_without_an_average_has_none(tmp_path):
 
 
 def test_a_run_of_a_gpu_is_moved_to_the_cpu():
-    smoke = experiments.load("smoke")
+    smoke = replace(experiments.load("smoke"), device="cpu", precision="fp32")
     on_gpu = replace(smoke, device="cuda", compute=ComputeOptions(attention="cudnn"), data=DataOptions(decoding="gpu", num_threads=3))
     assert move_to(on_gpu, "cpu") == replace(smoke, data=DataOptions(num_threads=3))
     if not torch.cuda.is_available():

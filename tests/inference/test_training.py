@@ -30,7 +30,7 @@ def test_the_command_line_evaluates_and_plots_it(run, capsys):
 
 def test_the_same_call_resumes(tmp_path):
     task = replace(experiments.load("smoke").tasks["pictures"], steps=4)
-    config = replace(experiments.load("smoke"), tasks={"pictures": task}, out=str(tmp_path / "half"))
+    config = replace(experiments.load("smoke"), tasks={"pictures": task}, out=str(tmp_path / "half"), device="cpu")
     straight = pf.train(config, out=tmp_path / "straight")
     half = replace(config, log=replace(config.log, save_every_steps=2, keep=5))
     pf.train(half)
@@ -46,7 +46,7 @@ def test_the_same_call_resumes(tmp_path):
 def test_an_experiment_by_name_or_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "from dataclasses import replace\nfrom polyvit_fast import experiments\nsmoke = experiments.load('smoke')\n"
-    text += "tasks = {'pictures': replace(smoke.tasks['pictures'], steps=2)}\nconfig = replace(smoke, tasks=tasks, out='')\n"
+    text += "tasks = {'pictures': replace(smoke.tasks['pictures'], steps=2)}\nconfig = replace(smoke, tasks=tasks, out='', device='cpu')\n"
     Path("mine.py").write_text(text)
     assert pf.train(Path("mine.py")).step == 2
     Path("mine.py").unlink()

@@ -381,7 +381,19 @@ def test_unwritable_run_folder_is_refused(tmp_path, config):
 
 @pytest.mark.long
 def test_sigterm_to_a_real_process_saves_and_resumes(tmp_path):
-    command = [sys.executable, "-m", "polyvit_fast", "train", "smoke", "--out", str(tmp_path / "run"), "--tasks.pictures.steps", "2000"]
+    command = [
+        sys.executable,
+        "-m",
+        "polyvit_fast",
+        "train",
+        "smoke",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+        "--tasks.pictures.steps",
+        "2000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout
     watchdog = threading.Timer(120, process.kill)

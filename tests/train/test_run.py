@@ -59,7 +59,19 @@ def test_time_is_counted_for_the_interval_and_for_the_whole_run(run, monkeypatch
     assert run.interval_times["b"].waited == run.interval_times["b"].seconds
 
 
-SMOKE = ["train", "smoke", "--tasks.pictures.steps", "100000", "--save-every-steps", "10", "--compute-threads", "1", "--out"]
+SMOKE = [
+    "train",
+    "smoke",
+    "--device",
+    "cpu",
+    "--tasks.pictures.steps",
+    "100000",
+    "--save-every-steps",
+    "10",
+    "--compute-threads",
+    "1",
+    "--out",
+]
 
 
 @pytest.fixture

@@ -33,7 +33,20 @@ from polyvit_fast.train.schedule import make_step_plan
 
 ROOT = Path(__file__).parents[2]
 # SGD, for AdamW divides by gradients that are zero but for rounding.
-FLAGS = ("--optim.name", "sgd", "--optim.lr", "0.05", "--optim.warmup-steps", "2", "--log-every-steps", "8", "--compute-threads", "1")
+FLAGS = (
+    "--device",
+    "cpu",
+    "--optim.name",
+    "sgd",
+    "--optim.lr",
+    "0.05",
+    "--optim.warmup-steps",
+    "2",
+    "--log-every-steps",
+    "8",
+    "--compute-threads",
+    "1",
+)
 LONG = ("--tasks.pictures.steps", "3000")
 PATIENCE_SECONDS = 120
 OTHER_RUNS = {"schedule": "accumulating", "sharded": True}
@@ -62,7 +75,7 @@ def rows(folder: Path, kind: str) -> list[dict]:
 
 def run_smoke(folder: Path, changes: dict) -> None:
     optim = Optim(name="sgd", lr=0.05, warmup_steps=2)
-    values = {"out": str(folder), "optim": optim, "log_every_steps": 8, "compute_threads": 1}
+    values = {"out": str(folder), "optim": optim, "log_every_steps": 8, "compute_threads": 1, "device": "cpu"}
     config = change(experiments.load("smoke"), **(values | changes))
     train(config, "smoke", ["test"])
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def shard(model: PolyViT, world: World, device: Literal["cpu", "cuda"], precision: Literal["fp32", "bf16"]) -> None:
+def shard(model: PolyViT, world: World, device: str, precision: Literal["fp32", "bf16"]) -> None:
     """Shard the model's parameters over all processes, on `device`; a block's are gathered only while it computes.
 
     The model may still lie on the CPU: block by block it moves, so that no GPU ever holds all of it. Gradients are reduced in `precision`.
@@ -58,7 +58,7 @@ class ShardedParameters(Parameters):
         self,
         model: PolyViT,
         world: World,
-        device: Literal["cpu", "cuda"],
+        device: str,
         precision: Literal["fp32", "bf16"],
         *,
         by_component: bool = False,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,7 @@ def translate_errors() -> Iterator[None]:
 
 
 @contextmanager
-def process_group(device: Literal["cpu", "cuda"]) -> Iterator[World]:
+def process_group(device: str) -> Iterator[World]:
     """Inside, the processes that torchrun started are connected, each with its own GPU when `device` = "cuda"; without torchrun, one alone.
 
     Raises ValueError when torchrun's variables are incomplete or there are fewer GPUs than processes, PeerLost when others do not connect.

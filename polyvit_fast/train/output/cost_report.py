@@ -25,6 +25,7 @@ from polyvit_fast.model.cost import (
 )
 from polyvit_fast.model.parameters import count_frozen_layers, freeze
 from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.hardware import choose_hardware
 from polyvit_fast.train.output.table import build_table, task_cell
 from polyvit_fast.train.schedule import check_warmup, count_steps, make_step_plan
 
@@ -99,11 +100,11 @@ class CostReport:
 
 
 def estimate_cost(config: Train) -> CostReport:
-    """What `config` costs. The model is built without memory; the data is listed where it is there.
+    """What `config` costs, on the device that it would have here. The model is built without memory; data is listed where it is there.
 
     Raises ValueError for a schedule that cannot work, or a pattern of `Optim.freeze` that does not.
     """
-    plan = make_step_plan(config)
+    config, plan = choose_hardware(config).config, make_step_plan(config)
     counts = count_steps(plan)
     with torch.device("meta"):
         model = PolyViT.from_config(config)
@@ -127,7 +128,8 @@ def _estimate_task(config: Train, model: PolyViT, name: str, num_steps: int) -> 
 
 def _count_activations(config: Train, task: Task, num_frozen: int) -> int:
     more = {"residual": config.compute.residual, "keeps_rounded": config.keeps_rounded, "num_frozen": num_frozen}
-    return activation_bytes(config.model, task, config.precision, config.compute.recompute, **more)
+    precision = "bf16" if config.precision == "bf16" else "fp32"
+    return activation_bytes(config.model, task, precision, config.compute.recompute, **more)
 
 
 def _count_forwards(config: Train) -> int:
@@ -159,12 +161,14 @@ def _list_divisors(number: int) -> list[int]:
 
 def print_cost(config: Train) -> None:
     """Print what `config` costs: a headline, tables, notes."""
-    report, console = estimate_cost(config), Console()
+    hardware, console = choose_hardware(config), Console()
+    report = estimate_cost(hardware.config)
     schedule, num_tasks = config.schedule, len(report.tasks)
     trained = f" ({report.num_trained:,} trained)" if report.num_trained < report.num_parameters else ""
     console.print(
         f"{report.num_parameters:,} parameters{trained}, {num_tasks} task{'s' * (num_tasks > 1)}, {report.num_steps:,} steps "
         f"({schedule if isinstance(schedule, str) else getattr(schedule, '__name__', 'own')} schedule), {_flop(report.training_flops)}",
+        f"\nfor {hardware.describe()}{'; --device cuda counts for a GPU' * (report.config.device == 'cpu')}",
         markup=False,
         highlight=False,
     )

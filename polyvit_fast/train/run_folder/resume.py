@@ -102,9 +102,10 @@ class RunData:
 def open_data(config: Train, tasks: list[str], world: World, report: Report) -> RunData:
     """The loaders of a run whose plan has these tasks. Raises ValueError for data that cannot be listed."""
     say = report if world.rank == 0 else partial(report, level="warning")
+    process = {"rank": world.rank, "world_size": world.size, "local_size": world.local_size, "report": say}
     with world.rank0_first():  # only one process makes the demo's files and the indexes of shards
         train, val = (
-            {name: Loader(name, config, train=is_train, report=say, rank=world.rank, world_size=world.size) for name in names}
+            {name: Loader(name, config, train=is_train, **process) for name in names}
             for names, is_train in ((tasks, True), (config.tasks, False))
         )
     seen = [{name: loader.fingerprint() for name, loader in loaders.items()} for loaders in (train, val)] if world.rank == 0 else []

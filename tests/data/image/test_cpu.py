@@ -284,7 +284,7 @@ from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 
 task = Task(modality=Image(size=32), train=Folder(path="train"), val=Folder(path="train"), num_classes=2, steps=4, batch=2)
-config = Train(tasks={"pictures": task}, model=Model(dim=32, depth=1, num_heads=2, mlp_dim=32), out="run")
+config = Train(tasks={"pictures": task}, model=Model(dim=32, depth=1, num_heads=2, mlp_dim=32), out="run", device="cpu")
 """
 
 

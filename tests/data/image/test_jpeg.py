@@ -215,7 +215,7 @@ from polyvit_fast.data.sources.manifest import Folder
 data = Folder(path="train")
 task = Task(modality=Image(size=32, crop="resize_crop"), train=data, val=data, num_classes=2, steps=4, batch=8)
 model = Model(dim=32, depth=1, num_heads=2, mlp_dim=32)
-config = Train(tasks={"pictures": task}, model=model, data=DataOptions(max_bad_ratio=0.2), out="run")
+config = Train(tasks={"pictures": task}, model=model, data=DataOptions(max_bad_ratio=0.2), out="run", device="cpu")
 """
 
 

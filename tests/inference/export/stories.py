@@ -88,6 +88,6 @@ task = Task(
     val=DemoFiles(kind="{story.kind}", split="val", num_samples=6, root="{folder / "files"}"),
     num_classes=6, batch=8, steps=10, {story.task}
 )
-config = Train(tasks={{"{story.kind}": task}}, model=Model({model}), optim=Optim(name="adamw", lr=1e-3, warmup_steps=0))
+config = Train(tasks={{"{story.kind}": task}}, model=Model({model}), optim=Optim(name="adamw", lr=1e-3, warmup_steps=0), device="cpu")
 """)
     return path

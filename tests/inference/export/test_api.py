@@ -33,7 +33,7 @@ def test_there_and_back(name, tmp_path):
     (tmp_path / "theirs").mkdir()
     story.save(tmp_path / "theirs")
     experiment, run, out = write_experiment(story, tmp_path), tmp_path / "run", tmp_path / "out"
-    assert cli.run(["train", str(experiment), "--init", str(tmp_path / "theirs"), "--out", str(run)]) == 0
+    assert cli.run(["train", str(experiment), "--device", "cpu", "--init", str(tmp_path / "theirs"), "--out", str(run)]) == 0
     assert f"theirs ({name})" in (run / "init.txt").read_text()
     exported = pf.export(run, story.to, out)
     assert isinstance(exported.comparison, LogitDifference)

@@ -22,6 +22,11 @@ def stored_by(version: str) -> dict:
     return json.loads((STORED / f"{version}.json").read_text())["config"]
 
 
+def load_smoke() -> Train:
+    """With what was the default of these fields when they had no auto."""
+    return change(experiments.load("smoke"), device="cpu", precision="fp32", num_threads=2)
+
+
 def without_groups(train: Train) -> dict:
     """As version 0.5 stored it: the fields of today's groups were fields of `Train`."""
     values = to_json(train)
@@ -32,7 +37,7 @@ def without_groups(train: Train) -> dict:
 
 @pytest.mark.parametrize("version", ["0.3.1", "0.4.1"])
 def test_a_run_before_0_5_keeps_what_it_computed(version):
-    values, smoke = stored_by(version), experiments.load("smoke")
+    values, smoke = stored_by(version), load_smoke()
     assert is_older_than_0_5(values)
     sounds = smoke.tasks["sounds"]
     sounds = replace(sounds, modality=replace(sounds.modality, padding="waveform"))
@@ -45,14 +50,14 @@ def test_a_run_before_0_5_keeps_what_it_computed(version):
 
 @pytest.mark.parametrize("version", ["0.5.0", "0.6.0"])
 def test_a_run_from_0_5_on_has_the_same_configuration(version):
-    values, smoke = stored_by(version), experiments.load("smoke")
+    values, smoke = stored_by(version), load_smoke()
     assert not is_older_than_0_5(values)
     assert from_json(smoke, upgrade(values)) == smoke
     assert resume_differences(values, to_json(smoke)) == []
 
 
 def test_values_of_fields_that_moved_or_were_renamed_are_kept():
-    values, smoke = stored_by("0.5.0"), experiments.load("smoke")
+    values, smoke = stored_by("0.5.0"), load_smoke()
     values |= {"num_threads": 7, "precision": "bf16", "residual": "bf16", "keep": 9, "sharded": True}
     values["tasks"]["clips"]["modality"] |= {"colour_jitter_chance": 0.25, "grey_chance": 0.5}
     found = from_json(smoke, upgrade(values))
@@ -113,7 +118,7 @@ def test_what_is_no_configuration_is_refused_by_from_json_alone(values):
 
 
 def test_what_0_6_did_not_know_is_off_whatever_the_experiment_says_now():
-    values, smoke = stored_by("0.6.0"), experiments.load("smoke")
+    values, smoke = stored_by("0.6.0"), load_smoke()
     pictures, optim = smoke.tasks["pictures"], Optim(name="adamw", lr=2e-3, warmup_steps=2, freeze=("blocks.*",), layer_decay=0.7)
     modality = replace(pictures.modality, random_erasing_prob=0.5, random_erasing_area_ratios=(0.1, 0.2), random_erasing_aspect_ratio=0.5)
     own = {"cutmix": 1.0, "loss_weight": 2.0, "lr_schedule": "cosine", "warmup_steps": 3}
