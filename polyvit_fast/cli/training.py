@@ -8,7 +8,8 @@ from pathlib import Path
 import tyro
 
 from polyvit_fast import experiments
-from polyvit_fast.cli.arguments import load_config, load_run, split_subject
+from polyvit_fast.cli.arguments import load_config, split_run, split_subject
+from polyvit_fast.cli.results import draw_curves
 from polyvit_fast.train.signals import exit_code
 
 
@@ -25,19 +26,30 @@ def run_train(arguments: list[str]) -> int:
     if outcome.rank:
         return 0  # the first process prints the results
     print_results(outcome.results)
-    _plot_curves(config.folder)
+    draw_curves(config.folder)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Draw the losses and metrics of a run, of training and of held-out files, as far as it has come.
+
+    $ polyvit-fast plot runs/demo
+    $ polyvit-fast plot runs/demo --out demo.pdf
+    """
+
+    out: str = ""
+    """File for the picture: .png, .pdf, .svg or .jpg. Empty: curves.png in the run folder."""
 
 
 def run_plot(arguments: list[str]) -> int:
     """Draw the curves of a run, or the schedule of an experiment."""
     if arguments[:1] == ["schedule"]:
         return _plot_schedule(arguments[1:])
-    folder, flags = split_subject(arguments, "plot RUN")
-    if flags:
-        raise ValueError(f"plot RUN takes no flags, but got {' '.join(flags)}")
-    load_run(Path(folder))
-    _plot_curves(Path(folder))
+    folder, options = split_run(PlotOptions, arguments, "plot")
+    from polyvit_fast.train.run_folder.locate import locate_run
+
+    draw_curves(locate_run(folder), options.out)
     return 0
 
 
@@ -55,14 +67,6 @@ def _plot_schedule(arguments: list[str]) -> int:
     print_schedule(plan, lrs)
     print(f"drawn: {path}")
     return 0
-
-
-def _plot_curves(folder: Path) -> None:
-    from polyvit_fast.train.output.plot import plot_run
-
-    path = folder / "curves.png"
-    plot_run(folder, path)
-    print(f"drawn: {path}")
 
 
 def run_plan(arguments: list[str]) -> int:

@@ -146,10 +146,11 @@ def _describe_rate(config: Train, names: tuple[str, ...]) -> tuple[float, str]:
     return sum(task.lr_scale for task in tasks.values()) / len(names), ", ".join(own)
 
 
-def plot_run(folder: Path, path: Path) -> None:
+def plot_run(folder: Path, path: Path, names: Sequence[str] = ()) -> None:
     """Draw a run folder's metrics.jsonl as a PNG: for each task its loss above its metric, of training and of held-out examples.
 
-    Raises ValueError when nothing was logged yet.
+    Tasks stand in the order of `names`; others, or all without it, follow in that of the file. Raises ValueError when
+    nothing was logged yet.
     """
     require("drawing", "matplotlib")
     import matplotlib
@@ -157,6 +158,7 @@ def plot_run(folder: Path, path: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     curves = _read_curves(folder / "metrics.jsonl")
+    curves = {name: curves[name] for name in (*(n for n in names if n in curves), *(n for n in curves if n not in names))}
     num_rows = math.ceil(len(curves) / 5)
     num_columns = math.ceil(len(curves) / num_rows)
     with matplotlib.rc_context(STYLE):

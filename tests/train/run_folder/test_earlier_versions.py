@@ -27,6 +27,7 @@ def without_groups(train: Train) -> dict:
     values = to_json(train)
     for group in ("data", "compute", "log", "distributed"):
         values |= values.pop(group)
+    del values["early_stop_evaluations"]
     return values | {"type": "Train"}
 
 
