@@ -43,7 +43,7 @@ class EvalOptions:
     predictions: str = ""
     """File for a table (.csv or .parquet) with the five most probable classes of each sample, and its labels."""
     out: str = ""
-    """File to which a line of JSON with the metrics is added; pictures are drawn beside it. Empty: evaluations.jsonl in the run folder."""
+    """File to which a line of JSON with the metrics is added; pictures are drawn next to it. Empty: evaluations.jsonl in the run folder."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
     """Where the model computes."""
 

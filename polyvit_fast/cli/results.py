@@ -15,7 +15,7 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 @contextmanager
 def record_results(path: Path, *, is_asked_for: bool) -> Iterator[None]:
-    """Inside, results are written to `path`, and beside it. Where that fails, a warning says so.
+    """Inside, results are written to `path`, or next to it. Where that fails, a warning says so.
 
     Raises ValueError instead for a file that the user asked for.
     """

@@ -52,16 +52,16 @@ def test_the_weights_folder_is_enough(run, tmp_path):
     assert model.config == replace(run.config, out=str(run.folder))
 
 
-def test_another_configuration_in_the_folder_is_told_and_not_believed(run, tmp_path, monkeypatch):
+def test_another_configuration_in_the_folder_is_logged_and_not_believed(run, tmp_path, monkeypatch):
     shutil.copytree(run.folder, tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
     path.write_text(path.read_text().replace('"num_heads": 2', '"num_heads": 4'))
-    told = []
-    monkeypatch.setattr(loading._logger, "warning", lambda form, text: told.append(text))
+    logged = []
+    monkeypatch.setattr(loading._logger, "warning", lambda form, text: logged.append(text))
     model = pf.load(tmp_path / "copy")
     assert model.config.model.num_heads == 2
-    assert len(told) == 1
-    assert told[0].endswith("its own is used (its own -> the folder's): model.num_heads: 2 -> 4")
+    assert len(logged) == 1
+    assert logged[0].endswith("its own is used (its own -> the folder's): model.num_heads: 2 -> 4")
 
 
 def test_what_is_no_run_is_named(run, tmp_path, unchecked_types):

@@ -56,7 +56,7 @@ def _describe_part(path: Path) -> str:
 
 
 def _suggest(path: Path) -> str:
-    """The run folder whose name is most like this one's, beside it or under runs/."""
+    """The run folder whose name is most like this one's, next to it or under runs/."""
     runs = {folder.name: str(folder) for home in (Path("runs"), path.parent) for folder in _find_runs(home) if folder != path}
     close = difflib.get_close_matches(path.name, runs, 1)
     return f"; perhaps you meant {runs[close[0]]}" if close else ""

@@ -88,7 +88,7 @@ def record_classes(folder: Path, names: Mapping[str, Sequence[str] | None]) -> N
 def load_run(
     folder: Path, found: Checkpoint, load: Callable[[str], Train], own: Train | None = None, *, with_sources: bool = True
 ) -> RecordedRun:
-    """The run of a checkpoint with the configuration that lies beside its weights, and what `describe_run` wrote into its folder.
+    """The run of a checkpoint with the configuration that lies next to its weights, and what `describe_run` wrote into its folder.
 
     `load` gives an experiment's configuration by its name or file. It is called only where the configuration holds a class that is not
     the package's own; without sources, theirs do not count. `own`, if given, stands for the experiment.
@@ -184,8 +184,8 @@ class _ConfigReader:
         try:
             config = self.load(file)
         except ValueError as error:
-            beside = f", and the modules that it imports beside {self.folder / COPY}" if file.endswith(".py") else ""
-            raise ValueError(f"{self.path}: {reason}, so its experiment {self.experiment} is needed{beside}: {error}") from error
+            modules = f", and the modules that it imports next to {self.folder / COPY}" if file.endswith(".py") else ""
+            raise ValueError(f"{self.path}: {reason}, so its experiment {self.experiment} is needed{modules}: {error}") from error
         try:
             return self._put_onto(config, values)
         except ValueError as error:

@@ -114,7 +114,7 @@ def test_an_experiment_that_is_needed_and_cannot_be_loaded_is_named(tmp_path, mo
     Path("mine.py").unlink()
     message = (
         r"step_00000003/config\.json: tasks\.a\.modality: Tile is no class of polyvit_fast, so its experiment mine\.py is needed, "
-        r"and the modules that it imports beside run/experiment\.py: .*my_neighbour_that_is_gone"
+        r"and the modules that it imports next to run/experiment\.py: .*my_neighbour_that_is_gone"
     )
     with pytest.raises(ValueError, match=message):
         load_run(Path("run"), found, experiments.load)
