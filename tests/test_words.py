@@ -48,12 +48,14 @@ EXCEPTIONS: list[tuple[str, str, str]] = [
 """(word, file, why it is right there)."""
 
 
+RECORDED = ("benchmarks/results/", "tests/files/run_folders/")
+"""Folders of what was measured, and of what earlier versions wrote."""
+
+
 def list_files() -> list[str]:
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *WHERE]
     names = sorted(set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()))
-    return [
-        name for name in names if not name.startswith("benchmarks/results/") and name != "tests/test_words.py" and (ROOT / name).is_file()
-    ]
+    return [name for name in names if not name.startswith(RECORDED) and name != "tests/test_words.py" and (ROOT / name).is_file()]
 
 
 def find_words() -> list[tuple[str, str, int, str]]:

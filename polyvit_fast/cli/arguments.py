@@ -85,11 +85,11 @@ def split_run(kind: type[Options], arguments: Sequence[str], command: str) -> tu
     return Path(folder), parse_options(kind, flags, f"{command} RUN")
 
 
-def load_run(folder: Path) -> RecordedRun:
-    """The run of a run folder."""
-    from polyvit_fast.train.run_folder import record
+def load_run(folder: Path, which: str) -> RecordedRun:
+    """The run of a run folder, as its newest or best checkpoint or that of a step has it. Experiments are loaded only if need be."""
+    from polyvit_fast.train.run_folder import checkpoint, locate, record
 
-    return record.load_run(folder, experiments.load)
+    return record.load_run(locate.locate_run(folder), checkpoint.find_checkpoint(folder, which), experiments.load)
 
 
 def refuse_arguments(arguments: Sequence[str], command: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from polyvit_fast.cli.arguments import load_run, split_run
 from polyvit_fast.cli.help import show_options
 from polyvit_fast.cli.locations import change_locations, split_locations
+from polyvit_fast.cli.results import record_results
 from polyvit_fast.config import Train
 from polyvit_fast.signals import stop_on_signals
 
@@ -27,6 +29,7 @@ class EvalOptions:
     $ polyvit-fast eval runs/demo --checkpoint best --tasks shapes --per-class
     $ polyvit-fast eval runs/demo --tasks motion --views 4x3
     $ polyvit-fast eval runs/demo --split test --predictions answers.csv
+    $ polyvit-fast eval /read-only/run --out results.jsonl
 
     Where files have moved: --tasks.NAME.val.path FOLDER, or another field of a task's train, val or test.
     """
@@ -41,11 +44,13 @@ class EvalOptions:
     """Evaluation views instead of those that the run has: 4x3 are four clips of a video with three crops each, 4 are four clips of a video
     or sound."""
     per_class: bool = False
-    """Print a line for each class, and draw which classes are taken for which (RUN/confusion-TASK.png, of tasks with one label a file)."""
+    """Print a line for each class, and draw which classes are taken for which (confusion-TASK.png, of tasks with one label a file)."""
     predictions: str = ""
     """File for a table (.csv or .parquet) with the five most probable classes of each sample, and its labels."""
     max_bad_ratio: float | None = None
     """Largest fraction of a task's files that may be broken. They are left out. None: as in the run."""
+    out: str = ""
+    """File to which a line of JSON with the metrics is added; pictures are drawn next to it. Empty: evaluations.jsonl in the run folder."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
     """Where the model computes."""
 
@@ -55,7 +60,8 @@ def run_eval(arguments: list[str]) -> int:
     show_options(arguments, "eval RUN [--option value ...]", EvalOptions.__doc__ or "", EvalOptions)
     locations, arguments = split_locations(arguments)
     folder, options = split_run(EvalOptions, arguments, "eval")
-    config = change_locations(load_run(folder).config, locations, f"eval {folder}")
+    recorded = load_run(folder, options.checkpoint)
+    config = change_locations(recorded.config, locations, f"eval {folder}")
     from polyvit_fast.inference.answers import ANSWER_COLUMNS, Answers
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table
@@ -67,26 +73,31 @@ def run_eval(arguments: list[str]) -> int:
     if options.max_bad_ratio is not None:
         config = replace(config, data=replace(config.data, max_bad_ratio=options.max_bad_ratio))
     config = _change_views(config, options.tasks, options.views) if options.views else config
-    table = Path(options.predictions)
+    table, out = Path(options.predictions), Path(options.out or folder / "evaluations.jsonl")
     if options.predictions:
         check_table_file(table)
+    if options.out and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'evaluations.jsonl'}")
     with stop_on_signals(), ExitStack() as stack:
         # Of several processes only the first has answers, so only that one may open the table.
         answers = Answers((lambda: stack.enter_context(open_table(table, ANSWER_COLUMNS))) if options.predictions else None)
         keep = {"keep": answers} if options.predictions or options.per_class else {}
         progress = stack.enter_context(show_evaluation_progress(list(config.tasks)))
-        rows = evaluate_run(folder, config, options.checkpoint, options.tasks, progress, split=options.split, **keep)
-    if not rows:  # under torchrun the first process has them
+        evaluation = evaluate_run(
+            folder, config, options.checkpoint, options.tasks, progress, split=options.split, remark=recorded.remark, **keep
+        )
+    if not evaluation.rows:  # under torchrun the first process has them
         return 0
-    print_evaluation(config, rows)
+    print_evaluation(config, evaluation.rows)
+    if options.predictions:
+        print(f"written: {options.predictions}")
     if options.per_class:
         for name, found in answers.tasks.items():
             _print_classes(name, found)
-            if not found.several:
-                suffix = "" if options.split == "val" else f"-{options.split}"
-                _draw_confusion(folder / f"confusion-{name}{suffix}.png", f"{folder.name}, {name}, {options.split} files", found)
-    if options.predictions:
-        print(f"written: {options.predictions}")
+    with record_results(out, is_asked_for=bool(options.out)):
+        evaluation.append_to(out)
+        if options.per_class:
+            _draw_confusions(out.parent, folder.name, options.split, answers.tasks)
     return 0
 
 
@@ -122,8 +133,12 @@ def _print_classes(name: str, answers: TaskAnswers) -> None:
     Console().print(table)
 
 
-def _draw_confusion(path: Path, title: str, answers: TaskAnswers) -> None:
+def _draw_confusions(out: Path, run: str, split: str, answers: Mapping[str, TaskAnswers]) -> None:
+    """A picture of each task with one label a file."""
     from polyvit_fast.inference.confusion import plot_confusion
 
-    plot_confusion(path, title, answers.classes, answers.confusion)
-    print(f"drawn: {path}")
+    for name, found in answers.items():
+        if not found.several:
+            path = out / f"confusion-{name}{'' if split == 'val' else f'-{split}'}.png"
+            plot_confusion(path, f"{run}, {name}, {split} files", found.classes, found.confusion)
+            print(f"drawn: {path}")

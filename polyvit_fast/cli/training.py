@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyvit_fast import experiments
-from polyvit_fast.cli.arguments import load_config, load_run, refuse_arguments, split_options, split_subject
+from polyvit_fast.cli.arguments import load_config, refuse_arguments, split_options, split_run, split_subject
 from polyvit_fast.cli.help import show_experiment, show_options
+from polyvit_fast.cli.results import draw_curves
 from polyvit_fast.files import make_folder
 from polyvit_fast.signals import exit_code, stop_on_signals
 
@@ -19,10 +20,6 @@ $ polyvit-fast train photos.py --only species
 $ torchrun --nproc-per-node 8 -m polyvit_fast train photos.py
 
 EXPERIMENT is a name from `polyvit-fast list` or the path of your own .py file. Ctrl-C saves a checkpoint."""
-PLOT = """Draw the loss and metric curves of a run as RUN/curves.png; `plot schedule EXPERIMENT` draws which task each step trains.
-
-$ polyvit-fast plot runs/demo
-$ polyvit-fast plot schedule demo"""
 SCHEDULE = """Draw which task each step of an experiment trains, and the learning rate, as schedule.png in its run folder.
 
 $ polyvit-fast plot schedule demo
@@ -50,19 +47,33 @@ def run_train(arguments: list[str]) -> int:
     if outcome.rank:
         return 0  # the first process prints the results
     print_results(outcome.results)
-    _plot_curves(config.folder)
+    draw_curves(config.folder)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Draw the losses and metrics of a run, of training and of held-out files, as far as it has come.
+
+    `polyvit-fast plot schedule EXPERIMENT` draws which task each step trains.
+
+    $ polyvit-fast plot runs/demo
+    $ polyvit-fast plot runs/demo --out demo.pdf
+    """
+
+    out: str = ""
+    """File for the picture: .png, .pdf, .svg or .jpg. Empty: curves.png in the run folder."""
 
 
 def run_plot(arguments: list[str]) -> int:
     """Draw the curves of a run, or the schedule of an experiment."""
     if arguments[:1] == ["schedule"]:
         return _plot_schedule(arguments[1:])
-    show_options(arguments, "plot RUN", PLOT, None)
-    folder, flags = split_subject(arguments, "plot RUN")
-    refuse_arguments(flags, "plot RUN")
-    load_run(Path(folder))
-    _plot_curves(Path(folder))
+    show_options(arguments, "plot RUN [--out FILE]", PlotOptions.__doc__ or "", PlotOptions)
+    folder, options = split_run(PlotOptions, arguments, "plot")
+    from polyvit_fast.train.run_folder.locate import locate_run
+
+    draw_curves(locate_run(folder), options.out)
     return 0
 
 
@@ -81,14 +92,6 @@ def _plot_schedule(arguments: list[str]) -> int:
     print_schedule(plan, list(config.tasks), lrs)
     print(f"drawn: {path}")
     return 0
-
-
-def _plot_curves(folder: Path) -> None:
-    from polyvit_fast.train.output.plot import plot_run
-
-    path = folder / "curves.png"
-    plot_run(folder, path)
-    print(f"drawn: {path}")
 
 
 def run_plan(arguments: list[str]) -> int:

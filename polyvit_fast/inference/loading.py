@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,12 +15,14 @@ from polyvit_fast.config import Train
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.inference.trained_model import TrainedModel
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.evaluate import load_weights
+from polyvit_fast.train.evaluate import Weights, load_weights
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint
+from polyvit_fast.train.run_folder.locate import locate_run
 from polyvit_fast.train.run_folder.record import load_run
 
 Device = Literal["cpu", "cuda", "auto"]
-Weights = Literal["auto", "model", "ema"]
+
+_logger = logging.getLogger(__name__)
 
 
 def load(
@@ -36,22 +39,28 @@ def load(
     of the weights if the run has one, which are those that it was evaluated with. `config`: the configuration that the run was trained
     with, needed where it was made in Python of classes of your own. Raises ValueError when there is no such run, checkpoint or device.
     """
-    if Path(run).parent.name == "checkpoints":
-        raise ValueError(f"{run} is a checkpoint; give its run folder, {Path(run).parents[1]}, and checkpoint= with its step")
-    recorded = load_run(Path(run), experiments.load, config)
+    folder = locate_run(Path(run))
+    _check_word("weights", weights, Weights)
+    found, tensors, group = load_weights(folder, str(checkpoint), weights)
+    recorded = load_run(folder, found, experiments.load, config, with_sources=False)
+    if recorded.remark:
+        _logger.warning("%s", recorded.remark)
     settings = move_to(recorded.config, device)
-    group = _choose_weights(settings, weights)
-    found, tensors = load_weights(recorded.folder, str(checkpoint), group)
     model = PolyViT.from_config(settings)
     model.load_state_dict(tensors)
     classes = {name: _find_classes(settings, name, found) for name in settings.tasks}
-    return TrainedModel(recorded.folder, settings, model.to(settings.device).eval(), classes, step=found.step, weights=group)
+    return TrainedModel(folder, settings, model.to(settings.device).eval(), classes, step=found.step, weights=group)
+
+
+def _check_word(name: str, value: str, words: Any) -> None:
+    allowed = [repr(word) for word in get_args(words)]
+    if repr(value) not in allowed:
+        raise ValueError(f"{name} = {value!r} is none of {', '.join(allowed[:-1])} and {allowed[-1]}")
 
 
 def move_to(config: Train, device: Device) -> Train:
     """The configuration on another device, without what only the first one has. Raises ValueError when the device is not there."""
-    if device not in ("cpu", "cuda", "auto"):
-        raise ValueError(f"device = {device!r} is none of 'cpu', 'cuda' and 'auto'")
+    _check_word("device", device, Device)
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError("device = cuda: PyTorch finds no NVIDIA GPU here; take device = cpu, or look at what nvidia-smi says")
@@ -59,14 +68,6 @@ def move_to(config: Train, device: Device) -> Train:
         return replace(config, device="cuda")
     compute, data = replace(config.compute, attention="auto"), replace(config.data, decoding="auto")
     return replace(config, device="cpu", compute=compute, data=data)
-
-
-def _choose_weights(config: Train, weights: Weights) -> str:
-    if weights not in ("auto", "model", "ema"):
-        raise ValueError(f"weights = {weights!r} is none of 'auto', 'model' and 'ema'")
-    if weights == "ema" and not config.optim.ema_decay:
-        raise ValueError("weights = ema: the run kept no moving average of its weights (optim.ema_decay = 0); take 'model' or 'auto'")
-    return weights if weights != "auto" else "ema" if config.optim.ema_decay else "model"
 
 
 def _find_classes(config: Train, task: str, found: Checkpoint) -> tuple[str, ...] | None:

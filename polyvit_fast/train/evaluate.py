@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,11 @@ from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
 Split = Literal["train", "val", "test"]
+Weights = Literal["auto", "model", "ema"]
 Keep = Callable[[Loader, Sequence[int], Tensor, Tensor], None]
 """Takes the answers to a batch: the task's loader, the numbers of its samples, their logits and their labels."""
+
+_logger = logging.getLogger(__name__)
 
 
 def _ignore(*_: object) -> None:
@@ -125,6 +129,25 @@ def _compute_logits(model: PolyViT, config: Train, loader: Loader, batch: Batch)
     return average_logits(model, loader.name, grid.to(config.device), config.precision)[:count].cpu()
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a checkpoint."""
+
+    step: int
+    split: Split
+    views: dict[str, int]
+    """How many views of each sample the logits of a task are averaged over."""
+    rows: dict[str, dict[str, float]]
+    """The metrics of each task."""
+
+    def append_to(self, path: Path) -> None:
+        """Add a line to a file like evaluations.jsonl. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"step": self.step, "time": round(time.time(), 3), "split": self.split, "views": self.views, "tasks": self.rows}
+        with open(path, "a") as file:
+            file.write(strict_json.dumps(line) + "\n")
+
+
 def evaluate_run(
     folder: Path,
     config: Train,
@@ -134,18 +157,21 @@ def evaluate_run(
     *,
     split: Split = "val",
     keep: Keep = _ignore,
-) -> dict[str, dict[str, float]]:
-    """The metrics of a run's checkpoint: its newest, its best, or that of a step; they are added to the run's evaluations.jsonl too.
+    remark: str = "",
+) -> Evaluation:
+    """The metrics of a run's checkpoint: its newest, its best, or that of a step. Nothing is written.
 
     Without `tasks` all are evaluated that have files of the `split`. Under torchrun the processes divide the work, and only rank 0 gets
-    the metrics, and calls `keep` (see `evaluate`). Raises ValueError when there is no such checkpoint, task or split.
+    the metrics, calls `keep` (see `evaluate`) and prints the `remark`. Raises ValueError when there is no such checkpoint, task or split.
     """
     unknown = sorted(set(tasks) - config.tasks.keys())
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
     config, tasks = _choose_split(choose_hardware(config).config, split, tasks)
     with process_group(config.device) as world, use_device(config, world), catch_decoder_messages():
-        found, weights = load_weights(folder, which, "ema" if config.optim.ema_decay else "model", world)
+        if remark and world.rank == 0:
+            _logger.warning("warning: %s", remark)
+        found, weights, _ = load_weights(folder, which, world=world)
         config = _recall_classes(config, found, print if world.rank == 0 else _ignore)
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
@@ -157,13 +183,8 @@ def evaluate_run(
                 print(text)
         outputs = (progress, world, keep) if world.rank == 0 else (_ignore, world, _ignore)
         rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, *outputs)
-        if world.rank:
-            return {}
-    with open(folder / "evaluations.jsonl", "a") as file:
-        views = {name: config.tasks[name].modality.eval_views for name in tasks}
-        line = {"step": found.step, "time": round(time.time(), 3), "split": split, "views": views, "tasks": rows}
-        file.write(strict_json.dumps(line) + "\n")
-    return rows
+    views = {name: config.tasks[name].modality.eval_views for name in tasks}
+    return Evaluation(found.step, split, views, {} if world.rank else rows)
 
 
 def _choose_split(config: Train, split: Split, tasks: Sequence[str]) -> tuple[Train, Sequence[str]]:
@@ -194,15 +215,24 @@ def _recall_classes(config: Train, found: checkpoint.Checkpoint, report: Callabl
     return replace(config, tasks=tasks)
 
 
-def load_weights(folder: Path, which: str, group: str, world: World = ALONE) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]]:
-    """A checkpoint and its weights, of the same step on all processes, even while a run saves new ones and deletes old ones."""
+def load_weights(
+    folder: Path, which: str, weights: Weights = "auto", world: World = ALONE
+) -> tuple[checkpoint.Checkpoint, dict[str, Tensor], Literal["model", "ema"]]:
+    """A checkpoint, its weights, and which of them these are: auto are the moving average if the run has one.
+
+    They are of the same step on all processes, even while a run saves new ones and deletes old ones. Raises ValueError when there is no
+    such checkpoint, or no moving average in it.
+    """
     while True:
-        found, weights = find_checkpoint(folder, which), None
+        found, tensors = find_checkpoint(folder, which), None
+        if weights == "ema" and "ema" not in found.names:
+            raise ValueError("weights = ema: the run kept no moving average of its weights (optim.ema_decay = 0); take 'model' or 'auto'")
+        group = "ema" if weights != "model" and "ema" in found.names else "model"
         try:
-            weights = found.load_tensors(group)
+            tensors = found.load_tensors(group)
         except checkpoint.CheckpointError:
             if found.path.exists():
                 raise
         other = world.broadcast(found.step) != found.step
-        if not world.all_reduce_max(other or weights is None) and weights is not None:
-            return found, weights
+        if not world.all_reduce_max(other or tensors is None) and tensors is not None:
+            return found, tensors, group

@@ -104,4 +104,7 @@ def test_options_that_are_missing_or_unknown():
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="is not a run folder"):
-        load_run(tmp_path)
+        load_run(tmp_path, "newest")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds no whole checkpoint yet"):
+        load_run(tmp_path, "newest")

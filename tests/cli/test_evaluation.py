@@ -1,5 +1,8 @@
 import csv
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -53,6 +56,72 @@ def test_other_splits(trained, capsys):
         assert (trained / f"confusion-shapes-{split}.png").exists()
     assert cli.run(["eval", str(trained), "--split", "test"]) == 0
     assert list(last_row(trained)["tasks"]) == ["shapes"]  # the only task that has test files
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_and_only_warned_of(trained, tmp_path, capsys):
+    """Root may write anywhere but on a full disk, and to a file that is a folder."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for make_unwritable in (lambda path: path.symlink_to("/dev/full"), lambda path: path.mkdir()):
+        (run / "evaluations.jsonl").unlink(missing_ok=True)
+        make_unwritable(run / "evaluations.jsonl")
+        assert cli.run(["eval", str(run), "--tasks", "shapes", "--per-class"]) == 0
+        out, err = printed(capsys)
+        assert "top1" in out
+        assert "circle" in out
+        assert "warning: nothing was recorded, for " in err
+        assert "evaluations.jsonl cannot be written: " in err
+    assert not (run / "confusion-shapes.png").exists()
+
+
+def test_results_are_written_elsewhere(trained, tmp_path, capsys):
+    before = (trained / "evaluations.jsonl").read_bytes() if (trained / "evaluations.jsonl").exists() else b""
+    out = tmp_path / "results" / "mine.jsonl"
+    for split in ("val", "train"):
+        assert cli.run(["eval", str(trained), "--tasks", "shapes", "--split", split, "--per-class", "--out", str(out)]) == 0
+    assert [json.loads(line)["split"] for line in out.read_text().splitlines()] == ["val", "train"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["confusion-shapes-train.png", "confusion-shapes.png", "mine.jsonl"]
+    assert (trained / "evaluations.jsonl").read_bytes() == before if before else True
+    capsys.readouterr()
+    assert cli.run(["eval", str(trained), "--tasks", "shapes", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in printed(capsys)[1]
+    assert cli.run(["eval", str(trained), "--tasks", "shapes", "--out", str(out / "below a file")]) == 2
+    text, err = printed(capsys)
+    assert "top1" in text
+    assert f"below a file cannot be written: {out} is a file, not a folder; name another file with --out" in err
+
+
+def test_the_checkpoints_configuration_is_believed(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    assert cli.run(["eval", str(run), "--tasks", "shapes"]) == 0
+    expected = last_row(run)["tasks"]["shapes"]
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"eval_crop": "centre"', '"eval_crop": "resize"'))
+    code = "import sys; from polyvit_fast import cli; sys.exit(cli.run(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "eval", str(run), "--tasks", "shapes"], capture_output=True, text=True, check=True)
+    assert done.stderr.count("warning: ") == 1
+    assert 'its own is used (its own -> the folder\'s): tasks.shapes.modality.eval_crop: "centre" -> "resize"' in done.stderr
+    assert {k: v for k, v in last_row(run)["tasks"]["shapes"].items() if k != "examples_per_second"} == {
+        k: v for k, v in expected.items() if k != "examples_per_second"
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{run}/metrics.jsonl", "metrics.jsonl is a file of a run; give its run folder, "),
+        ("{run}/checkpoints", "checkpoints is a folder of a run; give its run folder, "),
+        ("{run}s", "does not exist (in "),
+        ("{parent}", "is not a run folder but holds some; perhaps you meant {run}"),
+        ("{parent}/files", "files is not a run folder: it has no config.json (polyvit-fast train makes one"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "plot"])
+def test_what_is_no_run_is_named(trained, capsys, command, path, message):
+    names = {"run": trained, "parent": trained.parent}
+    assert cli.run([command, path.format(**names)]) == 2
+    assert message.format(**names) in printed(capsys)[1]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,27 @@ def test_train_eval_and_plot_of_a_users_own_file(here, capsys):
     assert cli.run(["plot", "runs/mine"]) == 0
 
 
+def test_plot_needs_the_metrics_alone(here, capsys):
+    run = here / "runs" / "mine"
+    run.mkdir(parents=True)
+    assert cli.run(["plot", "runs/mine"]) == 2
+    assert "runs/mine is not a run folder: it is empty" in printed(capsys)
+    (run / "metrics.jsonl").touch()
+    assert cli.run(["plot", "runs/mine"]) == 2
+    assert "metrics.jsonl holds no points: nothing was logged yet" in printed(capsys)
+    line = {"step": 5, "kind": "train", "tasks": {"b": {"loss": 1.0}, "a": {"loss": 2.0}}}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for content in (None, "{", '{"config": {"tasks": {"a": {}, "b": {}}}}'):
+        if content:
+            (run / "config.json").write_text(content)
+        assert cli.run(["plot", "runs/mine"]) == 0
+        assert printed(capsys) == "drawn: runs/mine/curves.png"
+    assert cli.run(["plot", "runs/mine", "--out", "mine.pdf"]) == 0
+    assert (here / "mine.pdf").read_bytes().startswith(b"%PDF")
+    assert cli.run(["plot", "runs/mine", "--out", "mine.doc"]) == 2
+    assert "mine.doc: a picture's name ends in .png, .pdf, .svg or .jpg" in printed(capsys)
+
+
 def test_plot_schedule_draws_and_prints(here, capsys):
     assert cli.run(["plot", "schedule", "smoke", "--schedule", "alternating"]) == 0
     assert "drawn: runs/smoke/schedule.png" in printed(capsys)

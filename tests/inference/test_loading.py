@@ -1,8 +1,8 @@
-import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 import polyvit_fast as pf
 from polyvit_fast import experiments
 from polyvit_fast.config import ComputeOptions, DataOptions
+from polyvit_fast.inference import loading
 from polyvit_fast.inference.loading import move_to
 from polyvit_fast.train.evaluate import find_checkpoint
 
@@ -33,19 +34,40 @@ def test_checkpoints_by_name_and_step(run):
 
 
 def test_nothing_that_it_was_trained_on_need_exist(run, tmp_path):
+    picture = tmp_path / "picture.jpg"
+    shutil.copy(run.files("shapes")[0], picture)
+    files = Path(run.config.tasks["shapes"].train.root)
+    files.rename(tmp_path / "away")
+    try:
+        model = pf.load(run.folder)
+        assert model.classes["shapes"][:3] == ("circle", "cross", "ring")
+        assert len(model.predict(picture, "shapes")) == 1
+    finally:
+        (tmp_path / "away").rename(files)
+
+
+def test_the_weights_folder_is_enough(run, tmp_path):
+    shutil.copytree(run.folder / "checkpoints", tmp_path / "checkpoints")
+    model = pf.load(tmp_path)
+    assert model.config == replace(run.config, out=str(run.folder))
+
+
+def test_another_configuration_in_the_folder_is_logged_and_not_believed(run, tmp_path, monkeypatch):
     shutil.copytree(run.folder, tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
-    path.write_text(path.read_text().replace(json.dumps(run.config.tasks["shapes"].train.root), '"/nowhere"'))
+    path.write_text(path.read_text().replace('"num_heads": 2', '"num_heads": 4'))
+    logged = []
+    monkeypatch.setattr(loading._logger, "warning", lambda form, text: logged.append(text))
     model = pf.load(tmp_path / "copy")
-    assert model.tasks["shapes"].val.root == "/nowhere"
-    assert model.classes["shapes"][:3] == ("circle", "cross", "ring")
-    assert len(model.predict(run.files("shapes")[0], "shapes")) == 1
+    assert model.config.model.num_heads == 2
+    assert len(logged) == 1
+    assert logged[0].endswith("its own is used (its own -> the folder's): model.num_heads: 2 -> 4")
 
 
 def test_what_is_no_run_is_named(run, tmp_path, unchecked_types):
-    with pytest.raises(ValueError, match=r"nothing is not a run folder: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"the run folder .*nothing does not exist"):
         pf.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"step_00000012 is a checkpoint; give its run folder, .*run, and checkpoint= with its step"):
+    with pytest.raises(ValueError, match=r"step_00000012 is a checkpoint of a run; give its run folder, .*run, and its step 12"):
         pf.load(run.folder / "checkpoints" / "step_00000012")
     for name in ("config.json", "versions.json"):
         shutil.copy(run.folder / name, tmp_path)

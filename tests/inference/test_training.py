@@ -10,11 +10,12 @@ from tiny_runs import tiny_config
 import polyvit_fast as pf
 from polyvit_fast import cli, experiments
 from polyvit_fast.train.evaluate import evaluate_run
+from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
 from polyvit_fast.train.run_folder.record import MADE_IN_PYTHON, load_run
 
 
 def test_a_run_made_in_python_describes_itself(run):
-    recorded = load_run(run.folder, experiments.load)
+    recorded = load_run(run.folder, find_checkpoint(run.folder, "newest"), experiments.load)
     assert recorded.experiment == MADE_IN_PYTHON
     assert recorded.config == replace(run.config, out=str(run.folder))
     assert len(recorded.commands) == 1
@@ -68,7 +69,7 @@ def test_classes_of_a_users_own_are_given_again(tmp_path):
         pf.load(tmp_path)
     model = pf.load(tmp_path, config=config)
     assert model.config.out == str(tmp_path)
-    rows = evaluate_run(tmp_path, model.config, "newest", (), lambda *done: None)
+    rows = evaluate_run(tmp_path, model.config, "newest", (), lambda *done: None).rows
     assert rows["a"]["top1"] == outcome.metrics["a"]["top1"]
     with pytest.raises(ValueError, match="does not fit the configuration given: tasks"):
         pf.load(tmp_path, config=experiments.load("smoke"))

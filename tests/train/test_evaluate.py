@@ -1,8 +1,8 @@
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from polyvit_fast.data.stream import DataError, Loader, label_tensor
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.randomness import generator
 from polyvit_fast.train.distributed.process_group import World
-from polyvit_fast.train.evaluate import average_logits, evaluate, evaluate_run, find_checkpoint
+from polyvit_fast.train.evaluate import Evaluation, average_logits, evaluate, evaluate_run, find_checkpoint
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint
@@ -103,7 +103,7 @@ def test_a_runs_checkpoints_are_found_by_newest_best_and_step(tmp_path, config):
     assert find_checkpoint(tmp_path, "newest").step == 20
     assert find_checkpoint(tmp_path, "best").step == newest.state["best_step"]
     assert find_checkpoint(tmp_path, "10").step == 10
-    again = evaluate_run(tmp_path, config, "newest", ("b",), quiet)
+    again = evaluate_run(tmp_path, config, "newest", ("b",), quiet).rows
     assert again.keys() == {"b"}
     assert again["b"]["mAP"] == outcome.metrics["b"]["mAP"]
     with pytest.raises(ValueError, match=r"no checkpoint '11'; there are newest, best and the steps 5, 10, 15, 20"):
@@ -138,14 +138,14 @@ def test_a_checkpoint_that_stored_no_classes_takes_the_validation_folders(tmp_pa
         return load(self, name)
 
     monkeypatch.setattr(Checkpoint, "load_tensors", forget)
-    assert evaluate_run(tmp_path / "run", config, "newest", (), quiet)["colours"]["top1"] > 0.9
+    assert evaluate_run(tmp_path / "run", config, "newest", (), quiet).rows["colours"]["top1"] > 0.9
     assert "the order of its classes is that of the validation files" in capsys.readouterr().out
 
 
 def test_a_checkpoints_classes_rule_its_evaluation(tmp_path):
     config = trained_on_colours(tmp_path)
     shutil.rmtree(tmp_path / "val" / "blue")  # green and red alone would be numbers 0 and 1
-    assert evaluate_run(tmp_path / "run", config, "newest", (), quiet)["colours"]["top1"] > 0.9
+    assert evaluate_run(tmp_path / "run", config, "newest", (), quiet).rows["colours"]["top1"] > 0.9
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "crimson")
     message = (
         r"task colours: .*val: 2 class folders \(crimson, green\), but 'crimson' is not in .*step_0*30: it was trained on 3 classes \(blue"
@@ -237,15 +237,23 @@ def test_a_process_that_cannot_go_on_stops_all():
 def test_a_run_is_evaluated_by_several_processes(tmp_path):
     config = uneven_config()
     checkpoint.save(tmp_path, 3, {"model": untrained(config).state_dict()}, {"best_step": None}, {}, keep=1)
-    expected = evaluate_run(tmp_path, config, "newest", (), quiet)
-    started_at = time.time()
-    first, other = run_processes(2, evaluate_run, tmp_path, config, "newest", ("a", "c"), quiet)
-    lines = [json.loads(line) for line in Path(tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    expected = evaluate_run(tmp_path, config, "newest", (), quiet).rows
+    first, other = (evaluation.rows for evaluation in run_processes(2, evaluate_run, tmp_path, config, "newest", ("a", "c"), quiet))
     assert other == {}
     assert first.keys() == {"a", "c"}
     assert all(first[name][key] == expected[name][key] for name in first for key in ("top1", "top5", "loss", "num_examples", "num_broken"))
-    assert [line["tasks"].keys() for line in lines] == [{"a", "b", "c"}, {"a", "c"}]
-    assert lines[-1]["time"] >= started_at - 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_lines_are_added_to_a_file(tmp_path):
+    path, started_at = tmp_path / "deep" / "evaluations.jsonl", time.time()
+    one = Evaluation(7, "val", {"a": 3}, {"a": {"top1": 0.5, "top5": math.nan}})
+    one.append_to(path)
+    replace(one, split="test").append_to(path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop("time") >= started_at - 1 for line in lines)
+    expected = {"step": 7, "split": "val", "views": {"a": 3}, "tasks": {"a": {"top1": 0.5, "top5": None}}}
+    assert lines == [expected, expected | {"split": "test"}]
 
 
 def test_nothing_that_can_be_read_is_an_error():
@@ -282,10 +290,9 @@ def test_another_split_is_evaluated(tmp_path):
     config = replace(config, tasks=config.tasks | {"a": replace(config.tasks["a"], test=Synthetic(num_samples=11, seed=2))})
     checkpoint.save(tmp_path, 3, {"model": untrained(config).state_dict()}, {"best_step": None}, {}, keep=1)
     for split, counts in (("val", {"a": 30, "b": 30}), ("train", {"a": 50, "b": 50}), ("test", {"a": 11})):
-        rows = evaluate_run(tmp_path, config, "newest", (), quiet, split=split)
-        assert {name: row["num_examples"] for name, row in rows.items()} == counts
-        line = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
-        assert (line["split"], line["views"]) == (split, dict.fromkeys(counts, 1))
+        found = evaluate_run(tmp_path, config, "newest", (), quiet, split=split)
+        assert {name: row["num_examples"] for name, row in found.rows.items()} == counts
+        assert (found.step, found.split, found.views) == (3, split, dict.fromkeys(counts, 1))
     with pytest.raises(ValueError, match=r"task b has no test files: its Task in the experiment has no test=…, a source"):
         evaluate_run(tmp_path, config, "newest", ("a", "b"), quiet, split="test")
     with pytest.raises(ValueError, match="task a has no test files"):

@@ -324,7 +324,7 @@ def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(t
     assert newest
     assert newest.state["metrics"]["b"]["mAP"] is None
     assert newest.state["best_score"] == pytest.approx(max(best_scores(tmp_path)))
-    print_evaluation(config, evaluate_run(tmp_path, config, "best", (), lambda *done: None))
+    print_evaluation(config, evaluate_run(tmp_path, config, "best", (), lambda *done: None).rows)
     plot_run(tmp_path, tmp_path / "curves.png")
     if old:
         shutil.rmtree(old)
@@ -639,5 +639,5 @@ def test_fine_tuning_resumed_is_bitwise_the_straight_run(tmp_path, schedule, opt
     for tensors in (newest.load_tensors("model"), average):
         assert {name for name, tensor in tensors.items() if torch.equal(tensor, start[name])} == frozen
     assert not [name for name in newest.load_tensors("optimizer") if name.partition(".")[2] in frozen]
-    evaluated = evaluate_run(tmp_path / "straight", config, "newest", (), lambda *done: None)
+    evaluated = evaluate_run(tmp_path / "straight", config, "newest", (), lambda *done: None).rows
     assert {name: row["loss"] for name, row in evaluated.items()} == {name: row["loss"] for name, row in straight.metrics.items()}

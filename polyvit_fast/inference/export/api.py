@@ -74,7 +74,8 @@ def export(
         raise ValueError(f"to = {to!r} is none of {', '.join(map(repr, TARGETS))}")
     _check_folder(folder, overwrite)
     model = load(run, checkpoint, config=config)
-    recorded, found = load_run(model.folder, experiments.load, config), find_checkpoint(model.folder, str(model.step))
+    found = find_checkpoint(model.folder, str(model.step))
+    recorded = load_run(model.folder, found, experiments.load, config, with_sources=False)
     subject = _make_subject(model.find_task(task), model.config, found, str(run))
     target, temporary = TARGETS[to], folder.with_name(f".tmp-{folder.name}-{uuid4().hex}")
     try:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polyvit_fast import strict_json
+from polyvit_fast.train.run_folder.earlier_versions import LaterVersionError, check_schema, stamp
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -58,6 +59,7 @@ class Checkpoint:
     """Steps done."""
     state: dict[str, Any]
     config: dict[str, Any]
+    """As it was stored: `earlier_versions.upgrade` gives today's form."""
     names: tuple[str, ...]
     """The groups of tensors that it holds: model, optimizer, …"""
 
@@ -91,7 +93,7 @@ def save(
         raise ValueError(f"keep = {keep} must be at least 1")
     home = folder / "checkpoints"
     temporary = home / f".tmp-{_format_name(step)}-{uuid4().hex}"
-    texts = {"state.json": {**state, "step": step}, "config.json": config}
+    texts = {"state.json": {**stamp(), **state, "step": step}, "config.json": {**stamp(), **config}}
     contents: dict[str, Iterable[bytes | memoryview]] = {name: [_encode_json(value)] for name, value in texts.items()}
     contents |= {f"{name}.safetensors": _encode_safetensors(group) for name, group in tensors.items()}
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + (1 << 20)
@@ -161,7 +163,10 @@ def has_any(folder: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in this folder, after its whole content was checked. Raises CheckpointError that names the file at fault."""
+    """The checkpoint in this folder, after its whole content was checked.
+
+    Raises CheckpointError that names the file at fault, and LaterVersionError when a later version wrote it.
+    """
     files = _read_manifest(path)
     for name, (_, digest) in files.items():
         _check_content(path / name, digest)
@@ -169,6 +174,8 @@ def read(path: Path) -> Checkpoint:
         state, config = (json.loads((path / name).read_bytes()) for name in ("state.json", "config.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    check_schema(state, path)
+    check_schema(config, path)
     names = tuple(name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
     return Checkpoint(path, _read_step(path), state, config, names)
 
@@ -281,6 +288,8 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{path / MANIFEST} is missing: the checkpoint was not finished") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is broken: {error!r}") from None
+    if isinstance(found[0], int) and found[0] > FORMAT:
+        raise LaterVersionError(f"{path} was written by a later version of polyvit-fast; upgrade: pip install --upgrade polyvit-fast")
     if found != (FORMAT, _read_step(path)):
         raise CheckpointError(f"{path / MANIFEST} is of format {found[0]}, step {found[1]}; expected {FORMAT}, {_read_step(path)}")
     for name in {"state.json", "config.json", *files}:

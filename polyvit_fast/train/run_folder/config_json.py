@@ -21,7 +21,8 @@ from polyvit_fast.config.values import fit
 def to_json(record: Any) -> dict[str, Any]:
     """A configuration, or any frozen dataclass of one, as plain JSON values.
 
-    A dataclass becomes a dict with its class name under "type", a tuple a list, a function "module:qualname" (its code is not stored).
+    A dataclass becomes a dict with its class name under "type", as "module:name" if the class is not the package's own; a tuple becomes a
+    list, a function "module:qualname" (its code is not stored).
     Raises ValueError for a field that has no JSON form.
     """
     return _encode(record, "")
@@ -45,7 +46,7 @@ def _encode(value: Any, path: str) -> Any:
         names = _field_names(value)
         if "type" in names:
             raise ValueError(f"{_join(path, 'type')}: a dataclass in a configuration may not have a field named type; rename it")
-        return {"type": type(value).__name__} | {name: _encode(getattr(value, name), _join(path, name)) for name in names}
+        return {"type": _type_name(value)} | {name: _encode(getattr(value, name), _join(path, name)) for name in names}
     if isinstance(value, dict):
         return {str(key): _encode(item, _join(path, key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -65,7 +66,7 @@ def _decode_record(default: Any, values: Any, path: str) -> Any:
     where, expected = path or "the configuration", type(default).__name__
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} = {values!r}: the experiment has a {expected} here")
-    if values.get("type") != expected:
+    if not same_type(values.get("type"), _type_name(default)):
         raise ValueError(f"{where}: the experiment has a {expected} here, the stored configuration {values.get('type')!r}")
     names, kinds = _field_names(default), field_types(type(default))
     _check_names(names, [name for name in values if name != "type"], path)
@@ -100,9 +101,20 @@ def _decode_function(default: Any, value: Any, path: str) -> Any:
     # The module's name depends on the path of the experiment file, so the function's own name decides.
     if callable(default) and str(value).partition(":")[2] == _function_name(default).partition(":")[2]:
         return default
-    if isinstance(value, str) and ":" not in value:
+    if isinstance(value, str) and (":" not in value or value == default):
         return value
     raise ValueError(f"{path}: the run used the function {value}; the experiment has {_encode(default, path)} here")
+
+
+def _type_name(record: Any) -> str:
+    kind = type(record)
+    return kind.__name__ if kind.__module__.startswith("polyvit_fast.") else f"{kind.__module__}:{kind.__name__}"
+
+
+def same_type(stored: Any, now: Any) -> bool:
+    """Whether two names of classes mean one: a module may have moved, and before 0.8 nothing said whether a class was a user's own."""
+    (module, _, name), (other_module, _, other) = (str(one).rpartition(":") for one in (stored, now))
+    return name == other and (bool(other_module) or not module)
 
 
 def _compare(old: Any, new: Any, path: str, ignore: Collection[str]) -> list[str]:
@@ -112,13 +124,16 @@ def _compare(old: Any, new: Any, path: str, ignore: Collection[str]) -> list[str
         same = old == new and isinstance(old, bool) == isinstance(new, bool)
         return [] if same else [f"{path}: {_describe(old)} -> {_describe(new)}"]
     types = old.get("type"), new.get("type")
-    if all(isinstance(name, str) for name in types) and types[0] != types[1]:
+    are_records = all(isinstance(name, str) for name in types)
+    if are_records and not same_type(*types):
         return [f"{path}: {types[0]} -> {types[1]}"]
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
+        if are_records and key == "type":
+            continue
         found += _compare(old.get(key, _ABSENT), new.get(key, _ABSENT), _join(path, key), ignore)
     # The order of a dataclass's fields means nothing; that of the tasks decides the step plan.
-    if not isinstance(types[0], str) and old.keys() == new.keys() and list(old) != list(new):
+    if not are_records and old.keys() == new.keys() and list(old) != list(new):
         found.append(f"{path}: order {', '.join(old)} -> {', '.join(new)}")
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import LoadReport, Target, load_into
 from polyvit_fast.model.pretrained.weights import HeadWeights, Pretrained, TokenizerWeights, describe_tokens, select, select_trunk
 from polyvit_fast.train.run_folder.checkpoint import Checkpoint, find_checkpoint
+from polyvit_fast.train.run_folder.earlier_versions import upgrade
 
 
 def load_initial_weights(model: PolyViT, config: Train) -> list[LoadReport]:
@@ -67,9 +67,9 @@ def read_source(source: str) -> Pretrained:
 def read_checkpoint(found: Checkpoint, source: str) -> Pretrained:
     """The weights of a run's checkpoint: its moving average where it has one."""
     tensors = found.load_tensors("ema" if "ema" in found.names else "model")
-    known = {field.name for field in fields(Model)}
-    model = Model(**{name: value for name, value in found.config["model"].items() if name in known})
-    tasks, classes = found.config["tasks"], found.state.get("classes", {})
+    stored = upgrade(found.config)
+    model = Model(**{name: value for name, value in stored["model"].items() if name != "type"})
+    tasks, classes = stored["tasks"], found.state.get("classes", {})
     there = {name.split(".")[1] for name in tensors if name.startswith("tokenizers.")}
     # Versions before 0.7 did not store which tokenizer a task has; their classes of modalities are called like the modalities.
     modality_of = found.state.get("modality_of") or {name: str(task["modality"]["type"]).lower() for name, task in tasks.items()}

@@ -13,6 +13,7 @@ import torch
 
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.checkpoint import CheckpointError, find_newest, iterate, read, save
+from polyvit_fast.train.run_folder.earlier_versions import SCHEMA, LaterVersionError, stamp
 
 # Runs in a process of its own, so that forking is safe: saves again and again, each time in a child that is killed one call later. What the
 # children leave behind is read back after each kill; the findings go to stdout.
@@ -229,8 +230,8 @@ def test_what_is_saved_comes_back(tmp_path):
     assert path == tmp_path / "checkpoints" / "step_00001234"
     found = find_newest(tmp_path)
     assert found
-    assert (found.step, found.config, found.path) == (1234, {"seed": 3, "tasks": {}}, path)
-    assert found.state == {**state, "step": 1234, "worst": None}  # JSON has no infinity
+    assert (found.step, found.config, found.path) == (1234, {**stamp(), "seed": 3, "tasks": {}}, path)
+    assert found.state == {**stamp(), **state, "step": 1234, "worst": None}  # JSON has no infinity
     assert found.names == ("model", "optimizer", "ema")
     for name, group in tensors.items():
         loaded = found.load_tensors(name)
@@ -404,11 +405,23 @@ def test_other_formats_and_renamed_folders_are_refused(tmp_path):
         read(path.with_name("step_00000007"))
     path = toy_save(tmp_path, 2)
     manifest = path / "MANIFEST.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="of format 2, step 2; expected 1, 2"):
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    with pytest.raises(CheckpointError, match="of format 0, step 2; expected 1, 2"):
         read(path)
     assert find_newest(tmp_path) is None
     assert find_newest(tmp_path / "nowhere") is None
+
+
+def test_what_a_later_version_saved_is_refused_and_not_passed_over(tmp_path, monkeypatch):
+    toy_save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "stamp", lambda: {"schema": SCHEMA + 1, "version": "0.99.0"})
+    path = toy_save(tmp_path, 2, keep=9)
+    with pytest.raises(LaterVersionError, match=r"step_00000002 was written by polyvit-fast 0\.99\.0, .*; upgrade: pip install"):
+        find_newest(tmp_path)
+    manifest = path / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(LaterVersionError, match="step_00000002 was written by a later version of polyvit-fast; upgrade: pip install"):
+        find_newest(tmp_path)
 
 
 def test_the_newest_and_the_best_stay(tmp_path):

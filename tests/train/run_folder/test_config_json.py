@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 
+from polyvit_fast import data
 from polyvit_fast.config import ComputeOptions, DataOptions, Modality, Model, Optim, Source, StepPlan, Task, Train
 from polyvit_fast.train.run_folder.config_json import differences, from_json, to_json
 
@@ -101,8 +102,8 @@ def test_the_form_is_plain_and_names_types():
     assert values == to_json(config(**RICH))
     assert values["type"] == "Train"
     assert list(values["tasks"]) == ["still", "motion"]
-    assert values["tasks"]["still"]["modality"]["noises"][0] == {"type": "Noise", "strength": 0.5, "colour": "pink"}
-    assert values["tasks"]["motion"]["train"] == {"type": "Files", "folder": "a/b", "limit": 9}
+    assert values["tasks"]["still"]["modality"]["noises"][0] == {"type": f"{__name__}:Noise", "strength": 0.5, "colour": "pink"}
+    assert values["tasks"]["motion"]["train"] == {"type": f"{__name__}:Files", "folder": "a/b", "limit": 9}
     assert values["optim"]["betas"] == [0.8, 0.95]
 
 
@@ -202,7 +203,7 @@ def test_differences_name_dotted_fields_and_both_values():
     new = replace(old, seed=3, tasks={"still": changed_still, "motion": replace(motion, batch=64)}, schedule=reversed_order)
     assert differences(stored(old), to_json(new)) == [
         "tasks.still.modality.mean: [0.5, 0.25] -> [0.5]",
-        "tasks.still.train: Files -> Other",
+        f"tasks.still.train: {__name__}:Files -> {__name__}:Other",
         "tasks.motion.batch: 32 -> 64",
         f'schedule: "weighted" -> "{__name__}:reversed_order"',
         "seed: 0 -> 3",
@@ -220,6 +221,30 @@ def test_differences_see_added_and_removed_fields_and_the_order_of_tasks():
     assert differences(values, dict(reversed(values.items()))) == []
     assert differences({"a": 1, "b": True}, {"a": 1.0, "b": 1}) == ["b: true -> 1"]
     assert differences({"a": "absent"}, {}) == ['a: "absent" -> absent']
+
+
+def test_a_class_of_a_users_own_is_known_by_its_name_wherever_its_module_lies():
+    now = config()
+    moved = json.loads(json.dumps(stored(now)).replace(f"{__name__}:", "polyvit_experiment_mine:"))
+    of_0_7 = json.loads(json.dumps(stored(now)).replace(f"{__name__}:", ""))  # which stored no modules
+    for values in (moved, of_0_7):
+        assert values != stored(now)
+        assert differences(values, to_json(now)) == []
+        assert from_json(now, values) == now
+
+
+def test_a_class_of_the_package_is_not_one_of_the_same_name():
+    @dataclass(frozen=True, kw_only=True)
+    class Synthetic(Files):
+        num_samples: int = 1000
+        seed: int = 0
+
+    mine, theirs = config(tasks={"still": task(train=Synthetic())}), config(tasks={"still": task(train=data.Synthetic())})
+    assert differences(to_json(mine), to_json(theirs)) == [f"tasks.still.train: {__name__}:Synthetic -> Synthetic"]
+    with pytest.raises(
+        ValueError, match=r"tasks\.still\.train: the experiment has a Synthetic here, the stored configuration '.*:Synthetic'"
+    ):
+        from_json(theirs, stored(mine))
 
 
 def test_differences_leave_out_the_fields_to_ignore():

@@ -1,20 +1,24 @@
 """Runs of earlier versions are evaluated and resumed; tests/files/stored_configs holds what each version stored for `train smoke`."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_runs import change, tile_task, tiny_config
 
+import polyvit_fast
 from polyvit_fast import experiments
 from polyvit_fast.config import Optim, Train
 from polyvit_fast.data.audio.modality import Audio
 from polyvit_fast.data.image.modality import Image
+from polyvit_fast.train.run_folder import earlier_versions
 from polyvit_fast.train.run_folder.config_json import from_json, to_json
-from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5, upgrade
+from polyvit_fast.train.run_folder.earlier_versions import SCHEMA, LaterVersionError, check_schema, is_older_than_0_5, stamp, upgrade
 from polyvit_fast.train.run_folder.record import resume_differences
 
+VERSION = re.escape(polyvit_fast.__version__)
 STORED = Path(__file__).parents[2] / "files" / "stored_configs"
 
 
@@ -32,6 +36,7 @@ def without_groups(train: Train) -> dict:
     values = to_json(train)
     for group in ("data", "compute", "log", "distributed"):
         values |= values.pop(group)
+    del values["early_stop_evaluations"]
     return values | {"type": "Train"}
 
 
@@ -70,6 +75,38 @@ def test_values_of_fields_that_moved_or_were_renamed_are_kept():
 def test_todays_configurations_stay_as_they_are():
     values = to_json(experiments.load("demo"))
     assert upgrade(values) == values
+
+
+def test_a_stored_file_says_its_schema_and_its_version():
+    values = to_json(experiments.load("demo"))
+    assert stamp() == {"schema": SCHEMA, "version": polyvit_fast.__version__}
+    assert upgrade({**stamp(), **values}) == values
+    check_schema(stamp(), Path("config.json"))
+    check_schema({}, Path("config.json"))
+    later = {"schema": SCHEMA + 1, "version": "0.99.0"}
+    with pytest.raises(
+        LaterVersionError, match=rf"^runs/a was written by polyvit-fast 0\.99\.0, whose files this version, {VERSION}, does"
+    ):
+        check_schema(later, Path("runs/a"))
+
+
+def test_the_number_decides_where_there_is_one(monkeypatch):
+    """A field of a later schema is added to all before it; what tells 0.3 to 0.7 apart is not looked at."""
+    monkeypatch.setitem(earlier_versions.ADDED, SCHEMA + 1, {"Optim": {"lookahead": 0}, "Task": {"copies": 1}})
+    monkeypatch.setattr(earlier_versions, "SCHEMA", SCHEMA + 1)
+    smoke = to_json(experiments.load("smoke"))
+    for before in ({**smoke, "schema": SCHEMA}, stored_by("0.6.0"), stored_by("0.3.1")):
+        upgraded = upgrade(before)
+        assert upgraded["optim"]["lookahead"] == 0
+        assert [task["copies"] for task in upgraded["tasks"].values()] == [1, 1, 1]
+    kept = {"schema": SCHEMA + 1, "type": "Train", "tasks": {}, "optim": {"type": "Optim", "name": "adamw", "lookahead": 5}}
+    assert upgrade(kept) == {name: value for name, value in kept.items() if name != "schema"}  # no groups, no `absent`
+    assert upgrade({**kept, "schema": 0})["optim"] == {"absent": "coast", **earlier_versions.ADDED[1]["Optim"], **kept["optim"]}
+
+
+def test_records_in_a_sequence_are_upgraded_too():
+    later = {"random_erasing_prob": 0.0, "random_erasing_area_ratios": [0.02, 0.4], "random_erasing_aspect_ratio": 0.3}
+    assert upgrade({"data": {}, "all": [{"type": "Image"}, 3]})["all"] == [{"type": "Image", **later}, 3]
 
 
 def test_a_field_that_a_version_did_not_know_has_the_default():

@@ -2,13 +2,13 @@ import json
 from dataclasses import dataclass, replace
 
 import pytest
-from tiny_runs import change, tile_task, tiny_config
+from tiny_runs import Tile, change, tile_task, tiny_config
 
 from polyvit_fast import experiments
 from polyvit_fast.config import Source, Train
 from polyvit_fast.data import Folder, Image, Manifest, Shards, Synthetic
 from polyvit_fast.train.run_folder.config_json import to_json
-from polyvit_fast.train.run_folder.rebuild import RECORDS, rebuild
+from polyvit_fast.train.run_folder.rebuild import RECORDS, OwnClassError, rebuild
 
 
 def stored(config: Train) -> dict:
@@ -49,15 +49,34 @@ def my_schedule(config: Train) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"a": tile_task()}}, r"tasks\.a\.modality: Tile is no class of polyvit_fast; give the configuration .* config=config"),
-        ({"tasks": {"a": tile_task(modality=Image(), val=Mine())}}, r"tasks\.a\.val: Mine is no class of polyvit_fast"),
-        ({"schedule": my_schedule}, r"schedule: [\w.]+:my_schedule is a function of your own; give the configuration"),
+        ({"modality": Tile()}, r"tasks\.a\.modality: Tile is no class of polyvit_fast"),
+        ({"modality": Image(), "val": Mine()}, r"tasks\.a\.val: Mine is no class of polyvit_fast"),
     ],
 )
 def test_what_is_a_users_own_is_named(changes, message):
-    smoke = experiments.load("smoke")
-    with pytest.raises(ValueError, match=message):
-        rebuild(stored(replace(smoke, **changes)))
+    smoke = replace(experiments.load("smoke"), tasks={"a": tile_task(**changes)})
+    with pytest.raises(OwnClassError, match=message):
+        rebuild(stored(smoke))
+
+
+def test_a_users_own_sources_and_schedule_are_left_out_where_nothing_is_read_or_trained():
+    own = {"train": Mine(), "test": Mine(num_samples=3), "val": Synthetic(num_samples=7)}
+    config = replace(experiments.load("smoke"), tasks={"a": tile_task(modality=Image(), **own)}, schedule=my_schedule)
+    with pytest.raises(OwnClassError, match=r"tasks\.a\.train: Mine is no class"):
+        rebuild(stored(config))
+    found = rebuild(stored(config), with_sources=False)
+    task = found.tasks["a"]
+    assert (task.modality, task.val, found.model) == (Image(), Synthetic(num_samples=7), config.model)
+    assert found.schedule == f"{__name__}:my_schedule"
+    for source in (task.train, task.test):
+        with pytest.raises(ValueError, match=r"listed by the class .*:Mine, which only the run's experiment has"):
+            source.samples(task)
+
+
+def test_a_class_that_is_called_like_one_of_the_package_is_a_users_where_that_is_known():
+    values = stored(experiments.load("smoke"))
+    with pytest.raises(OwnClassError, match=r"tasks\.clips\.modality: Video is no class of polyvit_fast"):
+        rebuild(values, own={"Video"})
 
 
 def test_wrong_values_are_named(unchecked_types):
