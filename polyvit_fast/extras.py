@@ -8,6 +8,7 @@ EXTRAS = {
     "nvidia.dali": ("nvidia-dali-cuda130", "data"),
     "av": ("av", "data"),
     "PIL": ("pillow", "data"),
+    "pillow_heif": ("pillow-heif", "heic"),
     "matplotlib": ("matplotlib", "train"),
     "tensorboard": ("tensorboard", "train"),
     "torchmetrics": ("torchmetrics", "train"),

@@ -1,10 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, folders that are there only with something in them, and paths from the root."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+
+def absolute(path: str | Path) -> str:
+    """A path from the root, for a message about a file that is not there: a relative one starts from the folder of the command."""
+    return os.path.join(os.getcwd(), path)  # not abspath, which would drop "link/.."
 
 
 def write_atomically(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:
@@ -24,3 +31,19 @@ def write_atomically(path: str | Path, content: str | bytes, *, durable: bool = 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def make_folder(folder: Path) -> Iterator[None]:
+    """Inside, the folder is there. What this made of it and of its parents is gone again at the end, unless something was put in.
+
+    Raises OSError when it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it holds something
+                path.rmdir()

@@ -59,7 +59,8 @@ class Media:
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            raise MediaError("the file is missing") from None
+            where = "" if os.path.isabs(self.path) else f": {os.path.join(os.getcwd(), self.path)}"
+            raise MediaError(f"the file is missing{where}") from None
         except OSError as error:
             raise MediaError(f"the file cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(status.st_mode):

@@ -92,3 +92,11 @@ def test_suffixes_of_media_are_in_lower_case_and_none_of_them_is_a_label():
     assert all(suffix == suffix.lower() and "." not in suffix for suffix in MEDIA_SUFFIXES)
     assert {"jpg", "jfif", "jpe", "jp2", "avif", "m2ts", "mka", "y4m", "rf64", "aifc", "ac3"} <= MEDIA_SUFFIXES
     assert not {"cls", "json", "txt", "npy", "pyd", "pth", "xml", "mat"} & MEDIA_SUFFIXES
+
+
+def test_of_a_missing_file_the_whole_path_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MediaError, match=f"^the file is missing: {tmp_path}/photos/a.jpg$"):
+        Media("photos/a.jpg").read()
+    with pytest.raises(MediaError, match=r"^the file is missing$"):
+        Media(f"{tmp_path}/photos/a.jpg").read()  # its name, which stands before the reason, is whole already

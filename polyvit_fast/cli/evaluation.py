@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast.cli.arguments import load_run, split_run
+from polyvit_fast.cli.locations import change_locations, split_locations
 from polyvit_fast.cli.results import record_results
 from polyvit_fast.config import Train
 
@@ -27,6 +28,8 @@ class EvalOptions:
     $ polyvit-fast eval runs/demo --tasks motion --views 4x3
     $ polyvit-fast eval runs/demo --split test --predictions answers.csv
     $ polyvit-fast eval /read-only/run --out results.jsonl
+
+    Where files have moved: --tasks.NAME.val.path FOLDER, or another field of a task's train, val or test.
     """
 
     checkpoint: str = "newest"
@@ -44,21 +47,28 @@ class EvalOptions:
     """File for a table (.csv or .parquet) with the five most probable classes of each sample, and its labels."""
     out: str = ""
     """File to which a line of JSON with the metrics is added; pictures are drawn next to it. Empty: evaluations.jsonl in the run folder."""
+    max_bad_ratio: float | None = None
+    """Largest fraction of a task's files that may be broken. They are left out. None: as in the run."""
     device: Literal["as trained", "cpu", "cuda"] = "as trained"
     """Where the model computes."""
 
 
 def run_eval(arguments: list[str]) -> int:
     """Evaluate a checkpoint of a run."""
+    locations, arguments = split_locations(arguments)
     folder, options = split_run(EvalOptions, arguments, "eval")
     recorded = load_run(folder, options.checkpoint)
+    config = change_locations(recorded.config, locations, f"eval {folder}")
     from polyvit_fast.inference.answers import ANSWER_COLUMNS, Answers
     from polyvit_fast.inference.loading import move_to
     from polyvit_fast.inference.tables import check_table_file, open_table
     from polyvit_fast.train.evaluate import evaluate_run
-    from polyvit_fast.train.output.log import print_evaluation, show_evaluation_progress
+    from polyvit_fast.train.output.bars import show_evaluation_progress
+    from polyvit_fast.train.output.log import print_evaluation
 
-    config = recorded.config if options.device == "as trained" else move_to(recorded.config, options.device)
+    config = config if options.device == "as trained" else move_to(config, options.device)
+    if options.max_bad_ratio is not None:
+        config = replace(config, data=replace(config.data, max_bad_ratio=options.max_bad_ratio))
     config = _change_views(config, options.tasks, options.views) if options.views else config
     table, out = Path(options.predictions), Path(options.out or folder / "evaluations.jsonl")
     if options.predictions:
@@ -69,7 +79,7 @@ def run_eval(arguments: list[str]) -> int:
         # Of several processes only the first has answers, so only that one may open the table.
         answers = Answers((lambda: stack.enter_context(open_table(table, ANSWER_COLUMNS))) if options.predictions else None)
         keep = {"keep": answers} if options.predictions or options.per_class else {}
-        progress = stack.enter_context(show_evaluation_progress())
+        progress = stack.enter_context(show_evaluation_progress(list(config.tasks)))
         evaluation = evaluate_run(
             folder, config, options.checkpoint, options.tasks, progress, split=options.split, remark=recorded.remark, **keep
         )
@@ -107,7 +117,6 @@ def _change_views(config: Train, tasks: tuple[str, ...], views: str) -> Train:
 def _print_classes(name: str, answers: TaskAnswers) -> None:
     """A line for each class, the least known first."""
     from rich.console import Console
-    from rich.text import Text
 
     from polyvit_fast.train.output.table import build_table
 
@@ -117,7 +126,7 @@ def _print_classes(name: str, answers: TaskAnswers) -> None:
     for result in sorted(results, key=lambda one: (math.isnan(one.recall), one.recall)):
         numbers = [result.recall, result.precision, *([result.average_precision] if result.average_precision is not None else [])]
         cells = ["-" if math.isnan(number) else f"{number:.1%}" for number in numbers]
-        table.add_row(Text(result.name), f"{result.num_files:,}", *cells)
+        table.add_row(result.name, f"{result.num_files:,}", *cells)
     Console().print(table)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import HELP_FLAGS, parse_options, split_subject
+from polyvit_fast.cli.locations import change_locations, split_locations
 
 if TYPE_CHECKING:
     from polyvit_fast.probe.probing import ProbeResult
@@ -22,6 +23,8 @@ class ProbeOptions:
     are reported. Intervals are of 95 %.
 
     polyvit-fast probe runs/demo --experiment birds.py --random
+
+    Where files have moved: --tasks.NAME.train.path FOLDER, or another field of a task's train or val.
     """
 
     experiment: str
@@ -49,12 +52,14 @@ def run_probe(arguments: list[str]) -> int:
     """Probe a frozen model."""
     if arguments and arguments[0] in HELP_FLAGS:
         parse_options(ProbeOptions, ["--help"], "probe SOURCE")
+    locations, arguments = split_locations(arguments)
     source, flags = split_subject(arguments, "probe SOURCE --experiment EXPERIMENT")
     options = parse_options(ProbeOptions, flags, "probe SOURCE")
-    config = experiments.load(options.experiment)
+    config = change_locations(experiments.load(options.experiment), locations, f"probe {source}")
     config = config if options.device == "as in the experiment" else replace(config, device=options.device)
+    from polyvit_fast.data.decoder_messages import catch_decoder_messages
     from polyvit_fast.probe.probing import ProbePlan, probe
-    from polyvit_fast.train.output.log import show_evaluation_progress
+    from polyvit_fast.train.output.bars import show_evaluation_progress
 
     plan = ProbePlan(
         source=source,
@@ -65,9 +70,9 @@ def run_probe(arguments: list[str]) -> int:
         compares_random=options.random,
         folder=Path(options.out) if options.out else _choose_folder(source),
     )
-    with show_evaluation_progress() as progress:
+    with catch_decoder_messages(), show_evaluation_progress(list(config.tasks)) as progress:
         results = probe(plan, print, progress)
-    _print_results(results)
+    _print_results(results, list(config.tasks))
     print(f"written: {plan.folder / 'probe.json'}")
     return 0
 
@@ -79,17 +84,18 @@ def _choose_folder(source: str) -> Path:
     return path.with_name("probe") if path.is_file() else Path("probe") / source.replace("/", "--")
 
 
-def _print_results(results: list[ProbeResult]) -> None:
+def _print_results(results: list[ProbeResult], tasks: list[str]) -> None:
     """A line for each head of each task, with random weights next to the others where they were probed."""
     from rich.console import Console
 
-    from polyvit_fast.train.output.table import build_table
+    from polyvit_fast.train.output.table import build_table, task_cell
 
     sources = list(dict.fromkeys(row.weights for row in results))
     estimates = {(row.task, row.head, row.weights): row.estimate for row in results}
     names = [Path(source).name for source in sources]
-    table = build_table(["task, head"], ["metric", *names], title="values with their 95 % confidence intervals")
+    table = build_table(["task", "head", "metric"], names, title="values with their 95 % confidence intervals")
     for row in results:
         if row.weights == sources[0]:
-            table.add_row(f"{row.task}, {row.head}", row.metric, *(str(estimates[row.task, row.head, source]) for source in sources))
+            values = (str(estimates[row.task, row.head, source]) for source in sources)
+            table.add_row(task_cell(row.task, tasks.index(row.task)), row.head, row.metric, *values)
     Console().print(table)

@@ -10,6 +10,7 @@ import tyro
 from polyvit_fast import experiments
 from polyvit_fast.cli.arguments import load_config, split_run, split_subject
 from polyvit_fast.cli.results import draw_curves
+from polyvit_fast.files import make_folder
 from polyvit_fast.train.signals import exit_code
 
 
@@ -56,15 +57,15 @@ def run_plot(arguments: list[str]) -> int:
 def _plot_schedule(arguments: list[str]) -> int:
     name, flags = split_subject(arguments, "plot schedule EXPERIMENT")
     config = load_config(name, flags, "plot schedule")
-    from polyvit_fast.train.output.plot import plot_schedule, print_schedule
+    from polyvit_fast.train.output.schedule_plot import plot_schedule, print_schedule
     from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
     plan = make_step_plan(config)
     path = config.folder / "schedule.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lrs = list(LearningRates(config, plan))
-    plot_schedule(path, plan, config, lrs)
-    print_schedule(plan, lrs)
+    with make_folder(path.parent):
+        plot_schedule(path, plan, config, lrs)
+    print_schedule(plan, list(config.tasks), lrs)
     print(f"drawn: {path}")
     return 0
 
@@ -108,6 +109,15 @@ def run_check(arguments: list[str]) -> int:
 
 def run_list(arguments: list[str]) -> int:
     """List the experiments that come with the package."""
+    from rich.console import Console
+
+    from polyvit_fast.train.output.table import build_table
+
+    table, console = build_table(["experiment", "what it is"], []), Console()
     for name in experiments.names():
-        print(f"{name:24} {experiments.describe(name)}")
+        table.add_row(name, experiments.describe(name))
+        if not console.is_terminal:  # a line for each
+            print(f"{name:24} {experiments.describe(name)}")
+    if console.is_terminal:
+        console.print(table)
     return 0

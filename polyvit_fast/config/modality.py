@@ -6,13 +6,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from polyvit_fast.config.preprocessing import Preprocessing
+from polyvit_fast.config.record import Record
 from polyvit_fast.media import Media
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import, which `--help` and `list` have no need of
+    from torch import Tensor
+
+MOST_NUMBERS = 2**31 - 1
+"""In the grid of one view."""
 
 
 @runtime_checkable
@@ -28,7 +34,7 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Modality(ABC):
+class Modality(Record, ABC):
     """A kind of input: the grid that a sample is decoded to, and how the grid is cut into tokens."""
 
     name: ClassVar[str]
@@ -78,6 +84,11 @@ class Modality(ABC):
         """What evaluation does with a file, for those who use a model elsewhere. The default says nothing."""
         return Preprocessing()
 
+    @classmethod
+    def suggest(cls, value: object) -> str:
+        """The modalities of the package."""
+        return "write Image(), Video() or Audio(), of polyvit_fast.data"
+
     def thorough(self) -> Modality:
         """This modality with evaluation views that cover as much of every file as possible, for `polyvit-fast check`."""
         return self
@@ -104,6 +115,8 @@ class Modality(ABC):
                 raise ValueError(f"{self.name}: tubelets of {step} {axis} every {stride} do not fit a grid of {size} {axis}")
             if stride == step and size % step:
                 raise ValueError(f"{self.name}: {axis} = {size} does not divide by the tubelet's {step}; change one of the two")
+        if math.prod(self.grid) > MOST_NUMBERS:
+            raise ValueError(f"{self.name}: a grid of {' x '.join(map(str, self.grid))} has more than {MOST_NUMBERS:,} numbers")
         if self.num_class_tokens not in (0, 1, 2):
             raise ValueError(f"{self.name}: num_class_tokens = {self.num_class_tokens} must be 0, 1 or 2")
         if not self.num_class_tokens and self.pool != "mean":

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from polyvit_fast.config.record import Record, check_range
+
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(Record):
     """The Vision Transformer that all tasks train."""
 
     dim: int = 768
@@ -32,16 +34,21 @@ class Model:
     """Divide the residual branches that drop path keeps by their probability of being kept, as timm does. The paper's code does not."""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.depth, self.num_heads, self.mlp_dim) <= 0:
-            raise ValueError("dim, depth, num_heads and mlp_dim must be at least 1")
+        check_range(self, "[1, 65536]", "dim", "num_heads")
+        check_range(self, "[1, 1024]", "depth")
+        check_range(self, "[1, 1048576]", "mlp_dim")
         if self.dim % self.num_heads:
             raise ValueError(f"dim = {self.dim} does not divide by num_heads = {self.num_heads}")
         if not 0 <= self.num_adaptor_layers <= self.depth:
             raise ValueError(f"num_adaptor_layers = {self.num_adaptor_layers} must lie between 0 and depth = {self.depth}")
-        if self.norm_eps <= 0 or self.last_norm_eps < 0:
-            raise ValueError(f"norm_eps = {self.norm_eps} must be positive, and last_norm_eps = {self.last_norm_eps} not negative")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
+        check_range(self, "(0, 1]", "norm_eps")
+        check_range(self, "[0, 1]", "last_norm_eps")
+        check_range(self, "[0, 1)", "dropout")
+
+    @classmethod
+    def suggest(cls, value: object) -> str:
+        """One of the usual sizes where its letter stands."""
+        return f'write MODELS["{value}"]' if isinstance(value, str) and value in MODELS else super().suggest(value)
 
     @property
     def head_dim(self) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from polyvit_fast.config.record import Record, check_range
+
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class Optim(Record):
     """The optimizer, one for the parameters of all tasks."""
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -56,15 +58,10 @@ class Optim:
     """Decay of an exponential moving average of the weights, which is evaluated in their stead. 0: off."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr = {self.lr} must be positive")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay = {self.layer_decay} must be above 0 and at most 1")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
-        for name, value in (("momentum", self.momentum), ("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} = {value} must be in [0, 1)")
+        check_range(self, "(0, inf)", "lr", "eps")
+        check_range(self, "(0, 1]", "layer_decay")
+        check_range(self, "[0, inf)", "warmup_steps", "weight_decay", "clip_norm")
+        check_range(self, "[0, 1)", "momentum", "ema_decay", "betas")
 
     @property
     def rests(self) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from polyvit_fast.config.record import Record, check_range
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Record):
     """How files are read and decoded."""
 
     decoding: Literal["auto", "cpu", "gpu"] = "auto"
@@ -21,19 +23,17 @@ class DataOptions:
     max_bad_ratio: float = 0.01
     """Largest fraction of a task's files that may be broken before the run stops. Until then each is replaced by another of the task."""
     changed_files: Literal["refuse", "allow"] = "refuse"
-    """Whether a run may resume when training files have changed in size or content since its checkpoint, for example because broken ones
-    were repaired."""
+    """Whether a run may resume when training files have changed since its checkpoint, for example because broken ones were repaired or
+    left out. When their list changes, so does the order of the samples from then on."""
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "num_threads", "prefetch")
-        if not 0 <= self.max_bad_ratio <= 1:
-            raise ValueError(f"max_bad_ratio = {self.max_bad_ratio} must be in [0, 1]")
-        if self.decode_timeout_seconds <= 0:
-            raise ValueError(f"decode_timeout_seconds = {self.decode_timeout_seconds} must be positive")
+        check_range(self, "[1, 1024]", "num_threads", "prefetch")
+        check_range(self, "[0, 1]", "max_bad_ratio")
+        check_range(self, "(0, inf)", "decode_timeout_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
+class ComputeOptions(Record):
     """How a step is computed."""
 
     residual: Literal["fp32", "bf16"] = "fp32"
@@ -48,16 +48,16 @@ class ComputeOptions:
     compute_threads: int = 0
     """CPU threads of PyTorch's operators. 0: one less than there are cores, which leaves one for the decoders."""
     nonfinite_patience: int = 10
-    """Stop the run after this many steps in a row with a non-finite loss or gradient. Each of them skips its update."""
+    """Stop the run after this many steps of a task in a row with a non-finite loss or gradient. Each of them skips its update.
+    The host does not wait for a GPU to see them: there the run stops a step or two later."""
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "nonfinite_patience")
-        if self.compute_threads < 0:
-            raise ValueError(f"compute_threads = {self.compute_threads} must not be negative")
+        check_range(self, "[1, inf)", "nonfinite_patience")
+        check_range(self, "[0, 1024]", "compute_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogOptions:
+class LogOptions(Record):
     """How often a run logs, evaluates and saves. All intervals count steps of all tasks together."""
 
     log_every_steps: int = 20
@@ -73,11 +73,8 @@ class LogOptions:
     """How many of the newest checkpoints are kept. The best one is kept as well."""
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "log_every_steps", "save_every_steps", "keep")
-        if self.eval_every_steps < 0:
-            raise ValueError(f"eval_every_steps = {self.eval_every_steps} must not be negative")
-        if self.early_stop_evaluations < 0:
-            raise ValueError(f"early_stop_evaluations = {self.early_stop_evaluations} must not be negative")
+        check_range(self, "[1, inf)", "log_every_steps", "save_every_steps", "keep")
+        check_range(self, "[0, inf)", "eval_every_steps", "early_stop_evaluations")
         if self.early_stop_evaluations and not self.eval_every_steps:
             raise ValueError(
                 f"early_stop_evaluations = {self.early_stop_evaluations} needs evaluations during the run: set eval_every_steps"
@@ -85,16 +82,10 @@ class LogOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributedOptions:
+class DistributedOptions(Record):
     """How the processes of torchrun work together."""
 
     sharded: bool = False
     """Split parameters, gradients and optimizer state over the processes (FSDP2), for models too large for one GPU. Turns --capture off."""
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are all-reduced. bf16 halves the traffic."""
-
-
-def _check_at_least_one(options: object, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) <= 0:
-            raise ValueError(f"{name} = {getattr(options, name)} must be at least 1")

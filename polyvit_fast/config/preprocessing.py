@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from polyvit_fast.config.record import Record
+
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class Preprocessing(Record):
     """What evaluation does with a file before the model sees its grid, in words and as settings of other libraries.
 
     Mean and std are not part of it: they are `Modality.normalisation`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from typing import Literal
 import tyro
 
 from polyvit_fast.config.modality import Decoder, Modality
+from polyvit_fast.config.record import ConfigError, Record, check_range
 from polyvit_fast.media import Sample
+
+MOST_STEPS = 100_000_000
+"""Of a run: its plan names the task of each, at eight bytes a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(ABC):
+class Source(Record, ABC):
     """Where the samples of one split come from."""
 
     @abstractmethod
@@ -28,6 +33,16 @@ class Source(ABC):
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder | None:
         """The decoder of a source whose media are not files; None: use the modality's decoder."""
         return None
+
+    @classmethod
+    def suggest(cls, value: object) -> str:
+        """The source that a path looks like."""
+        if not isinstance(value, str | os.PathLike):
+            return "write Folder(path=…), Manifest(path=…) or Shards(paths=(…,)), of polyvit_fast.data"
+        path = os.fsdecode(value)
+        if path.lower().endswith((".csv", ".tsv")):
+            return f'write Manifest(path="{path}")'
+        return f'write Shards(paths=("{path}",))' if path.lower().endswith(".tar") else f'write Folder(path="{path}")'
 
     def class_names(self, task: Task) -> tuple[str, ...] | None:
         """Names of the classes, in the order of their numbers, if the source itself has them; None if it has numbers only."""
@@ -43,7 +58,7 @@ class Source(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Record):
     """One dataset: its samples, and how the model is trained and evaluated on it."""
 
     modality: Modality
@@ -100,18 +115,15 @@ class Task:
     Otherwise LeCun's normal distribution, as in the paper's code for images: training from random weights is faster with it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "steps", "batch", "micro_batches"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_range(self, "[1, 10000000]", "num_classes")
+        check_range(self, f"[1, {MOST_STEPS}]", "steps")
+        check_range(self, "[1, 1048576]", "batch", "micro_batches")
         if self.batch % self.micro_batches:
             raise ValueError(f"batch = {self.batch} does not divide into micro_batches = {self.micro_batches}")
         if self.multi_label and self.loss != "sigmoid":
             raise ValueError("multi_label = True needs loss = sigmoid")
-        for name in ("label_smoothing", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1)")
-        if min(self.mixup, self.cutmix, self.lr_scale) < 0:
-            raise ValueError("mixup, cutmix and lr_scale must not be negative")
+        check_range(self, "[0, 1)", "label_smoothing", "drop_path_rate")
+        check_range(self, "[0, inf)", "mixup", "cutmix", "lr_scale")
         if self.loss_weight <= 0:
             raise ValueError(
                 f"loss_weight = {self.loss_weight} must be positive; to leave a task out, take --only with the names of the others"
@@ -122,7 +134,10 @@ class Task:
             )
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps = {self.warmup_steps} must not be negative, and less than the task's steps = {self.steps}")
-        self.modality.check_grid()
+        try:
+            self.modality.check_grid()
+        except ValueError as error:
+            raise ConfigError("modality", f"modality {error}") from error
 
     @property
     def mixes(self) -> bool:

@@ -13,7 +13,8 @@ from polyvit_fast.config.modality import Modality
 from polyvit_fast.config.model import Model
 from polyvit_fast.config.optim import Optim
 from polyvit_fast.config.options import ComputeOptions, DataOptions, DistributedOptions, LogOptions
-from polyvit_fast.config.task import Task
+from polyvit_fast.config.record import ConfigError, Record, check_range
+from polyvit_fast.config.task import MOST_STEPS, Task
 
 StepPlan = list[tuple[str, ...]]
 """The tasks of every step of a run: one name, or several that make one update together."""
@@ -22,7 +23,7 @@ Schedule = Callable[["Train"], StepPlan]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Record):
     """A training run."""
 
     tasks: dict[str, Task]
@@ -45,7 +46,7 @@ class Train:
     """How a picture's tokenizer becomes one for videos. central: the tubelet's middle frame gets its weights, the others zeros, as in the
     paper's code; average: each frame gets an equal part."""
     out: str = ""
-    """Run folder. Empty: runs/NAME."""
+    """Run folder. Empty: runs/NAME. This path, like all others, starts from the folder in which the command runs, if it is relative."""
     seed: int = 0
     """Seed of everything random: initial weights, order of tasks and samples, augmentation, dropout."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -60,7 +61,10 @@ class Train:
             raise ValueError("tasks is empty: a run needs at least one")
         for name in self.tasks:
             if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"task name {name!r} may hold letters, digits, - and _ only")
+                raise ConfigError("tasks", f"task name {name!r} may hold letters, digits, - and _ only")
+        if (steps := sum(task.steps for task in self.tasks.values())) > MOST_STEPS:
+            raise ConfigError("tasks", f"tasks have {steps:,} steps together: a run has at most {MOST_STEPS:,}")
+        check_range(self, f"[{-(2**63)}, {2**63 - 1}]", "seed")
         if self.data.decoding == "gpu" and self.device == "cpu":
             raise ValueError("--decoding gpu needs --device cuda; leave it auto")
         if self.compute.attention != "auto" and self.device == "cpu":

@@ -22,10 +22,12 @@ from torch import Tensor
 from polyvit_fast.config import StepPlan, Task, Train
 from polyvit_fast.data.augment.mixing import CutBox, draw_mix
 from polyvit_fast.data.dali import UnavailableError
+from polyvit_fast.data.decoder_messages import describe_messages, drop_messages
 from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
+from polyvit_fast.data.sources.locations import Split, advise_location
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
 
@@ -36,6 +38,9 @@ class DataError(RuntimeError):
 
 NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError, *DEFECTS)
 """Errors that end the run. Treated as broken files, they would condemn good files one after the other."""
+
+
+CHANGED_FILES = "Files that have changed since the run began need --changed-files allow"
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -87,7 +92,7 @@ class Loader:
     """The batches of one task: training batches by step, validation batches in order.
 
     `rank` of `world_size` loads its part of every training batch; the parts of all ranks together are the batch of one process.
-    Validation batches do not depend on the ranks.
+    Validation batches do not depend on the ranks. `split` says which files stand for the validation files.
     """
 
     def __init__(
@@ -98,23 +103,27 @@ class Loader:
         train: bool,
         rank: int = 0,
         world_size: int = 1,
+        split: Split = "val",
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.name, self.config, self.task, self.report = name, config, config.tasks[name], report
+        self.name, self.config, self.task, self.trains, self.report = name, config, config.tasks[name], train, report
         self.source = self.task.train if train else self.task.val
         try:
             self.classes = class_list(self.task)
             self.samples = self.source.samples(self.task)
         except (ValueError, OSError) as error:
-            raise ValueError(f"task {name}: {error}") from error
+            raise ValueError(f"task {name}: {error}{advise_location(name, {'train': self.task.train, split: self.task.val})}") from error
         if not self.samples:
             raise ValueError(f"tasks.{name}: {self.source} has no samples")
         self.size = local_batch_size(name, self.task, world_size) if train else evaluation_size(self.task)
         self.first = rank * self.size if train else 0
         on_gpu = config.device == "cuda" and config.data.decoding != "cpu"
-        options = {"batch": self.size, "train": train, "num_threads": config.data.num_threads}
+        self.num_threads = config.data.num_threads
+        options = {"batch": self.size, "train": train, "num_threads": self.num_threads}
         self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
+        self.reported: set[str] = set()
+        """The kinds of files about which a library's message was reported."""
         self.note = ""
         self._report_note()
         if rank == 0 and (train or self.source != self.task.train):
@@ -201,11 +210,18 @@ class Loader:
             error.add_note(f"task {self.name}: while decoding {files}. It is a bug in the decoder, not a broken file: please report it")
             raise
         self._report_note()
+        media = [self.samples[i].media for i in indices]
+        for text in describe_messages(self.reported, media, lambda row: self._call_decoder([indices[row]], [positions[row]])):
+            self.report(f"task {self.name}: {text}")
         return grid
 
     def _call_decoder(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
-        return self.decoder([self.samples[i].media for i in indices], rngs)
+        try:
+            return self.decoder([self.samples[i].media for i in indices], rngs)
+        except Exception:
+            drop_messages()
+            raise
 
     def _find_culprits(self, indices: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The samples of a batch with which the decoder's bug shows when each is decoded alone."""
@@ -256,8 +272,18 @@ class Loader:
         if len(self.broken) > (max(1, ratio * len(self.samples)) if ratio else 0) or len(self.broken) == len(self.samples):
             raise DataError(
                 f"task {self.name}: {len(self.broken)} of {len(self.samples)} files are broken, more than max_bad_ratio = {ratio} "
-                f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest"
+                f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest. "
+                f"{self._advise_on_broken()}"
             )
+
+    def _advise_on_broken(self) -> str:
+        """How the same command goes on."""
+        if not self.trains:
+            return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
+        return (
+            "Start the same command again with a larger --max-bad-ratio, and the run goes on without them; or once you have repaired or "
+            f"replaced them, or made the manifest tasks.{self.name}.train of the experiment. {CHANGED_FILES}"
+        )
 
 
 def _concatenate(grids: list[Tensor]) -> Tensor:
@@ -414,8 +440,11 @@ def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
         cause = "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "each file alone is decoded in time"
     except ValueError as error:
         cause = str(error)
-    return (
-        f"task {request.task}: its batch {request.step} was not decoded within decode_timeout_seconds = {timeout_seconds:g} ({cause}). "
-        "Replace the file by a good one and start again with --changed-files allow: the run resumes. Or leave it out (`polyvit-fast check` "
-        "writes a clean manifest) and start with another --out"
-    )
+    remedy = "Replace the file by a good one, and start the same command again"
+    if request.loader.trains:
+        remedy = (
+            "Start the same command again with a longer --decode-timeout-seconds; or once you have replaced the file by a good one, or "
+            f"made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment. {CHANGED_FILES}"
+        )
+    timeout = f"decode_timeout_seconds = {timeout_seconds:g}"
+    return f"task {request.task}: its batch {request.step} was not decoded within {timeout} ({cause}). {remedy}"

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import pkgutil
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from polyvit_fast.config import Train
+from polyvit_fast.experiments.loading.run_file import run_file
 
 
 def names() -> list[str]:
     """Names of the experiments that come with the package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def describe(name: str) -> str:
@@ -29,33 +28,57 @@ def load(name: str) -> Train:
 
     Raises ValueError with the cause: an unknown name, a missing file, an error in the file (with its line), no `config` in it.
     """
-    config = getattr(_module(name), "config", None)
+    module = _module(name)
+    config = getattr(module, "config", None)
     if not isinstance(config, Train):
-        raise ValueError(f"experiment {name}: it must define `config = Train(...)`, a polyvit_fast.config.Train")
+        raise ValueError(f"experiment {name}: it must define `config = Train(...)`, a polyvit_fast.config.Train{_explain(module)}")
     return config if config.out else replace(config, out=f"runs/{Path(name).stem}")
 
 
+def _explain(module: ModuleType) -> str:
+    """What `config` is instead of a configuration, and what to do about it: the end of a sentence."""
+    values = vars(module)
+    if "config" not in values:
+        others = [name for name, value in values.items() if isinstance(value, Train)]
+        return f", and has none; rename {others[0]} to config" if others else ", and has none"
+    match values["config"]:
+        case type() as kind:
+            return f", and not the class {kind.__name__}: write {kind.__name__}(...), with brackets"
+        case (Train(),):
+            return ", and not a tuple: remove the comma after its last bracket"
+        case value if callable(value):
+            return f", and not a function: call it, config = {getattr(value, '__name__', 'config')}()"
+        case value:
+            return f", and not a {type(value).__name__}"
+
+
 def _module(name: str) -> ModuleType:
+    path = Path(name)
     if name in names():
         return importlib.import_module(f"{__name__}.{name}")
+    if name.endswith(".py") and path.is_file():
+        return run_file(path)
+    if (path / "config.json").is_file():
+        commands = path / "command.txt"
+        again = commands.read_text(errors="replace").strip().splitlines()[-1:] if commands.is_file() else []
+        raise ValueError(
+            f"{path.absolute()} is a run folder, not an experiment: evaluate it with polyvit-fast eval {name}, "
+            f"or resume it with the command that began it{': ' + again[0] if again else ''}"
+        )
+    if path.exists():
+        what = "a folder" if path.is_dir() else "no file that ends in .py" if path.is_file() else "no regular file"
+        raise ValueError(f"experiment {path.absolute()} is {what}; give the path of a .py file{_suggest(name)}")
     if name.endswith(".py"):
-        return _module_from_file(Path(name))
-    close = difflib.get_close_matches(name, names(), 1)
-    hint = f"perhaps you meant {close[0]}" if close else f"there are: {', '.join(names())}"
-    raise ValueError(f"experiment {name!r} is unknown; {hint} (or give the path of a .py file)")
+        raise ValueError(f"experiment file {path.absolute()} does not exist{_suggest(name)}")
+    hint = _suggest(name) or f"; there are: {', '.join(names())}"
+    raise ValueError(f"experiment {name!r} is unknown{hint} (or give the path of a .py file)")
 
 
-def _module_from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"experiment file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"polyvit_experiment_{path.stem}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()]
-        line = error.lineno if isinstance(error, SyntaxError) else where[-1] if where else 0
-        raise ValueError(f"experiment file {path}, line {line}: {type(error).__name__}: {error}") from error
-    return module
+def _suggest(name: str) -> str:
+    """The experiment or file that may be meant: the end of a sentence."""
+    path = Path(name)
+    inside, nearby = ([file for file in sorted(folder.glob("*.py")) if file.is_file()] for folder in (path, path.parent))
+    known = {own: own for own in names()} | {file.stem: str(file) for file in (*inside, *nearby)}
+    close = difflib.get_close_matches(path.stem, known, 1)
+    found = [known[close[0]]] if close else list(map(str, inside)) if len(inside) == 1 else []
+    return f"; perhaps you meant {found[0]}" if found else ""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from polyvit_fast.extras import require
-from polyvit_fast.train.output.plot import STYLE
+from polyvit_fast.train.output.colours import task_colour, to_rgb
+from polyvit_fast.train.output.picture import DARK, drawing_style, save_figure
+from polyvit_fast.train.output.words import break_words, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,29 +26,33 @@ NUMBERED = 15
 OTHERS = "all others"
 
 
-def plot_confusion(path: Path, title: str, classes: Sequence[str], confusion: Int[torch.Tensor, "classes classes"]) -> None:
-    """Draw the confusion matrix as a PNG: in each row, the percentages of a class's files by the class that they were taken for."""
-    require("drawing", "matplotlib")
-    import matplotlib
-    from matplotlib.figure import Figure
+def plot_confusion(
+    path: Path, title: str, classes: Sequence[str], confusion: Int[torch.Tensor, "classes classes"], *, colour: str = task_colour(0)
+) -> None:
+    """Draw the confusion matrix as a PNG: in each row, the percentages of a class's files by the class that they were taken for.
 
+    `colour` is that of the task, as #RRGGBB.
+    """
     names, counts = _choose_classes(list(classes), confusion.numpy())
     percentages = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     if len(classes) > MOST:
-        title += f": the {len(names) - 1} of {len(classes)} classes with the most wrong answers"
+        title += f": the {len(names) - 1} of {len(classes):,} classes with the most wrong answers"
     side = 2.8 + 0.27 * len(names)
-    with matplotlib.rc_context(STYLE):
+    with drawing_style():
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(side + 1.2, side), layout="constrained")
         axes = figure.subplots()
-        picture = axes.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
+        picture = axes.imshow(percentages, LinearSegmentedColormap.from_list("task", ["white", colour]), vmin=0, vmax=100)
         axes.grid(visible=False)
+        axes.spines[:].set_visible(True)
         _label(axes, names)
         if len(names) <= NUMBERED:
-            _number(axes, percentages, counts)
+            _number(axes, percentages, counts, colour)
         figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the row's files")
-        axes.set_title(title, fontsize="medium")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.suptitle("\n".join(break_words(title, int(11 * side))), x=0.01, horizontalalignment="left", fontsize="medium")
+        save_figure(figure, path)
 
 
 def _choose_classes(names: list[str], counts: np.ndarray) -> tuple[list[str], Float[np.ndarray, "shown shown"]]:
@@ -64,14 +69,17 @@ def _choose_classes(names: list[str], counts: np.ndarray) -> tuple[list[str], Fl
 
 
 def _label(axes: Axes, names: list[str]) -> None:
-    short = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    short = [shorten(name, 24) for name in names]
     axes.set_xticks(range(len(names)), short, rotation=90, fontsize="small")
     axes.set_yticks(range(len(names)), short, fontsize="small")
     axes.set(xlabel="taken for", ylabel="class")
 
 
-def _number(axes: Axes, percentages: np.ndarray, counts: np.ndarray) -> None:
+def _number(axes: Axes, percentages: np.ndarray, counts: np.ndarray, colour: str) -> None:
+    weights = np.array([0.2126, 0.7152, 0.0722]) / 255  # of red, green and blue, in how bright a colour looks
+    darkness = 1 - weights @ to_rgb(colour)
     for (row, column), value in np.ndenumerate(percentages):
         if counts[row, column]:
-            colour = "white" if value > 55 else "#222222"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color=colour)
+            on_dark = value / 100 * darkness > 0.45
+            number = f"{value:.0f}" if value >= 1 or not value else "<1"
+            axes.text(column, row, number, ha="center", va="center", fontsize="x-small", color="white" if on_dark else DARK)

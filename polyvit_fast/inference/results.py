@@ -11,7 +11,6 @@ from typing import overload
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from polyvit_fast.media import printable
@@ -63,12 +62,12 @@ class Predictions(Sequence[Prediction]):
         folder = _find_folder([row.name for row in self.rows])
         table = build_table(["input", self.task], [""], title=f"in {printable(folder)}" if folder else "")
         if any(len(row.classes) > 1 for row in self.rows):
-            table.add_column("then", overflow="fold")
+            table.add_column("then")
         for row in self.rows:
             (first, *others), (probability, *less) = row.classes, row.probabilities
             then = ", ".join(f"{name} {value:.1%}" for name, value in zip(others, less, strict=True))
             name = os.path.relpath(row.name, folder) if folder else row.name
-            table.add_row(*map(Text, [printable(name), first, f"{probability:.1%}", *([then] if others else [])]))
+            table.add_row(printable(name), first, f"{probability:.1%}", *([then] if others else []))
         return table
 
     def __str__(self) -> str:

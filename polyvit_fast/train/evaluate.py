@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.data.decoder_messages import catch_decoder_messages
 from polyvit_fast.data.sources.classes import recall_classes
 from polyvit_fast.data.stream import Batch, DataError, Loader, prefetch, request_validation_batches
 from polyvit_fast.model.polyvit import PolyViT
@@ -23,6 +24,7 @@ from polyvit_fast.train.distributed.process_group import ALONE, World, process_g
 from polyvit_fast.train.metrics import Metrics
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.checkpoint import find_checkpoint
+from polyvit_fast.train.run_folder.resume import describe_other_files
 from polyvit_kernels.ops.attention import check_backend
 
 Progress = Callable[[str, int, int], None]
@@ -66,6 +68,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task in `loaders`, with `num_examples`, `num_broken` files left out and `examples_per_second`.
 
+    The clock of that rate starts when the first batch is there, so that neither imports nor the building of decoders count, nor the
+    examples of that batch. Where there is no other, the rate is that at which the model computes it.
     The processes of `world` divide the batches, and all get the metrics that one process would compute. `progress(task, done, total)` is
     called after every round of batches, equally often on each process; `keep` gets the answers to every batch, in the order of the samples.
     """
@@ -78,19 +82,22 @@ def evaluate(
 
 
 def _evaluate_task(model: PolyViT, config: Train, loader: Loader, progress: Progress, world: World, keep: Keep) -> dict[str, float]:
-    started, metrics, total = time.monotonic(), Metrics(loader.task), len(loader.samples)
+    metrics, total, started, not_timed = Metrics(loader.task), len(loader.samples), 0.0, 0
     requests = request_validation_batches(loader, world.rank, world.size)
     batches = prefetch(requests, depth=config.data.prefetch, timeout_seconds=config.data.decode_timeout_seconds)
     for number, batch in enumerate(_iterate_together(batches, world), 1):
+        started = started or time.monotonic()  # not before: imports and the building of decoders come once
         logits = _compute_logits(model, config, loader, batch)
         for indices, *answers in world.gather((batch.indices, logits, batch.labels)):
             metrics.update(*answers)
             keep(loader, indices, *answers)
+        not_timed = metrics.num_examples if number == 1 else not_timed
         progress(loader.name, min(number * world.size * loader.size, total), total)
     loader.release()
     num_broken = sum(world.gather(len(loader.broken)))
     count, seconds = metrics.num_examples, time.monotonic() - started
-    row = world.broadcast(metrics.compute() | {"num_examples": count, "num_broken": num_broken, "examples_per_second": count / seconds})
+    rate = (count - not_timed or count) / seconds
+    row = world.broadcast(metrics.compute() | {"num_examples": count, "num_broken": num_broken, "examples_per_second": rate})
     if not row["num_examples"]:
         raise ValueError(f"task {loader.name}: no validation file could be read")
     return row
@@ -161,7 +168,7 @@ def evaluate_run(
     if unknown:
         raise ValueError(f"{folder} has no task {', '.join(unknown)}; it has {', '.join(config.tasks)}")
     config, tasks = _choose_split(config, split, tasks)
-    with process_group(config.device) as world, use_device(config, world):
+    with process_group(config.device) as world, use_device(config, world), catch_decoder_messages():
         if remark and world.rank == 0:
             _logger.warning("warning: %s", remark)
         found, weights, _ = load_weights(folder, which, world=world)
@@ -169,7 +176,10 @@ def evaluate_run(
         model = PolyViT.from_config(config)
         model.load_state_dict(weights)
         with world.rank0_first():
-            loaders = {name: Loader(name, config, train=False, rank=world.rank, report=print) for name in tasks}
+            loaders = {name: Loader(name, config, train=False, rank=world.rank, split=split, report=print) for name in tasks}
+        if world.rank == 0:
+            for text in describe_other_files(found, split, loaders):
+                print(text)
         outputs = (progress, world, keep) if world.rank == 0 else (_ignore, world, _ignore)
         rows = evaluate(model.to(config.device), replace(config, out=str(folder)), loaders, *outputs)
     views = {name: config.tasks[name].modality.eval_views for name in tasks}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyvit_fast.config import Train
+from polyvit_fast.data.decoder_messages import catch_decoder_messages
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import DataError, Interrupted, prefetch, request_batches
 from polyvit_fast.extras import TRAINING, require
@@ -18,13 +19,16 @@ from polyvit_fast.train.evaluate import evaluate, use_device
 from polyvit_fast.train.feed import InputBuffers, Inputs, feed, pin
 from polyvit_fast.train.output.log import Result
 from polyvit_fast.train.run import Interval, NonFiniteError, Run, open_run, save
-from polyvit_fast.train.schedule import count_steps, make_step_plan
+from polyvit_fast.train.schedule import count_steps
 from polyvit_fast.train.signals import Stop, stop_on_signals
 from polyvit_fast.train.step import Step, TaskCounters
 
 GIB = 1 << 30
-FAILED = 1000
-"""What a process sends to the others when its data failed; the numbers of signals, which it sends too, are smaller."""
+DIVERGED, FAILED = 1000, 1001
+"""What a process sends to the others when too many steps in a row were skipped, and when its data failed.
+
+The numbers of signals, which it sends too, are smaller.
+"""
 
 
 class _EvaluationStopped(Exception):  # noqa: N818 - no error
@@ -52,12 +56,12 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
     PeerLost; Stopped, a KeyboardInterrupt, for a signal before the first step.
     """
     require("training", *TRAINING)
-    plan = make_step_plan(config)
     with (
         stop_on_signals() as stop,
         process_group(config.device) as world,
         use_device(config, world),
-        open_run(config, plan, world, experiment, argv) as run,
+        catch_decoder_messages(),
+        open_run(config, world, experiment, argv) as run,
     ):
         stop.at_once = False  # from here on a signal lets the current step end and a checkpoint be written
         step, batches = _prepare(run, stop)
@@ -68,11 +72,11 @@ def train(config: Train, experiment: str, argv: list[str]) -> Outcome:
                 _train_step(run, step, batches, stop)
             except Interrupted:
                 break
-            if run.done % config.log.log_every_steps == 0 or run.done == len(plan):
+            if run.done % config.log.log_every_steps == 0 or run.done == len(run.plan):
                 _begin_interval(run)
             _log_intervals(run, wait=False)
             evaluated = config.log.eval_every_steps and run.done % config.log.eval_every_steps == 0 and _evaluate(run, stop)
-            if (evaluated or run.done % config.log.save_every_steps == 0) and run.done < len(plan):
+            if (evaluated or run.done % config.log.save_every_steps == 0) and run.done < len(run.plan):
                 _save(run)
         if run.saved < run.done:
             _save(run, must=True)
@@ -111,6 +115,7 @@ def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str
         step.forward_backward(name, inputs, last=number == len(names))
         if number == len(names):
             step.update()
+            run.watched.append((run.done, run.step.watch_counters()))
         clock.end(name)
     run.done += 1
     run.log.tick(run.done, names)
@@ -125,7 +130,9 @@ def _next_inputs(run: Run, batches: Iterator[tuple[str, Inputs]], stop: Stop) ->
         error = failure
     except Interrupted:
         pass
-    stopped = _check_all(run, stop, FAILED if error else 0)
+    stopped = _check_all(run, stop, FAILED if error else DIVERGED if _find_divergence(run) else 0)
+    if stopped == DIVERGED:
+        _check_patience(run)
     if stopped == FAILED:
         reasons = run.world.broadcast(run.world.gather(error and str(error)))
         rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
@@ -138,7 +145,7 @@ def _next_inputs(run: Run, batches: Iterator[tuple[str, Inputs]], stop: Stop) ->
 def _check_all(run: Run, stop: Stop, status: int = 0) -> int:
     """The signal that any process got, or a larger `status` of one of them; 0: go on. All processes call it."""
     largest = run.world.all_reduce_max(max(status, stop.signal))
-    if 0 < largest < FAILED:
+    if 0 < largest < DIVERGED:
         stop.signal = largest
     return largest
 
@@ -147,22 +154,46 @@ def _begin_interval(run: Run) -> None:
     run.intervals.append(Interval(run.done, run.rates[run.done - 1], run.step.read_counters(), run.clock.lap()))
 
 
+def _find_divergence(run: Run, *, wait: bool = False) -> NonFiniteError | None:
+    """The error of the first step that was one skipped step too many, of those whose counters have arrived, or with `wait` of all.
+
+    Counters arrive without the host waiting for the device: on a GPU a step or two after theirs.
+    """
+    while run.watched and (wait or run.watched[0][1].is_ready()):
+        step, counters = run.watched[0]
+        for name, row in counters.wait().items():
+            if row.skipped_in_a_row >= run.config.compute.nonfinite_patience and row.last_skipped_step == step:
+                return NonFiniteError(_describe_divergence(run, name, row))
+        run.watched.popleft()
+    return None
+
+
+def _check_patience(run: Run) -> None:
+    """Raise NonFiniteError, in all processes alike, when a task has had too many skipped steps in a row. Waits for the device."""
+    error = _find_divergence(run, wait=True)
+    if error:
+        _log_intervals(run, wait=True)
+        raise error
+
+
 def _log_intervals(run: Run, *, wait: bool) -> None:
     """Log the intervals that the devices of all processes have finished; with `wait`, all of them."""
     while run.intervals and (wait or not run.world.all_reduce_max(int(not run.intervals[0].counters.is_ready()))):
         interval = run.intervals.popleft()
         counters = interval.counters.wait()
         run.count_time(interval.spans)
-        rows = {name: _summarise(run, name, row) for name, row in counters.items() if row.steps}
+        rows = {name: _summarise(run, interval.step, name, row) for name, row in counters.items() if row.steps}
         run.log.log_interval(interval.step, interval.lr, rows)
-        _check_patience(run, counters)
+        for advice in run.advisor.advise(rows, run.config, run.loaders, run.world.local_size):
+            run.log.message(advice)
 
 
-def _summarise(run: Run, name: str, counters: TaskCounters) -> dict[str, int | float]:
-    """A task's line of the log; its times start again."""
+def _summarise(run: Run, done: int, name: str, counters: TaskCounters) -> dict[str, int | float]:
+    """A task's line of the log after `done` steps; its times start again."""
     times = run.interval_times[name]
     seconds = max(times.seconds, 1e-9)
-    row = {
+    last = next(step for step in reversed(range(done)) if name in run.plan[step])
+    row: dict[str, int | float] = {
         "loss": counters.loss,
         "accuracy": counters.matches,
         "steps": counters.steps,
@@ -170,25 +201,29 @@ def _summarise(run: Run, name: str, counters: TaskCounters) -> dict[str, int | f
         "data_wait_ratio": times.waited / seconds,
         "skipped": counters.skipped,
         "broken_files": len(run.loaders[name].broken),
+        "lr": run.rates[last],
     }
+    if counters.updates:
+        row["grad_norm"] = counters.grad_norm
+        if run.config.optim.clip_norm:
+            row["clipped_ratio"] = counters.clipped
     times.seconds = times.waited = 0.0
     return row
 
 
-def _check_patience(run: Run, counters: dict[str, TaskCounters]) -> None:
-    for name, row in counters.items():
-        if row.skipped_in_a_row >= run.config.compute.nonfinite_patience:
-            batch = count_steps(run.plan[: row.last_skipped_step])[name]
-            files = [sample.media.name for sample in run.loaders[name].step_samples(batch)]
-            raise NonFiniteError(
-                f"task {name}: the loss or gradient was not finite in {row.skipped_in_a_row} of its steps in a row, the last one step "
-                f"{row.last_skipped_step} on {len(files)} files ({', '.join(files[:3])}, …). The weights are those before the first of "
-                f"them. Lower optim.lr or tasks.{name}.lr_scale, lengthen optim.warmup_steps, or look at these files; take another --out"
-            )
+def _describe_divergence(run: Run, name: str, row: TaskCounters) -> str:
+    batch = count_steps(run.plan[: row.last_skipped_step])[name]
+    files = [sample.media.name for sample in run.loaders[name].step_samples(batch)]
+    return (
+        f"task {name}: the loss or gradient was not finite in {row.skipped_in_a_row} of its steps in a row, the last one step "
+        f"{row.last_skipped_step} on {len(files)} files ({', '.join(files[:3])}, …). None of them has changed the weights. Lower optim.lr "
+        f"or tasks.{name}.lr_scale, lengthen optim.warmup_steps, or look at these files; take another --out"
+    )
 
 
 def _save(run: Run, *, must: bool = False) -> None:
     _log_intervals(run, wait=True)
+    _check_patience(run)
     save(run, must=must)
 
 
@@ -201,6 +236,7 @@ def _evaluate(run: Run, stop: Stop) -> bool:
         run.log.show_evaluation(task, done, total)
 
     _log_intervals(run, wait=True)
+    _check_patience(run)
     try:
         with run.step.optimizer.use_ema():
             run.metrics = evaluate(run.step.model, run.config, run.validation, progress, run.world)

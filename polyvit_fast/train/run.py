@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Literal
 
 import torch
 
 from polyvit_fast.config import StepPlan, Train
-from polyvit_fast.data.sources.classes import first_difference
-from polyvit_fast.data.sources.fingerprint import Fingerprint, find_changes, find_newer, fingerprint_names
+from polyvit_fast.data.sources.fingerprint import Fingerprint
 from polyvit_fast.data.stream import DataError, Loader
-from polyvit_fast.files import write_atomically
+from polyvit_fast.files import make_folder, write_atomically
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.model.pretrained.apply import LoadReport
 from polyvit_fast.train.clock import Clock, Span, TaskTime
 from polyvit_fast.train.distributed.process_group import PeerLost, World
+from polyvit_fast.train.output.advice import WaitAdvisor
 from polyvit_fast.train.output.log import Log, PeerLog
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.run_folder.config_json import to_json
-from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5
 from polyvit_fast.train.run_folder.initial_weights import describe_tokenizers, load_initial_weights
 from polyvit_fast.train.run_folder.lock import hold
-from polyvit_fast.train.run_folder.record import describe_run, record_classes, resume_differences
-from polyvit_fast.train.schedule import LearningRates, check_warmup, compute_warmup_steps, count_steps
+from polyvit_fast.train.run_folder.record import describe_run, record_classes
+from polyvit_fast.train.run_folder.resume import Steps, check_resume, compare_data, list_lengths, open_data
+from polyvit_fast.train.schedule import LearningRates, check_warmup, compute_warmup_steps, count_steps, make_step_plan, set_steps
 from polyvit_fast.train.step import PendingCounters, Step
 
 RANDOM_NUMBERS = "weights, schedule, sample order, augmentation, dropout: hashes of (seed, purpose, task, step)"
 
 STUCK_SECONDS = 30.0
+CPU_MEMORY = "DefaultCPUAllocator"
+"""In the message of PyTorch's error where there is no memory left."""
+Level = Literal["info", "warning", "error"]
 
 
 class NonFiniteError(RuntimeError):
@@ -66,6 +70,8 @@ class Run:
     """Of the training files when the run was opened, as rank 0 saw them."""
     validation_fingerprints: dict[str, Fingerprint]
     rates: LearningRates
+    lengths: list[Steps] = field(default_factory=list)
+    """The steps of each task, before the run was lengthened, each time, and now."""
     done: int = 0
     """Steps done so far."""
     metrics_step: int = -1
@@ -78,6 +84,9 @@ class Run:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: deque[Interval] = field(default_factory=deque)
     """Those that are not logged yet."""
+    advisor: WaitAdvisor = field(default_factory=WaitAdvisor)
+    watched: deque[tuple[int, PendingCounters]] = field(default_factory=deque)
+    """Steps whose counters have not been looked at yet."""
     interval_times: dict[str, TaskTime] = field(default_factory=dict)
     """Of each task since the last log line."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -102,29 +111,59 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Train, plan: StepPlan, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
-    """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used."""
+def open_run(config: Train, world: World, experiment: str, argv: list[str]) -> Iterator[Run]:
+    """The run, fresh or resumed, with its log open. Raises ValueError when the run folder, the data or the device cannot be used.
+
+    All that can be wrong is looked at before anything is written: a start that fails leaves no run folder behind.
+    """
     if not config.out:
         raise ValueError("out is empty: it must name the run folder")
     with _hold_folder(config, world):
         found = _find_checkpoint(config, world)
-        _check_resume(config, found)
-        model = PolyViT.from_config(config)
-        reports = [] if found else load_initial_weights(model, config)
-        step = Step(model.train(), config, world)
+        lengths = check_resume(config, found)
+        plan = make_step_plan(config, lengths[:-1])
+        step, reports = _build_step(config, world, found)
+        messages = _Messages()
+        data = open_data(config, list(count_steps(plan)), world, messages.message)
+        if found:
+            compare_data(config, found, data, messages.message)
+        world.all_reduce_max(0)  # no process has an error
         if world.rank == 0:
             describe_run(config.folder, experiment, argv, config)
+            record_classes(config.folder, {name: loader.classes for name, loader in data.val.items()})
         with _open_log(config, plan, world, found) as log:
-            _log_start(log, config, plan, step, experiment)
-            _log_initial_weights(log, config, reports, world)
-            run = _build_run(config, plan, step, log)
+            rates, clock = LearningRates(config, plan), Clock(step.device)
+            run = Run(config, plan, world, step, data.train, data.val, log, clock, data.train_fingerprints, data.val_fingerprints, rates)
+            run.lengths = lengths
+            run.interval_times = {name: TaskTime() for name in config.tasks}
+            run.seconds = dict.fromkeys(config.tasks, 0.0)
+            _log_start(run, experiment, reports)
+            messages.pass_on(log)
             if found:
                 _restore(run, found)
-                log.message(f"resumed from step {found.step} of {len(plan)} ({found.path})")
-            if world.rank == 0:
-                record_classes(config.folder, {name: loader.classes for name, loader in run.validation.items()})
             with _save_on_error(run):
                 yield run
+
+
+class _Messages:
+    """What is said before the log is open, and then passed on to it."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, Level]] = []
+        self.log: Log | PeerLog | None = None
+
+    def message(self, text: str, level: Level = "info") -> None:
+        """As `Log.message`."""
+        if self.log:
+            self.log.message(text, level)
+        else:
+            self.kept.append((text, level))
+
+    def pass_on(self, log: Log | PeerLog) -> None:
+        """Let the log have all that was said, and what is said from now on."""
+        self.log = log
+        for text, level in self.kept:
+            log.message(text, level)
 
 
 @contextmanager
@@ -132,67 +171,74 @@ def _hold_folder(config: Train, world: World) -> Iterator[None]:
     """Inside, the run folder exists and no other run writes to it: rank 0, which alone writes, holds its lock."""
     with ExitStack() as stack:
         with world.rank0_first():
-            try:
-                config.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out") from error
             if world.rank == 0:
+                try:
+                    stack.enter_context(make_folder(config.folder))
+                except OSError as error:
+                    fault = f"the run folder {config.folder} cannot be made: {error.strerror}; choose another with --out"
+                    raise ValueError(fault) from error
                 stack.enter_context(hold(config.folder))
         yield
+
+
+def _build_step(config: Train, world: World, found: checkpoint.Checkpoint | None) -> tuple[Step, list[LoadReport]]:
+    """The step with its weights, and what became of the initial ones. Raises ValueError when the memory is too small."""
+    try:
+        model = PolyViT.from_config(config)
+        reports = [] if found else load_initial_weights(model, config)
+        step = Step(model.train(), config, world)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY not in str(error):
+            raise
+        device = "GPU" if config.device == "cuda" else "computer"
+        raise ValueError(
+            f"the {device}'s memory is too small for this model and its optimizer ({_name_reason(error)}): choose a smaller one "
+            "(--model.dim, --model.depth, --model.mlp-dim), or divide it over several GPUs with --sharded; `polyvit-fast plan` estimates "
+            "what fits"
+        ) from error
+    if found:
+        step.parameters.load_state_dict(found.load_tensors("model"))
+        step.optimizer.load_state_dict(found.load_tensors("optimizer"))
+        if config.optim.ema_decay:
+            step.optimizer.load_ema(found.load_tensors("ema"))
+        step.load_counters(found.state["counters"])
+    return step, reports
 
 
 def _open_log(config: Train, plan: StepPlan, world: World, found: checkpoint.Checkpoint | None) -> Log | PeerLog:
     if world.rank:
         return PeerLog(world.rank)
     first_step = found.step if found else 0
-    return Log(config.folder, dict(count_steps(plan)), len(plan), first_step, done=count_steps(plan[:first_step]))
+    counts = count_steps(plan)
+    totals = {name: counts[name] for name in config.tasks}
+    return Log(config.folder, totals, len(plan), first_step, done=count_steps(plan[:first_step]))
 
 
-def _log_start(log: Log | PeerLog, config: Train, plan: StepPlan, step: Step, experiment: str) -> None:
-    world = step.world
-    parameters = list(step.model.parameters())
+def _log_start(run: Run, experiment: str, reports: list[LoadReport]) -> None:
+    config, world = run.config, run.world
+    parameters = list(run.step.model.parameters())
     num_parameters, num_trained = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad]))
     trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
     processes = f", {world.size} processes" if world.size > 1 else ""
-    log.message(
-        f"{experiment}: {num_parameters:,} parameters{trained}, {len(plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
+    run.log.message(
+        f"{experiment}: {num_parameters:,} parameters{trained}, {len(run.plan):,} steps, tasks: {', '.join(config.tasks)}{processes}; "
         f"run folder {config.folder}"
     )
-    warning = check_warmup(config, len(plan))
+    warning = check_warmup(config, len(run.plan))
     if warning and world.rank == 0:
-        log.message(warning, "warning")
+        run.log.message(warning, "warning")
+    if world.rank == 0 and reports:
+        _log_initial_weights(run, reports)
 
 
-def _log_initial_weights(log: Log | PeerLog, config: Train, reports: list[LoadReport], world: World) -> None:
+def _log_initial_weights(run: Run, reports: list[LoadReport]) -> None:
     """A sentence for each source on the terminal, and a line for each tensor in init.txt."""
-    if world.rank or not reports:
-        return
     for report in reports:
-        log.message(f"initial weights: {report.summarise()}")
+        run.log.message(f"initial weights: {report.summarise()}")
         for remark in report.remarks:
-            log.message(f"initial weights: {remark}", "warning")
+            run.log.message(f"initial weights: {remark}", "warning")
     texts = [f"{report.source} ({report.kind})\n" + "".join(f"  {line}\n" for line in report.lines()) for report in reports]
-    write_atomically(config.folder / "init.txt", "\n".join(texts), durable=True)
-
-
-def _build_run(config: Train, plan: StepPlan, step: Step, log: Log | PeerLog) -> Run:
-    world = step.world
-    report = log.message if world.rank == 0 else partial(log.message, level="warning")
-    process = {"report": report, "rank": world.rank, "world_size": world.size}
-    with world.rank0_first():  # only one process makes the demo's files and the indexes of shards
-        loaders = {name: Loader(name, config, train=True, **process) for name in dict(count_steps(plan))}
-        validation = {name: Loader(name, config, train=False, **process) for name in config.tasks}
-    seen = [_take_fingerprints(loaders), _take_fingerprints(validation)] if world.rank == 0 else []
-    fingerprints, validation_fingerprints = world.broadcast(seen)
-    rates = LearningRates(config, plan)
-    run = Run(config, plan, world, step, loaders, validation, log, Clock(step.device), fingerprints, validation_fingerprints, rates)
-    run.interval_times = {name: TaskTime() for name in config.tasks}
-    run.seconds = dict.fromkeys(config.tasks, 0.0)
-    return run
-
-
-def _take_fingerprints(loaders: dict[str, Loader]) -> dict[str, Fingerprint]:
-    return {name: loader.fingerprint() for name, loader in loaders.items()}
+    write_atomically(run.config.folder / "init.txt", "\n".join(texts), durable=True)
 
 
 @contextmanager
@@ -210,10 +256,9 @@ def _save_on_error(run: Run) -> Iterator[None]:
         if isinstance(error, PeerLost):
             raise PeerLost(f"{_describe_position(run)}: {error}. The same command goes on from the newest checkpoint") from error
         if isinstance(error, torch.OutOfMemoryError):
-            reason = str(error).partition(". ")[0]
             raise ValueError(
-                f"the GPU's memory is too small ({reason}): give the largest task more micro_batches, or set --recompute; "
-                "`polyvit-fast plan` estimates what fits"
+                f"the GPU's memory is too small ({_name_reason(error)}): start the same command again with --recompute, or, with another "
+                "--out, give the largest task more micro_batches; `polyvit-fast plan` estimates what fits"
             ) from error
         raise
 
@@ -221,6 +266,12 @@ def _save_on_error(run: Run) -> Iterator[None]:
 def _describe_position(run: Run) -> str:
     tasks = ", ".join(run.plan[run.done]) if run.done < len(run.plan) else "none left"
     return f"process {run.world.rank}, step {run.done} (task {tasks})"
+
+
+def _name_reason(error: BaseException) -> str:
+    """How much PyTorch could not allocate, as it says itself."""
+    tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    return tried[0].lower() if tried else str(error).partition(". ")[0]
 
 
 def _is_stuck(step: Step) -> bool:
@@ -243,10 +294,19 @@ def save(run: Run, *, must: bool = False) -> None:
     failed = run.world.all_reduce_max(int(error is not None))
     run.saved = -1 if failed else run.done
     if failed and must:
-        raise error or checkpoint.CheckpointError(f"step {run.done}: process 0 could not write the checkpoint")
+        fault = error or f"step {run.done}: process 0 could not write the checkpoint"
+        raise checkpoint.CheckpointError(f"{fault}. Make room there, and start the same command again: it goes on from the newest one")
     if error:
-        run.log.message(f"step {run.done}: {error}. Training goes on; the next try is in {run.config.log.save_every_steps} steps", "error")
+        run.log.message(f"step {run.done:,}: {error}. Training goes on; the next try is {_describe_next_save(run)}", "error")
     run.clock.restart()
+
+
+def _describe_next_save(run: Run) -> str:
+    """When the training loop saves again: at the next multiple of an interval, after an evaluation, or at the end."""
+    log, end = run.config.log, len(run.plan)
+    intervals = [steps for steps in (log.save_every_steps, log.eval_every_steps) if steps]
+    step = min(end, *((run.done // steps + 1) * steps for steps in intervals))
+    return f"in {step - run.done:,} steps, {'at the end' if step == end else f'after step {step:,}'}"
 
 
 def _write_checkpoint(run: Run) -> None:
@@ -265,6 +325,7 @@ def _write_checkpoint(run: Run) -> None:
         "step": done,
         "counters": step.counters.tolist(),
         "rng": {"seed": run.config.seed, "rule": RANDOM_NUMBERS},
+        "lengths": run.lengths,
         "warmup_steps": compute_warmup_steps(run.config, len(run.plan)),
         "best_step": run.best_step,
         "best_score": None if run.best_step is None else run.best_score,
@@ -296,35 +357,9 @@ def _find_checkpoint(config: Train, world: World) -> checkpoint.Checkpoint | Non
     return found
 
 
-def _check_resume(config: Train, found: checkpoint.Checkpoint | None) -> None:
-    if found is None:
-        if checkpoint.has_any(config.folder):
-            raise ValueError(f"{config.folder} holds checkpoints, but not a single whole one; move it away, or choose another --out")
-        return
-    if not config.resume:
-        raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
-    different = resume_differences(found.config, to_json(config))
-    if different:
-        since = " (written before version 0.5, whose defaults changed)" if is_older_than_0_5(found.config) else ""
-        raise ValueError(
-            f"{config.folder} holds a checkpoint of another configuration{since}; it differs in: {'; '.join(different)}. "
-            "Choose another --out, or set these fields back to resume"
-        )
-
-
 def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
-    """Continue from a checkpoint. Raises ValueError when its classes or training files are not those of now."""
-    _compare_classes(run, found)
-    for name, loader in run.loaders.items():
-        _compare_files(run, found, name, loader)
-    if run.world.rank == 0:
-        _warn_of_changes(run, found)
-    step, state = run.step, found.state
-    step.parameters.load_state_dict(found.load_tensors("model"))
-    step.optimizer.load_state_dict(found.load_tensors("optimizer"))
-    if run.config.optim.ema_decay:
-        step.optimizer.load_ema(found.load_tensors("ema"))
-    step.counters.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+    """Continue from a checkpoint whose weights are loaded."""
+    state = found.state
     run.done = run.saved = found.step
     run.metrics_step = state["metrics_step"]
     run.metrics = {name: _restore_nan(row) for name, row in state["metrics"].items()}
@@ -333,54 +368,42 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.evaluations_since_best = state.get("evaluations_since_best", 0)
     if state["best_step"] is not None:
         run.best_step, run.best_score = state["best_step"], state["best_score"]
-
-
-def _compare_classes(run: Run, found: checkpoint.Checkpoint) -> None:
-    for name, names in found.state.get("classes", {}).items():
-        difference = first_difference(names, run.validation[name].classes)
-        if difference:
-            raise ValueError(
-                f"task {name}: its classes are not those of {found.path}: {difference}. Put them back to resume, or choose another --out"
-            )
-
-
-def _compare_files(run: Run, found: checkpoint.Checkpoint, name: str, loader: Loader) -> None:
-    """Raise ValueError when a task's training files are not those that the checkpoint's steps saw."""
-    before = found.state["samples"].get(name, "")
-    now = run.fingerprints[name] | {"names": fingerprint_names(loader.samples)}
-    changes, same_list = find_changes(before, now, loader.samples)
-    difference = f"task {name}: its training files are not those of {found.path} ({changes})"
-    if not same_list:
-        raise ValueError(f"{difference}, so their order would change. Put them back to resume, or choose another --out")
-    if changes and run.config.data.changed_files == "refuse":
-        raise ValueError(f"{difference}. Put them back to resume, allow the change with --changed-files allow, or choose another --out")
-    if changes:
-        run.log.message(f"{difference}; the run goes on with them as they are now")
-    elif isinstance(before, str):
-        run.log.message(f"task {name}: {found.path} is of an earlier version, which kept the names of training files but not their sizes")
-    elif before["times"] != now["times"]:
+    run.log.message(f"resumed from step {found.step} of {len(run.plan)} ({found.path})")
+    if run.lengths != list_lengths(found):
+        _lengthen(run)
+    elif run.done == len(run.plan) == run.metrics_step:
         run.log.message(
-            f"task {name}: some of its training files were written or copied since {found.path}, but have the sizes of then: "
-            f"{find_newer(before, now, loader.samples)}"
+            "this run is finished: there is no step left to train. To lengthen it, give its tasks more steps (--tasks.NAME.steps)"
         )
-
-
-def _warn_of_changes(run: Run, found: checkpoint.Checkpoint) -> None:
-    """Changes that a run may resume with, but that its numbers will show: other validation files, other learning rates."""
-    for name, loader in run.validation.items():
-        before = found.state.get("validation_samples", {}).get(name)
-        changes = find_changes(before, run.validation_fingerprints[name], loader.samples)[0] if before else ""
-        if changes:
-            difference = f"its validation files are not those of {found.path} ({changes})"
-            run.log.message(f"task {name}: {difference}: its metrics are those of other files now", "warning")
     before = run.config.optim.warmup_steps
-    is_older = "warmup_steps" not in found.state
-    if is_older and (found.step < before or compute_warmup_steps(run.config, len(run.plan)) != before):
+    is_older = "warmup_steps" not in state
+    if is_older and run.world.rank == 0 and (found.step < before or compute_warmup_steps(run.config, len(run.plan)) != before):
         run.log.message(
             f"{found.path} is of an earlier version, whose warm-up began at a rate of 0 and took {before:,} steps "
             "in every schedule. The steps left have the rates that `polyvit-fast plot schedule` draws",
             "warning",
         )
+
+
+def _lengthen(run: Run) -> None:
+    """Say what becomes of the learning rate of a run that has more steps from now on."""
+    *earlier, before, now = run.lengths
+    config = set_steps(run.config, before)
+    plan = make_step_plan(config, earlier)
+    if run.done == len(plan):
+        run.evaluations_since_best = 0  # that run did not stop early: it had come to its end
+    rates = LearningRates(config, plan)
+    steps = ", ".join(f"{name} {before[name]:,} -> {now[name]:,}" for name in now if now[name] != before[name])
+    there = f"{rates[run.done]:.3g} for the next step" if run.done < len(plan) else f"{rates[run.done - 1]:.3g} in the last step"
+    warmup, lr = run.rates.of_run.warmup, run.config.optim.lr
+    peak = f"after the warm-up of {warmup:,.0f} steps" if warmup else "at its start"
+    over = ", which is over and not repeated" if 0 < warmup <= run.done else ""
+    run.log.message(
+        f"the run is lengthened from {len(plan):,} to {len(run.plan):,} steps ({steps}). What was planned stays as it was, and the "
+        f"further steps come after it. From now on the learning rate is that of a run of {len(run.plan):,} steps, with its peak of "
+        f"{lr:.3g} {peak}{over}: it was {there}, and is {run.rates[run.done]:.3g} now",
+        "warning" if run.world.rank == 0 else "info",
+    )
 
 
 def _restore_nan(row: dict[str, float | None]) -> dict[str, float]:

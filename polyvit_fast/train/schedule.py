@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from polyvit_fast.config import Schedule, StepPlan, Train
-from polyvit_fast.randomness import permutation
+from polyvit_fast.randomness import key, permutation
 
 
 def task_by_task(config: Train) -> StepPlan:
@@ -50,8 +51,40 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def make_step_plan(config: Train) -> StepPlan:
-    """The tasks of every step. Raises ValueError for an unknown schedule, an empty plan or a plan with unknown tasks."""
+def make_step_plan(config: Train, earlier: Sequence[Mapping[str, int]] = ()) -> StepPlan:
+    """The tasks of every step. Raises ValueError for an unknown schedule, an empty plan or a plan with unknown tasks.
+
+    `earlier` are the tasks' steps (U_j) that a run had before it was lengthened, once for each time. What was planned stays, and the
+    schedule plans the additional steps of each lengthening by themselves.
+    """
+    before, parts = dict.fromkeys(config.tasks, 0), []
+    for number, steps in enumerate([*earlier, count_planned(config)]):
+        part = set_steps(config, {name: steps[name] - before[name] for name in config.tasks})
+        if number:
+            # Another seed, for the tasks of as many additional steps would come in the order of the first. Every generator takes 31 bits.
+            object.__setattr__(part, "seed", key(config.seed, "lengthened", number) % 2**31)
+        parts.append(_plan_part(part))
+        before = steps
+    return parts[0] if not earlier else [names for part in parts for names in part]
+
+
+def count_planned(config: Train) -> dict[str, int]:
+    """The steps that each task is to have, its U_j."""
+    return {name: task.steps for name, task in config.tasks.items()}
+
+
+def set_steps(config: Train, steps: Mapping[str, int]) -> Train:
+    """The configuration with other steps of its tasks: those of a part of a run, in which a task may have none."""
+    # Not by `replace`, which checks what a whole run must have.
+    part = copy(config)
+    tasks = {name: copy(task) for name, task in config.tasks.items()}
+    for name, task in tasks.items():
+        object.__setattr__(task, "steps", steps[name])
+    object.__setattr__(part, "tasks", tasks)
+    return part
+
+
+def _plan_part(config: Train) -> StepPlan:
     if isinstance(config.schedule, str) and config.schedule not in SCHEDULES:
         raise ValueError(f"schedule = {config.schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
     plan = (SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule)(config)

@@ -28,14 +28,24 @@ from polyvit_fast.train.optim import FlatParameters, Optimizer
 
 @dataclass(frozen=True)
 class TaskCounters:
-    """A task since the last reading (`loss`, `matches`, `steps`) and in the whole run (the others): the columns of the counters."""
+    """A task's columns of the counters. The last three came with version 0.8: checkpoints of earlier ones lack them."""
 
     loss: float
+    """Mean over the steps since the last reading."""
     matches: float
+    """The same."""
     steps: int
+    """Since the last reading."""
     skipped: int
+    """In the whole run, as the next two."""
     skipped_in_a_row: int
     last_skipped_step: int
+    updates: int
+    """The steps since the last reading that were not skipped, over which the next two are means."""
+    grad_norm: float
+    """Of the whole gradient before it is clipped. That of a step of several tasks counts for each of them."""
+    clipped: float
+    """The fraction of updates whose gradient was clipped."""
 
 
 class PendingCounters:
@@ -149,12 +159,19 @@ class Step:
     def update(self) -> None:
         """One update from the accumulated gradient; skipped, and counted for the step's tasks, when anything is not finite."""
         active = None if self.has_component is None else (self.has_component & self.took_part).any(1)
-        _, done = self.optimizer.update(self.lr, active)
+        norm, done = self.optimizer.update(self.lr, active)
+        if self.reducer and self.reducer.own_clip_norm:
+            norm = self.reducer.own_norm * self.world.size  # that of this process, which was clipped before the mean
         skipped = self.took_part & ~done
-        total, in_a_row, last = self.counters[:, 3:].unbind(1)
+        updated = self.took_part & done
+        total, in_a_row, last, updates, norms, clipped = self.counters[:, 3:].unbind(1)
         total += skipped
-        in_a_row.copy_(torch.where(self.took_part & done, 0.0, in_a_row + skipped))
+        in_a_row.copy_(torch.where(updated, 0.0, in_a_row + skipped))
         last.copy_(torch.where(skipped, self.number, last))
+        updates += updated
+        norms += torch.where(updated, norm, 0.0)
+        if self.config.optim.clip_norm:
+            clipped += updated & (norm > self.config.optim.clip_norm)
         self.took_part.zero_()
 
     def skip_update(self) -> None:
@@ -165,11 +182,20 @@ class Step:
     def read_counters(self) -> PendingCounters:
         """Send the counters of every task to the host, means over all processes; sums of the interval start again."""
         values = self.counters.clone()
-        means = values[:, :2].contiguous()
-        self.world.all_reduce_sum_(means)
-        values[:, :2] = means / self.world.size
-        self.counters[:, :3].zero_()
+        self.world.all_reduce_sum_(values)
+        values /= self.world.size  # counts, which are the same on all, stay exact
+        for sums in (self.counters[:, :3], self.counters[:, 6:]):
+            sums.zero_()
         return PendingCounters(values, self.rows)
+
+    def watch_counters(self) -> PendingCounters:
+        """Send the counters of every task to the host as they are on this process; those of skipped steps are the same on all."""
+        return PendingCounters(self.counters, self.rows)
+
+    def load_counters(self, values: Sequence[Sequence[float]]) -> None:
+        """Set the counters from a checkpoint's; columns that its version did not have stay 0."""
+        for row, numbers in zip(self.counters, torch.tensor(values, dtype=torch.float64), strict=True):
+            row[: len(numbers)].copy_(numbers)
 
     @contextmanager
     def rehearse(self) -> Iterator[None]:
@@ -202,5 +228,10 @@ MIXUP_PAIRS = {"neighbours": swap_neighbours, "reversed": reverse}
 """How the examples of a batch are ordered in the one that they are mixed with."""
 
 
-def _make_counters(loss: float, matches: float, steps: float, *counts: float) -> TaskCounters:
-    return TaskCounters(loss / max(steps, 1), matches / max(steps, 1), int(steps), *map(int, counts))
+def _make_counters(
+    loss: float, matches: float, steps: float, skipped: float, in_a_row: float, last: float, updates: float, norms: float, clipped: float
+) -> TaskCounters:
+    counts = int(skipped), int(in_a_row), int(last), int(updates)
+    return TaskCounters(
+        loss / max(steps, 1), matches / max(steps, 1), int(steps), *counts, norms / max(updates, 1), clipped / max(updates, 1)
+    )

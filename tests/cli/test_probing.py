@@ -33,11 +33,11 @@ def test_a_table_with_random_weights_next_to_the_runs(trained, capsys, monkeypat
     assert run(trained, *flags) == 0
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
-    header = next(line for line in lines if line[:2] == ["task,", "head"])
-    assert header == ["task,", "head", "metric", "run", "random", "weights"]
+    header = next(line for line in lines if line[:2] == ["task", "head"])
+    assert header == ["task", "head", "metric", "run", "random", "weights"]
     rows = json.loads((trained / "probe" / "probe.json").read_text())["results"]
     for head in ("linear", "2-shot"):
-        row = next(line for line in lines if line[:2] == ["new,", head])
+        row = next(line for line in lines if line[:2] == ["new", head])
         values = [one["estimate"]["value"] for one in rows if one["head"] == head]
         assert [row[3], row[6]] == [f"{value:.4f}" for value in values]
     assert f"written: {trained / 'probe' / 'probe.json'}" in printed

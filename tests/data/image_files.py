@@ -68,7 +68,10 @@ GIF = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0, 0, 0) + b"," + struct.pack("<HH
 BAD = {
     "missing": (None, "the file is missing"),
     "empty": (b"", "the file is empty"),
-    "text": (b"<html>404 not found</html>" * 9, "not an image that can be decoded; it begins with b'<html>404 not fo'"),
+    "text": (
+        b"<html>404 not found</html>" * 9,
+        "not an image that can be decoded: it is an HTML page, perhaps from a download that failed",
+    ),
     "random bytes": (bytes(range(256)) * 4, "not an image that can be decoded"),
     "header only": (saved(photo(), "JPEG")[:200], "truncated: the JPEG's end is missing"),
     "cut jpeg": (saved(photo(), "JPEG")[:9000], "truncated: the JPEG's end is missing"),

@@ -82,6 +82,7 @@ def test_a_step_can_be_captured(changes):
                 step.forward_backward(name, buffers.view(name, index))
             step.update()
         step.skip_update()
+        step.watch_counters()
         step.read_counters()
 
 

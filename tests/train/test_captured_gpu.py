@@ -130,12 +130,14 @@ def test_ten_steps_wait_for_nothing(captured):
     torch.cuda.set_sync_debug_mode("error")
     try:
         made.go(10)
+        watched = made.step.watch_counters()
         reading = made.step.read_counters()
         made.go(2)
-        reading.is_ready()
+        reading.is_ready(), watched.is_ready()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert reading.wait()["pictures"].steps > 0
+    assert reading.wait() == watched.wait()
 
 
 def test_a_non_finite_batch_is_skipped_inside_the_graph_and_counted():

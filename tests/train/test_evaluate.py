@@ -59,6 +59,36 @@ def test_every_sample_counts_once_whatever_the_batch(batch, views):
     assert row["num_examples"] == 30
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slow(Synthetic):
+    """Samples whose decoder takes its time, above all for its first batch."""
+
+    first_seconds: float
+    seconds: float = 0.05
+
+    def decoder(self, task, **options):
+        decode, left = super().decoder(task, **options), [self.first_seconds]
+
+        def decode_late(media, rngs):
+            time.sleep(left.pop() if left else self.seconds)
+            return decode(media, rngs)
+
+        return decode_late
+
+
+def test_the_rate_is_that_of_the_batches_after_the_first():
+    config = tiny_config(tasks={"a": tile_task(val=Slow(num_samples=30, seed=1, first_seconds=2.0))})
+    rate = evaluate(untrained(config), config, {"a": Loader("a", config, train=False)}, quiet)["a"]["examples_per_second"]
+    assert 30 / 2.0 < rate < (30 - 8) / (3 * 0.05)
+
+
+def test_the_rate_of_a_single_batch_is_that_of_the_model():
+    config = tiny_config(tasks={"a": tile_task(batch=64, val=Slow(num_samples=30, seed=1, first_seconds=2.0))})
+    row = evaluate(untrained(config), config, {"a": Loader("a", config, train=False)}, quiet)["a"]
+    assert row["num_examples"] == 30
+    assert row["examples_per_second"] > 30 / 2.0
+
+
 def test_evaluation_leaves_the_model_in_its_mode(config):
     model = untrained(config).train()
     evaluate(model, config, {"a": Loader("a", config, train=False)}, quiet)

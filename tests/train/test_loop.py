@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +23,9 @@ from safetensors.torch import load_file
 from tiny_runs import change, tile_task, tiny_config
 
 from polyvit_fast import experiments
-from polyvit_fast.config import Decoder, Task, Train
+from polyvit_fast.config import Decoder, Optim, Task, Train
 from polyvit_fast.data.image.modality import Image
+from polyvit_fast.data.sources.fingerprint import fingerprint_names
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import DataError
@@ -34,7 +36,7 @@ from polyvit_fast.train.output.log import Log, print_evaluation, print_results
 from polyvit_fast.train.output.plot import plot_run
 from polyvit_fast.train.run import NonFiniteError
 from polyvit_fast.train.run_folder import checkpoint
-from polyvit_fast.train.schedule import make_step_plan
+from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
 
 def run(config: Train, folder: Path, **changes):
@@ -174,6 +176,67 @@ def test_endless_non_finite_losses_stop_with_task_step_and_files(tmp_path):
         run(config, tmp_path)
 
 
+def diverging_config(**changes) -> Train:
+    """Task a has nothing but poisoned samples, task b good ones."""
+    tasks = {"a": tile_task(steps=40, train=Poisoned(num_samples=50)), "b": tile_task(steps=40)}
+    return tiny_config(tasks=tasks, **({"nonfinite_patience": 3, "log_every_steps": 1000, "save_every_steps": 1000} | changes))
+
+
+def third_step_of_a(config: Train) -> int:
+    return [step for step, names in enumerate(make_step_plan(config)) if names == ("a",)][2]
+
+
+@pytest.mark.parametrize("changes", [{}, {"save_every_steps": 1}, {"eval_every_steps": 1}], ids=["train", "save", "evaluate"])
+def test_patience_ends_with_its_last_step_not_at_the_next_log_line(tmp_path, changes):
+    config = diverging_config(**changes)
+    last = third_step_of_a(config)
+    with pytest.raises(NonFiniteError, match=rf"task a: .* not finite in 3 of its steps in a row, the last one step {last} on 8 files"):
+        run(config, tmp_path)
+    newest = checkpoint.find_newest(tmp_path)
+    assert newest
+    assert newest.step == last + 1
+    assert newest.state["counters"][0][3:6] == [3.0, 3.0, last]
+    assert all(tensor.isfinite().all() for tensor in newest.load_tensors("model").values())
+
+
+def test_patience_ends_with_the_last_step_of_a_run_too(tmp_path):
+    config = tiny_config(tasks={"a": tile_task(steps=3, train=Poisoned(num_samples=50))}, nonfinite_patience=3, log_every_steps=1000)
+    with pytest.raises(NonFiniteError, match="not finite in 3 of its steps in a row, the last one step 2"):
+        run(config, tmp_path)
+    newest = checkpoint.find_newest(tmp_path)
+    assert newest
+    assert newest.step == 3
+
+
+def test_resumed_with_more_patience_it_goes_on_and_with_the_same_it_stops_at_the_next_such_step(tmp_path):
+    config = diverging_config()
+    for patience, index in ((3, 2), (5, 4), (5, 5)):
+        with pytest.raises(NonFiniteError, match=f"not finite in {index + 1} of its steps in a row"):
+            run(config, tmp_path, nonfinite_patience=patience)
+        newest = checkpoint.find_newest(tmp_path)
+        assert newest
+        assert newest.step - 1 == [step for step, names in enumerate(make_step_plan(config)) if names == ("a",)][index]
+
+
+def test_a_row_has_each_task_s_own_rate_and_the_norm_of_its_gradient(tmp_path):
+    tasks = {"a": tile_task(steps=12, lr_scale=0.5), "b": tile_task(steps=8, lr_schedule="constant")}
+    config = tiny_config(tasks=tasks, optim=Optim(name="sgd", lr=0.1, clip_norm=0.5))
+    plan = make_step_plan(config)
+    rates = list(LearningRates(config, plan))
+    run(config, tmp_path)
+    lines = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    for line in lines:
+        for name, row in line["tasks"].items():
+            last = max(step for step in range(line["step"]) if name in plan[step])
+            assert row["lr"] == rates[last]
+            assert row["grad_norm"] > 0
+            assert 0 <= row["clipped_ratio"] <= 1
+    assert {row["lr"] for line in lines for name, row in line["tasks"].items() if name == "b"} == {0.1}
+    run(replace(config, optim=Optim(name="sgd", lr=0.1, clip_norm=0.0)), tmp_path / "unclipped")
+    assert "clipped" not in (tmp_path / "unclipped" / "metrics.jsonl").read_text()
+
+
 def test_single_non_finite_steps_are_skipped_and_the_run_goes_on(tmp_path):
     config = tiny_config(tasks={"a": tile_task(steps=30, batch=2, train=Poisoned(num_samples=50, bad_ratio=0.1))})
     outcome = run(config, tmp_path)
@@ -282,7 +345,17 @@ def test_best_checkpoint_stays(tmp_path, config):
     assert steps == {20, newest.state["best_step"]}
 
 
-def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch):
+@pytest.mark.parametrize(
+    ("intervals", "said"),
+    [
+        ({"save_every_steps": 5}, "step 5: .* the next try is in 5 steps, after step 10"),
+        ({"save_every_steps": 8, "eval_every_steps": 5}, "step 5: .* the next try is in 3 steps, after step 8"),
+        ({"save_every_steps": 12, "eval_every_steps": 15}, "step 12: .* the next try is in 3 steps, after step 15"),
+        ({"save_every_steps": 13}, "step 13: .* the next try is in 7 steps, at the end"),
+    ],
+    ids=["save", "after an evaluation", "before an evaluation", "end"],
+)
+def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch, intervals, said):
     # Only `statvfs` lies: the saving code itself meets a disk with no room, then a disk with room.
     calls = []
     real = os.statvfs
@@ -293,9 +366,10 @@ def test_full_disk_does_not_stop_training(tmp_path, config, monkeypatch):
         return status if len(calls) > 1 else os.statvfs_result((*status[:3], 0, 0, *status[5:]))
 
     monkeypatch.setattr(os, "statvfs", full_at_first)
-    outcome = run(config, tmp_path, save_every_steps=5)
+    outcome = run(config, tmp_path, **intervals)
     assert outcome.step == 20
-    assert "Training goes on" in (tmp_path / "log.txt").read_text()
+    [line] = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "Training goes on" in line]
+    assert re.search(said, line)
     assert checkpoint.find_newest(tmp_path)
 
 
@@ -389,7 +463,7 @@ def test_changed_validation_files_are_reported_on_resume(tmp_path, pictures, cap
 
 def test_a_checkpoint_that_knows_names_alone_resumes_with_a_word(tmp_path, pictures, capsys, monkeypatch):
     def save(folder, step, tensors, state, config, **more):  # as versions up to 0.4 did
-        names = {name: fingerprint["names"] for name, fingerprint in state["samples"].items()}
+        names = {"p": fingerprint_names(Folder(path=str(tmp_path / "files")).samples(pictures.tasks["p"]))}
         write(folder, step, tensors, state | {"samples": names}, config, **more)
 
     write = checkpoint.save
@@ -400,7 +474,7 @@ def test_a_checkpoint_that_knows_names_alone_resumes_with_a_word(tmp_path, pictu
     assert newest
     assert newest.state["samples"]["p"].startswith("12 files, ")
     (tmp_path / "files" / "red" / "9.bmp").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"names and labels: 12 files, \w+; now 13 files, \w+\), so their order would change"):
+    with pytest.raises(ValueError, match=r"names and labels: 12 files, \w+; now 13 files, \w+\)\. Put them back"):
         run(pictures, tmp_path / "run")
     (tmp_path / "files" / "red" / "9.bmp").unlink()
     capsys.readouterr()

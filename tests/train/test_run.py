@@ -2,23 +2,26 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fine_tuning import make_config, write_pictures
 from long_forms import mark_long
-from processes import Command
+from processes import Command, Processes
 from tiny_runs import tiny_config
 
 from polyvit_fast import cli
 from polyvit_fast.config import Optim
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.clock import Clock, TaskTime
-from polyvit_fast.train.distributed.process_group import World
+from polyvit_fast.train.distributed.process_group import PeerLost, World
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import PeerLog
 from polyvit_fast.train.run import Run
@@ -148,3 +151,97 @@ def test_an_earlier_versions_run_whose_rates_were_others_is_warned_of(tmp_path, 
     log = (tmp_path / "log.txt").read_text()
     assert "resumed from step 7" in log
     assert ("is of an earlier version, whose warm-up began at a rate of 0" in log) == is_warned_of
+
+
+FAILING = {
+    "device": (["--device", "cuda"], "PyTorch finds no NVIDIA GPU here"),
+    "schedule": (["--schedule", "weigthed"], "schedule = 'weigthed' is unknown"),
+    "memory": (["--model.mlp-dim", "10000000000000"], "the computer's memory is too small"),
+    "weights": (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
+    "data": (["--tasks.p.train.path", "nowhere"], "If the files have moved"),
+    "classes": (["--tasks.p.num-classes", "7"], "where num_classes = 7"),
+    "held-out": (["--tasks.p.val.path", "nowhere"], "If the files have moved"),
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The working directory, which holds an experiment, mine.py, and its files."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        write_pictures(tmp_path / "pictures" / split)
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\nfrom dataclasses import dataclass\nfrom polyvit_fast.config import Model, Task, Train\n"
+        "from polyvit_fast.data import Folder, Image\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Signalling(Folder):\n    number: int = 0\n\n"
+        "    def samples(self, task):\n        if self.number:\n            os.kill(os.getpid(), self.number)\n"
+        "        return super().samples(task)\n\n"
+        "config = Train(\n    tasks={'p': Task(modality=Image(size=32, patch=16), train=Signalling(path='pictures/train'), "
+        "val=Folder(path='pictures/val'), num_classes=3, batch=4, steps=4)},\n"
+        "    model=Model(dim=32, depth=1, num_heads=2, mlp_dim=64),\n)\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks for a device that is not there")
+@pytest.mark.parametrize("case", mark_long(FAILING, ["device", "data", "memory"]))
+def test_a_start_that_fails_leaves_no_folder_behind(here, capsys, case):
+    flags, words = FAILING[case]
+    before = sorted(here.rglob("*"))
+    assert cli.run(["train", "mine.py", "--out", "new/deep/run", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(here.rglob("*")) == before
+    (here / "empty").mkdir()  # a folder that was there stays
+    assert cli.run(["train", "mine.py", "--out", "empty", *flags]) == 2
+    assert not list((here / "empty").iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_nor_does_one_that_a_signal_stops(here, number, code):
+    before = sorted(here.rglob("*"))
+    assert cli.run(["train", "mine.py", "--tasks.p.train.number", str(int(number)), "--out", "new/run"]) == code
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(here, capsys):
+    assert cli.run(["train", "mine.py", "--out", "run"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*") if path.is_file()}
+    for flags in (["--seed", "3"], ["--no-resume"], ["--tasks.p.train.path", "nowhere"], ["--schedule", "nope"]):
+        assert cli.run(["train", "mine.py", "--out", "run", *flags]) == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", [["plot", "schedule"], ["plan"], ["check"], ["train"]])
+def test_no_command_about_an_experiment_leaves_a_folder_when_it_fails(here, capsys, command):
+    before = sorted(here.rglob("*"))
+    fault = ["--tasks.p.train.path", "nowhere"] if command == ["check"] else ["--schedule", "weigthed"]
+    locations = ["--only", "p"] if command == ["check"] else []
+    if command == ["check"]:
+        fault += ["--tasks.p.val.path", "nowhere"]
+    assert cli.run([*command, "mine.py", *locations, *fault]) == 2
+    assert sorted(here.rglob("*")) == before
+
+
+def start_where_rank_1_has_no_files(folder: Path) -> str:
+    """The error of one of two processes, of which only the first finds the training files."""
+    os.chdir(folder if os.environ["RANK"] == "0" else folder / "elsewhere")
+    config = replace(make_config(Path("pictures")), out=str(folder / "new" / "run"))
+    try:
+        train(config, "test", ["test"])
+    except (ValueError, PeerLost) as error:
+        return str(error)
+    return ""
+
+
+def test_of_several_processes_one_that_fails_leaves_no_folder_either(tmp_path):
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "elsewhere").mkdir()
+    processes = Processes(2)
+    try:
+        processes.submit(start_where_rank_1_has_no_files, tmp_path)
+        first, second = processes.wait()
+    finally:
+        processes.kill()
+    assert "If the files have moved" in second
+    assert "another process of the run ended" in first
+    assert not (tmp_path / "new").exists()

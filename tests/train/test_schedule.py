@@ -83,6 +83,39 @@ def test_wrong_schedules_are_told(schedule, message):
         make_step_plan(three_tasks(schedule))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_plan_of_a_lengthened_run_begins_with_what_was_planned(schedule):
+    first, config = {"a": 7, "b": 20, "c": 4}, three_tasks(schedule)
+    longer = replace(config, tasks={name: replace(task, steps=2 * task.steps) for name, task in config.tasks.items()})
+    plan, before = make_step_plan(longer, [first]), make_step_plan(config)
+    assert plan[: len(before)] == before
+    assert count_steps(plan) == {name: 2 * count for name, count in count_steps(before).items()}
+    assert plan == make_step_plan(longer, [first])
+    if schedule == "weighted":
+        assert plan[len(before) :] != before
+    longest = replace(longer, tasks=longer.tasks | {"c": replace(longer.tasks["c"], steps=28)})  # the others get no step more
+    last = make_step_plan(longest, [first, {"a": 14, "b": 40, "c": 8}])[len(plan) :]
+    assert len(last) == (6 if schedule == "accumulating" else 20)
+    assert set(count_steps(last)) == ({"c"} if schedule in ("weighted", "task-by-task") else {"a", "b", "c"})
+
+
+def test_a_function_plans_each_part_of_a_lengthened_run():
+    seen = []
+
+    def plan(config):
+        seen.append(({name: task.steps for name, task in config.tasks.items()}, config.seed))
+        return [("a",)] * config.tasks["a"].steps + [("b", "c")]
+
+    config = three_tasks(plan, seed=3)
+    assert make_step_plan(config, [{"a": 5, "b": 20, "c": 2}]) == [("a",)] * 5 + [("b", "c")] + [("a",)] * 2 + [("b", "c")]
+    (first, seed), (second, other) = seen
+    assert (first, second, seed) == ({"a": 5, "b": 20, "c": 2}, {"a": 2, "b": 0, "c": 2}, 3)
+    assert other not in (3, seed)
+    assert config.tasks["a"].steps == 7
+    with pytest.raises(ValueError, match="plans no step; give the tasks more steps"):
+        make_step_plan(three_tasks("accumulating"), [{"a": 7, "b": 20, "c": 3}])
+
+
 def rates(config):
     plan = make_step_plan(config)
     return list(LearningRates(config, plan))

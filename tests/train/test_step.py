@@ -171,6 +171,58 @@ def test_a_non_finite_batch_is_skipped_and_counted(config):
     assert (row.skipped, row.skipped_in_a_row, row.last_skipped_step) == (3, 1, 3)
 
 
+def norm_by_autograd(config, batches) -> float:
+    gradient = gradient_by_autograd(config, list(batches.items()))
+    return float(torch.stack([one.double().square().sum() for one in gradient.values()]).sum().sqrt())
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3, 1e3])
+def test_the_norm_is_that_of_the_gradient_before_clipping_and_belongs_to_all_tasks_of_a_step(config, clip_norm):
+    config = replace(config, optim=Optim(name="sgd", clip_norm=clip_norm))
+    step, poisoned = fresh(config), Batch(torch.full((8, 1, 16, 16, 3), torch.nan), torch.zeros(8, dtype=torch.int64))
+    batches = {name: Loader(name, config, train=True).load(0) for name in config.tasks}
+    both, alone = norm_by_autograd(config, batches), norm_by_autograd(config, {"a": batches["a"]})
+    # At a rate of 0 the weights stay those of the other gradient.
+    one_step(step, ("a", "b"), list(batches.values()), lr=0.0, number=0)
+    one_step(step, ("a",), [poisoned], lr=0.0, number=1)
+    one_step(step, ("a",), [batches["a"]], lr=0.0, number=2)
+    rows = step.read_counters().wait()
+    assert (rows["a"].steps, rows["a"].updates, rows["b"].updates) == (3, 2, 1)
+    assert rows["a"].grad_norm == pytest.approx((both + alone) / 2, rel=1e-4)
+    assert rows["b"].grad_norm == pytest.approx(both, rel=1e-4)
+    assert [row.clipped for row in rows.values()] == [float(0 < clip_norm < both)] * 2
+    assert step.read_counters().wait()["b"] == replace(rows["b"], loss=0.0, matches=0.0, steps=0, updates=0, grad_norm=0.0, clipped=0.0)
+
+
+def test_the_clipped_fraction_counts_updates(config):
+    batch = Loader("a", config, train=True).load(0)
+    norm = norm_by_autograd(config, {"a": batch})
+    step = fresh(replace(config, optim=Optim(name="sgd", clip_norm=1.5 * norm)))
+    for number, weight in enumerate((1.0, 1.0, 2.0, 1.0)):  # of the loss, and so of its gradient
+        step.begin(("a",), 0.0, number, (weight,))
+        step.forward_backward("a", Inputs.from_batch(batch))
+        step.update()
+    row = step.read_counters().wait()["a"]
+    assert (row.updates, row.clipped) == (4, 0.25)
+    assert row.grad_norm == pytest.approx(1.25 * norm, rel=1e-4)
+
+
+def test_counters_are_watched_without_a_reading(config):
+    step, batch = fresh(config), Loader("a", config, train=True).load(0)
+    one_step(step, ("a",), [batch])
+    watched = step.watch_counters()
+    one_step(step, ("a",), [batch])
+    assert (watched.wait()["a"].steps, step.read_counters().wait()["a"].steps) == (1, 2)
+
+
+def test_counters_of_earlier_versions_have_fewer_columns(config):
+    step = fresh(config)
+    step.load_counters([[1.5, 1.0, 2.0, 7.0, 3.0, 9.0], [0.0] * 6])
+    row = step.read_counters().wait()["a"]
+    assert (row.loss, row.steps, row.skipped, row.skipped_in_a_row, row.last_skipped_step) == (0.75, 2, 7, 3, 9)
+    assert (row.updates, row.grad_norm, row.clipped) == (0, 0.0, 0.0)
+
+
 def test_bf16_autocast_stays_close_and_keeps_fp32_parameters(config):
     batch = Loader("a", config, train=True).load(0)
     exact, rounded = fresh(config), fresh(replace(config, precision="bf16"))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from polyvit_fast.data.stream import DataError, Loader
 from polyvit_fast.model.polyvit import PolyViT
 from polyvit_fast.train.loop import train
 from polyvit_fast.train.output.log import Log
+from polyvit_fast.train.run import NonFiniteError
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.schedule import make_step_plan
 
 ROOT = Path(__file__).parents[2]
 # SGD, for AdamW divides by gradients that are zero but for rounding.
@@ -59,7 +62,8 @@ def rows(folder: Path, kind: str) -> list[dict]:
 
 def run_smoke(folder: Path, changes: dict) -> None:
     optim = Optim(name="sgd", lr=0.05, warmup_steps=2)
-    config = change(experiments.load("smoke"), out=str(folder), optim=optim, log_every_steps=8, compute_threads=1, **changes)
+    values = {"out": str(folder), "optim": optim, "log_every_steps": 8, "compute_threads": 1}
+    config = change(experiments.load("smoke"), **(values | changes))
     train(config, "smoke", ["test"])
 
 
@@ -86,6 +90,8 @@ def test_several_processes_are_one_with_the_same_batches(tmp_path, alone, count,
     for ours, theirs in zip(rows(tmp_path, "train"), rows(alone, "train"), strict=True):
         for name, row in theirs["tasks"].items():
             assert ours["tasks"][name]["loss"] == pytest.approx(row["loss"], rel=10 * rounding)
+            assert ours["tasks"][name]["grad_norm"] == pytest.approx(row["grad_norm"], rel=20 * rounding)
+            assert ours["tasks"][name]["clipped_ratio"] == row["clipped_ratio"]
     [ours], [theirs] = rows(tmp_path, "eval"), rows(alone, "eval")
     for name, row in theirs["tasks"].items():
         assert ours["tasks"][name]["num_examples"] == row["num_examples"]
@@ -221,6 +227,33 @@ def test_a_run_folder_that_not_all_processes_share_is_refused(tmp_path, alone):
     first, second = processes.run_processes(2, run_in_own_folder, tmp_path)
     assert f"process 1 sees the checkpoint of step None in {tmp_path / '1'}, process 0 that of step 40" in second
     assert "process 0" in first
+
+
+def run_diverging_on_one(folder: Path) -> str:
+    """The second process has pictures that are not finite."""
+    decode = Loader.load
+
+    def poison(self: Loader, step: int):
+        batch = decode(self, step)
+        poisoned = os.environ["RANK"] == "1" and self.name == "pictures"
+        return replace(batch, grid=torch.full_like(batch.grid, torch.nan, dtype=torch.float32)) if poisoned else batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "load", poison)
+        with pytest.raises(NonFiniteError) as found:
+            run_smoke(folder, {"nonfinite_patience": 3, "log_every_steps": 1000})
+    return str(found.value)
+
+
+def test_patience_ends_in_all_processes_with_the_same_step(tmp_path):
+    messages = processes.run_processes(2, run_diverging_on_one, tmp_path)
+    steps = [step for step, names in enumerate(make_step_plan(experiments.load("smoke"))) if names == ("pictures",)]
+    for message in messages:
+        assert f"task pictures: the loss or gradient was not finite in 3 of its steps in a row, the last one step {steps[2]} on" in message
+    found = checkpoint.find_newest(tmp_path)
+    assert found
+    assert found.step == steps[2] + 1
+    assert found.state["counters"][0][3:6] == [3.0, 3.0, steps[2]]
 
 
 def run_broken_on_one(folder: Path) -> str:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from polyvit_fast.config import Modality, Preprocessing
-from polyvit_fast.data.audio.spectrogram import FRAMES_PER_SECOND
+from polyvit_fast.config.record import check_range
 
+FRAMES_PER_SECOND = 100
+"""Rows of a spectrogram."""
 AST_HZ = 16_000
 """The rate of the sounds that AST's feature extractor is for."""
 
@@ -52,25 +54,22 @@ class Audio(Modality):
     """Divides them afterwards."""
 
     def __post_init__(self) -> None:
-        for name in ("patch", "num_mel_bins", "channels", "eval_clips"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self._frames <= 0 or abs(self._frames - self.clip_seconds * FRAMES_PER_SECOND) > 1e-6:
-            raise ValueError(f"clip_seconds = {self.clip_seconds} must be a whole number of hundredths, and not 0")
-        if self.sample_rate_hz < 1000 or self.sample_rate_hz % FRAMES_PER_SECOND:
-            raise ValueError(f"sample_rate_hz = {self.sample_rate_hz} must be a multiple of {FRAMES_PER_SECOND}, from 1000 on")
+        check_range(self, "[1, inf)", "patch", "num_mel_bins", "channels")
+        check_range(self, "[1, 1000]", "eval_clips")
+        check_range(self, "[0, 1000]", "freq_masks", "time_masks")
+        check_range(self, "(0, inf)", "clip_seconds", "max_seconds", "std")
+        if abs(self._frames - self.clip_seconds * FRAMES_PER_SECOND) > 1e-6:
+            raise ValueError(f"clip_seconds = {self.clip_seconds} must be a whole number of hundredths")
+        if not 1000 <= self.sample_rate_hz <= 1_000_000 or self.sample_rate_hz % FRAMES_PER_SECOND:
+            raise ValueError(f"sample_rate_hz = {self.sample_rate_hz} must be a multiple of {FRAMES_PER_SECOND}, from 1,000 to 1,000,000")
         for count, width, most in (
             ("freq_masks", "freq_mask_bins", self.num_mel_bins),
             ("time_masks", "time_mask_frames", self._frames),
         ):
-            if getattr(self, count) < 0:
-                raise ValueError(f"{count} = {getattr(self, count)} must not be negative")
             if getattr(self, count) and not 0 < getattr(self, width) <= most:
                 raise ValueError(f"{width} = {getattr(self, width)} must lie between 1 and {most}")
         if not 0 <= self.patch_stride <= self.patch:
             raise ValueError(f"patch_stride = {self.patch_stride} must lie between 0 and patch = {self.patch}")
-        if self.max_seconds <= 0 or self.std <= 0:
-            raise ValueError("max_seconds and std must be positive")
 
     @property
     def _frames(self) -> int:

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polyvit_fast.data.audio.modality import FRAMES_PER_SECOND
 from polyvit_fast.data.device import send
 
 Form = Literal["kaldi", "mbt"]
-FRAMES_PER_SECOND = 100
 PRE_EMPHASIS = 0.97
 FLOORS = {"kaldi": 2.0**-23, "mbt": 1e-6}  # lower energies are raised to it before the logarithm
 LOWEST_HZ = {"kaldi": 20.0, "mbt": 0.0}

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from polyvit_fast.data.audio.container import format_cut, states_duration
+from polyvit_fast.data.file_kinds import describe_recording
 from polyvit_fast.media import Media, MediaError
 
 Wave = Float32[np.ndarray, " samples"]
@@ -49,7 +50,8 @@ def decode(media: Media, max_seconds: float) -> tuple[int, Wave]:
                 elif (num_bad := num_bad + 1) > 1 + max_seconds:
                     break
     except FFmpegError as error:
-        raise MediaError(f"not a sound that can be decoded: {error.strerror}") from None
+        reason = describe_recording(media) or f": {error.strerror}"
+        raise MediaError(f"not a sound that can be decoded{reason}") from None
     if num_bad > 1 + samples / rate:
         raise MediaError(f"damaged: {num_bad} of its packets or more cannot be decoded")
     stated = stated_seconds * rate
@@ -163,7 +165,14 @@ def _find_url(media: Media) -> Iterator[str]:
 
 def _open(url: str, media: Media, max_seconds: float) -> tuple[dict[str, str], float]:
     """(options of `amovie` for the file, the seconds that its header states or 0)."""
-    with _open_container(url) as container:
+    from av.error import ArgumentError
+
+    try:
+        opened = _open_container(url)
+    except ArgumentError:
+        reason = describe_recording(media) or ": its format is not supported"
+        raise MediaError(f"not a sound that can be decoded{reason}") from None
+    with opened as container:
         if not container.streams.audio:
             raise MediaError("there is no sound in it")
         stream = container.streams.audio[0]
@@ -178,12 +187,8 @@ def _open(url: str, media: Media, max_seconds: float) -> tuple[dict[str, str], f
 
 def _open_container(url: str, name: str | None = None) -> Any:
     import av
-    from av.error import ArgumentError
 
-    try:
-        return av.open(url, format=name, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
-    except ArgumentError:
-        raise MediaError("not a sound that can be decoded: its format is not supported") from None
+    return av.open(url, format=name, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
 
 
 def _stated_seconds(media: Media, container: Any, stream: Any) -> float:

@@ -44,7 +44,7 @@ class ImageDecoder:
     """Image files to uint8 grids, on the CPU.
 
     Of a damaged file that can be decoded all the same, such as a progressive JPEG that lost some of its data, libjpeg and libtiff write
-    warnings to standard error. They name no file; the command `check` does.
+    warnings to standard error. They name no file; a run (`data/decoder_messages.py`) and the command `check` do.
     """
 
     def __init__(self, image: Image, batch: int, train: bool, num_threads: int) -> None:

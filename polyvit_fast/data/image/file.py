@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from polyvit_fast.data.file_kinds import HEIC, describe_picture, name_kind
 from polyvit_fast.data.image.jpeg import END, PILLOW_ERRORS, START, read_frame
 from polyvit_fast.media import Media, MediaError
 
 SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP": rb"RIFF....WEBP", "PPM": rb"P6"}
 """The first bytes of each kind of file that DALI is given."""
 PIXELS_FAILURE = "truncated or damaged: its header is good, its pixels cannot be decoded"
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 254, 258, 262, 339  # tags of a TIFF
 CODESTREAM = b"\xff\x4f\xff\x51"  # with which a JPEG 2000 codestream begins
 TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2))
 """The operation that turns a picture upright, by EXIF orientation."""
 PILLOW_KINDS = (
-    *("BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "CUR", "ICNS", "PSD", "DDS", "FTEX"),
+    *("BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "QOI", "ICO", "CUR", "ICNS", "PSD", "DDS", "FTEX"),
     *("BLP", "SGI", "SUN", "PCX", "DCX", "PIXAR", "MSP", "XBM", "XPM", "XVTHUMB", "GBR", "FLI", "PCD", "TGA"),
 )
 """Pillow's names of the kinds that it decodes, in the order in which they are tried: the last two have no short signature.
@@ -129,6 +130,8 @@ def _open(content: bytes, kinds: Sequence[str]) -> Any:
     from PIL import Image
 
     Image.init()
+    if name_kind(content) == HEIC:
+        _learn_heic()
     damaged = ""
     for kind in kinds:
         if kind not in Image.OPEN:
@@ -142,7 +145,18 @@ def _open(content: bytes, kinds: Sequence[str]) -> Any:
         except PILLOW_ERRORS as error:
             if accepts:
                 damaged = damaged or f"truncated, damaged or of a sort that is not supported: its {kind} header cannot be read ({error})"
-    raise MediaError(damaged or f"not an image that can be decoded; it begins with {content[:16]!r}")
+    raise MediaError(damaged or f"not an image that can be decoded{describe_picture(content)}")
+
+
+def _learn_heic() -> None:
+    """Have Pillow decode HEIC from now on. Raises MediaError when the package that does so is not installed."""
+    try:
+        import pillow_heif
+    except ModuleNotFoundError:
+        raise MediaError(
+            f"it is {HEIC}, for which pillow-heif is not installed: pip install 'polyvit-fast[heic]', or convert it to JPEG"
+        ) from None
+    pillow_heif.register_heif_opener(thumbnails=False)
 
 
 def _check_length(content: bytes, kind: str) -> None:
@@ -156,6 +170,8 @@ def _check_length(content: bytes, kind: str) -> None:
 
 def _check_levels(content: bytes, picture: Any, tags: Mapping[int, Any]) -> None:
     """Raise MediaError when the file does not state which colours its numbers are. `tags` are those of a TIFF."""
+    if tags.get(SUBFILE_TYPE, 0) & 1:  # the first picture of a camera's DNG, NEF or ARW, which all begin like a TIFF
+        raise MediaError("its first picture is a thumbnail of another one, as in a camera's raw file: convert it to JPEG or PNG")
     if picture.format == "PCX" and picture.mode == "L" and content[-769:-768] != b"\x0c":
         raise MediaError("truncated: the palette at the end of the PCX is missing")
     kind = tags.get(SAMPLE_FORMAT, (1,))[0]

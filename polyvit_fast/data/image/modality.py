@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from polyvit_fast.config import Modality, Preprocessing
+from polyvit_fast.config.record import ConfigError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class Image(Modality):
     """Pictures: the first of a file, turned upright as its EXIF tag says, alpha dropped, 16 bits rounded to 8.
 
     JPEG, PNG and WebP through DALI; BMP, TIFF, GIF, PBM, PGM, PPM, JPEG 2000, AVIF, QOI, ICO, CUR, ICNS, PSD, DDS, FTEX, BLP, SGI, Sun,
-    PCX, DCX, Pixar, MSP, XBM, XPM, XV thumbnails, GIMP brushes, FLI, Photo CD and TGA through Pillow.
+    PCX, DCX, Pixar, MSP, XBM, XPM, XV thumbnails, GIMP brushes, FLI, Photo CD and TGA through Pillow; HEIC with the extra heic.
     """
 
     name: ClassVar[str] = "image"
@@ -54,20 +55,17 @@ class Image(Modality):
     """Divides them afterwards."""
 
     def __post_init__(self) -> None:
-        for name in ("min_area_ratio", "crop_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be above 0 and at most 1")
-        if not 0 <= self.colour_jitter <= 1 or not 0 <= self.hue_jitter_degrees <= 180:
-            raise ValueError("colour_jitter must lie in [0, 1] and hue_jitter_degrees in [0, 180]")
-        if self.rand_augment_ops < 0 or not 0 <= self.rand_augment_magnitude <= 10:
-            raise ValueError("rand_augment_ops must not be negative and rand_augment_magnitude must lie in [0, 10]")
-        if not 0 <= self.random_erasing_prob <= 1 or not 0 < self.random_erasing_aspect_ratio <= 1:
-            raise ValueError("random_erasing_prob must lie in [0, 1], and random_erasing_aspect_ratio above 0 and at most at 1")
+        check_range(self, "[1, inf)", "size", "patch", "max_pixels")
+        check_range(self, "(0, 1]", "min_area_ratio", "crop_ratio", "random_erasing_area_ratios", "random_erasing_aspect_ratio")
+        check_range(self, "[0, 1]", "colour_jitter", "random_erasing_prob")
+        check_range(self, "[0, 180]", "hue_jitter_degrees")
+        check_range(self, "[0, 100]", "rand_augment_ops")
+        check_range(self, "[0, 10]", "rand_augment_magnitude")
+        check_range(self, "(0, inf)", "std")
         smallest, largest = self.random_erasing_area_ratios
-        if not 0 < smallest <= largest <= 1:
-            raise ValueError(f"random_erasing_area_ratios = {smallest} {largest} must be two fractions of the grid, the smaller one first")
-        if self.max_pixels <= 0 or min(self.std) <= 0:
-            raise ValueError("max_pixels and std must be positive")
+        if smallest > largest:
+            name = "random_erasing_area_ratios"
+            raise ConfigError(name, f"{name} = {smallest} {largest} must be two fractions of the grid, the smaller one first")
 
     @property
     def grid(self) -> tuple[int, int, int, int]:

@@ -27,10 +27,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int16, UInt8
 
 from polyvit_fast.config import Source, Task
+from polyvit_fast.config.record import check_range
 from polyvit_fast.data.sources.manifest import Manifest
-from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.extras import require
-from polyvit_fast.files import write_atomically
+from polyvit_fast.files import absolute, write_atomically
 from polyvit_fast.media import Sample
 from polyvit_fast.randomness import generator
 
@@ -59,11 +59,10 @@ class DemoFiles(Source):
     num_samples: int = 500
     """Files of this split."""
     root: str = "demo-files"
-    """Folder that holds the files of all kinds."""
+    """Folder that holds the files of all kinds. A relative path starts from the folder in which the command runs."""
 
     def __post_init__(self) -> None:
-        if self.num_samples <= 0:
-            raise ValueError(f"num_samples = {self.num_samples} must be at least 1")
+        check_range(self, "[1, 1000000]", "num_samples")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """The files, as the manifest in their folder lists them. Raises ValueError when they cannot be written."""
@@ -71,7 +70,7 @@ class DemoFiles(Source):
         try:
             self._complete(manifest)
         except OSError as error:
-            raise ValueError(f"demo files cannot be written to {manifest.parent}: {error.strerror or error}") from error
+            raise ValueError(f"demo files cannot be written to {absolute(manifest.parent)}: {error.strerror or error}") from error
         return Manifest(path=str(manifest), classes=str(manifest.with_name("classes.txt"))).samples(task)
 
     def count(self, task: Task) -> int:
@@ -109,6 +108,8 @@ class DemoFiles(Source):
     def _make(self, recipe: Recipe, indices: Sequence[int], paths: Sequence[Path]) -> None:
         from rich.console import Console
         from rich.progress import Progress
+
+        from polyvit_fast.data.threads import map_in_threads
 
         require("making the demo's files", "PIL", "av")
 

@@ -2,6 +2,7 @@
 
 A fingerprint covers all names, labels and their order, the sizes and times of all files (of a million at most, evenly spread), and the
 contents of some: reading all of a large dataset takes hours (`polyvit-fast check` does it). Times alone prove nothing, as copies differ.
+Names are those within the folder that all files have in common, so that files may move together.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from polyvit_fast.config import Source
+from polyvit_fast.data.sources.locations import Locations
 from polyvit_fast.data.threads import map_in_threads
 from polyvit_fast.media import Media, MediaError, Sample
 
 Fingerprint = dict[str, str]
-"""Texts for `names` (with labels and order), `sizes`, `times` and `contents`. All but the first are digests, one for each chunk of
-consecutive files, or for each file whose contents were read."""
+"""Texts for `list` (names, labels and their order), `sizes`, `times` and `contents`. All but the first are digests, one for each chunk of
+consecutive files, or for each file whose contents were read. Versions up to 0.7 have `names` instead of the first, of the paths as the
+configuration gave them."""
 
 NUM_CHUNKS = 4096
 MAX_FILES = 1_000_000
@@ -39,30 +43,57 @@ def take_fingerprint(samples: Sequence[Sample]) -> Fingerprint:
     limit = CONTENT_BYTES // max(1, len(chosen))
     contents = map_in_threads(lambda sample: _digest(_read_ends(sample.media, limit)), chosen, NUM_THREADS)
     return {
-        "names": fingerprint_names(samples),
+        "list": fingerprint_list(samples),
         "sizes": _digest_chunks(sizes),
         "times": _digest_chunks(times),
         "contents": _encode(contents),
     }
 
 
-def fingerprint_names(samples: Sequence[Sample]) -> str:
+def is_known_by_files(source: Source) -> bool:
+    """Whether the fingerprint of a source's samples says all that a run sees of it, wherever it is and however it lists them."""
+    return type(source).decoder is Source.decoder  # others may make of a sample what they like
+
+
+def fingerprint_list(samples: Sequence[Sample]) -> str:
     """A digest of all samples, their order and their labels, which with the seed determine what a step sees."""
+    paths = [sample.media.path for sample in samples]
+    # What the first and the last in the order of the alphabet begin with, all do.
+    common = os.path.commonprefix([min(paths, default=""), max(paths, default="")])  # noqa: RUF071 - it is cut at a separator
+    start = common.rfind("/") + 1
+    return _digest_list([sample.media.name[start:] for sample in samples], samples)
+
+
+def fingerprint_names(samples: Sequence[Sample], locations: Locations = ()) -> str:
+    """What versions up to 0.7 had instead of `fingerprint_list`, for files that have moved from and to these locations."""
+
+    def move_back(name: str) -> str:
+        return next((before + name[len(now) :] for before, now in locations if name.startswith(now)), name)
+
+    return _digest_list([move_back(sample.media.name) for sample in samples], samples)
+
+
+def _digest_list(names: Iterable[str], samples: Sequence[Sample]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        digest.update(f"{sample.media.name}\x1f{sample.labels}\x1e".encode(errors="surrogateescape"))
+    for name, sample in zip(names, samples, strict=True):
+        digest.update(f"{name}\x1f{sample.labels}\x1e".encode(errors="surrogateescape"))
     return f"{len(samples)} files, {digest.hexdigest()}"
 
 
-def find_changes(before: str | Mapping[str, str], now: Fingerprint, samples: Sequence[Sample]) -> tuple[str, bool]:
+def find_changes(
+    before: str | Mapping[str, str], now: Fingerprint, samples: Sequence[Sample], locations: Sequence[Locations] = ()
+) -> tuple[str, bool]:
     """(how the files differ from those of an earlier fingerprint, empty where they do not; whether the list of files is the same).
 
-    Earlier versions kept a text for the names only, which says nothing about sizes and contents: these then count as equal.
+    The first versions kept a text for the names only, which says nothing about sizes and contents: these then count as equal.
+    `locations` are guesses where files have moved, for versions up to 0.7, whose names are whole paths.
     """
     if isinstance(before, str):
         before = {"names": before}
-    if before["names"] != now["names"]:
-        return f"names and labels: {before['names']}; now {now['names']}", False
+    then = before["list"] if "list" in before else before["names"]
+    lists = [now["list"]] if "list" in before else [fingerprint_names(samples, guess) for guess in locations or [()]]
+    if then not in lists:
+        return f"names and labels: {then}; now {lists[0]}", False
     listed = _thin(samples)
     digests = (("sizes", [listed[chunk] for chunk in _chunks(len(listed))]), ("contents", [[sample] for sample in _choose(samples)]))
     for kind, chunks in digests:
@@ -70,6 +101,11 @@ def find_changes(before: str | Mapping[str, str], now: Fingerprint, samples: Seq
         if changed:
             return f"{kind} of {changed}", True
     return "", True
+
+
+def find_missing(samples: Sequence[Sample]) -> str:
+    """The absolute path of a file that is not there, of those whose contents are read; empty when all are."""
+    return next((os.path.abspath(sample.media.path) for sample in _choose(samples) if not os.path.exists(sample.media.path)), "")
 
 
 def find_newer(before: Mapping[str, str], now: Fingerprint, samples: Sequence[Sample]) -> str:

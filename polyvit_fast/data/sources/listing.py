@@ -6,6 +6,7 @@ import os
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from polyvit_fast.files import absolute
 from polyvit_fast.media import MEDIA_SUFFIXES, PICTURES, SOUNDS, VIDEOS
 
 
@@ -118,7 +119,7 @@ def scan(folder: str, modality: str, left_out: Counter[str]) -> list[os.DirEntry
                     _check_link(entry)
                     found.append(entry)
     except OSError as error:
-        where = f"folder {folder}" if error.filename in (None, folder) else error.filename
+        where = f"folder {absolute(folder)}" if error.filename in (None, folder) else absolute(error.filename)
         raise ValueError(f"{where}: {error.strerror}") from None
     return sorted(found, key=lambda entry: entry.name)
 
@@ -128,7 +129,7 @@ def _check_link(entry: os.DirEntry[str]) -> None:
         try:
             entry.stat()
         except FileNotFoundError:
-            raise ValueError(f"link {entry.path} leads nowhere: {os.readlink(entry.path)} is missing") from None
+            raise ValueError(f"link {absolute(entry.path)} leads nowhere: {os.readlink(entry.path)} is missing") from None
 
 
 def leads_back(entry: os.DirEntry[str], real: str) -> bool:

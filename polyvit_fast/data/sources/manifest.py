@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from polyvit_fast.config import Source, Task
+from polyvit_fast.config import ConfigError, Source, Task
 from polyvit_fast.data.sources.classes import check_labels, class_list, normalise, remark_uncompared, shorten
 from polyvit_fast.data.sources.label_cells import LabelCells
 from polyvit_fast.data.sources.listing import Listing, count_names, leads_back, list_media, scan
 from polyvit_fast.data.sources.shards import read_index
 from polyvit_fast.data.sources.table import open_text, read_rows, renamed_columns
+from polyvit_fast.files import absolute
 from polyvit_fast.media import Media, Sample
 
 
@@ -25,7 +26,11 @@ class Folder(Source):
     """
 
     path: str
-    """Folder with the class folders."""
+    """Folder with the class folders. A relative path starts from the folder in which the command runs."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", "path is empty: name the folder with the class folders")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Class by class, files in sorted order. Raises ValueError when class names do not match `num_classes`, or a class is empty."""
@@ -95,12 +100,17 @@ class Manifest(Source):
     """
 
     path: str
-    """The table."""
+    """The table. A relative path starts from the folder in which the command runs."""
     root: str = ""
-    """Folder that relative paths start from; empty: the table's own."""
+    """Folder that relative paths in the table start from, itself relative to the folder in which the command runs.
+    Empty: the table's own folder."""
     classes: str = ""
     """Text file with the class names, one a line, in the order of their numbers. Labels are then names; without it, numbers from 0, or the
-    names that the task's other split has."""
+    names that the task's other split has. A relative path starts from the folder in which the command runs."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", "path is empty: name the table")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Line by line. Raises ValueError that names file and line. Whether the files exist becomes known when they are read."""
@@ -117,7 +127,7 @@ class Manifest(Source):
             try:
                 names = [line.strip() for line in file if line.strip()]
             except (OSError, UnicodeError) as error:
-                raise ValueError(f"classes {self.classes}: {getattr(error, 'strerror', None) or error}") from None
+                raise ValueError(f"classes {absolute(self.classes)}: {getattr(error, 'strerror', None) or error}") from None
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"classes {self.classes}: {twice!r} appears twice")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from polyvit_fast.data.sources.shard_labels import MAX_BYTES, Labels, parse_labels
-from polyvit_fast.files import write_atomically
+from polyvit_fast.files import absolute, write_atomically
 from polyvit_fast.media import Media, printable
 
 INDEX_VERSION = 2  # of the index file; a file of another version is written again
@@ -63,7 +63,7 @@ def read_index(shard: str) -> list[ShardExample]:
     try:
         status = os.stat(shard)
     except OSError as error:
-        raise ValueError(f"shard {shard}: {error.strerror}") from None
+        raise ValueError(f"shard {absolute(shard)}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"shard {shard}: not a regular file")
     state = {"version": INDEX_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -73,7 +73,7 @@ def read_index(shard: str) -> list[ShardExample]:
         try:
             examples = _scan(shard)
         except OSError as error:
-            raise ValueError(f"shard {shard}: {error.strerror}") from None
+            raise ValueError(f"shard {absolute(shard)}: {error.strerror}") from None
         _save(path, examples, state)
     return examples
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from polyvit_fast.config import Source, Task
+from polyvit_fast.config import ConfigError, Source, Task
 from polyvit_fast.data.sources.classes import check_labels, class_list, shorten
 from polyvit_fast.data.sources.shard_index import ShardExample, read_index, suffix_of
+from polyvit_fast.files import absolute
 from polyvit_fast.media import MEDIA_SUFFIXES, Media, Sample, printable
 
 SHOWN = 5  # members that a message names
@@ -26,13 +27,14 @@ class Shards(Source):
     """Samples in uncompressed tar files: one media member and its class in `.cls` (a number or a name) or `.json` ("label" or "labels")."""
 
     paths: tuple[str, ...]
-    """Tar files; a name may be a pattern like train-*.tar or hold {0000..0063} or {a,b}."""
+    """Tar files; a name may be a pattern like train-*.tar or hold {0000..0063} or {a,b}. Relative paths start from the folder in which
+    the command runs."""
     media_suffix: str = ""
     """All behind the first dot of the member to decode, such as mp4 or left.png; empty: each sample's only picture, video or sound."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.paths, str) or not self.paths:
-            raise ValueError(f'paths = {self.paths!r} must be a tuple of file names or patterns, such as ("train-*.tar",)')
+        if not all(self.paths or [""]):
+            raise ConfigError("paths", f'paths = {self.paths!r} must be file names or patterns, such as ("train-*.tar",)')
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Shard by shard in the order given, each in the order of its members. Raises ValueError that names shard and member."""
@@ -138,7 +140,7 @@ def _expand(pattern: str) -> list[str]:
         return [pattern]
     names = sorted(glob.glob(pattern))
     if not names:
-        raise ValueError(f"shard {pattern}: no such file")
+        raise ValueError(f"shard {absolute(pattern)}: no such file")
     return names
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from polyvit_fast.config import Decoder, Source, Task
+from polyvit_fast.config.record import check_range
 from polyvit_fast.media import Media, Sample
 from polyvit_fast.randomness import generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PERIOD = 8  # pixels; a divisor of every common patch size, so that each token shows the whole pattern
 EXTRA_LABEL_PROB = 0.2
@@ -29,8 +31,8 @@ class Synthetic(Source):
     """Seed of the noise and of the further labels of multi-label tasks; give train and val different ones."""
 
     def __post_init__(self) -> None:
-        if self.num_samples <= 0:
-            raise ValueError(f"num_samples = {self.num_samples} must be at least 1")
+        check_range(self, "[1, 100000000]", "num_samples")
+        check_range(self, f"[{-(2**63)}, {2**63 - 1}]", "seed")
 
     def samples(self, task: Task) -> Sequence[Sample]:
         """Media whose paths hold their number, and their labels."""
@@ -38,6 +40,8 @@ class Synthetic(Source):
 
     def decoder(self, task: Task, *, batch: int, train: bool, num_threads: int, device: Literal["cpu", "cuda"] = "cpu") -> Decoder:
         """A decoder whose grids depend only on the sample's number: float32, in the units of the modality's normalisation."""
+        import torch
+
         views = 1 if train else task.modality.eval_views
         shape = (views, *task.modality.grid)
         mean, std = (np.array(numbers, np.float32) for numbers in task.modality.normalisation)

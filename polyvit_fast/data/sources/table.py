@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from typing import TextIO
 
+from polyvit_fast.files import absolute
+
 LABEL_COLUMNS = ("label", "labels")
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 ENCODINGS = (
@@ -59,7 +61,7 @@ def read_rows(path: str) -> Iterator[tuple[int, str, str]]:
         except UnicodeError as error:
             raise ValueError(f"{path}, line {rows.line_num + 1}: it is not text in the encoding of its first bytes ({error})") from None
         except OSError as error:
-            raise ValueError(f"manifest {path}: {error.strerror}") from None
+            raise ValueError(f"manifest {absolute(path)}: {error.strerror}") from None
 
 
 def renamed_columns(path: str) -> list[str]:
@@ -104,7 +106,7 @@ def open_text(path: str, what: str) -> TextIO:
     """Open a text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ValueError that begins with `what`."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{what} {path}: {'Is a directory' if os.path.isdir(path) else 'not a regular file'}")
+            raise ValueError(f"{what} {absolute(path)}: {'Is a directory' if os.path.isdir(path) else 'not a regular file'}")
         with open(path, "rb") as file:
             start = file.read(8)
         fault = next((fault for mark, fault in NO_TEXT if start.startswith(mark)), "")
@@ -114,7 +116,7 @@ def open_text(path: str, what: str) -> TextIO:
         # File names need not be UTF-8, so neither need what lists them.
         return open(path, newline="", encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
     except OSError as error:
-        raise ValueError(f"{what} {path}: {error.strerror}") from None
+        raise ValueError(f"{what} {absolute(path)}: {error.strerror}") from None
 
 
 def _find_columns(header: list[str], path: str, hint: str) -> tuple[int, int]:

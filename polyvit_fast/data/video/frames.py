@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from polyvit_fast.data.file_kinds import HEAD_BYTES, check_no_document, describe_recording
 from polyvit_fast.data.layout import read_layout
 from polyvit_fast.data.video.orientation import UPRIGHT, Orientation, orientation_of
 from polyvit_fast.data.video.timeline import (
@@ -107,12 +108,13 @@ def read_clips(
 def _open_video(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timeline]]:
     """The container, its video stream and the stream's timeline."""
     with media.open() as file:
+        check_no_document(file.read(HEAD_BYTES))
         layout = read_layout(file)
         if layout.end > layout.size:
             raise MediaError(f"truncated: it ends after {layout.size} of at least {layout.end} bytes")
         if layout.joints and not layout.read_on:
             raise MediaError(format_joint(layout.joints[0]))
-        with _open(file, max_pixels) as container, _translate_errors("damaged: {}".format):
+        with _open(file, max_pixels, media) as container, _translate_errors("damaged: {}".format):
             stream = _video_stream(container, max_pixels)
             timeline = header_timeline(container, stream) or counted_timeline(
                 container, stream, layout.joints, partial(_find_videos, media, max_pixels, end=layout.size)
@@ -120,14 +122,14 @@ def _open_video(media: Media, max_pixels: int) -> Iterator[tuple[Any, Any, Timel
             if timeline.order is None:
                 yield container, stream, timeline
                 return
-    with media.open() as file, _open(file, max_pixels) as container, _translate_errors(timeline.failure):
+    with media.open() as file, _open(file, max_pixels, media) as container, _translate_errors(timeline.failure):
         yield container, _video_stream(container, max_pixels), timeline
 
 
 def _find_videos(media: Media, max_pixels: int, start: int, end: int) -> set[tuple[str, int]]:
     """(container, id) of each video stream in a part of a file; nothing where the part cannot be read by itself."""
     part = replace(media, offset=media.offset + start, size=end - start)
-    with suppress(MediaError), part.open() as file, _open(file, max_pixels) as container, _translate_errors(str):
+    with suppress(MediaError), part.open() as file, _open(file, max_pixels, part) as container, _translate_errors(str):
         keys = [packet for packet in packets(container, *container.streams.video) if packet.is_keyframe]
         return {(container.format.name, packet.stream.id) for packet in keys}
     return set()
@@ -144,7 +146,7 @@ def _translate_errors(failure: Callable[[str], str]) -> Iterator[None]:
         raise MediaError(failure(error.strerror or str(error))) from None
 
 
-def _open(file: Any, max_pixels: int) -> Any:
+def _open(file: Any, max_pixels: int, media: Media) -> Any:
     import av
     from av.error import ArgumentError, FFmpegError
 
@@ -159,9 +161,10 @@ def _open(file: Any, max_pixels: int) -> Any:
             metadata_errors="replace",
         )
     except ArgumentError:
-        raise MediaError(f"its format is none of {FORMATS}") from None
+        raise MediaError(f"its format is none of {FORMATS}{describe_recording(media)}") from None
     except (FFmpegError, OSError) as error:
-        raise MediaError(f"not a video that can be opened: {error.strerror or error}") from None
+        reason = describe_recording(media) or f": {error.strerror or error}"
+        raise MediaError(f"not a video that can be opened{reason}") from None
 
 
 def _decoder_limit(max_pixels: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from polyvit_fast.config import Modality, Preprocessing
+from polyvit_fast.config.record import ConfigError, check_range
 
 THOROUGH_CLIPS = 8  # of 32 frames with stride 2 they are 20 seconds, twice the length of Kinetics' files
 
@@ -51,20 +52,16 @@ class Video(Modality):
     """Divides them afterwards."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "stride", "eval_clips", "max_pixels"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_range(self, "[1, inf)", "size", "patch", "frames", "stride", "tubelet_frames", "max_pixels")
+        check_range(self, "[1, 1000]", "eval_clips")
+        check_range(self, "(0, 10]", "scale_jitter")
+        check_range(self, "[0, 1]", "colour_jitter", "colour_jitter_prob", "grey_prob")
+        check_range(self, "[0, 180]", "hue_jitter_degrees")
+        check_range(self, "(0, inf)", "std")
         if self.short_side < self.size:
-            raise ValueError(f"short_side = {self.short_side} must be at least size = {self.size}")
-        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            raise ValueError(f"scale_jitter = {self.scale_jitter} must be two positive numbers, the smaller first")
-        if not 0 <= self.colour_jitter <= 1 or not 0 <= self.hue_jitter_degrees <= 180:
-            raise ValueError("colour_jitter must lie in [0, 1] and hue_jitter_degrees in [0, 180]")
-        for name in ("colour_jitter_prob", "grey_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1]")
-        if min(self.std) <= 0:
-            raise ValueError("std must be positive")
+            raise ConfigError("short_side", f"short_side = {self.short_side} must be at least size = {self.size}")
+        if self.scale_jitter[0] > self.scale_jitter[1]:
+            raise ConfigError("scale_jitter", f"scale_jitter = {self.scale_jitter} must be two positive numbers, the smaller first")
 
     @property
     def grid(self) -> tuple[int, int, int, int]:

@@ -123,4 +123,5 @@ def _shorten(fingerprint: Any) -> str:
     if isinstance(fingerprint, str):  # of versions before 0.4, which took the names alone
         return fingerprint
     rest = "\n".join(fingerprint[name] for name in ("sizes", "contents"))
-    return f"{fingerprint['names']} (names and labels), {hashlib.blake2b(rest.encode(), digest_size=16).hexdigest()} (sizes and contents)"
+    files = fingerprint.get("list") or fingerprint["names"]
+    return f"{files} (names and labels), {hashlib.blake2b(rest.encode(), digest_size=16).hexdigest()} (sizes and contents)"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polyvit_fast.extras import MissingExtraError, require
+from polyvit_fast.files import absolute
 from polyvit_fast.model.pretrained.weights import Tensors
 
 CONFIGS = {"config.json": "", "preprocessor_config.json": "preprocessor"}
@@ -148,7 +149,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _fetch(name: str) -> Path:
     """The folder of a model of Hugging Face's hub, fetched unless it is there already."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name}: there is no such file or folder")
+        raise ValueError(f"{name}: there is no such file or folder ({absolute(name)})")
     require(f"{name} is no file or folder here, and fetching it from Hugging Face's hub", "huggingface_hub")
     from huggingface_hub import snapshot_download
 
@@ -156,4 +157,4 @@ def _fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "config.json", "preprocessor_config.json"]))
     except Exception as error:  # a dozen classes of the library, requests and the operating system
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name}: there is no such folder, and the hub gave none: {reason}") from error
+        raise ValueError(f"{name}: there is no such folder ({absolute(name)}), and the hub gave none: {reason}") from error

@@ -41,6 +41,8 @@ class Reducer:
 
     def __init__(self, parameters: FlatParameters, precision: Literal["fp32", "bf16"], own_clip_norm: float = 0.0) -> None:
         self.parameters, self.own_clip_norm = parameters, own_clip_norm
+        self.own_norm = torch.zeros_like(parameters.found_inf)
+        """Of this process's gradient in the last step, before it was clipped."""
         self.buckets = list(_build_buckets(parameters, precision))
         self.pending: list[set[str]] | None = None
         self.works: list[dist.Work] = []
@@ -71,7 +73,7 @@ class Reducer:
 
     def _clip(self) -> None:
         if self.own_clip_norm:
-            norm = self.parameters.compute_grad_norm()
+            norm = self.own_norm.copy_(self.parameters.compute_grad_norm())
             scale = (self.own_clip_norm / norm).clamp(max=1.0)
             # NaN, for an infinite norm would scale the gradient to 0, and nobody would notice that it was not finite.
             self.parameters.grads.mul_(torch.where(norm.isfinite(), scale, torch.nan))

@@ -25,7 +25,7 @@ from polyvit_fast.model.cost import (
 )
 from polyvit_fast.model.parameters import count_frozen_layers, freeze
 from polyvit_fast.model.polyvit import PolyViT
-from polyvit_fast.train.output.table import build_table
+from polyvit_fast.train.output.table import build_table, task_cell
 from polyvit_fast.train.schedule import check_warmup, count_steps, make_step_plan
 
 GIB = 1 << 30
@@ -188,17 +188,17 @@ def build_tables(report: CostReport) -> list[Table]:
     title = "Memory, and how many micro-batches a GPU of so many GiB needs"
     memory = build_table(["task"], ["batch", "micro-\nbatches", "activa-\ntions", "with the\nstate", *gpus], title)
     data = build_table(["task"], ["steps", "batch", "training\nsamples", "passes", "validation\nsamples", "views"], "Steps and data")
-    for row in report.tasks:
-        task, modality = row.task, row.task.modality
+    for index, row in enumerate(report.tasks):
+        task, modality, cell = row.task, row.task.modality, task_cell(row.name, index)
         grid, fraction = "×".join(map(str, modality.grid)), f"{row.training_flops / report.training_flops:.1%}"
         flops = [_scale(number, 1000, SI) for number in (row.forward_flops, row.training_flops)]
-        compute.add_row(row.name, modality.name, grid, f"{modality.num_tokens:,}", *flops, fraction)
+        compute.add_row(cell, modality.name, grid, f"{modality.num_tokens:,}", *flops, fraction)
         fits = [f"{report.find_micro_batches(row, COUNTED_RATIO * size * GIB) or '-'}" for size in GPU_GIB]
         used = (_bytes(row.activation_bytes), _bytes(report.peak_bytes(row)))
-        memory.add_row(row.name, f"{task.batch:,}", f"{task.micro_batches:,}", *used, *fits)
+        memory.add_row(cell, f"{task.batch:,}", f"{task.micro_batches:,}", *used, *fits)
         num_train, num_val = ("-" if count is None else f"{count:,}" for count in (row.num_train, row.num_val))
         passes = "-" if row.num_passes is None else _round(row.num_passes)
-        data.add_row(row.name, f"{row.num_steps:,}", f"{task.batch:,}", num_train, passes, num_val, f"{modality.eval_views:,}")
+        data.add_row(cell, f"{row.num_steps:,}", f"{task.batch:,}", num_train, passes, num_val, f"{modality.eval_views:,}")
     return [parameters, compute, memory, data]
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,29 +18,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
+from rich.text import Text
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
 from polyvit_fast.extras import require
 from polyvit_fast.files import write_atomically
+from polyvit_fast.train.output.bars import Row, TaskBars, Terminal, format_numbers
+from polyvit_fast.train.output.colours import task_colour
 from polyvit_fast.train.output.table import build_table
 
-Rows = Mapping[str, Mapping[str, int | float]]
+Rows = Mapping[str, Row]
 """Numbers by task and name."""
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 TERMINAL = "the terminal"
-FORMATTED = ("loss", "accuracy", "examples_per_second", "steps", "data_wait_ratio")
-MIN_WAIT_RATIO = 0.05  # of a task's time: less waiting for data is not shown
 
 
 class Log:
     """Where the training loop reports to; use it as a context manager.
 
-    `totals` are the steps of each task, `done` those already made when the run was resumed. On a terminal there is a bar for the run and
-    one for each task; elsewhere a line per interval. Lines of metrics.jsonl beyond `resumed_step` are dropped, so that no step appears
-    twice.
+    `totals` are the steps of each task in the order of the configuration, `done` those already made when the run was resumed. On a
+    terminal there is a bar for the run and one for each task; elsewhere each interval has a line and one for each task. Lines of
+    metrics.jsonl beyond `resumed_step` are dropped, so that no step appears twice.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # here, because it takes long to import
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.console = console or _Terminal()
+        self.console = console or Terminal()
         self.total_steps, self.said = total_steps, time.monotonic()
         self.first_tick: tuple[int, float] | None = None
         self.given_up: set[str] = set()
@@ -66,12 +68,14 @@ class Log:
         # TensorBoard hides the points of earlier writers from the purge step on.
         purge_step = resumed_step + 1 if resumed_step else 0
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
-        self.progress = _build_progress(self.console)
+        self.progress = TaskBars(self.console)
         self.eval_bar: TaskID | None = None
-        self.run_bar = self.progress.add_task("all tasks", total=total_steps, completed=resumed_step, numbers="")
+        self.colours = {name: task_colour(index) for index, name in enumerate(totals)}
+        self.run_bar = self.progress.add_task("all tasks", total=total_steps, completed=resumed_step, numbers={}, colour="")
         self.task_bars = {
-            name: self.progress.add_task(name, total=total, completed=(done or {}).get(name, 0), numbers="")
+            name: self.progress.add_task(name, total=total, completed=(done or {}).get(name, 0), numbers={}, colour=self.colours[name])
             for name, total in totals.items()
+            if total
         }
 
     def __enter__(self) -> Log:
@@ -95,16 +99,18 @@ class Log:
             self.progress.advance(self.task_bars[name])
 
     def log_interval(self, step: int, lr: float, rows: Rows) -> None:
-        """Report the means since the last interval: for each task that had a step its loss, accuracy, examples_per_second, steps, and the
-        fraction of its time in which the device waited for its data.
+        """Report the means since the last interval, for each task that had a step: its loss, accuracy, examples_per_second, steps,
+        grad_norm, clipped_ratio and lr, and as data_wait_ratio the fraction of its time in which the device waited for its data.
         """
         self._write_metrics("train", step, rows, lr=lr)
-        self.progress.update(self.run_bar, completed=step, numbers=f"lr {lr:.3g}")
+        self.progress.update(self.run_bar, completed=step, numbers={"lr": lr})
         for name, row in rows.items():
-            self.progress.update(self.task_bars[name], numbers=_format_row(row))
-        line = f"step {step:,}/{self.total_steps:,} ({step / max(1, self.total_steps):.0%}), {self._time_left(step)} left, lr {lr:.3g}"
-        line += "".join(f" | {name} {_format_row(row)}" for name, row in rows.items())
-        self._say(line, shown=not self.console.is_terminal)
+            self.progress.update(self.task_bars[name], numbers=row)
+        shown, width = not self.console.is_terminal, max(map(len, self.task_bars), default=0)
+        fraction = f"{step / max(1, self.total_steps):.0%}"
+        self._say(f"step {step:,}/{self.total_steps:,} ({fraction}), {self._time_left(step)} left, lr {lr:.3g}", shown=shown)
+        for name, row in rows.items():
+            self._say(f"step {step:,}: {name:{width}} {_format_row(row)}", shown=shown)
 
     def show_evaluation(self, task: str, done: int, total: int) -> None:
         """Show how many of a task's held-out samples are evaluated: a bar, or a line every ten seconds."""
@@ -114,8 +120,9 @@ class Log:
 
     def _move_eval_bar(self, task: str, done: int, total: int) -> None:
         if self.eval_bar is None:
-            self.eval_bar = self.progress.add_task("", numbers="")
-        self.progress.update(self.eval_bar, description=f"evaluating {task}", completed=done, total=total)
+            self.eval_bar = self.progress.add_task("", numbers={}, colour="")
+        colour = self.colours.get(task, "")
+        self.progress.update(self.eval_bar, description=f"eval {task}", completed=done, total=total, colour=colour)
 
     def log_evaluation(self, step: int, rows: Rows) -> None:
         """Report each task's metrics on its held-out samples."""
@@ -124,7 +131,7 @@ class Log:
             self.eval_bar = None
         self._write_metrics("eval", step, rows)
         for name, row in rows.items():
-            self._say(f"step {step:,}: {name}: " + ", ".join(f"{key} {_format_number(value)}" for key, value in row.items()))
+            self._say(f"step {step:,}: {name}: {_format_evaluation(row)}")
 
     def message(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """Print a text above the bars and add it to log.txt."""
@@ -138,8 +145,7 @@ class Log:
         text = text.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no UTF-8
         if shown:
             self.said = time.monotonic()
-            show = partial(self.progress.console.print, text, style=style, markup=False, highlight=False, soft_wrap=True)
-            self._attempt(TERMINAL, show)
+            self._attempt(TERMINAL, partial(_print, self.progress.console, text, style))
         self._attempt("log.txt", lambda: self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"))
 
     def _write_metrics(self, kind: str, step: int, rows: Rows, **more: float) -> None:
@@ -176,7 +182,7 @@ class PeerLog:
     """Where the processes other than rank 0 report to: warnings and errors go to the terminal, rank 0 writes all else."""
 
     def __init__(self, rank: int, console: Console | None = None) -> None:
-        self.rank, self.console = rank, console or _Terminal(stderr=True, highlight=False)
+        self.rank, self.console = rank, console or Terminal(stderr=True, highlight=False)
 
     def __enter__(self) -> PeerLog:
         return self
@@ -200,30 +206,18 @@ class PeerLog:
         """Print a warning or an error of this process; information is the same on all of them, and rank 0 prints it."""
         if level != "info":
             with suppress(OSError):
-                self.console.print(f"process {self.rank}: {level}: {text}", style=STYLES[level], markup=False, soft_wrap=True)
+                _print(self.console, f"process {self.rank}: {level}: {text}", STYLES[level])
 
     def note(self, text: str) -> None:
         """Rank 0 keeps the log file."""
 
 
-class _Terminal(Console):
-    """Goes silent when its pipe is closed, where rich's own console would end the process."""
-
-    def on_broken_pipe(self) -> None:
-        with suppress(SystemExit):
-            super().on_broken_pipe()
-
-
-def _build_progress(console: Console) -> Progress:
-    columns = [
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(compact=True),
-    ]
-    # A refresh takes the interpreter for about 4 ms with nine tasks: twice a second is enough.
-    return Progress(*columns, console=console, refresh_per_second=2, disable=not console.is_terminal)
+def _print(console: Console, text: str, style: str) -> None:
+    """Print a text. On a terminal its lines end between words, and words longer than a line are left whole; elsewhere it is one line."""
+    if console.is_terminal:
+        options = {"width": console.width, "break_long_words": False, "break_on_hyphens": False}
+        text = "\n".join(textwrap.fill(line, **options) for line in text.split("\n"))
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _drop_later_lines(path: Path, step: int) -> dict[str, int]:
@@ -242,15 +236,17 @@ def _drop_later_lines(path: Path, step: int) -> dict[str, int]:
     return last
 
 
-def _format_row(row: Mapping[str, int | float]) -> str:
-    texts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
-    texts += [f"acc {row['accuracy']:.1%}"] if "accuracy" in row else []
-    texts += [f"{row['examples_per_second']:,.0f}/s"] if "examples_per_second" in row else []
-    waited = row.get("data_wait_ratio", 0)
-    texts += [f"waits {waited:.0%}"] if waited >= MIN_WAIT_RATIO else []
-    # Counts of trouble, such as skipped steps, when there is any.
-    texts += [f"{key} {value}" for key, value in row.items() if key not in FORMATTED and value]
-    return " ".join(texts)
+def _format_row(row: Row) -> str:
+    """A task's numbers as a text: loss 1.250 acc 50.0% 1,234/s norm 0.821 lr 0.001."""
+    patterns = {"ex/s": "{}/s", "skipped": "{} skipped", "broken": "{} broken"}
+    return " ".join(patterns.get(head, f"{head} {{}}").format(text) for head, text in format_numbers(row).items())
+
+
+def _format_evaluation(row: Row) -> str:
+    """An evaluation's numbers as a text: top1 0.7500, loss 1.2500, 300 files, 2 left out as broken, 915/s."""
+    words = {"num_examples": "{:,.0f} files", "num_broken": "{:,.0f} left out as broken", "examples_per_second": "{:,.0f}/s"}
+    shown = {name: value for name, value in row.items() if name != "num_broken" or value}
+    return ", ".join(words[name].format(value) if name in words else f"{name} {_format_number(value)}" for name, value in shown.items())
 
 
 def _format_number(value: int | float) -> str:
@@ -270,11 +266,11 @@ class Result:
 
 
 def build_result_table(rows: Sequence[Result]) -> Table:
-    """The results as a table for `Console.print`."""
+    """The results of all tasks, in the order of the configuration, as a table for `Console.print`."""
     table = build_table(["task", "modality", "metric"], ["value", "steps", "examples/s"])
-    for row in rows:
+    for index, row in enumerate(rows):
         speed = f"{row.examples_per_second:,.0f}" if math.isfinite(row.examples_per_second) else "-"
-        table.add_row(row.task, row.modality, row.metric, f"{row.value:.4f}", f"{row.steps:,}", speed)
+        table.add_row(Text(row.task, task_colour(index)), row.modality, row.metric, f"{row.value:.4f}", f"{row.steps:,}", speed)
     return table
 
 
@@ -290,19 +286,6 @@ def print_evaluation(config: Train, rows: Rows) -> None:
         task = config.tasks[name]
         numbers = [_format_number(row[key]) if key in row else "-" for key in (task.metric, "top5", "loss")]
         counts = [f"{row[key]:,.0f}" for key in ("num_examples", "num_broken")]
-        table.add_row(name, task.modality.name, task.metric, *numbers, *counts)
+        colour = task_colour(list(config.tasks).index(name))
+        table.add_row(Text(name, colour), task.modality.name, task.metric, *numbers, *counts)
     Console().print(table)
-
-
-@contextmanager
-def show_evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function to call with (task, done, total) of an evaluation: on a terminal it moves a bar for each task."""
-    bars: dict[str, TaskID] = {}
-    with _build_progress(Console()) as progress:
-
-        def show(task: str, done: int, total: int) -> None:
-            if task not in bars:
-                bars[task] = progress.add_task(f"evaluating {task}", numbers="")
-            progress.update(bars[task], completed=done, total=total)
-
-        yield show

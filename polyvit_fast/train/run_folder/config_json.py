@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import PurePath
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
+from polyvit_fast.config.record import field_types
+from polyvit_fast.config.values import fit
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -67,35 +68,33 @@ def _decode_record(default: Any, values: Any, path: str) -> Any:
         raise ValueError(f"{where} = {values!r}: the experiment has a {expected} here")
     if not same_type(values.get("type"), _type_name(default)):
         raise ValueError(f"{where}: the experiment has a {expected} here, the stored configuration {values.get('type')!r}")
-    names, hints = _field_names(default), _type_hints(type(default))
+    names, kinds = _field_names(default), field_types(type(default))
     _check_names(names, [name for name in values if name != "type"], path)
-    new = {name: _decode(getattr(default, name), values[name], hints.get(name, Any), _join(path, name)) for name in names}
+    new = {name: _decode(getattr(default, name), values[name], kinds[name], _join(path, name)) for name in names}
     try:
         return replace(default, **new)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _decode(default: Any, value: Any, hint: Any, path: str) -> Any:
-    """A JSON value as its field has it: `default` gives classes and functions, the type hint says which values fit."""
-    if value is None and (default is None or _fits(None, hint)):
+def _decode(default: Any, value: Any, kind: Any, path: str) -> Any:
+    """A JSON value as its field has it: `default` gives classes and functions, the field's type says which values fit."""
+    if value is None and default is None:
         return None
     if _is_record(default):
         return _decode_record(default, value, path)
     if isinstance(default, dict) and isinstance(value, Mapping) and any(map(_is_record, default.values())):
         _check_names(list(default), list(value), path)
         return {key: _decode(default[key], item, Any, _join(path, key)) for key, item in value.items()}
-    if callable(default) or (_takes_function(hint) and ":" in str(value)):
+    if callable(default) or (_takes_function(kind) and ":" in str(value)):
         return _decode_function(default, value, path)
-    if not _fits(value, hint) or (isinstance(value, Mapping) and "type" in value):
+    if isinstance(value, Mapping) and "type" in value:
         raise ValueError(f"{path} = {value!r} does not fit the experiment, which has {default!r} here")
     if isinstance(value, list):
         # The stored sequence may be longer; the default's last element then stands for the further ones.
         items = [_decode(default[min(i, len(default) - 1)], v, Any, _join(path, i)) if default else v for i, v in enumerate(value)]
-        return items if isinstance(default, list) else tuple(items)
-    if isinstance(default, PurePath):
-        return type(default)(str(value))
-    return float(value) if isinstance(default, float) and isinstance(value, int) else value
+        value = items if isinstance(default, list) else tuple(items)
+    return fit(float(value) if isinstance(default, float) and type(value) is int else value, kind, path)
 
 
 def _decode_function(default: Any, value: Any, path: str) -> Any:
@@ -116,23 +115,6 @@ def same_type(stored: Any, now: Any) -> bool:
     """Whether two names of classes mean one: a module may have moved, and before 0.8 nothing said whether a class was a user's own."""
     (module, _, name), (other_module, _, other) = (str(one).rpartition(":") for one in (stored, now))
     return name == other and (bool(other_module) or not module)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a field of this type may hold this JSON value; True where the type says nothing about JSON."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis and isinstance(value, list) else args
-        return isinstance(value, list) and len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if hint is float:
-        return type(value) in (int, float)
-    if isinstance(hint, type) and issubclass(hint, PurePath):
-        return isinstance(value, str)
-    return type(value) is hint if hint in (bool, int, str, NoneType) else value is not None or hint is Any
 
 
 def _compare(old: Any, new: Any, path: str, ignore: Collection[str]) -> list[str]:
@@ -173,15 +155,8 @@ def _field_names(record: Any) -> list[str]:
     return [field.name for field in fields(record) if field.init]
 
 
-def _type_hints(record: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(record)
-    except NameError:  # a user's dataclass may be annotated with names that only a type checker sees
-        return {}
-
-
-def _takes_function(hint: Any) -> bool:
-    return any(get_origin(kind) is Callable for kind in (hint, *get_args(hint)))
+def _takes_function(kind: Any) -> bool:
+    return any(get_origin(one) is Callable for one in (kind, *get_args(kind)))
 
 
 def _function_name(function: Any) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from polyvit_fast import strict_json
 
 LOCK = "run.lock"
-"""Is never deleted: two processes might then hold locks on two files of this name."""
+"""A start that fails before its run begins deletes the one that it made, and no other: see `_lock`."""
 RUNNING = "running.json"
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -53,22 +53,44 @@ class Holder:
 
 @contextmanager
 def hold(folder: Path, report: Callable[[str], None] = _logger.warning) -> Iterator[None]:
-    """Inside, no other process trains in the run folder.
+    """Inside, no other process trains in the run folder. Where nothing was written to it, nothing is left of the lock either.
 
     Raises ValueError, which says who does and what to do, when another process is there or the folder cannot be written.
     """
-    # One descriptor, and nothing else here opens the file: to close any other would end a POSIX lock.
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        there = set(os.listdir(folder))
     except OSError as error:
         raise _build_write_error(folder, error) from error
+    descriptor, locks = _lock(folder, report)
     try:
-        locks = _try_lock(descriptor, folder, report)
         holder = _claim(folder, locks, report)
         with _keep_touching(folder, holder):
             yield
     finally:
+        with suppress(OSError):
+            if LOCK not in there and set(os.listdir(folder)) == there | {LOCK}:
+                os.unlink(folder / LOCK)
         os.close(descriptor)
+
+
+def _lock(folder: Path, report: Callable[[str], None]) -> tuple[int, bool]:
+    """(the open lock file, whether the file system has locks). Raises ValueError when another process holds it, or it cannot be written."""
+    while True:
+        # One descriptor, and nothing else here opens the file: to close any other would end a POSIX lock.
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _build_write_error(folder, error) from error
+        try:
+            locks = _try_lock(descriptor, folder, report)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                return descriptor, locks
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # a start that failed deleted this file before it was locked here: a third process may lock the next one
 
 
 def _try_lock(descriptor: int, folder: Path, report: Callable[[str], None]) -> bool:

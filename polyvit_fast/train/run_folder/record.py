@@ -53,9 +53,9 @@ class RecordedRun:
     """What the folder's config.json says otherwise than the checkpoint, in a sentence. Empty: nothing."""
 
 
-def resume_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences between two stored configurations that forbid resuming: all outside `MAY_CHANGE`."""
-    return differences(upgrade(old), new, ignore=MAY_CHANGE)
+def resume_differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """The differences between two stored configurations that forbid resuming: all outside `MAY_CHANGE` and `may_change`."""
+    return differences(upgrade(old), new, ignore=MAY_CHANGE.union(may_change))
 
 
 def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Train) -> None:

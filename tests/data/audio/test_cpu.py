@@ -220,7 +220,7 @@ def decoders():
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"<html>404 not found</html>" * 9, "not a sound that can be decoded: Invalid data"),
+        (b"<html>404 not found</html>" * 9, "not a sound that can be decoded: it is an HTML page, perhaps from a download that failed"),
         (encode(noise(1, RATE), RATE, ".flac")[:9000], "truncated or damaged"),
         (encode(noise(1, RATE) * np.nan, RATE, ".wav", "FLOAT"), "some of its samples are infinite, not a number or"),
         (encode(noise(901, 1000), 1000, ".wav"), "it lasts more than max_seconds = 900"),

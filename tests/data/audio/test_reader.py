@@ -129,7 +129,7 @@ INFINITE = r"some of its samples are infinite, not a number or beyond 1e\+12"
 BAD = {
     "missing": (None, "the file is missing"),
     "empty": (b"", "the file is empty"),
-    "text": (b"<html>404 not found</html>" * 9, UNREADABLE),
+    "text": (b"<html>404 not found</html>" * 9, "not a sound that can be decoded: it is an HTML page, perhaps from a download that failed"),
     "random bytes": (np.random.default_rng(0).bytes(5000), UNREADABLE),
     "video without sound": (silent_video(), "there is no sound in it"),
     "wav without data": (wav(wav_format()), UNREADABLE),

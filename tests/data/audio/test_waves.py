@@ -173,8 +173,11 @@ BAD = {
     "video without sound": (silent_video(), "there is no sound in it"),
     "random bytes": (JUNK, "not a sound that can be decoded: Invalid data"),
     "tag and random bytes": (b"ID3\x03" + bytes(6) + JUNK, "not a sound that can be decoded: Invalid data"),
-    "text": (b"<html>404 not found</html>" * 50, "not a sound that can be decoded: Invalid data"),
-    "zeros": (bytes(9000), "not a sound that can be decoded: Invalid data"),
+    "text": (
+        b"<html>404 not found</html>" * 50,
+        "not a sound that can be decoded: it is an HTML page, perhaps from a download that failed",
+    ),
+    "zeros": (bytes(9000), "not a sound that can be decoded: it is nothing but zeros"),
     "list of files": (b"ffconcat version 1.0\nfile a.wav\n", "not a sound that can be decoded"),
     "playlist": (b"#EXTM3U\n#EXTINF:10,\na.mp3\n", "not a sound that can be decoded"),
     "two rates": (WITHOUT_COUNT + encode(noise(1, 48_000), 48_000, ".mp3"), "its sample rate or channels change midway"),

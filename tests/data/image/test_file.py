@@ -1,6 +1,7 @@
 import io
 import re
 import struct
+import sys
 from contextlib import suppress
 from random import Random
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from image_kinds import GREY, GREY_ALPHA, KINDS, LEVELS_16, RGB, saved, tiff
 from long_forms import every
+from PIL import ExifTags, ImageOps
 from PIL import Image as Pillow
 
 from polyvit_fast.data.image import file as module
@@ -70,7 +72,7 @@ def test_a_cut_file_is_never_another_picture(tmp_path, name):
         try:
             content = read(tmp_path, KINDS[name][:cut], 2 * LIMIT)
         except MediaError as error:
-            right += bool(re.search("truncated|not an image that can be decoded; it begins with|the file is empty", str(error)))
+            right += bool(re.search("truncated|not an image that can be decoded(; it begins with|: it is)|the file is empty", str(error)))
         else:
             right += content == whole  # what is missing is no part of the picture
     assert right == len(cuts)
@@ -141,13 +143,14 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (saved(picture(), "EPS"), "not an image that can be decoded; it begins with b'%!PS-Adobe-3.0 E'"),
-        (b"SIMPLE  =                    T".ljust(2880) + bytes(2880), "not an image that can be decoded"),
+        (saved(picture(), "EPS"), "not an image that can be decoded: it is an EPS drawing"),
+        (b"SIMPLE  =                    T".ljust(2880) + bytes(2880), "not an image that can be decoded: it is a picture in FITS"),
         (
             tiff(GREY_ALPHA.astype(np.uint16), photometric=1, tags={338: [2]}),
             "of a sort that is not supported: its TIFF header .*unknown pixel mode",
         ),
         (tiff(RGB, big=True, order=">"), "of a sort that is not supported: its TIFF header"),
+        (tiff(RGB, photometric=2, tags={254: [1]}), "its first picture is a thumbnail of another one, as in a camera's raw file"),
         (KINDS["pcx-p"][:-10], "truncated: the palette at the end of the PCX is missing"),
         (KINDS["png-rgb"][:-12], "truncated: the PNG's end is missing"),
         (KINDS["icns"][: len(KINDS["icns"]) * 97 // 100], r"truncated: the ICNS has \d+ of its \d+ bytes"),
@@ -156,8 +159,8 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, name):
         (KINDS["j2k"][:-2], "truncated: the JPEG 2000's end is missing"),
         (KINDS["webp"][:-5], r"truncated: the WebP has \d+ of its \d+ bytes"),
         (KINDS["ppm"][:-5], "truncated or damaged: its header is good, its pixels cannot be decoded"),
-        (b"<html>404 not found</html>", "not an image that can be decoded; it begins with b'<html>404 not fo'"),
-        (bytes(1000), "not an image that can be decoded"),
+        (b"<html>404 not found</html>", "not an image that can be decoded: it is an HTML page, perhaps from a download that failed"),
+        (bytes(1000), "not an image that can be decoded: it is nothing but zeros"),
     ],
 )
 def test_what_is_refused_says_why(tmp_path, content, reason):
@@ -165,10 +168,47 @@ def test_what_is_refused_says_why(tmp_path, content, reason):
         read(tmp_path, content)
 
 
+def heic(pixels=RGB, **options):
+    import pillow_heif
+
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Pillow.fromarray(pixels)).save(file, quality=-1, chroma=444, matrix_coefficients=0, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", every(2, range(1, 9)))
+def test_a_heic_picture_is_read_without_loss_and_upright(tmp_path, orientation):
+    """The file holds the turn itself, and what its EXIF tag says is the same turn."""
+    exif = Pillow.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    turned = Pillow.fromarray(RGB)
+    turned.getexif()[ExifTags.Base.Orientation] = orientation
+    with Pillow.open(io.BytesIO(read(tmp_path, heic(exif=exif.tobytes())))) as ppm:
+        assert np.array_equal(np.asarray(ppm), np.asarray(ImageOps.exif_transpose(turned)))
+
+
+def test_a_cut_heic_picture_is_never_another_one(tmp_path):
+    content = heic()
+    for cut in (1, 30, len(content) // 2, len(content) - 200):
+        with pytest.raises(MediaError, match="truncated"):
+            read(tmp_path, content[:-cut])
+    with pytest.raises(MediaError, match=f"pixels, more than max_pixels = {RGB[..., 0].size - 1}"):
+        read(tmp_path, content, RGB[..., 0].size - 1)
+
+
+def test_without_its_package_a_heic_picture_says_what_it_needs(tmp_path, monkeypatch):
+    content = heic()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(
+        MediaError, match=r"it is a HEIC picture, for which pillow-heif is not installed: pip install 'polyvit-fast\[heic\]'"
+    ):
+        read(tmp_path, content)
+
+
 def test_no_kind_that_pillow_decodes_was_forgotten():
     refused = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FITS", "SPIDER", "MCIDAS", "IMT", "IM"}
     Pillow.init()
-    assert set(Pillow.OPEN) == {*PILLOW_KINDS, "JPEG", "PNG", "WEBP"} | refused
+    assert {*Pillow.OPEN, "HEIF"} == {*PILLOW_KINDS, "JPEG", "PNG", "WEBP"} | refused
 
 
 def test_a_defect_is_no_broken_file(tmp_path, monkeypatch):

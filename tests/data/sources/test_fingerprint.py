@@ -6,8 +6,17 @@ from tar_files import pair, write_shard
 from tiny_runs import tile_task
 
 from polyvit_fast.data.sources import fingerprint
-from polyvit_fast.data.sources.fingerprint import find_changes, fingerprint_names, take_fingerprint
+from polyvit_fast.data.sources.fingerprint import (
+    find_changes,
+    find_missing,
+    fingerprint_list,
+    fingerprint_names,
+    is_known_by_files,
+    take_fingerprint,
+)
+from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.sources.shards import Shards
+from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.media import Media, Sample
 
 
@@ -38,10 +47,10 @@ def test_what_is_the_same_has_the_same_fingerprint(tmp_path):
 def test_names_labels_and_order():
     samples = [Sample(Media(os.fsdecode(b"caf\xe9")), (0,)), Sample(Media("b"), (1, 2))]
     before = take_fingerprint(samples)
-    assert before["names"] == fingerprint_names(samples) == "2 files, 3d958813d6444f243705bddb9d75decd"  # as in checkpoints of 0.1 to 0.4
+    assert before["list"] == fingerprint_names(samples) == "2 files, 3d958813d6444f243705bddb9d75decd"  # as in checkpoints of 0.1 to 0.7
     for other in (samples[::-1], samples[:1], [samples[0], Sample(Media("b"), (1,))], [samples[0], Sample(Media("c"), (1, 2))]):
         now = take_fingerprint(other)
-        assert find_changes(before, now, other) == (f"names and labels: {before['names']}; now {now['names']}", False)
+        assert find_changes(before, now, other) == (f"names and labels: {before['list']}; now {now['list']}", False)
 
 
 def test_another_size_is_named(tmp_path):
@@ -128,3 +137,31 @@ def test_members_of_a_shard_have_its_size_and_their_contents(tmp_path):
     assert find_changes(before, take_fingerprint(samples), samples) == (f"contents of {path}:1.jpg", True)
     (tmp_path / "s.tar").write_bytes(content + bytes(512))
     assert find_changes(before, take_fingerprint(samples), samples)[0].startswith(f"sizes of {path}:0.jpg, {path}:1.jpg")
+
+
+def test_the_list_is_that_of_the_names_within_the_folder_that_all_have_in_common(tmp_path):
+    def samples(*names: str) -> list[Sample]:
+        return [Sample(Media(name), (0,)) for name in names]
+
+    here = fingerprint_list(samples("data/train/cat/1.jpg", "data/train/dog/1.jpg", "data/train/dog/2.jpg"))
+    assert here == fingerprint_list(samples("/mnt/cat/1.jpg", "/mnt/dog/1.jpg", "/mnt/dog/2.jpg"))
+    assert here == fingerprint_list(samples("cat/1.jpg", "dog/1.jpg", "dog/2.jpg"))
+    assert here != fingerprint_list(samples("data/train/cat/1.jpg", "data/train/dog/2.jpg", "data/train/dog/1.jpg"))
+    assert here != fingerprint_list(samples("data/train/cat/1.jpg", "data/train/dog/1.jpg", "data/train/fog/2.jpg"))
+    assert here != fingerprint_list(samples("data/train/cat/1.jpg", "data/test/dog/1.jpg", "data/train/dog/2.jpg"))
+    assert fingerprint_list(samples("a/x1.jpg", "a/x2.jpg")) != fingerprint_list(samples("a/y1.jpg", "a/y2.jpg"))  # no part of a name
+    members = [[Sample(Media(f"{folder}/s.tar", 512, 9, member), (0,)) for member in ("a.jpg", "b.jpg")] for folder in ("x", "y/z")]
+    assert fingerprint_list(members[0]) == fingerprint_list(members[1])
+
+
+def test_a_source_with_a_decoder_of_its_own_is_not_known_by_its_files():
+    assert is_known_by_files(Shards(paths=("a.tar",)))
+    assert is_known_by_files(Folder(path="a"))
+    assert not is_known_by_files(Synthetic())
+
+
+def test_a_file_that_is_gone_is_found(tmp_path):
+    samples = files(tmp_path / "a")
+    assert find_missing(samples) == ""
+    (tmp_path / "a" / "2.jpg").unlink()
+    assert find_missing(samples) == f"{tmp_path}/a/2.jpg"

@@ -3,6 +3,7 @@ import io
 import os
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny_runs import tile_task
@@ -11,6 +12,7 @@ from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.label_cells import format_classes, format_labels
 from polyvit_fast.data.sources.manifest import Folder, Manifest
+from polyvit_fast.data.sources.shards import Shards
 from polyvit_fast.media import Media, Sample
 
 
@@ -274,7 +276,7 @@ def test_a_table_of_utf_16(tmp_path):
     (tmp_path / "list.tsv").write_bytes("path\tlabel\né.jpg\t2\n".encode("utf-16"))
     (tmp_path / "classes.txt").write_bytes("a\nb\né\n".encode("utf-16"))
     assert listed(Manifest(path=str(tmp_path / "list.tsv")).samples(tile_task())) == [(f"{tmp_path}/é.jpg", (2,))]
-    assert Manifest(path="", classes=str(tmp_path / "classes.txt")).class_names(tile_task()) == ("a", "b", "é")
+    assert Manifest(path="t", classes=str(tmp_path / "classes.txt")).class_names(tile_task()) == ("a", "b", "é")
 
 
 def test_samples_written_as_a_table_of_names_come_back_whatever_the_names(tmp_path):
@@ -297,3 +299,50 @@ def test_samples_written_as_a_table_of_names_come_back_whatever_the_names(tmp_pa
     assert named.samples(task) == samples
     assert named.samples(replace(task, train=named, val=named)) == samples
     assert plain.samples(replace(task, train=plain, val=named)) == samples
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_relative_paths_start_where_the_command_runs(form, tmp_path, monkeypatch, unchecked_types):
+    """Of all sources, but for the paths in a table, which start from its root or its own folder."""
+    fill(tmp_path, "photos/a/1.jpg", "photos/b/2.jpg")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/classes.txt").write_text("a\nb\n")
+    (tmp_path / "lists/names.csv").write_text("path,label\na/1.jpg,a\n")
+    (tmp_path / "lists/own.csv").write_text("path,label\n../photos/a/1.jpg,0\n")
+    with tarfile.open(tmp_path / "lists/s.tar", "w") as tar:
+        tar.add(tmp_path / "photos/a/1.jpg", "1.jpg")
+        label = tarfile.TarInfo("1.cls")
+        label.size = 1
+        tar.addfile(label, io.BytesIO(b"0"))
+    monkeypatch.chdir(tmp_path)
+    task = tile_task(num_classes=2, modality=Image())
+    for source, path in (
+        (Folder(path=form("photos")), "photos/a/1.jpg"),
+        (Manifest(path=form("lists/names.csv"), root=form("photos"), classes=form("lists/classes.txt")), "photos/a/1.jpg"),
+        (Manifest(path=form("lists/own.csv")), "lists/../photos/a/1.jpg"),
+        (Shards(paths=(form("lists/s.tar"),)), "lists/s.tar"),
+    ):
+        sample = source.samples(replace(task, train=source, val=source))[0]
+        assert sample.media.path == path
+        assert sample.media.read() == b"content"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Folder(path="nowhere"), "folder {}/nowhere: No such file or directory"),
+        (Manifest(path="nowhere.csv"), "manifest {}/nowhere.csv: No such file or directory"),
+        (Manifest(path="a.csv", classes="nowhere.txt"), "classes {}/nowhere.txt: No such file or directory"),
+        (Manifest(path="."), "manifest {}/.: Is a directory"),
+        (Manifest(path="a.csv"), "a.csv, line 2: shard {}/none.tar: No such file or directory"),
+        (Shards(paths=("nowhere.tar",)), "shard {}/nowhere.tar: no such file"),
+        (Shards(paths=("nowhere-*.tar",)), "shard {}/nowhere-*.tar: no such file"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_shown_with_its_whole_path(source, message, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("path,label\nnone.tar:1.jpg,0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
+        source.samples(tile_task(train=source, val=source))
+    assert str(caught.value) == message.format(tmp_path)

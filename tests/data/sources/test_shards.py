@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import pytest
 from tar_files import pair, write_shard
@@ -110,10 +109,17 @@ def test_patterns(tmp_path):
         keys("t-08.tar", "*.tar")
 
 
-@pytest.mark.parametrize("paths", [(), "train.tar"])
-def test_paths_are_a_tuple(paths):
-    with pytest.raises(ValueError, match=r"paths = .* must be a tuple of file names or patterns"):
-        Shards.__post_init__(SimpleNamespace(paths=paths))  # the constructor's types are checked here before its values
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ((), r"paths = \(\) must be file names or patterns, such as"),
+        (("a.tar", ""), r"paths = \('a.tar', ''\) must be file names or patterns"),
+        ("train.tar", r'paths = "train.tar" must be a tuple of texts: write \("train.tar",\)'),
+    ],
+)
+def test_paths_are_a_tuple_of_names(paths, message, unchecked_types):
+    with pytest.raises(ValueError, match=message):
+        Shards(paths=paths)
 
 
 CLASS_FAULTS = {

@@ -24,7 +24,7 @@ def test_grid_tubelet_views_and_tokens_are_the_papers():
         ({"scale_jitter": (1.3, 0.9)}, "scale_jitter"),
         ({"colour_jitter": 1.5}, "colour_jitter"),
         ({"grey_prob": 2.0}, "grey_prob = 2.0"),
-        ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
+        ({"std": (0.0, 1.0, 1.0)}, r"std\[0\] = 0.0 must be positive"),
     ],
 )
 def test_impossible_fields_are_named(changes, words):

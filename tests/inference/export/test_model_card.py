@@ -13,7 +13,7 @@ def test_it_says_where_the_model_comes_from(run, tmp_path):
     row = found.state["metrics"]["shapes"]
     assert f"| top1 | {row['top1']:.6g} |" in text
     assert "examples_per_second" not in text
-    assert found.state["samples"]["shapes"]["names"] in text
+    assert found.state["samples"]["shapes"]["list"] in text
     assert (run.folder / "command.txt").read_text().splitlines()[0] in text
     assert f"torch {__import__('torch').__version__}" in text
     assert ", ".join(pf.load(run.folder).classes["shapes"]) in text

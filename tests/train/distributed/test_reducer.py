@@ -21,7 +21,7 @@ from polyvit_fast.train.distributed.reducer import Reducer
 from polyvit_fast.train.feed import Inputs
 from polyvit_fast.train.loss import LOSSES
 from polyvit_fast.train.optim import FlatParameters, Optimizer
-from polyvit_fast.train.step import Step
+from polyvit_fast.train.step import Step, TaskCounters
 
 BATCH = 8
 SMALL_BUCKET = 1 << 13  # of the tiny model's 80 KB of gradients
@@ -174,7 +174,7 @@ def test_each_process_clips_its_own_gradient_before_the_mean(size):
             assert last == one[precision]["events"].count("end") - 1  # no bucket leaves before all are there
 
 
-def one_update(world: World, clip: str) -> dict[str, torch.Tensor]:
+def one_update(world: World, clip: str) -> tuple[dict[str, torch.Tensor], TaskCounters]:
     """Of both tasks, whose second one mixes its batch with the reversed one."""
     tasks = {"a": tile_task(), "b": tile_task(mixup=1.0, mixup_pairs="reversed", micro_batches=2)}
     run = tiny_config(tasks=tasks, optim=Optim(name="sgd", clip_norm=CLIP_NORM, clip=clip))
@@ -184,7 +184,7 @@ def one_update(world: World, clip: str) -> dict[str, torch.Tensor]:
         grid, labels = (whole.chunk(world.size)[world.rank] for whole in batch(task, 0))
         step.forward_backward(task, Inputs(grid, labels, torch.tensor(0.7)), last=task == "b")
     step.update()
-    return step.parameters.state_dict()
+    return step.parameters.state_dict(), step.read_counters().wait()["b"]
 
 
 def mean_gradient(rank: int, size: int) -> dict[str, torch.Tensor]:
@@ -198,8 +198,12 @@ def mean_gradient(rank: int, size: int) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def total_norm(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.norm() for tensor in gradient.values()]).norm()
+
+
 def scaled(gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    norm = torch.stack([tensor.norm() for tensor in gradient.values()]).norm()
+    norm = total_norm(gradient)
     assert norm > CLIP_NORM
     return {name: tensor * CLIP_NORM / norm for name, tensor in gradient.items()}
 
@@ -210,12 +214,16 @@ def test_a_step_clips_before_or_after_the_mean_over_processes(clip):
     if clip == "process":
         first, second = map(scaled, own)
         expected = {name: (first[name] + second[name]) / 2 for name in first}
+        norm = sum(map(total_norm, own)) / 2
     else:
-        expected = scaled({name: (own[0][name] + own[1][name]) / 2 for name in own[0]})
+        mean = {name: (own[0][name] + own[1][name]) / 2 for name in own[0]}
+        expected, norm = scaled(mean), total_norm(mean)
     start = dict(PolyViT.from_config(tiny_config(tasks={"a": tile_task(), "b": tile_task()})).named_parameters())
-    for one in found:
+    for weights, counters in found:
         for name, gradient in expected.items():
-            torch.testing.assert_close(start[name].detach() - one[name], gradient, rtol=1e-3, atol=2e-6)
+            torch.testing.assert_close(start[name].detach() - weights[name], gradient, rtol=1e-3, atol=2e-6)
+        assert counters.grad_norm == pytest.approx(float(norm), rel=1e-4)  # what is logged is that before clipping
+        assert (counters.updates, counters.clipped) == (1, 1.0)
 
 
 @cache

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polyvit_fast.train.output.log import Log, PeerLog, Result, print_results
+from polyvit_fast.train.output.colours import task_colour
+from polyvit_fast.train.output.log import Log, PeerLog, Result, build_result_table, print_results
 
 TOTALS = {"shapes": 60, "motion": 40}
 
@@ -68,19 +69,21 @@ def run(folder: Path, intervals: list[int], resumed_step: int = 0, evaluations: 
     return text(console)
 
 
-def test_without_a_terminal_an_interval_is_one_readable_line(tmp_path):
+def test_without_a_terminal_an_interval_has_a_line_and_one_for_each_task(tmp_path):
     console = plain()
     with Log(tmp_path, TOTALS, 100, console=console) as log:
         for step in range(1, 21):
             log.tick(step, "shapes" if step % 2 else "motion")
-        log.log_interval(20, 0.00125, {"shapes": row(), "motion": row(0.5, 0.875, skipped=2, broken_files=0)})
-    shown = text(console).splitlines()
-    assert len(shown) == 1
-    left = r"\d:\d\d:\d\d"
-    shapes, motion = r"shapes loss 1\.250 acc 50\.0% 1,234/s", r"motion loss 0\.500 acc 87\.5% 1,234/s skipped 2"
-    expected = rf"step 20/100 \(20%\), {left} left, lr 0\.00125 \| {shapes} \| {motion}"
-    assert re.fullmatch(expected, shown[0])
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d {expected}\n", (tmp_path / "log.txt").read_text())
+        numbers = {"skipped": 2, "broken_files": 0, "grad_norm": 2.3456, "clipped_ratio": 0.25, "lr": 0.00125}
+        log.log_interval(20, 0.00125, {"shapes": row(), "motion": row(0.5, 0.875, **numbers)})
+    expected = [
+        r"step 20/100 \(20%\), \d:\d\d:\d\d left, lr 0\.00125",
+        r"step 20: shapes loss 1\.250 acc 50\.0% 1,234/s",
+        r"step 20: motion loss 0\.500 acc 87\.5% 1,234/s norm 2\.35 clipped 25% lr 0\.00125 2 skipped",
+    ]
+    for found, begin in ((text(console), ""), ((tmp_path / "log.txt").read_text(), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")):
+        assert len(found.splitlines()) == 3
+        assert all(re.fullmatch(begin + line, one) for line, one in zip(expected, found.splitlines(), strict=True))
 
 
 def test_the_time_left_follows_from_the_steps_of_this_start(tmp_path, monkeypatch):
@@ -183,25 +186,18 @@ def test_on_a_terminal_there_is_a_bar_for_the_run_and_each_task(tmp_path, monkey
             log.log_evaluation(42, {"motion": {"mAP": 0.5}})
     last = shown[0].splitlines()
     bars = [line for line in last if "━" in line or "╸" in line]
-    assert any(re.match(r"all tasks +━+.* 42/100 +lr 0\.001", line) for line in bars)
-    assert any(re.match(r"shapes +━+.* 27/60 +loss 1\.250 acc 50\.0% 1,234/s", line) for line in bars)
-    assert any(re.match(r"motion +━+.* 16/40 +loss 0\.500 acc 50\.0% 1,234/s", line) for line in bars)
-    assert any(re.match(r"evaluating motion +[━╸]+.* 30/400", line) for line in bars)
-    assert "evaluating" not in bars[-1]
-    assert "warning: the file [bold]/data/a.jpg[/bold] is broken: " + "x" * 120 in shown[0]  # neither wrapped nor read as markup
+    assert any(line.split() == ["done", "loss", "acc", "ex/s", "lr", "left"] for line in last)
+    assert any(re.match(r"all tasks +━+.* 42/100 +0\.001", line) for line in bars)
+    assert any(re.match(r"shapes +━+.* 27/60 1\.250 50\.0% 1,234", line) for line in bars)
+    assert any(re.match(r"motion +━+.* 16/40 0\.500 50\.0% 1,234", line) for line in bars)
+    assert any(re.match(r"eval motion +[━╸]+.* 30/400", line) for line in bars)
+    assert "eval" not in bars[-1]
+    # Lines end between words, and no markup is read.
+    assert re.search(r"warning: the file \[bold\]/data/a\.jpg\[/bold\] is broken: *\nx{120}\n", shown[0])
     assert "step 42/100" not in shown[0]
+    assert "step 42: shapes" not in shown[0]
     assert "step 42/100" in (tmp_path / "log.txt").read_text()
     assert "warning: the file [bold]" in (tmp_path / "log.txt").read_text()
-
-
-def test_bars_fit_eighty_columns(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    with terminal(80) as (console, shown), Log(tmp_path, {"textures": 12000}, 48000, console=console) as log:
-        log.log_interval(4000, 0.000125, {"textures": row(examples_per_second=1000.0)})
-        log.progress.refresh()
-    line = [line for line in shown[0].splitlines() if line.startswith("textures")][-1]
-    assert len(line) <= 80
-    assert re.search(r" 0/12000 loss 1\.250 acc 50\.0% 1,000/s", line)
 
 
 def test_long_evaluations_say_that_they_are_alive(tmp_path, monkeypatch):
@@ -296,4 +292,30 @@ def test_waiting_for_data_is_shown_where_it_matters(tmp_path):
     console = plain()
     with Log(tmp_path, {"a": 10, "b": 10}, 20, console=console) as log:
         log.log_interval(5, 0.1, {"a": {"loss": 1.0, "data_wait_ratio": 0.31}, "b": {"loss": 2.0, "data_wait_ratio": 0.02}})
-    assert "a loss 1.000 waits 31% | b loss 2.000\n" in text(console)
+    assert "step 5: a loss 1.000 waits 31%\nstep 5: b loss 2.000\n" in text(console)
+
+
+def test_an_evaluation_is_told_in_words(tmp_path):
+    console = plain()
+    with Log(tmp_path, TOTALS, 100, console=console) as log:
+        rows = {"top1": 0.75, "loss": 1.25, "num_examples": 1300, "num_broken": 2, "examples_per_second": 915.3}
+        log.log_evaluation(5, {"shapes": rows, "motion": rows | {"num_broken": 0}})
+    assert text(console).splitlines() == [
+        "step 5: shapes: top1 0.7500, loss 1.2500, 1,300 files, 2 left out as broken, 915/s",
+        "step 5: motion: top1 0.7500, loss 1.2500, 1,300 files, 915/s",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_each_task_has_its_colour_in_bars_and_results_and_none_without_a_terminal(tmp_path, width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
+    with Log(tmp_path, {"first": 0, "second": 10}, 10, console=console) as log:
+        log.progress.refresh()
+        console.print(build_result_table([Result(name, "image", "top1", 0.5, 5, 1.0) for name in ("first", "second")]))
+    for index, name in enumerate(("first", "second")):
+        red, green, blue = bytes.fromhex(task_colour(index)[1:])
+        assert text(console).count(f"\x1b[38;2;{red};{green};{blue}m{name}") >= 1
+    assert text(console).count("first") == 1  # without steps it has no bar, but the second keeps its colour
+    bare = plain()
+    bare.print(build_result_table([Result("first", "image", "top1", 0.5, 5, 1.0)]))
+    assert "\x1b" not in text(bare)

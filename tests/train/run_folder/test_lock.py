@@ -252,4 +252,36 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, start, full, reaso
     if not full:
         (folder / LOCK).mkdir()
     assert start(full=full).answer() == f"refused: the run folder {folder} cannot be written: {reason}; choose another with --out"
-    assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert [path.name for path in folder.iterdir()] == ([] if full else [LOCK])
+
+
+def test_a_start_that_writes_nothing_leaves_no_lock_and_one_that_does_keeps_it(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    with pytest.raises(KeyboardInterrupt), lock.hold(folder):
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    with lock.hold(folder):
+        (folder / "log.txt").touch()
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "log.txt", LOCK}
+    with lock.hold(folder):
+        pass
+    assert (folder / LOCK).exists()  # not this one's to delete
+
+
+def test_a_lock_that_was_deleted_before_it_was_taken_is_not_relied_on(tmp_path, start, monkeypatch):
+    """A start that fails deletes its lock file while another has it open already: that one must lock the file that the next one finds."""
+    folder, opened = tmp_path / "run", []
+    real = lock._try_lock
+
+    def delete_and_lock(descriptor: int, folder, report) -> bool:
+        if not opened:
+            (folder / LOCK).unlink()
+        opened.append(descriptor)
+        return real(descriptor, folder, report)
+
+    monkeypatch.setattr(lock, "_try_lock", delete_and_lock)
+    with lock.hold(folder):
+        assert len(opened) == 2
+        assert start().answer().startswith(f"refused: the run folder {folder} is in use")

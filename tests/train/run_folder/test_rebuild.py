@@ -86,7 +86,7 @@ def test_wrong_values_are_named(unchecked_types):
         ("batch", "many", r"tasks\.pictures"),
         ("batch", -1, r"tasks\.pictures: batch = -1 must be at least 1"),
         ("bach", 3, r"tasks\.pictures: .*bach"),
-        ("loss", "hinge", r"tasks\.pictures\.loss = 'hinge' does not fit"),
+        ("loss", "hinge", r'tasks\.pictures: loss = "hinge" must be "softmax" or "sigmoid"'),
         ("modality", {"type": "Image", "size": "large"}, r"tasks\.pictures"),
         ("modality", 3, r"tasks\.pictures"),
     ):

@@ -1,0 +1,1 @@
+"""How a user's experiment file is run, and what is said when that fails."""
