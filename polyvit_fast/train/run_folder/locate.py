@@ -29,14 +29,14 @@ def locate_run(path: Path) -> Path:
     runs = sorted(str(folder) for folder in _find_runs(path))
     if runs:
         more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
-        raise ValueError(f"{path} is not a run folder but holds some; perhaps you meant {' or '.join(runs[:SHOWN])}{more}")
+        raise ValueError(f"{path.absolute()} is not a run folder but holds some; perhaps you meant {' or '.join(runs[:SHOWN])}{more}")
     if (path / "config.json").is_file():
         raise ValueError(
             f"{path / 'config.json'} does not describe a run: it needs the fields experiment and config (another library's model is opened "
             "by pretrained.load, and starts a run with --init)"
         )
     state = "is not a run folder: it has no config.json" if any(path.iterdir()) else "is not a run folder: it is empty"
-    raise ValueError(f"{path} {state} (polyvit-fast train makes one, under runs/ unless --out){_suggest(path)}")
+    raise ValueError(f"{path.absolute()} {state} (polyvit-fast train makes one, under runs/ unless --out){_suggest(path)}")
 
 
 def is_run(folder: Path) -> bool:
