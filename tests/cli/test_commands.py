@@ -31,7 +31,7 @@ def test_help_and_version(capsys):
         ("go demo", "command 'go' is unknown; there are: train, eval, predict, features"),
         ("train", "usage: polyvit-fast train EXPERIMENT"),
         ("train smok", "experiment 'smok' is unknown; perhaps you meant smoke"),
-        ("train mine.py", "experiment file mine.py does not exist"),
+        ("train mine.py", "mine.py does not exist"),
         ("eval runs/nothing", "runs/nothing"),
         ("train smoke --schedule nonsense", "schedule = 'nonsense' is unknown; there are: task-by-task"),
         ("plot runs/nothing", "runs/nothing"),

@@ -31,7 +31,7 @@ def printed(capsys):
     ("text", "words"),
     [
         ("config = 3", "must define `config = Train(...)`"),
-        ("x = 1\nfrom polyvit_fast.config import Task\ntask = Task(steps=0)\nconfig = ", "line 4: SyntaxError"),
+        ("x = 1\nfrom polyvit_fast.config import Task\ntask = Task(steps=0)\nconfig = ", "line 4: invalid syntax"),
         ("x = 1\n\nimport no_such_package", "line 3: ModuleNotFoundError: No module named 'no_such_package'"),
     ],
 )
