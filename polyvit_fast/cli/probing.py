@@ -91,13 +91,16 @@ def _print_results(results: list[ProbeResult], tasks: list[str]) -> None:
     from rich.console import Console
 
     from polyvit_fast.train.output.table import build_table, task_cell
+    from polyvit_fast.train.output.words import break_words, shorten
 
     sources = list(dict.fromkeys(row.weights for row in results))
     estimates = {(row.task, row.head, row.weights): row.estimate for row in results}
-    names = [Path(source).name for source in sources]
+    names = ["\n".join(break_words(shorten(Path(source).name, 32), 16)) for source in sources]
     table = build_table(["task", "head", "metric"], names, title="values with their 95 % confidence intervals")
     for row in results:
         if row.weights == sources[0]:
-            values = (str(estimates[row.task, row.head, source]) for source in sources)
+            values = [str(estimates[row.task, row.head, source]) for source in sources]
+            if len(sources) > 1:  # intervals below the values, for 80 columns have no room for more
+                values = [value.replace(" ", "\n", 1) for value in values]
             table.add_row(task_cell(row.task, tasks.index(row.task)), row.head, row.metric, *values)
     Console().print(table)

@@ -187,10 +187,10 @@ def build_tables(report: CostReport) -> list[Table]:
     trained = report.trained | {"all": report.num_trained}
     for component, count in (report.parameters | {"all": report.num_parameters}).items():
         parameters.add_row(component, f"{count:,}", f"{count / report.num_parameters:.1%}", *[f"{trained[component]:,}"] * frozen)
-    compute = build_table(["task", "modality", "grid"], ["tokens\nper view", "forward\nper view", "training\nin all", "of all"], "FLOPs")
+    compute = build_table(["task", "modality"], ["grid", "tokens\nper view", "forward\nper view", "training\nin all", "of all"], "FLOPs")
     gpus = [f"{size}\nGiB" for size in GPU_GIB]
     title = "Memory, and how many micro-batches a GPU of so many GiB needs"
-    memory = build_table(["task"], ["batch", "micro-\nbatches", "activa-\ntions", "with the\nstate", *gpus], title)
+    memory = build_table(["task"], ["batch", "micro-\nbatches", "activations", "with the\nstate", *gpus], title)
     data = build_table(["task"], ["steps", "batch", "training\nsamples", "passes", "validation\nsamples", "views"], "Steps and data")
     for index, row in enumerate(report.tasks):
         task, modality, cell = row.task, row.task.modality, task_cell(row.name, index)

@@ -40,7 +40,7 @@ def build_schedule_table(plan: StepPlan, names: Sequence[str]) -> Table:
         steps = np.flatnonzero(present[index])
         gap = int(np.diff(steps).max()) - 1 if len(steps) > 1 else 0
         numbers = [f"{steps[0]:,}", f"{steps[-1]:,}", f"{gap:,}"] if len(steps) else ["-"] * 3
-        table.add_row(task_cell(name, index), f"{counts[name]:,}", f"{counts[name] / counts.total():.2%}", *numbers)
+        table.add_row(task_cell(name, index), f"{counts[name]:,}", _percent(counts[name] / counts.total(), 2), *numbers)
     return table
 
 
@@ -114,13 +114,14 @@ def _label_tasks(axes: Axes, names: list[str], present: Bool[np.ndarray, "tasks 
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for row, steps in enumerate(counts):
-        text = f"{steps:,}  ({_percent(steps / counts.sum())})" if steps else "no step"
+        text = f"{steps:,}  ({_percent(steps / counts.sum(), 1)})" if steps else "no step"
         axes.text(1.012, row + 0.5, text, transform=axes.get_yaxis_transform(), va="center")
     axes.set_title(" ")
 
 
-def _percent(ratio: float) -> str:
-    return "< 0.1%" if ratio < 0.001 else f"{ratio:.1%}"
+def _percent(ratio: float, digits: int) -> str:
+    least = 10.0 ** -(digits + 2)
+    return f"< {least:.{digits}%}" if 0 < ratio < least else f"{ratio:.{digits}%}"
 
 
 def _draw_tasks(figure: Figure, axes: Axes, present: Bool[np.ndarray, "tasks steps"]) -> None:

@@ -61,7 +61,7 @@ def build_table(words: Iterable[str], numbers: Iterable[str], title: str = "") -
     """An empty table: long `words` wrap, `numbers` are flush right and never cut."""
     table = WordTable(title=Text(title, style="bold") if title else None, title_justify="left", box=box.SIMPLE, show_edge=False)
     for header in words:
-        table.add_column(Text(header), overflow="fold")
+        table.add_column(Words(header), overflow="fold")
     for header in numbers:
         table.add_column(Text(header), justify="right", no_wrap=True)
     return table

@@ -183,6 +183,7 @@ def test_the_table_of_a_plan_is_exact(capsys):
         ["b", "4", "50.00%", "1", "6", "2"],
         ["d", "0", "0.00%", "-", "-", "-"],
     ]
+    assert schedule_plot._percent(0.00009, 2) == "< 0.01%"
     lrs = [0.25, *[0.5] * 123_455, 1e-9]
     names = ["a_task_with_a_name_of_some_length", "b"]
     print_schedule([(names[0],)] * 123_456 + [("b",)], names, lrs)
