@@ -1,7 +1,7 @@
-"""What image libraries write to standard error about damaged files, kept off the terminal and reported in our words.
+"""What libraries write to standard error about damaged files, kept off the terminal and reported in our words.
 
 libjpeg, libpng, libtiff and nvImageCodec name no file, may write thousands of lines about one, and have no switch for it that can be
-reached. FFmpeg writes nothing, for PyAV sees to that.
+reached. FFmpeg writes nothing where it is called by PyAV, which switches that off.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ KINDS = {
     "JPEG": r"(Corrupt JPEG data|Premature end of JPEG|Invalid JPEG file|Unsupported marker type|Inconsistent progression"
     r"|(Huffman|Quantization|Arithmetic) table .* was not defined)|\[(ERROR|WARNING)\] *\[\w*jpeg\w*\]",
     "PNG": r"libpng (error|warning): |\[(ERROR|WARNING)\] *\[\w*png\w*\]",
+    "FFmpeg": r"\[[\w,]+ @ (0x)?[0-9a-f]+\] ",
     "TIFF": r"(\w*(Decode|Setup)\w*|TIFF\w+|\w*JPEGLib|tempfile\.tif): |\[(ERROR|WARNING)\] *\[\w*tiff\w*\]",
 }
 """How the messages about each kind of file begin."""
@@ -152,8 +153,8 @@ def describe_messages(reported: set[str], media: Sequence[Media], decode: Callab
         reported.add(kind)
         name = _find_file(kind, media, decode) or f"one of {len(media)} files, of which {printable(media[0].name)} is the first,"
         yield (
-            f"{name} is damaged, and is used as far as it can be decoded ({kind} library: {found[kind]}). "
-            "Others like it are not named here: `polyvit-fast check` names them all"
+            f"{name} may be damaged ({kind} library: {found[kind]}), and is used as it was decoded. "
+            "Others like it are not named here: `polyvit-fast check` judges every file"
         )
 
 

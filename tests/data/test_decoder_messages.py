@@ -12,6 +12,7 @@ import pytest
 from image_files import photo
 from image_kinds import saved
 from tiny_runs import tile_task, tiny_config
+from video_files import write_moving
 
 from polyvit_fast.data.decoder_messages import catch_decoder_messages, describe_messages, drop_messages
 from polyvit_fast.data.decoders import build_decoder
@@ -69,7 +70,7 @@ def test_what_libraries_write_is_taken_off_standard_error(tmp_path, capfd, conte
         decode(0)
         assert not list(describe_messages(reported, [Media(str(path))], decode))
     assert reported == {kind}
-    assert text.startswith(f"{path} is damaged, and is used as far as it can be decoded ({kind} library: {said}")
+    assert text.startswith(f"{path} may be damaged ({kind} library: {said}")
     assert capfd.readouterr().err == ""
 
 
@@ -86,9 +87,9 @@ def test_a_loader_names_one_file_for_each_kind_and_task(tmp_path, capfd):
     [jpeg] = [text for text in reports if "JPEG library" in text]
     [fax] = [text for text in reports if "TIFF library" in text]
     assert jpeg.startswith(
-        (f"task photos: {tmp_path}/files/a/torn.jpg is damaged", f"task photos: {tmp_path}/files/a/torn2.jpg is damaged")
+        (f"task photos: {tmp_path}/files/a/torn.jpg may be damaged", f"task photos: {tmp_path}/files/a/torn2.jpg may be damaged")
     )
-    assert fax.startswith(f"task photos: {tmp_path}/files/a/fax.tif is damaged")
+    assert fax.startswith(f"task photos: {tmp_path}/files/a/fax.tif may be damaged")
     assert capfd.readouterr().err == ""
     assert not loader.broken
     again = Loader("photos", config, train=True).load(0)
@@ -117,7 +118,7 @@ def test_all_else_passes_at_once_and_standard_error_is_given_back(capfd):
         with catch_decoder_messages():  # an evaluation inside of a run
             os.write(2, b"unfinished")
         [text] = describe_messages(set(), [Media("a.jpg"), Media("b.jpg")], lambda index: None)
-        assert text.startswith("one of 2 files, of which a.jpg is the first, is damaged")
+        assert text.startswith("one of 2 files, of which a.jpg is the first, may be damaged")
         os.write(2, b"libpng error: bad adaptive filter value\n")
         drop_messages()
         assert not list(describe_messages(set(), [Media("a.jpg")], lambda index: None))
@@ -179,3 +180,35 @@ def test_an_exception_a_warning_and_a_late_handler_of_logging_are_shown():
     assert done.returncode == 1
     for text in ("UserWarning: be warned", "later\n", "in the next run\n", "ValueError: the reason\n"):
         assert done.stderr.count(text) == 1
+
+
+def test_what_ffmpeg_writes_where_it_is_let_counts_too(tmp_path):
+    write_moving(tmp_path / "good.mp4", "libx264")
+    content = bytearray((tmp_path / "good.mp4").read_bytes())
+    start = content.index(b"mdat")
+    for position in range(start + 2000, start + 6000, 7):
+        content[position] ^= 0xFF
+    (tmp_path / "torn.mp4").write_bytes(content)
+    done = run_code(
+        f"""
+        import av
+        from polyvit_fast.data.decoder_messages import describe_messages
+        from polyvit_fast.media import Media
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.restore_default_callback()
+
+        def decode(index):
+            with av.open({str(tmp_path / "torn.mp4")!r}) as container:
+                for frame in container.decode(video=0):
+                    pass
+
+        with catch_decoder_messages():
+            try:
+                decode(0)
+            except av.error.FFmpegError:
+                pass
+            print(*describe_messages(set(), [Media("torn.mp4")], decode), sep="\\n")
+        """
+    )
+    assert done.stdout.count("may be damaged (FFmpeg library: [h264 @ 0x") == 1
+    assert done.stderr == ""
