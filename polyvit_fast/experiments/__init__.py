@@ -43,7 +43,7 @@ def _explain(module: ModuleType) -> str:
         return f", and has none; rename {others[0]} to config" if others else ", and has none"
     match values["config"]:
         case type() as kind:
-            return f", and not the class {kind.__name__}: write {kind.__name__}(...), with brackets"
+            return f", and not the class {kind.__name__}" + (": write Train(...), with brackets" if issubclass(kind, Train) else "")
         case (Train(),):
             return ", and not a tuple: remove the comma after its last bracket"
         case value if callable(value):

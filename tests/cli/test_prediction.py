@@ -129,7 +129,8 @@ def test_features_of_files(trained, mixed, tmp_path, capsys):
         found, error = printed(capsys)
         assert f"written: {out}, features {list(shape)}" in found
         assert "text.jpg: not an image" in error
-        stored = np.load(out)
+        with np.load(out) as file:
+            stored = dict(file)
         assert stored["names"].tolist() == [str(mixed / "a.jpg"), str(mixed / "deeper" / "b.jpg")]
         pool = {"--pool": options[1] if options else "cls"}["--pool"]
         layer = 1 if "--layer" in options else None
