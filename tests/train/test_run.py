@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -168,7 +169,7 @@ def test_an_earlier_versions_run_whose_rates_were_others_is_warned_of(tmp_path, 
 FAILING = {
     "device": (["--device", "cuda"], "PyTorch finds no NVIDIA GPU here"),
     "schedule": (["--schedule", "weigthed"], "schedule = 'weigthed' is unknown"),
-    "memory": (["--model.mlp-dim", "10000000000000"], "the computer's memory is too small"),
+    "memory": (["--model.dim", "512", "--model.mlp-dim", "1048576"], "the computer's memory is too small"),
     "weights": (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
     "data": (["--tasks.p.train.path", "nowhere"], "If the files have moved"),
     "classes": (["--tasks.p.num-classes", "7"], "where num_classes = 7"),
@@ -197,8 +198,12 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks for a device that is not there")
 @pytest.mark.parametrize("case", mark_long(FAILING, ["device", "data", "memory"]))
-def test_a_start_that_fails_leaves_no_folder_behind(here, capsys, case):
+def test_a_start_that_fails_leaves_no_folder_behind(here, capsys, request, case):
     flags, words = FAILING[case]
+    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    if case == "memory":  # one matrix takes two gigabytes
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
+        request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
     before = sorted(here.rglob("*"))
     assert cli.run(["train", "mine.py", "--out", "new/deep/run", *flags]) == 2
     assert words in capsys.readouterr().err
