@@ -5,6 +5,7 @@ Few imports: while Python starts this module, nobody handles signals yet.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -106,12 +107,19 @@ def stop_on_signals() -> Iterator[Stop]:
 def leave_on_signals(command: str) -> None:
     """From now on signals end this process at once, but within `stop_on_signals`; the end is reported as that of `command`."""
     _install(Stop(command))
+    atexit.register(_ignore_all)  # the first to be registered, it runs last
 
 
 def end_quietly(code: int) -> None:
     """From now on signals end this process with this code, and say nothing: its work is done, and Python takes its time to end."""
     for number in (*ALWAYS, *_list_heeded()):
         signal.signal(number, lambda *_: os._exit(code))
+
+
+def _ignore_all() -> None:
+    """For the last moments, when Python has put away its own handlers: the exit code stands."""
+    for number in (*ALWAYS, *_list_heeded()):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def exit_code(number: int) -> int:

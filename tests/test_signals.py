@@ -3,6 +3,8 @@
 import os
 import pty
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -202,7 +204,107 @@ def test_handlers_are_the_same_inside_and_restored_after():
         with stop_on_signals() as inner:
             assert inner is stop
             inner.at_once = False
-        os.kill(os.getpid(), signal.SIGXCPU)
-        assert stop.signal == signal.SIGXCPU
+            os.kill(os.getpid(), signal.SIGXCPU)
+        assert (stop.signal, stop.at_once) == (signal.SIGXCPU, True)
         assert isinstance(signal.getsignal(signal.SIGTERM), Stop)
     assert before == {number: signal.getsignal(number) for number in before}
+
+
+def catches(process: subprocess.Popen) -> bool:
+    """Whether the handlers are there: of SIGTERM, Python itself has none."""
+    caught = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75)])
+@pytest.mark.parametrize(
+    ("command", "seconds"),
+    [("list", 0.0), ("train demo --help", 0.1), ("plan smoke", 0.5), ("predict run a.jpg", 0.2), ("train smoke", 1.0)],
+)
+def test_a_signal_while_a_command_imports_is_one_sentence(tmp_path, command, seconds, name, code):
+    """Also a second one right after it. From the interpreter's own start on, which takes some hundredths of a second."""
+    process = subprocess.Popen([sys.executable, "-m", "polyvit_fast", *command.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: catches(process))
+    time.sleep(seconds)
+    for _ in range(2):
+        process.send_signal(signal.Signals[name])
+    _, said = process.communicate(timeout=SECONDS)
+    assert (process.returncode, said) == (code, f"polyvit-fast {command.split()[0]}: stopped by {name}\n") or (
+        process.returncode,
+        said,
+    ) == (0, "")
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+IN_IMPORTS = '''
+import importlib, os, signal, sys, time
+from pathlib import Path
+from polyvit_fast.signals import Stopped, stop_on_signals
+sys.path.insert(0, os.getcwd())
+Path("slow.py").write_text("""
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+except BaseException:
+    pass
+""")
+
+class Falls:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+with stop_on_signals() as stop:
+    try:
+        if sys.argv[1] == "import":
+            importlib.import_module("slow")
+        else:
+            Falls()
+        print("goes on", flush=True)
+        time.sleep(60)
+    except Stopped as stopped:
+        print("stopped by", stopped)
+'''
+
+
+@pytest.mark.parametrize("where", ["import", "destructor"])
+def test_what_would_be_swallowed_is_raised_a_little_later(tmp_path, where):
+    done = subprocess.run([sys.executable, "-c", IN_IMPORTS, where], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.stdout, done.stderr) == ("goes on\nstopped by SIGTERM\n", "")
+
+
+LEAVES = """
+import os, signal, sys
+from polyvit_fast.signals import end_quietly, leave_on_signals, stop_on_signals
+leave_on_signals("polyvit-fast go")
+print("begun")
+if sys.argv[1] == "open":
+    with stop_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            print("closed")
+if sys.argv[1] == "done":
+    end_quietly(7)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "out", "error"),
+    [
+        ("before", 130, "begun\n", "polyvit-fast go: stopped by SIGINT\n"),
+        ("done", 7, "begun\n", ""),
+    ],
+)
+def test_a_process_ends_at_once_while_nothing_is_open(when, code, out, error):
+    done = subprocess.run([sys.executable, "-u", "-c", LEAVES, when], capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, error)
+
+
+def test_what_is_open_is_closed_first():
+    done = subprocess.run([sys.executable, "-c", LEAVES, "open"], capture_output=True, text=True, timeout=SECONDS)
+    assert done.stdout == "begun\nclosed\n"
+    assert "Stopped: SIGINT" in done.stderr  # which the command line catches

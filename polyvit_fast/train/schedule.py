@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,7 +87,9 @@ def set_steps(config: Train, steps: Mapping[str, int]) -> Train:
 
 def _plan_part(config: Train) -> StepPlan:
     if isinstance(config.schedule, str) and config.schedule not in SCHEDULES:
-        raise ValueError(f"schedule = {config.schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
+        close = difflib.get_close_matches(config.schedule, SCHEDULES, 1)
+        hint = f"perhaps you meant {close[0]}" if close else f"there are: {', '.join(SCHEDULES)}"
+        raise ValueError(f"schedule = {config.schedule!r} is unknown; {hint}")
     plan = (SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule)(config)
     if not plan:
         raise ValueError(f"schedule = {config.schedule!r} plans no step; give the tasks more steps")

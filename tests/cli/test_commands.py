@@ -34,7 +34,12 @@ def test_help_and_version(capsys):
         ("train mine.py", "mine.py does not exist"),
         ("eval runs/nothing", "runs/nothing"),
         ("train smoke --schedule nonsense", "schedule = 'nonsense' is unknown; there are: task-by-task"),
+        ("train smoke --schedule wieghted", "schedule = 'wieghted' is unknown; perhaps you meant weighted"),
         ("plot runs/nothing", "runs/nothing"),
+        ("list foo", "list takes no further arguments, but got foo"),
+        ("plot runs/x y", "plot RUN takes no further arguments, but got y"),
+        ("check smoke --num-wrokers 3", "Unrecognized flag --num-wrokers: perhaps you meant --num-workers"),
+        ("eval runs/x extra", "Unrecognized argument extra"),
     ],
 )
 def test_wrong_commands_end_with_a_message_and_exit_code_2(here, capsys, command, words):

@@ -70,7 +70,7 @@ def test_any_function_is_a_schedule():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ("weigthed", "schedule = 'weigthed' is unknown; there are: task-by-task, .*weighted"),
+        ("weigthed", "schedule = 'weigthed' is unknown; perhaps you meant weighted"),
         (lambda config: [("a",), ("x",)], r"step 1 is \('x',\); it must name tasks among a, b, c"),
         (lambda config: [("a",), "b"], "step 1 is 'b'; .* as a tuple"),
         (lambda config: [("a",), ["b"]], r"step 1 is \['b'\]; .* as a tuple"),

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
@@ -205,6 +205,7 @@ class _CheckProcess:
         # A fork of this process would hold DALI's locks but not its threads. The fork server imports PyTorch once for all processes.
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        _start_fork_server()
         self.pipe, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.task, self.split), daemon=True)
         try:
@@ -221,6 +222,16 @@ class _CheckProcess:
         if fault:
             self.kill()
             raise RuntimeError(f"task {self.name}: a process that checks its files did not start: {fault}")
+
+
+def _start_fork_server() -> None:
+    """Start it with SIGINT and SIGTERM blocked: Ctrl-C reaches all processes of a terminal, and this one ends the others itself."""
+    resource_tracker.ensure_running()  # which would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Any, task: Task, split: Split) -> None:
