@@ -15,8 +15,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from typing import TYPE_CHECKING
 
 from polyvit_fast.media import Media, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from polyvit_fast.config import Decoder
 
 KINDS = {
     "JPEG": r"(Corrupt JPEG data|Premature end of JPEG|Invalid JPEG file|Unsupported marker type|Inconsistent progression"
@@ -138,10 +145,14 @@ def _open_stream() -> TextIOWrapper | None:
     return _streams[-1]
 
 
-def drop_messages() -> None:
-    """Forget what libraries have written up to now, about a file whose error says more."""
-    if _current:
-        _current.take()
+def decode_or_forget(decoder: Decoder, media: Sequence[Media], rngs: Sequence[np.random.Generator]) -> Tensor:
+    """The grids. Of files that cannot be decoded the error says more than what libraries wrote, which is forgotten."""
+    try:
+        return decoder(media, rngs)
+    except Exception:
+        if _current:
+            _current.take()
+        raise
 
 
 def describe_messages(reported: set[str], media: Sequence[Media], decode: Callable[[int], object]) -> Iterator[str]:

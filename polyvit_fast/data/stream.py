@@ -22,7 +22,7 @@ from torch import Tensor
 from polyvit_fast.config import StepPlan, Task, Train
 from polyvit_fast.data.augment.mixing import CutBox, draw_mix
 from polyvit_fast.data.dali import UnavailableError
-from polyvit_fast.data.decoder_messages import describe_messages, drop_messages
+from polyvit_fast.data.decoder_messages import decode_or_forget, describe_messages
 from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
@@ -124,8 +124,7 @@ class Loader:
         options = {"batch": self.size, "train": train, "num_threads": self.num_threads}
         self.decoder = build_task_decoder(self.source, self.task, **options, device="cuda" if on_gpu else "cpu")
         self.broken: dict[int, str] = {}
-        self.reported: set[str] = set()
-        """The kinds of files about which a library's message was reported."""
+        self.reported: set[str] = set()  # kinds of messages of libraries
         self.note = ""
         self._report_note()
         if rank == 0 and (train or self.source != self.task.train):
@@ -219,11 +218,7 @@ class Loader:
 
     def _call_decoder(self, indices: Sequence[int], positions: Sequence[int]) -> Tensor:
         rngs = [generator(self.config.seed, "augment", self.name, position) for position in positions]
-        try:
-            return self.decoder([self.samples[i].media for i in indices], rngs)
-        except Exception:
-            drop_messages()
-            raise
+        return decode_or_forget(self.decoder, [self.samples[i].media for i in indices], rngs)
 
     def _find_culprits(self, indices: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The samples of a batch with which the decoder's bug shows when each is decoded alone."""

@@ -21,10 +21,10 @@ MAX_DECODING_THREADS = 16
 
 def count_decoding_threads(num_threads: int, local_processes: int = 1) -> int:
     """Threads of each task's decoder; `num_threads` = 0: as many as this process has cores, when all on this machine divide them."""
-    return num_threads or max(1, min(MAX_DECODING_THREADS, _count_cores() // local_processes))
+    return num_threads or max(1, min(MAX_DECODING_THREADS, count_cores() // local_processes))
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
     """Cores that this process may use, by its affinity and by the limit of its container (cgroup v2)."""
     cores = len(os.sched_getaffinity(0))
     try:

@@ -14,12 +14,12 @@ from image_kinds import saved
 from tiny_runs import tile_task, tiny_config
 from video_files import write_moving
 
-from polyvit_fast.data.decoder_messages import catch_decoder_messages, describe_messages, drop_messages
+from polyvit_fast.data.decoder_messages import catch_decoder_messages, decode_or_forget, describe_messages
 from polyvit_fast.data.decoders import build_decoder
 from polyvit_fast.data.image.modality import Image
 from polyvit_fast.data.sources.manifest import Folder
 from polyvit_fast.data.stream import Loader
-from polyvit_fast.media import Media
+from polyvit_fast.media import Media, MediaError
 
 IMAGE = Image(size=32, patch=16)
 
@@ -109,6 +109,10 @@ def test_a_broken_file_s_messages_come_in_no_second_report(tmp_path):
     assert report.startswith(f"task photos: broken file {tmp_path}/files/a/torn.png: truncated or damaged")
 
 
+def refuse(media, rngs):
+    raise MediaError("truncated")
+
+
 def test_all_else_passes_at_once_and_standard_error_is_given_back(capfd):
     before, stream = os.fstat(2), sys.stderr
     with catch_decoder_messages():
@@ -120,7 +124,8 @@ def test_all_else_passes_at_once_and_standard_error_is_given_back(capfd):
         [text] = describe_messages(set(), [Media("a.jpg"), Media("b.jpg")], lambda index: None)
         assert text.startswith("one of 2 files, of which a.jpg is the first, may be damaged")
         os.write(2, b"libpng error: bad adaptive filter value\n")
-        drop_messages()
+        with pytest.raises(MediaError):
+            decode_or_forget(refuse, [Media("a.jpg")], [])
         assert not list(describe_messages(set(), [Media("a.jpg")], lambda index: None))
     assert os.path.samestat(os.fstat(2), before)
     assert sys.stderr is stream

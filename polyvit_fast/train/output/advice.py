@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 from polyvit_fast.config import Train
 from polyvit_fast.data.device import GpuDecoder
 from polyvit_fast.data.stream import Loader
+from polyvit_fast.data.threads import count_cores
 from polyvit_fast.train.output.bars import Row
 
 WORTH_A_WORD = 0.2
@@ -40,7 +40,8 @@ class WaitAdvisor:
                 self.advised.add(name)
                 others = sum(waits.values()) - waits[name], sum(seconds.values()) - seconds[name]
                 is_alone = others[1] > 0 and others[0] <= HARDLY_WAITS * others[1]
-                remedies = describe_remedies(config, loaders[name], count_cores(num_processes), is_alone=is_alone)
+                cores = max(1, count_cores() // num_processes)
+                remedies = describe_remedies(config, loaders[name], cores, is_alone=is_alone)
                 yield f"the device waited {row['data_wait_ratio']:.0%} of {name}'s time for its data: {remedies}"
 
 
@@ -58,8 +59,3 @@ def describe_remedies(config: Train, loader: Loader, cores: int, *, is_alone: bo
         where = "the GPU decodes" if on_gpu else f"{loader.num_threads} threads decode on {cores} core{'s' * (cores > 1)}"
         return f"{where} already, so {slow}"
     return f"{', or '.join(remedies)}. Where that does not help, {slow}"
-
-
-def count_cores(num_processes: int) -> int:
-    """The cores for each of so many processes on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // num_processes)

@@ -20,7 +20,6 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
-from rich.text import Text
 
 from polyvit_fast import strict_json
 from polyvit_fast.config import Train
@@ -28,7 +27,7 @@ from polyvit_fast.extras import require
 from polyvit_fast.files import write_atomically
 from polyvit_fast.train.output.bars import Row, TaskBars, Terminal, format_numbers
 from polyvit_fast.train.output.colours import task_colour
-from polyvit_fast.train.output.table import build_table
+from polyvit_fast.train.output.table import build_table, task_cell
 
 Rows = Mapping[str, Row]
 """Numbers by task and name."""
@@ -270,7 +269,7 @@ def build_result_table(rows: Sequence[Result]) -> Table:
     table = build_table(["task", "modality", "metric"], ["value", "steps", "examples/s"])
     for index, row in enumerate(rows):
         speed = f"{row.examples_per_second:,.0f}" if math.isfinite(row.examples_per_second) else "-"
-        table.add_row(Text(row.task, task_colour(index)), row.modality, row.metric, f"{row.value:.4f}", f"{row.steps:,}", speed)
+        table.add_row(task_cell(row.task, index), row.modality, row.metric, f"{row.value:.4f}", f"{row.steps:,}", speed)
     return table
 
 
@@ -286,6 +285,5 @@ def print_evaluation(config: Train, rows: Rows) -> None:
         task = config.tasks[name]
         numbers = [_format_number(row[key]) if key in row else "-" for key in (task.metric, "top5", "loss")]
         counts = [f"{row[key]:,.0f}" for key in ("num_examples", "num_broken")]
-        colour = task_colour(list(config.tasks).index(name))
-        table.add_row(Text(name, colour), task.modality.name, task.metric, *numbers, *counts)
+        table.add_row(task_cell(name, list(config.tasks).index(name)), task.modality.name, task.metric, *numbers, *counts)
     Console().print(table)

@@ -10,7 +10,7 @@ from polyvit_fast.config import Train
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.train.loop import train
-from polyvit_fast.train.output.advice import WaitAdvisor, count_cores, describe_remedies
+from polyvit_fast.train.output.advice import WaitAdvisor, describe_remedies
 
 
 def row(ratio: float, seconds: float = 10.0) -> dict[str, float]:
@@ -46,14 +46,12 @@ def test_prefetching_helps_where_other_tasks_leave_time(config):
 
 
 def test_threads_are_advised_up_to_the_cores(config):
-    loader = Loader("a", config, train=True)
+    loader = Loader("a", change(config, num_threads=2), train=True)
     few = describe_remedies(config, loader, 16, is_alone=False)
     assert few.startswith("raise --num-threads (now 2; there are 16 cores). Where that does not help, store its files nearer to the size")
     all_used = describe_remedies(config, loader, 2, is_alone=False)
     assert all_used.startswith("2 threads decode on 2 cores already, so store its files nearer")
     assert "--num-threads" not in all_used
-    assert count_cores(1) >= 1
-    assert count_cores(10_000) == 1
 
 
 def test_the_gpu_is_advised_where_there_is_one_that_does_not_decode(config):

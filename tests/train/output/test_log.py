@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polyvit_fast.train.output.colours import task_colour
+from polyvit_fast.train.output.colours import task_colour, to_rgb
 from polyvit_fast.train.output.log import Log, PeerLog, Result, build_result_table, print_results
 
 TOTALS = {"shapes": 60, "motion": 40}
@@ -312,9 +312,10 @@ def test_each_task_has_its_colour_in_bars_and_results_and_none_without_a_termina
     with Log(tmp_path, {"first": 0, "second": 10}, 10, console=console) as log:
         log.progress.refresh()
         console.print(build_result_table([Result(name, "image", "top1", 0.5, 5, 1.0) for name in ("first", "second")]))
-    for index, name in enumerate(("first", "second")):
-        red, green, blue = bytes.fromhex(task_colour(index)[1:])
-        assert text(console).count(f"\x1b[38;2;{red};{green};{blue}m{name}") >= 1
+    first, second = (";".join(map(str, to_rgb(task_colour(index)))) for index in range(2))
+    assert f"\x1b[48;2;{first}m \x1b[0m first" in text(console)  # a mark in a table
+    assert f"\x1b[48;2;{second}m \x1b[0m second" in text(console)
+    assert f"\x1b[38;2;{second}msecond" in text(console)
     assert text(console).count("first") == 1  # without steps it has no bar, but the second keeps its colour
     bare = plain()
     bare.print(build_result_table([Result("first", "image", "top1", 0.5, 5, 1.0)]))
