@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from rich.cells import cell_len
 
 from polyvit_fast.train.output.colours import task_colour, to_rgb
 from polyvit_fast.train.output.picture import DARK, drawing_style, save_figure
@@ -16,8 +17,9 @@ from polyvit_fast.train.output.words import break_words, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 else:  # matplotlib is imported where it draws, because that takes long
-    Axes = Any
+    Axes = AxesImage = Any
 
 MOST = 30
 """Classes that can be read on one picture; of more, those with the most wrong answers are shown."""
@@ -37,19 +39,22 @@ def plot_confusion(
     percentages = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     if len(classes) > MOST:
         title += f": the {len(names) - 1} of {len(classes):,} classes with the most wrong answers"
-    side = 2.8 + 0.27 * len(names)
+    names = [shorten(name, 24) for name in names]
+    side = max(2.8, 1.3 + 0.07 * max(map(cell_len, names)) + 0.27 * len(names))
     with drawing_style():
         from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(side + 1.2, side), layout="constrained")
         axes = figure.subplots()
-        picture = axes.imshow(percentages, LinearSegmentedColormap.from_list("task", ["white", colour]), vmin=0, vmax=100)
+        dark = "#" + bytes(value // 2 for value in to_rgb(colour)).hex()
+        shades = LinearSegmentedColormap.from_list("task", [(0, "white"), (0.6, colour), (1, dark)])
+        picture = axes.imshow(percentages, shades, vmin=0, vmax=100)
         axes.grid(visible=False)
         axes.spines[:].set_visible(True)
         _label(axes, names)
         if len(names) <= NUMBERED:
-            _number(axes, percentages, counts, colour)
+            _number(axes, percentages, counts, picture)
         figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the row's files")
         figure.suptitle("\n".join(break_words(title, int(11 * side))), x=0.01, horizontalalignment="left", fontsize="medium")
         save_figure(figure, path)
@@ -69,17 +74,15 @@ def _choose_classes(names: list[str], counts: np.ndarray) -> tuple[list[str], Fl
 
 
 def _label(axes: Axes, names: list[str]) -> None:
-    short = [shorten(name, 24) for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=90, fontsize="small")
-    axes.set_yticks(range(len(names)), short, fontsize="small")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+    axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set(xlabel="taken for", ylabel="class")
 
 
-def _number(axes: Axes, percentages: np.ndarray, counts: np.ndarray, colour: str) -> None:
-    weights = np.array([0.2126, 0.7152, 0.0722]) / 255  # of red, green and blue, in how bright a colour looks
-    darkness = 1 - weights @ to_rgb(colour)
+def _number(axes: Axes, percentages: np.ndarray, counts: np.ndarray, picture: AxesImage) -> None:
+    brightness = picture.to_rgba(percentages)[..., :3] @ [0.2126, 0.7152, 0.0722]
     for (row, column), value in np.ndenumerate(percentages):
         if counts[row, column]:
-            on_dark = value / 100 * darkness > 0.45
-            number = f"{value:.0f}" if value >= 1 or not value else "<1"
-            axes.text(column, row, number, ha="center", va="center", fontsize="x-small", color="white" if on_dark else DARK)
+            number = f"{value:.0f}" if value >= 1 else "<1"
+            colour = "white" if brightness[row, column] < 0.55 else DARK
+            axes.text(column, row, number, ha="center", va="center", fontsize="x-small", color=colour)

@@ -36,6 +36,18 @@ def large_config(**changes):
     return tiny_config(**({"tasks": tasks, "model": MODELS["L"]} | changes))
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_no_word_and_no_number_is_broken(capsys, monkeypatch, width):
+    names = [f"moments-in-time_of_three_seconds_each_number_{j}" for j in range(14)]
+    text = printed(tiny_config(tasks={name: tile_task(steps=123_456) for name in names}), capsys, monkeypatch, width)
+    lines = text[: text.index("\n- ")].splitlines()
+    assert all(len(line.rstrip()) <= width for line in lines[1:])
+    words = {word for line in lines for word in re.findall(r"[\w.,×]+", line.replace("_", " "))}
+    assert {"moments", "in", "time", "three", "seconds", "each", "number", "activations", "modality", "1×16×16×3", "123,456"} <= words
+    assert not {"num", "steps_", "examples_per_second"} & words
+    assert not {word for word in words if re.fullmatch(r"secon|seco|activ|modal|tions|ity", word)}
+
+
 def test_parameters_by_component_are_those_of_the_real_model():
     config = tiny_config(model=Model(dim=32, depth=3, num_heads=2, mlp_dim=64, num_adaptor_layers=1))
     counts = estimate_cost(config).parameters
