@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def run_eval(arguments: list[str]) -> int:
     with record_results(out, is_asked_for=bool(options.out)):
         evaluation.append_to(out)
         if options.per_class:
-            _draw_confusions(out.parent, folder.name, options.split, answers.tasks)
+            _draw_confusions(out.parent, folder.name, options.split, list(config.tasks), answers.tasks)
     return 0
 
 
@@ -133,12 +133,14 @@ def _print_classes(name: str, answers: TaskAnswers) -> None:
     Console().print(table)
 
 
-def _draw_confusions(out: Path, run: str, split: str, answers: Mapping[str, TaskAnswers]) -> None:
-    """A picture of each task with one label a file."""
+def _draw_confusions(out: Path, run: str, split: str, names: Sequence[str], answers: Mapping[str, TaskAnswers]) -> None:
+    """A picture of each task with one label a file, in its colour; `names` are those of all tasks."""
     from polyvit_fast.inference.confusion import plot_confusion
+    from polyvit_fast.train.output.colours import task_colour
 
     for name, found in answers.items():
         if not found.several:
             path = out / f"confusion-{name}{'' if split == 'val' else f'-{split}'}.png"
-            plot_confusion(path, f"{run}, {name}, {split} files", found.classes, found.confusion)
+            colour = task_colour(names.index(name))
+            plot_confusion(path, f"{run}, {name}, {split} files", found.classes, found.confusion, colour=colour)
             print(f"drawn: {path}")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyvit_fast.train.output.colours import task_colour
+from polyvit_fast.train.output.words import shorten
 
 Row = Mapping[str, int | float]
 """A task's numbers of an interval, by the names that they have in metrics.jsonl."""
@@ -94,12 +95,6 @@ def _format_cells(task: Task) -> dict[str, str]:
     done = {"done": f"{task.completed:,.0f}/{task.total:,.0f}"} if task.total else {}
     remaining = {"left": str(timedelta(seconds=math.ceil(left)))} if left and not task.finished else {}
     return format_numbers(task.fields["numbers"]) | done | remaining
-
-
-def shorten(name: str, width: int) -> str:
-    """The name in at most so many characters, without its middle if need be: its ends are what tells it from others."""
-    kept = width - 1
-    return name if len(name) <= width else f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from polyvit_fast.train.output.bars import TaskBars, choose_columns, format_numbers, shorten, show_evaluation_progress
+from polyvit_fast.train.output.bars import TaskBars, choose_columns, format_numbers, show_evaluation_progress
 from polyvit_fast.train.output.colours import task_colour
 
 NAMES = [
@@ -75,12 +75,6 @@ def test_only_what_is_worth_a_look_has_a_text():
     assert "skipped" not in format_numbers(ROW)
     assert "waits" not in format_numbers(ROW | {"data_wait_ratio": 0.04})
     assert format_numbers({"loss": 2.0, "skipped": 3}) == {"loss": "2.000", "skipped": "3"}
-
-
-def test_names_lose_their_middle():
-    assert shorten("shapes", 6) == "shapes"
-    assert [shorten(name, 12) for name in NAMES[2:4]] == ["wildli…_2021", "wildli…_2022"]
-    assert {len(shorten("x" * 50, width)) for width in (9, 10)} == {9, 10}
 
 
 def test_an_evaluation_s_bars_have_the_colours_of_all_tasks(monkeypatch):
