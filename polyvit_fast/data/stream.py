@@ -440,7 +440,7 @@ def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
     try:
         verdicts = find_broken(request.task, request.loader.task, request.samples(), deadline_seconds=timeout_seconds)
         cause = "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "each file alone is decoded in time"
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # that the files cannot be looked at must not hide the hang
         cause = str(error)
     remedy = "Replace the file by a good one, and start the same command again"
     if request.loader.trains:
