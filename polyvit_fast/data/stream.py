@@ -428,20 +428,20 @@ class _PrefetchThread:
                 return
 
 
-def _describe_hang(request: BatchRequest, timeout_seconds: float) -> str:
+def _describe_hang(request: BatchRequest, seconds: float) -> str:
     """The message for a batch that does not end. Each of its files is decoded alone, in a process that can be killed."""
     from polyvit_fast.data.checking.check import find_broken
 
     try:
-        verdicts = find_broken(request.task, request.loader.task, request.samples(), deadline_seconds=timeout_seconds)
+        verdicts = find_broken(request.task, request.loader.task, request.samples(), deadline_seconds=seconds)
         cause = "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "each file alone is decoded in time"
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # that the files cannot be looked at must not hide the hang
         cause = str(error)
     remedy = "Replace the file by a good one, and start the same command again"
     if request.loader.trains:
         remedy = (
             "Start the same command again with a longer --decode-timeout-seconds; or once you have replaced the file by a good one, or "
-            f"made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment. {CHANGED_FILES}"
         )
-    timeout = f"decode_timeout_seconds = {timeout_seconds:g}"
-    return f"task {request.task}: its batch {request.step} was not decoded within {timeout} ({cause}). {remedy}"
+        remedy += f"made the clean manifest of `polyvit-fast check` tasks.{request.task}.train of the experiment. {CHANGED_FILES}"
+    cause = f"within decode_timeout_seconds = {seconds:g} ({cause})"
+    return f"task {request.task}: its batch {request.step} was not decoded {cause}. {remedy}"
