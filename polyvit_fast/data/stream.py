@@ -27,7 +27,7 @@ from polyvit_fast.data.decoders import build_task_decoder
 from polyvit_fast.data.device import GpuDecoder, own_stream
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.fingerprint import Fingerprint, take_fingerprint
-from polyvit_fast.data.sources.locations import Split, advise_location
+from polyvit_fast.data.sources.locations import CHANGED_FILES, Split, advise_location, advise_on_broken
 from polyvit_fast.data.threads import count_decoding_threads
 from polyvit_fast.media import DEFECTS, Sample, printable
 from polyvit_fast.randomness import generator, key, permutation
@@ -39,9 +39,6 @@ class DataError(RuntimeError):
 
 NO_FILES_FAULT = (torch.AcceleratorError, torch.OutOfMemoryError, DataError, *DEFECTS)
 """Errors that end the run. Treated as broken files, they would condemn good files one after the other."""
-
-
-CHANGED_FILES = "Files that have changed since the run began need --changed-files allow"
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -270,17 +267,8 @@ class Loader:
             raise DataError(
                 f"task {self.name}: {len(self.broken)} of {len(self.samples)} files are broken, more than max_bad_ratio = {ratio} "
                 f"allows; the last one is {name} ({self.broken[index]}). `polyvit-fast check` names them all and writes a clean manifest. "
-                f"{self._advise_on_broken()}"
+                f"{advise_on_broken(self.name, self.trains)}"
             )
-
-    def _advise_on_broken(self) -> str:
-        """How the same command goes on."""
-        if not self.trains:
-            return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
-        return (
-            "Start the same command again with a larger --max-bad-ratio, and the run goes on without them; or once you have repaired or "
-            f"replaced them, or made the manifest tasks.{self.name}.train of the experiment. {CHANGED_FILES}"
-        )
 
 
 def _concatenate(grids: list[Tensor]) -> Tensor:

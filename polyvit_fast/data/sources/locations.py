@@ -1,4 +1,4 @@
-"""Where a source's files are: the flags that say so, and where they may have been before they moved."""
+"""Where a source's files are: the flags that say so, where they may have been before they moved, and what to do about broken ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from polyvit_fast.config import Source
 Split = Literal["train", "val", "test"]
 Locations = Sequence[tuple[str, str]]
 """(where files were, where they are now): beginnings of paths."""
+CHANGED_FILES = "Files that have changed since the run began need --changed-files allow"
 
 
 def name_location(task: str, split: Split, source: Source) -> str:
@@ -30,6 +31,16 @@ def advise_location(task: str, sources: Mapping[Split, Source]) -> str:
                 if path and not os.path.exists(where):
                     return f". If the files have moved, say where they are with --tasks.{task}.{split}.{field}"
     return ""
+
+
+def advise_on_broken(task: str, trains: bool) -> str:
+    """How a command that found too many broken files goes on."""
+    if not trains:
+        return "Start the same command again after you have repaired or replaced them, or with a larger --max-bad-ratio"
+    return (
+        "Start the same command again with a larger --max-bad-ratio, and the run goes on without them; or once you have repaired or "
+        f"replaced them, or made the manifest tasks.{task}.train of the experiment. {CHANGED_FILES}"
+    )
 
 
 def find_locations(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Locations]:
