@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from polyvit_fast import experiments
@@ -133,8 +134,9 @@ def run_check(arguments: list[str]) -> int:
     config = load_config(name, flags, "check", CheckOptions)
     from polyvit_fast.data.checking.check import check_files
 
+    prepare = partial(experiments.load, str(Path(name).absolute())) if name.endswith(".py") else None
     with stop_on_signals():
-        num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds)
+        num_broken = check_files(config, Path(options.manifests), options.num_workers, options.deadline_seconds, prepare)
     return 65 if num_broken else 0
 
 

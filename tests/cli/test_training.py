@@ -191,3 +191,38 @@ def test_help_shows_only_and_the_flags_of_the_tasks_that_are_left(here, capsys, 
         "--tasks.clips.loss-weight",
     ]
     assert all(flag in text for flag in [*flags, "--tasks.clips.cutmix", "--early-stop-evaluations"])
+
+
+OWN_MODALITY = """
+from dataclasses import dataclass
+
+from helper import SIZE
+from polyvit_fast.config import Model, Task, Train
+from polyvit_fast.data import Folder, Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Image):
+    size: int = SIZE
+
+
+pictures = Folder(path="pictures")
+config = Train(
+    tasks={"p": Task(modality=Mine(patch=8), train=pictures, val=pictures, num_classes=2, steps=2)},
+    model=Model(dim=32, depth=1, num_heads=2, mlp_dim=64),
+)
+"""
+
+
+def test_check_knows_classes_of_the_experiment_file_and_its_neighbours(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN_MODALITY)
+    (tmp_path / "helper.py").write_text("SIZE = 16\n")
+    for label in ("a", "b"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        Pillow.new("RGB", (20, 20)).save(tmp_path / "pictures" / label / "0.png")
+    (tmp_path / "pictures" / "a" / "1.png").write_bytes(b"no picture")
+    assert run(["check", "mine.py", "--num-workers", "1"]) == 65
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert "1.png: not an image that can be decoded" in out

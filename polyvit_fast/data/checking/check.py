@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,7 +32,11 @@ START_SECONDS = 120.0  # for imports and the decoder; the deadline of a file cou
 AHEAD = 100  # samples per process with which the others may go on while one hangs
 
 
-def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: float) -> int:
+Prepare = Callable[[], object]
+"""Makes the classes of a task known in a process that decodes its files: runs the experiment file that has them."""
+
+
+def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: float, prepare: Prepare | None = None) -> int:
     """Check all files of all tasks with a progress bar; return the number of broken ones. Findings are reported and stored at once.
 
     `out` gets broken.tsv with task, split, file and reason; for each split that was checked completely TASK-SPLIT.csv, a manifest of the
@@ -45,6 +50,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
     require("checking files", *DECODING)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    judge = partial(scan, num_workers=num_workers, deadline_seconds=deadline_seconds, prepare=prepare)
     findings = Findings(out, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True))
     with Progress(*columns, console=console, transient=True) as progress:
         try:
@@ -54,7 +60,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
                     if isinstance(_find_source(task, split), Synthetic | None):
                         continue
                     try:
-                        checked[split] = _check_split(name, task, split, findings, progress, num_workers, deadline_seconds)
+                        checked[split] = _check_split(name, task, split, findings, progress, judge)
                     except ValueError as error:
                         findings.fail(name, split, error)
                 findings.compare(name, task, checked)
@@ -68,7 +74,7 @@ def check_files(config: Train, out: Path, num_workers: int, deadline_seconds: fl
 
 
 def _check_split(
-    name: str, task: Task, split: Split, findings: Findings, progress: Any, num_workers: int, deadline_seconds: float
+    name: str, task: Task, split: Split, findings: Findings, progress: Any, judge: Callable[..., Generator[Verdict, None, None]]
 ) -> CheckedSplit:
     """Check a split and store the findings. Raises ValueError when it cannot be listed, or its kind of files cannot be decoded."""
     source = _find_source(task, split) or task.val
@@ -86,7 +92,7 @@ def _check_split(
     bar = progress.add_task(f"{name} {split}", total=len(samples))
     verdicts = []
     try:
-        with closing(scan(name, task, split, samples, num_workers, deadline_seconds)) as judged:
+        with closing(judge(name, task, split, samples)) as judged:
             for verdict in judged:
                 verdicts.append(verdict)
                 if verdict.reason:
@@ -119,14 +125,20 @@ def _find_source(task: Task, split: Split) -> Source | None:
 
 
 def scan(
-    name: str, task: Task, split: Split, samples: Sequence[Sample], num_workers: int, deadline_seconds: float
+    name: str,
+    task: Task,
+    split: Split,
+    samples: Sequence[Sample],
+    num_workers: int,
+    deadline_seconds: float,
+    prepare: Prepare | None = None,
 ) -> Generator[Verdict, None, None]:
     """The verdict on every sample, in order, from `num_workers` processes.
 
     A file that takes longer than `deadline_seconds` or crashes the decoder counts as broken.
     """
     # Each thread waits for one process; some samples are handed out ahead.
-    workers = [_CheckProcess(name, task, split) for _ in range(min(num_workers, len(samples)))]
+    workers = [_CheckProcess(name, task, split, prepare) for _ in range(min(num_workers, len(samples)))]
     idle: SimpleQueue[_CheckProcess] = SimpleQueue()
     for worker in workers:
         idle.put(worker)
@@ -157,8 +169,8 @@ def scan(
 class _CheckProcess:
     """A process that decodes one file at a time. It is started for the first file, and again after a file that ended it."""
 
-    def __init__(self, name: str, task: Task, split: Split) -> None:
-        self.name, self.task, self.split = name, task, split
+    def __init__(self, name: str, task: Task, split: Split, prepare: Prepare | None) -> None:
+        self.name, self.task, self.split, self.prepare = name, task, split, prepare
         self.process: BaseProcess | None = None
         self.pipe: Any = None
 
@@ -207,14 +219,15 @@ class _CheckProcess:
         context.set_forkserver_preload([__name__])
         _start_fork_server()
         self.pipe, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.task, self.split), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.prepare, self.split), daemon=True)
+        self.process.start()
+        theirs.close()
         try:
-            process.start()
+            self.pipe.send(self.task)
         except Exception as error:
+            self.kill()
             fault = f"it cannot be sent to the processes that check its files; define its classes in an importable module ({error})"
             raise ValueError(f"task {self.name}: {fault}") from error
-        self.process = process
-        theirs.close()
         try:
             fault = self.pipe.recv() if self.pipe.poll(START_SECONDS) else f"it took over {START_SECONDS:g} seconds"
         except EOFError:
@@ -234,11 +247,14 @@ def _start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pipe: Any, task: Task, split: Split) -> None:
+def _work(pipe: Any, prepare: Prepare | None, split: Split) -> None:
     """The main function of such a process: it answers each file with the reason why it cannot be used."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent, which then ends its processes
     torch.set_num_threads(1)
     try:
+        if prepare:
+            prepare()
+        task: Task = pipe.recv()
         task = replace(task, modality=task.modality.thorough())
         decoder = build_task_decoder(_find_source(task, split) or task.val, task, batch=1, train=False, num_threads=1)
     except Exception as error:
