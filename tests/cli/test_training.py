@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+from PIL import Image as Pillow
 
 from polyvit_fast import cli, experiments
 
@@ -222,7 +223,7 @@ def test_check_knows_classes_of_the_experiment_file_and_its_neighbours(tmp_path,
         (tmp_path / "pictures" / label).mkdir(parents=True)
         Pillow.new("RGB", (20, 20)).save(tmp_path / "pictures" / label / "0.png")
     (tmp_path / "pictures" / "a" / "1.png").write_bytes(b"no picture")
-    assert run(["check", "mine.py", "--num-workers", "1"]) == 65
+    assert cli.run(["check", "mine.py", "--num-workers", "1"]) == 65
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
     assert "1.png: not an image that can be decoded" in out

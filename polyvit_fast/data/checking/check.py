@@ -219,8 +219,9 @@ class _CheckProcess:
         context.set_forkserver_preload([__name__])
         _start_fork_server()
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, self.prepare, self.split), daemon=True)
-        self.process.start()
+        process = context.Process(target=_work, args=(theirs, self.prepare, self.split), daemon=True)
+        process.start()
+        self.process = process  # once there is one to be killed
         theirs.close()
         try:
             self.pipe.send(self.task)
