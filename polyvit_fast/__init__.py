@@ -30,7 +30,7 @@ __all__ = [
     "train",
     "unfuse",
 ]
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 _MODULES = {
     "Attention": "model.modules",

@@ -111,16 +111,20 @@ def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[
 
 
 def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
-    names, clock = run.plan[run.done], run.clock
+    names, clock, counters = run.plan[run.done], run.clock, run.step.counters.clone()
     step.begin(names, run.rates[run.done], run.done, run.rates.weigh(run.done))
-    for number, _ in enumerate(names, 1):
-        name, inputs = _next_inputs(run, batches, stop)
-        clock.mark_data_ready()
-        step.forward_backward(name, inputs, last=number == len(names))
-        if number == len(names):
-            step.update()
-            run.watched.append((run.done, run.step.watch_counters()))
-        clock.end(name)
+    try:
+        for number, _ in enumerate(names, 1):
+            name, inputs = _next_inputs(run, batches, stop)
+            clock.mark_data_ready()
+            step.forward_backward(name, inputs, last=number == len(names))
+            if number == len(names):
+                step.update()
+                run.watched.append((run.done, run.step.watch_counters()))
+            clock.end(name)
+    except (Interrupted, DataError):
+        run.step.counters.copy_(counters)  # a resume begins with this update's first minibatch, which would count twice
+        raise
     run.done += 1
     run.log.tick(run.done, names)
 

@@ -37,6 +37,7 @@ from polyvit_fast.train.output.plot import plot_run
 from polyvit_fast.train.run import NonFiniteError
 from polyvit_fast.train.run_folder import checkpoint
 from polyvit_fast.train.schedule import LearningRates, make_step_plan
+from polyvit_fast.train.step import Step
 
 
 def run(config: Train, folder: Path, **changes):
@@ -276,6 +277,34 @@ class Unlabelled(Synthetic):
 
     def samples(self, task: Task):
         return [replace(sample, labels=()) for sample in super().samples(task)]
+
+
+def test_a_signal_between_two_tasks_of_an_update_counts_no_minibatch_twice(tmp_path, monkeypatch):
+    config = tiny_config(schedule="accumulating", log_every_steps=5)
+    run(config, tmp_path / "straight")
+    forward_backward, calls = Step.forward_backward, []
+
+    def signal_in_the_fourth_update(step, name, *arguments, **options):
+        forward_backward(step, name, *arguments, **options)
+        calls.append(name)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Step, "forward_backward", signal_in_the_fourth_update)
+    assert run(config, tmp_path / "stopped").signal == signal.SIGTERM
+    monkeypatch.setattr(Step, "forward_backward", forward_backward)
+    run(config, tmp_path / "stopped")
+    assert_equal_weights(tmp_path / "straight", tmp_path / "stopped")
+    straight, stopped = (
+        [
+            {name: (row["steps"], row["loss"]) for name, row in line["tasks"].items()}
+            for line in map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+            if line["kind"] == "train"
+        ]
+        for folder in ("straight", "stopped")
+    )
+    assert stopped == straight
+    assert [row["a"][0] for row in straight] == [5, 5]
 
 
 def json_values(folder: Path) -> Iterator[tuple[Path, object]]:
