@@ -6,6 +6,7 @@ reached. FFmpeg writes nothing where it is called by PyAV, which switches that o
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
@@ -35,6 +36,8 @@ KINDS = {
 """How the messages about each kind of file begin."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CHUNK_BYTES = 1 << 16
+PIPE_BYTES = 1 << 20
+"""What libraries write beyond that, before it is read, is lost."""
 _WAKE = b"\0"
 # Reads 1, a pipe that ends with this process, and passes on what is left in 0 then: the last words of a crash.
 _RESCUE = ["/bin/sh", "-c", "read _ <&1; exec cat >&2"]
@@ -49,6 +52,10 @@ class DecoderMessages:
         self.unfinished = b""
         self.real = os.dup(2)
         self.reads, self.writes = os.pipe()
+        # A library that keeps Python's lock while it writes more than the pipe holds would wait for ever for the thread that reads it.
+        os.set_blocking(self.writes, False)
+        with suppress(OSError):
+            fcntl.fcntl(self.writes, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         other_end, self.alive = os.pipe()
         # In a session of its own, for Ctrl-C is not meant for it.
         self.rescue = subprocess.Popen(_RESCUE, stdin=self.reads, stdout=other_end, start_new_session=True)

@@ -168,6 +168,21 @@ def test_a_crash_keeps_its_last_words(number):
     assert done.stderr == "terminate called after throwing an instance of 'std::bad_alloc'\n"
 
 
+def test_a_library_that_keeps_python_s_lock_while_it_writes_does_not_wait_for_ever():
+    code = """
+        import ctypes
+        from polyvit_fast.data.decoder_messages import catch_decoder_messages
+
+        library, line = ctypes.PyDLL(None), b"libpng warning: damaged".ljust(127) + b"\\n"
+        with catch_decoder_messages():
+            for _ in range(40_000):
+                library.write(2, line, len(line))
+        print("done")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
 def test_an_exception_a_warning_and_a_late_handler_of_logging_are_shown():
     done = run_code(
         """
