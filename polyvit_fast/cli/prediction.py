@@ -90,6 +90,7 @@ def run_predict(arguments: list[str]) -> int:
     """Predict the classes of files."""
     show_options(arguments, "predict RUN FILES ... [--option value ...]", PredictOptions.__doc__ or "", PredictOptions)
     folder, options = split_run(PredictOptions, arguments, "predict")
+    from polyvit_fast.data.decoder_messages import catch_decoder_messages
     from polyvit_fast.inference.files import find_files
     from polyvit_fast.inference.loading import load
     from polyvit_fast.inference.tables import PREDICTION_COLUMNS, open_table
@@ -100,7 +101,7 @@ def run_predict(arguments: list[str]) -> int:
     _check_files(options.files, "predict")
     model = load(folder, options.checkpoint, device=options.device, weights=options.weights)
     found = find_files(options.files, model.config, [model.find_task(task) for task in options.task])
-    with stop_on_signals(), use_device(model.config):
+    with stop_on_signals(), catch_decoder_messages(), use_device(model.config):
         if not options.out:
             return _print_predictions(model, found, options.top)
         with open_table(Path(options.out), PREDICTION_COLUMNS) as add, _show_progress(found) as report:
@@ -140,6 +141,7 @@ def run_features(arguments: list[str]) -> int:
     """Write the features of files."""
     show_options(arguments, "features RUN FILES ... --out FILE [--option value ...]", FeatureOptions.__doc__ or "", FeatureOptions)
     folder, options = split_run(FeatureOptions, arguments, "features")
+    from polyvit_fast.data.decoder_messages import catch_decoder_messages
     from polyvit_fast.inference.files import find_files
     from polyvit_fast.inference.loading import load
     from polyvit_fast.inference.tables import check_features_file, write_features
@@ -152,7 +154,7 @@ def run_features(arguments: list[str]) -> int:
     task = model.find_task_of(options.modality or None, options.task or None)
     found = find_files(options.files, model.config, [task])
     chunks: list[Features] = []
-    with stop_on_signals(), use_device(model.config), _show_progress(found) as report:
+    with stop_on_signals(), catch_decoder_messages(), use_device(model.config), _show_progress(found) as report:
         for _, files in _split(model, found):
             chunks.append(model.features(files, task=task, layer=options.layer, pool=pool, on_error="skip"))
             report(task, len(files), chunks[-1].skipped)

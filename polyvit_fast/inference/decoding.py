@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from polyvit_fast.config import Decoder, Task, Train
 from polyvit_fast.data.dali import UnavailableError
+from polyvit_fast.data.decoder_messages import decode_or_forget, describe_messages
 from polyvit_fast.data.decoders import build_decoder, build_task_decoder
 from polyvit_fast.data.sources.synthetic import Synthetic
 from polyvit_fast.data.stream import NO_FILES_FAULT, DataError, evaluation_size
@@ -19,6 +21,8 @@ from polyvit_fast.data.threads import count_decoding_threads
 from polyvit_fast.inference.inputs import Item, Skip, list_items
 from polyvit_fast.media import DEFECTS, Media, printable
 from polyvit_fast.randomness import generator
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +33,8 @@ class GridReader:
     config: Train
     decoder: Decoder | None = None
     """Built for the first input that has to be decoded."""
+    reported: set[str] = field(default_factory=set)
+    """Kinds of files about whose damage libraries have written, and which were named."""
 
     @property
     def task(self) -> Task:
@@ -72,13 +78,16 @@ class GridReader:
         media = [item.content for item in items if isinstance(item.content, Media)]
         rngs = [generator(self.config.seed, "augment", self.name, position + number) for number in range(len(media))]
         try:
-            return decoder(media, rngs)
+            grids = decode_or_forget(decoder, media, rngs)
         except UnavailableError as error:
             raise DataError(f"task {self.name}: {error}") from error
         except DEFECTS as error:
             names = ", ".join(printable(item.name) for item in items)
             error.add_note(f"task {self.name}: while decoding {names}. It is a bug in the decoder, not a broken file: please report it")
             raise
+        for text in describe_messages(self.reported, media, lambda row: decoder([media[row]], [rngs[row]])):
+            _logger.warning("task %s: %s", self.name, text)
+        return grids
 
     def _build_decoder(self) -> Decoder:
         task, data = self.task, self.config.data

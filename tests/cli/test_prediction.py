@@ -3,6 +3,8 @@ import csv
 import numpy as np
 import pytest
 import torch
+from image_files import photo
+from image_kinds import saved
 
 import polyvit_fast as pf
 from polyvit_fast import cli
@@ -50,6 +52,18 @@ def test_a_table_holds_what_python_predicts(trained, mixed, tmp_path, capsys):
         rank = int(row["rank"]) - 1
         assert row["class"] == expected.classes[rank]
         assert float(row["probability"]) == pytest.approx(expected.probabilities[rank], abs=1e-6)
+
+
+def test_what_libraries_write_about_a_damaged_picture_is_said_once(trained, tmp_path, capfd):
+    damaged, rng = bytearray(saved(photo(), "JPEG", progressive=True)), np.random.default_rng(0)
+    for position in rng.integers(len(damaged) // 2, len(damaged) - 64, 6):
+        damaged[position] ^= 0xFF
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(damaged)
+    assert cli.run(["predict", str(trained), str(tmp_path), "--device", "cpu"]) == 0
+    said = capfd.readouterr().err
+    assert said.count("Corrupt JPEG data") == 1
+    assert "1.jpg may be damaged (JPEG library: Corrupt JPEG data" in said
 
 
 def test_a_parquet_table(trained, mixed, tmp_path):
