@@ -37,7 +37,7 @@ def test_help_and_version(capsys):
         ("train smoke --schedule wieghted", "schedule = 'wieghted' is unknown; perhaps you meant weighted"),
         ("plot runs/nothing", "runs/nothing"),
         ("list foo", "list takes no further arguments, but got foo"),
-        ("plot runs/x y", "plot RUN takes no further arguments, but got y"),
+        ("plot runs/x y", "Unrecognized argument y; see `polyvit-fast plot RUN --help`"),
         ("check smoke --num-wrokers 3", "Unrecognized flag --num-wrokers: perhaps you meant --num-workers"),
         ("eval runs/x extra", "Unrecognized argument extra"),
     ],

@@ -117,7 +117,7 @@ def test_nothing_that_works_is_exit_code_65(trained, mixed, tmp_path, capsys):
     [
         ("predict", "usage: polyvit-fast predict RUN"),
         ("predict RUN", "usage: polyvit-fast predict RUN FILES ...: name files or folders after the run"),
-        ("predict runs/nothing a.jpg", "runs/nothing is not a run folder"),
+        ("predict runs/nothing a.jpg", "the run folder runs/nothing does not exist"),
         ("predict RUN FOLDER/void", "there is no file of image, video, audio in"),
         ("predict RUN FOLDER --task shape", "has no task 'shape'; perhaps you meant 'shapes'"),
         ("predict RUN FOLDER --top 0", "--top 0 must be at least 1"),

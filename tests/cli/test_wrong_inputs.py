@@ -93,7 +93,7 @@ CASES = [
     Case("task", "steps", "3e1", "steps = 30.0 must be a whole number: write 30", "3e1", "INT"),
     Case("task", "steps", '"30"', 'steps = "30" is text: write 30', "thirty", "INT"),
     Case("task", "mixup", "True", "mixup = True must be a number", "True", "FLOAT"),
-    Case("task", "multi_label", "1", "multi_label = 1 must be True or False: write True", "1", "Unrecognized"),
+    Case("task", "multi_label", "1", "multi_label = 1 must be True or False: write True", "1", "multi_label = True needs loss = sigmoid"),
     Case("optim", "name", '"adam"', 'name = "adam" must be "sgd" or "adamw"; perhaps you meant "adamw"', "adam", "adamw"),
     Case("config", "precision", '"fp16"', 'precision = "fp16" must be ', "fp16", "bf16"),
     Case(
