@@ -353,7 +353,9 @@ def test_a_metric_that_does_not_exist_is_null_in_files_and_nan_again_when_read(t
     assert newest
     assert newest.state["metrics"]["b"]["mAP"] is None
     assert newest.state["best_score"] == pytest.approx(max(best_scores(tmp_path)))
-    print_evaluation(config, evaluate_run(tmp_path, config, "best", (), lambda *done: None).rows)
+    evaluation = evaluate_run(tmp_path, config, "best", (), lambda *done: None)
+    print_evaluation(config, evaluation.rows)
+    evaluation.append_to(tmp_path / "evaluations.jsonl")
     plot_run(tmp_path, tmp_path / "curves.png")
     if old:
         shutil.rmtree(old)
