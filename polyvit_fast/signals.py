@@ -84,6 +84,11 @@ def stop_on_signals() -> Iterator[Stop]:
 
     Whoever enters inside of another gets the same `Stop`.
     """
+    from threading import current_thread, main_thread
+
+    if current_thread() is not main_thread():  # Python lets that one alone handle signals
+        yield Stop()
+        return
     stop = signal.getsignal(signal.SIGTERM)
     if isinstance(stop, Stop):
         before = stop.command, stop.at_once, stop.num_imports

@@ -308,3 +308,17 @@ def test_what_is_open_is_closed_first():
     done = subprocess.run([sys.executable, "-c", LEAVES, "open"], capture_output=True, text=True, timeout=SECONDS)
     assert done.stdout == "begun\nclosed\n"
     assert "Stopped: SIGINT" in done.stderr  # which the command line catches
+
+
+def test_a_thread_that_may_handle_no_signals_runs_without():
+    found = []
+
+    def enter():
+        with stop_on_signals() as stop:
+            found.append((stop.signal, signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(0, before)]

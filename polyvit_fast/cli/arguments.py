@@ -43,35 +43,38 @@ def split_subject(arguments: Sequence[str], usage: str) -> tuple[str, list[str]]
     """The first argument, an experiment or a run folder, and the flags after it. Raises ValueError when flags stand before it."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], list(arguments[1:])
+    command, kind = " ".join(takewhile(str.islower, usage.split())), "field" if usage.endswith("EXPERIMENT") else "option"
     subject = next((word for word in arguments if word.endswith(".py") or word in experiments.names() or Path(word).is_dir()), "")
     if subject:
         index = list(arguments).index(subject)
         moved = " ".join([subject, *arguments[:index], *arguments[index + 1 :]])
-        raise ValueError(f"flags stand after {subject}: polyvit-fast {usage.partition(' ')[0]} {moved}")
-    raise ValueError(f"usage: polyvit-fast {usage} [--field value ...]; see `polyvit-fast {usage.partition(' ')[0]} --help`")
+        raise ValueError(f"flags stand after {subject}: polyvit-fast {command} {moved}")
+    raise ValueError(f"usage: polyvit-fast {usage} [--{kind} value ...]; see `polyvit-fast {command} --help`")
 
 
 def split_only(name: str, flags: Sequence[str]) -> tuple[Train, list[str]]:
     """The configuration of an experiment, of which --only leaves out tasks, and the other flags."""
     config, flags = experiments.load(name), list(flags)
-    if "--only" in flags:  # it decides what other flags there are
-        begin = flags.index("--only")
-        names = list(takewhile(lambda word: not word.startswith("-"), flags[begin + 1 :]))
-        config, flags = config.only(names), flags[:begin] + flags[begin + 1 + len(names) :]
-    return config, flags
+    chosen = config
+    while begin := next((index for index, word in enumerate(flags, 1) if word.partition("=")[0] == "--only"), 0):
+        # It decides what other flags there are. The last of several counts, as of every flag.
+        first = [value] if (value := flags[begin - 1].partition("=")[2]) else []
+        names = list(takewhile(lambda word: not word.startswith("-"), flags[begin:]))
+        chosen, flags = config.only([*first, *names]), flags[: begin - 1] + flags[begin + len(names) :]
+    return chosen, flags
 
 
 def load_config(name: str, flags: Sequence[str], command: str, *own: type) -> Train:
     """The configuration of an experiment with the flags in it, of a command that has options of its `own`."""
     config, flags = split_only(name, flags)
     known = [flag for kind in (*own, ExperimentOptions) for flag in list_flags(kind)] + list_flags(config)
-    changed = _parse(Train, config, flags, known, f"{command} {name}")
+    changed = parse_flags(Train, config, flags, known, f"{command} {name}")
     return changed if changed.out else replace(changed, out=config.out)  # --out "" is the default as well
 
 
 def parse_options(kind: type[Options], flags: Sequence[str], command: str) -> Options:
     """The options of a command."""
-    return _parse(kind, None, flags, list_flags(kind), command)
+    return parse_flags(kind, None, flags, list_flags(kind), command)
 
 
 def split_options(kind: type[Options], flags: Sequence[str], command: str) -> tuple[Options, list[str]]:
@@ -98,7 +101,8 @@ def refuse_arguments(arguments: Sequence[str], command: str) -> None:
         raise ValueError(f"{command} takes no further arguments, but got {' '.join(arguments)}; see `polyvit-fast {command} --help`")
 
 
-def _parse(kind: type[Options], default: Any, words: Sequence[str], flags: list[Flag], command: str) -> Options:
+def parse_flags(kind: type[Options], default: Any, words: Sequence[str], flags: list[Flag], command: str) -> Options:
+    """What the words make of the default. Raises ValueError for what is none of the flags."""
     parsed, unknown = _parse_known(kind, default, words, flags, command)
     if unknown:
         raise ValueError(f"{_refuse_word(unknown[0], words, flags)}; see `polyvit-fast {command} --help`")
@@ -112,6 +116,8 @@ def _parse_known(kind: type[Options], default: Any, words: Sequence[str], flags:
     try:
         with redirect_stderr(said):
             return tyro.cli(kind, args=words, prog=f"polyvit-fast {command}", return_unknown_args=True, add_help=False, **options)
+    except NameError as error:
+        raise ValueError(f"a field's type cannot be read: {error}; import what its annotation names where it is defined") from error
     except SystemExit as end:
         raise ValueError(_translate(said.getvalue(), end.__context__, flags)) from None
 
@@ -147,7 +153,8 @@ def _name_values(name: str, flags: list[Flag]) -> str:
 def _refuse_word(word: str, words: Sequence[str], flags: list[Flag]) -> str:
     """Why a word is none that can stand there, and what may have been meant."""
     if not word.startswith("-"):
-        before = words[list(words).index(word) - 1] if list(words).index(word) else ""
+        index = next((index for index, one in enumerate(words) if one == word or one.endswith(f"={word}")), 0)
+        before = words[index].partition("=")[0] if words[index] != word else words[index - 1] if index else ""
         switch = next((flag for flag in flags if flag.is_switch and before in (flag.name, flag.opposite)), None)
         if switch:
             return f"Unrecognized argument {word}: {switch.name} switches on and {switch.opposite} off, and nothing stands after them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -56,10 +57,7 @@ def main() -> None:
     except SystemExit as end:  # after --help
         code = end.code if isinstance(end.code, int) else 0
     end_quietly(code)
-    try:
-        sys.stdout.flush()
-    except OSError:  # the reader is gone; Python would flush again at exit and then return 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _has_lost_its_reader()  # Python would flush again at exit, and then return 120
     sys.exit(code)
 
 
@@ -90,12 +88,30 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if show_traceback:
             raise
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+            return 0
         code = _exit_code(error)
         if code is None:
             traceback.print_exc()
             return 1
         _print_error(f"polyvit-fast {arguments[0]}: {error}")
         return code
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads what this process prints, as after `| head`; then it goes nowhere from now on."""
+    lost, poll = False, select.poll()
+    try:
+        sys.stdout.flush()
+        poll.register(sys.stdout.fileno(), 0)
+        lost = any(event & select.POLLERR for _, event in poll.poll(0))
+    except io.UnsupportedOperation:  # no file, as in a notebook
+        return False
+    except OSError:
+        lost = True
+    if lost:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return lost
 
 
 def _print_error(text: str) -> None:

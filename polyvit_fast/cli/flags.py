@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from polyvit_fast.config.record import field_types
+
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
@@ -101,7 +103,7 @@ def _find_hints(kind: type) -> dict[str, Any]:
     try:
         return get_type_hints(kind, include_extras=True)
     except Exception:  # a user's annotations may name what only a type checker sees
-        return {}
+        return field_types(kind)
 
 
 @cache

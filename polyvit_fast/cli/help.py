@@ -122,6 +122,7 @@ def _group_all(config: Train) -> Iterator[tuple[str, list[Entry]]]:
         groups.setdefault((".".join(where), flag.owner), []).append(entry)
     for (where, owner), entries in groups.items():
         about = (inspect.getdoc(owner) or "").partition("\n")[0]
+        about = owner.__name__ if about.startswith(f"{owner.__name__}(") else about  # what a dataclass without a docstring has
         tasks = entries[0].tasks
         some = f" (of {', '.join(tasks)})" if tasks and len(tasks) < len(config.tasks) else ""
         yield f"{where}{some}: {about}" if where else about, entries

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-import tyro
-
+from polyvit_fast.cli.arguments import parse_flags
+from polyvit_fast.cli.flags import list_flags
 from polyvit_fast.config import Train
 
 SPLITS = ("train", "val", "test")
@@ -31,6 +31,7 @@ def change_locations(config: Train, flags: list[str], command: str) -> Train:
     """
     for flag in (word.partition("=")[0] for word in flags if word.startswith("-")):
         name, _, field = flag.removeprefix(PREFIX).partition(".")
+        name = next((task for task in config.tasks if task.replace("_", "-") == name.replace("_", "-")), name)
         split = re.split(r"[.:]", field)[0]
         if name not in config.tasks:
             raise ValueError(f"{flag}: there is no task {name}; there are {', '.join(config.tasks)}")
@@ -43,6 +44,6 @@ def change_locations(config: Train, flags: list[str], command: str) -> Train:
             raise ValueError(f"{flag}: task {name} has no {split} files: its Task in the experiment has no {split}=…, a source")
     if not flags:
         return config
-    changed = tyro.cli(Train, default=config, args=flags, prog=f"polyvit-fast {command}")
+    changed = parse_flags(Train, config, flags, list_flags(config), command)
     sources = {name: {split: getattr(task, split) for split in SPLITS} for name, task in changed.tasks.items()}
     return replace(config, tasks={name: replace(task, **sources[name]) for name, task in config.tasks.items()})

@@ -83,9 +83,10 @@ def _plot_schedule(arguments: list[str]) -> int:
     name, flags = split_subject(arguments, "plot schedule EXPERIMENT")
     config = load_config(name, flags, "plot schedule")
     from polyvit_fast.train.output.schedule_plot import plot_schedule, print_schedule
+    from polyvit_fast.train.run_folder.resume import list_earlier_lengths
     from polyvit_fast.train.schedule import LearningRates, make_step_plan
 
-    plan = make_step_plan(config)
+    plan = make_step_plan(config, list_earlier_lengths(config))
     path = config.folder / "schedule.png"
     lrs = list(LearningRates(config, plan))
     with make_folder(path.parent):

@@ -7,6 +7,7 @@ import numbers
 import operator
 import os
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -177,6 +178,7 @@ def _check_class(value: Any, kind: Any, name: str) -> Any:
     if fits:
         return value
     if isinstance(value, type) and issubclass(value, kind):
-        raise MisfitError(f"{name} = {show(value)}: write {value.__name__}(), with brackets")
+        required = any(field.default is field.default_factory is MISSING for field in fields(value)) if is_dataclass(value) else False
+        raise MisfitError(f"{name} = {show(value)}: write {value.__name__}({'…' * required}), with brackets")
     suggest = getattr(kind, "suggest", None)
     raise _misfit(value, kind, name, f": {suggest(value)}" if suggest else "")

@@ -75,11 +75,12 @@ class DecoderMessages:
         """Give standard error back."""
         os.dup2(self.real, 2)
         self.stopped = True
-        os.write(self.writes, _WAKE)
+        with suppress(OSError):  # a full pipe wakes the thread as well
+            os.write(self.writes, _WAKE)
         self.thread.join()
         with self.lock:
             self._read()
-        os.write(self.real, self.unfinished)
+        self._write(self.unfinished)
         for descriptor in (self.writes, self.alive):
             os.close(descriptor)
         try:
@@ -106,7 +107,13 @@ class DecoderMessages:
                 if kind:
                     self.found.setdefault(kind, text.rstrip("."))
                 else:
-                    os.write(self.real, line + b"\n")
+                    self._write(line + b"\n")
+
+    def _write(self, content: bytes) -> None:
+        """Pass on what is no decoder's. Where its reader is gone, it is lost: that is no reason to stop."""
+        with suppress(OSError):
+            while content:
+                content = content[os.write(self.real, content) :]
 
 
 _current: DecoderMessages | None = None

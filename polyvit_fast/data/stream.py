@@ -421,7 +421,8 @@ def _describe_hang(request: BatchRequest, seconds: float) -> str:
     from polyvit_fast.data.checking.check import find_broken
 
     try:
-        verdicts = find_broken(request.task, request.loader.task, request.samples(), deadline_seconds=seconds)
+        split = "train" if request.loader.trains else "val"
+        verdicts = find_broken(request.task, request.loader.task, request.samples(), deadline_seconds=seconds, split=split)
         cause = "; ".join(f"{printable(verdict.name)}: {verdict.reason}" for verdict in verdicts) or "each file alone is decoded in time"
     except (ValueError, RuntimeError) as error:  # that the files cannot be looked at must not hide the hang
         cause = str(error)

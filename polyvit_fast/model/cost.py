@@ -29,7 +29,6 @@ def num_trained_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-@cache
 def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
     """Floating-point operations of one view's forward pass, two per multiplication of its matrices.
 
@@ -38,6 +37,14 @@ def forward_flops(model: Model, modality: Modality, num_classes: int) -> int:
     Counted by torch on the meta device: blocks, patch embedding and head; not normalisation, softmax, GELU and sums, which are small in
     comparison. With as many adaptor layers as blocks every token passes every block, as in other libraries' models.
     """
+    try:
+        return _count_forward(model, modality, num_classes)
+    except TypeError:  # a modality of the user's may have a list among its fields, by which nothing is found again
+        return _count_forward.__wrapped__(model, modality, num_classes)
+
+
+@cache
+def _count_forward(model: Model, modality: Modality, num_classes: int) -> int:
     # All blocks but the last are alike, so models of one block and of two say what a deeper one costs.
     one, two = (_count_flops(model, depth, modality, num_classes) for depth in (1, 2))
     return one + (model.depth - 1) * (two - one)

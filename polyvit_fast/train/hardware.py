@@ -13,7 +13,6 @@ import torch
 from polyvit_fast.config import Train
 from polyvit_fast.data.threads import count_decoding_threads
 from polyvit_fast.train.distributed.process_group import ALONE, World
-from polyvit_fast.train.run_folder.checkpoint import has_any
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,14 @@ def choose_hardware(config: Train, gpus: Gpus | None = None, *, resumes: bool = 
 
 def _read_hardware(folder: Path) -> tuple[Literal["cpu", "cuda"], Literal["fp32", "bf16"]] | None:
     """Device and precision of the run in a run folder; None when no run has come as far as a checkpoint there."""
-    try:
-        values = json.loads((folder / "config.json").read_bytes())["config"] if has_any(folder) else {}
-        device, precision = values.get("device"), values.get("precision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if device in ("cpu", "cuda") and precision in ("fp32", "bf16"):
-        return device, precision
+    for path in sorted((folder / "checkpoints").glob("step_*/config.json"), reverse=True):
+        try:
+            values = json.loads(path.read_bytes())
+            device, precision = values.get("device"), values.get("precision")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if device in ("cpu", "cuda") and precision in ("fp32", "bf16"):
+            return device, precision
     return None
 
 

@@ -390,8 +390,7 @@ def _lengthen(run: Run) -> None:
     *earlier, before, now = run.lengths
     config = set_steps(run.config, before)
     plan = make_step_plan(config, earlier)
-    if run.done == len(plan):
-        run.evaluations_since_best = 0  # that run did not stop early: it had come to its end
+    run.evaluations_since_best = 0  # who lengthens a run that has stopped early wants it to go on
     rates = LearningRates(config, plan)
     steps = ", ".join(f"{name} {before[name]:,} -> {now[name]:,}" for name in now if now[name] != before[name])
     there = f"{rates[run.done]:.3g} for the next step" if run.done < len(plan) else f"{rates[run.done - 1]:.3g} in the last step"

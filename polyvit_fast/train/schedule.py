@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -90,13 +91,29 @@ def _plan_part(config: Train) -> StepPlan:
         close = difflib.get_close_matches(config.schedule, SCHEDULES, 1)
         hint = f"perhaps you meant {close[0]}" if close else f"there are: {', '.join(SCHEDULES)}"
         raise ValueError(f"schedule = {config.schedule!r} is unknown; {hint}")
-    plan = (SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule)(config)
+    plan = SCHEDULES[config.schedule](config) if isinstance(config.schedule, str) else _call_own(config.schedule, config)
     if not plan:
         raise ValueError(f"schedule = {config.schedule!r} plans no step; give the tasks more steps")
     for names in _find_distinct_steps(plan):
         if not isinstance(names, tuple) or not names or not set(names) <= config.tasks.keys():
             step = plan.index(names)
             raise ValueError(f"schedule: step {step} is {names!r}; it must name tasks among {', '.join(config.tasks)}, as a tuple")
+    return plan
+
+
+def _call_own(schedule: Schedule, config: Train) -> list[Any]:
+    """The plan of a function of the user's. Raises ValueError with the file and line where it fails."""
+    name = getattr(schedule, "__name__", "of your own")
+    try:
+        plan = schedule(config)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        idle = ", ".join(name for name, task in config.tasks.items() if not task.steps)
+        part = f" (in this part, by which the run is lengthened, there are no steps for {idle})" if idle else ""
+        reason = f"{where.filename}, line {where.lineno}: {type(error).__name__}: {error}"
+        raise ValueError(f"schedule {name} failed: {reason}{part}") from error
+    if not isinstance(plan, list):
+        raise ValueError(f"schedule {name} gave {plan!r}; it must give the tasks of every step, as a list of tuples of their names")
     return plan
 
 

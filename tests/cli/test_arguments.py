@@ -108,3 +108,13 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="holds no whole checkpoint yet"):
         load_run(tmp_path, "newest")
+
+
+def test_the_last_only_counts_however_it_is_written():
+    for flags in (["--only=motion"], ["--only", "shapes", "--only", "motion"], ["--only", "shapes", "--only=motion"]):
+        assert list(load_config("demo", flags, "plan").tasks) == ["motion"]
+
+
+def test_a_value_after_a_switch_is_named():
+    with pytest.raises(ValueError, match="--resume switches on and --no-resume off, and nothing stands after them"):
+        load_config("smoke", ["--no-resume=1"], "plan")

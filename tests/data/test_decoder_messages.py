@@ -232,3 +232,21 @@ def test_what_ffmpeg_writes_where_it_is_let_counts_too(tmp_path):
     )
     assert done.stdout.count("may be damaged (FFmpeg library: [h264 @ 0x") == 1
     assert done.stderr == ""
+
+
+def test_where_nobody_reads_standard_error_what_is_not_a_decoder_s_is_lost_and_nothing_fails():
+    code = """
+        import os
+        from polyvit_fast.data import decoder_messages
+
+        with decoder_messages.catch_decoder_messages():
+            for _ in range(3):
+                os.write(2, b"a line of another library\\nand one that does not end")
+                decoder_messages._current.take()
+        print("done")
+    """
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=write, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (0, "done\n")

@@ -87,17 +87,20 @@ def test_a_run_stays_where_it_began(began):
 
 
 def test_a_run_of_a_gpu_is_refused_where_there_is_none(began):
-    file = began.folder / "config.json"
-    file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda"').replace('"precision": "fp32"', '"precision": "bf16"'))
+    for file in (began.folder / "checkpoints").glob("step_*/config.json"):
+        file.write_text(
+            file.read_text().replace('"device": "cpu"', '"device": "cuda"').replace('"precision": "fp32"', '"precision": "bf16"')
+        )
     with pytest.raises(ValueError, match=r"holds a run on a GPU \(device = cuda, precision = bf16\), but PyTorch finds no NVIDIA GPU here"):
         choose_hardware(began, NONE, resumes=True)
     chosen = choose_hardware(began, NEW, resumes=True).config
     assert (chosen.device, chosen.precision) == ("cuda", "bf16")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"config": 3}', '{"config": {"device": "tpu", "precision": "fp32"}}'])
-def test_a_broken_description_says_nothing(began, text):
-    (began.folder / "config.json").write_text(text)
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"device": "tpu", "precision": "fp32"}'])
+def test_a_broken_checkpoint_says_nothing(began, text):
+    for file in (began.folder / "checkpoints").glob("step_*/config.json"):
+        file.write_text(text)
     assert not choose_hardware(began, NONE, resumes=True).resumes
     assert not choose_hardware(replace(began, out=""), NONE, resumes=True).resumes
 

@@ -262,3 +262,15 @@ def test_the_run_s_warmup_does_not_matter_where_all_tasks_have_their_own():
     own = {name: replace(task, lr_schedule="constant") for name, task in config.tasks.items()}
     assert check_warmup(replace(config, tasks=own), 31) is None
     assert set(rates(replace(config, tasks=own))) == {1.0, 0.5, 0.1}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (lambda config: 1 / 0, r"schedule <lambda> failed: .*test_schedule.py, line \d+: ZeroDivisionError"),
+        (lambda config: 3, "gave 3; it must give"),
+    ],
+)
+def test_a_schedule_of_one_s_own_that_fails_says_where(own, message):
+    with pytest.raises(ValueError, match=message):
+        make_step_plan(tiny_config(schedule=own))

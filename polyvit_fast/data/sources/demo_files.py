@@ -89,6 +89,8 @@ class DemoFiles(Source):
         """Make what is missing. The stamp holds the version of the existing files."""
         recipe, folder = RECIPES[self.kind], manifest.with_suffix("")
         stamp = folder / "VERSION"
+        if not stamp.is_file() and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{absolute(folder)} holds other files than demo files; choose another root, or move them away")
         if not stamp.is_file() or stamp.read_text() != str(VERSION):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

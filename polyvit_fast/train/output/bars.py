@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress, Task, TaskID
 from rich.progress_bar import ProgressBar
@@ -58,7 +59,7 @@ class TaskBars(Progress):
         tasks, width = [task for task in tasks if task.visible], self.terminal.width
         names = [shorten(task.description, max(MIN_NAME, width // 4)) for task in tasks]
         rows = [_format_cells(task) for task in tasks]
-        shown = choose_columns(rows, width - max(map(len, names), default=0) - 1 - MIN_BAR)
+        shown = choose_columns(rows, width - max(map(cell_len, names), default=0) - 1 - MIN_BAR)
         table = Table(box=None, expand=True, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
         table.add_column("", no_wrap=True)
         table.add_column("", ratio=1)

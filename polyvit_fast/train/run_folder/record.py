@@ -67,9 +67,9 @@ def describe_run(folder: Path, experiment: str, argv: Sequence[str], config: Tra
     commands = folder / "command.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = commands.read_text() if commands.is_file() else ""
+        earlier = commands.read_text(errors="surrogateescape") if commands.is_file() else ""
         if experiment.endswith(".py"):
-            write_atomically(folder / COPY, Path(experiment).read_text(), durable=True)
+            write_atomically(folder / COPY, Path(experiment).read_bytes(), durable=True)
         write_atomically(commands, f"{earlier}{shlex.join(argv)}\n", durable=True)
         write_atomically(folder / "versions.json", strict_json.dumps(_versions(), indent=2) + "\n", durable=True)
         write_atomically(folder / "config.json", strict_json.dumps(content, indent=2) + "\n", durable=True)
@@ -104,7 +104,7 @@ def load_run(
         folder=folder,
         experiment=experiment,
         config=config,
-        commands=commands.read_text().splitlines() if commands.is_file() else [],
+        commands=commands.read_text(errors="surrogateescape").splitlines() if commands.is_file() else [],
         versions=_read_json(folder / "versions.json") if (folder / "versions.json").is_file() else {},
         remark=fault or _compare_description(folder, described, found),
     )
@@ -135,8 +135,9 @@ def _compare_description(folder: Path, described: Mapping[str, Any], found: Chec
     if not isinstance(values, Mapping):
         return ""
     schema = {name: described[name] for name in stamp() if name in described}
-    steps = {f"tasks.{name}.steps" for name in found.config.get("tasks", {})}  # of a run that is about to be lengthened
-    different = differences(upgrade(found.config), upgrade({**values, **schema}), ignore=MAY_CHANGE | steps)
+    # Files may move, and runs be lengthened.
+    free = {f"tasks.{name}.{field}" for name in found.config.get("tasks", {}) for field in ("steps", "train", "val", "test")}
+    different = differences(upgrade(found.config), upgrade({**values, **schema}), ignore=MAY_CHANGE | free)
     if not different:
         return ""
     return (

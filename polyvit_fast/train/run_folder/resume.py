@@ -20,9 +20,10 @@ from polyvit_fast.data.sources.fingerprint import (
 from polyvit_fast.data.sources.locations import Split, find_locations, name_location
 from polyvit_fast.data.stream import Loader
 from polyvit_fast.train.distributed.process_group import World
-from polyvit_fast.train.run_folder.checkpoint import Checkpoint, has_any
-from polyvit_fast.train.run_folder.config_json import to_json
+from polyvit_fast.train.run_folder.checkpoint import Checkpoint, find_newest, has_any
+from polyvit_fast.train.run_folder.config_json import same_type, to_json
 from polyvit_fast.train.run_folder.earlier_versions import is_older_than_0_5, upgrade
+from polyvit_fast.train.run_folder.rebuild import RECORDS
 from polyvit_fast.train.run_folder.record import resume_differences
 from polyvit_fast.train.schedule import count_planned
 
@@ -52,7 +53,7 @@ def check_resume(config: Train, found: Checkpoint | None) -> list[Steps]:
         return [now]
     if not config.resume:
         raise ValueError(f"{config.folder} holds a run already (step {found.step}) and resume is off; choose another --out or move it away")
-    different = resume_differences(found.config, to_json(config), may_change=_list_free_fields(config))
+    different = resume_differences(found.config, to_json(config), may_change=_list_free_fields(config, upgrade(found.config)))
     if different:
         since = " (written before version 0.5, whose defaults changed)" if is_older_than_0_5(found.config) else ""
         raise ValueError(
@@ -67,6 +68,15 @@ def list_lengths(found: Checkpoint) -> list[Steps]:
     return found.state.get("lengths") or [{name: task["steps"] for name, task in found.config["tasks"].items()}]
 
 
+def list_earlier_lengths(config: Train) -> list[Steps]:
+    """The lengths that the run in the configuration's folder had before it got that of now; none where there is no such run."""
+    found, now = find_newest(config.folder), count_planned(config)
+    lengths = list_lengths(found) if found else []
+    if not lengths or lengths[-1].keys() != now.keys() or any(now[name] < lengths[-1][name] for name in now):
+        return []
+    return lengths[:-1] if lengths[-1] == now else lengths
+
+
 def _lengthen(config: Train, lengths: list[Steps], now: Steps) -> list[Steps]:
     before = lengths[-1]
     shorter = [f"--tasks.{name}.steps {before[name]} (here {now[name]})" for name in now if now[name] < before[name]]
@@ -78,12 +88,16 @@ def _lengthen(config: Train, lengths: list[Steps], now: Steps) -> list[Steps]:
     return lengths if now == before else [*lengths, now]
 
 
-def _list_free_fields(config: Train) -> set[str]:
+def _list_free_fields(config: Train, stored: Mapping[str, Any]) -> set[str]:
     """Fields that may differ because something else guards them: the steps, and where the files are that the fingerprint knows."""
     free = set[str]()
     for name, task in config.tasks.items():
         free |= {f"tasks.{name}.steps", f"tasks.{name}.test"}  # no training looks at test files
-        free |= {f"tasks.{name}.{split}" for split in KINDS if is_known_by_files(getattr(task, split))}
+        for split in KINDS:
+            before, now = stored["tasks"].get(name, {}).get(split, {}).get("type"), getattr(task, split)
+            # A class of the user's may have had a decoder of its own, of which a fingerprint knows nothing.
+            if is_known_by_files(now) and (before in RECORDS or same_type(before, to_json(now)["type"])):
+                free.add(f"tasks.{name}.{split}")
     return free
 
 
@@ -141,6 +155,10 @@ def describe_other_files(found: Checkpoint, split: Split, loaders: Mapping[str, 
                 yield f"task {name}: {difference}: its metrics are those of other files"
 
 
+UNKNOWN = "that checkpoint is of an earlier version, which kept no sizes and contents, so nobody can tell whether these files are the same"
+UNKNOWN_REMEDY = "Put them back where they were to resume, or say that they are the same with --changed-files allow"
+
+
 @dataclass(frozen=True)
 class _Comparison:
     """Of the files of a split of a task with those that a checkpoint knows."""
@@ -157,6 +175,12 @@ class _Comparison:
     def source(self) -> tuple[Any, Any]:
         """The stored configuration of the source, and that of now."""
         return self.stored[self.split], to_json(getattr(self.config.tasks[self.name], self.split))
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the files are said to be elsewhere than they were."""
+        then, today = self.source
+        return then != today
 
     def describe(self, changes: str) -> str:
         return f"task {self.name}: its {KINDS[self.split]} files are not those of {self.found.path} ({changes})"
@@ -177,6 +201,8 @@ class _Comparison:
         if changes:
             order = "" if same_list else f": {len(loader.samples):,} files, in an order of their own from here on"
             self.report(f"{self.describe(changes)}; the run goes on with them as they are now{order}")
+        elif isinstance(before, str) and self.has_moved and self.config.data.changed_files == "refuse":
+            raise self.refuse(UNKNOWN, loader, UNKNOWN_REMEDY)
         elif isinstance(before, str):
             self.report(
                 f"task {self.name}: {self.found.path} is of an earlier version, which kept the names of training files but not their sizes"
@@ -191,6 +217,8 @@ class _Comparison:
         """Of validation files, which decide no step: reports other ones. Raises ValueError where the configuration asks for other ones."""
         before, (then, today) = self.found.state.get("validation_samples", {}).get(self.name), self.source
         changes = find_changes(before, now, loader.samples, find_locations(then, today))[0] if before else ""
+        if not before and self.has_moved and self.config.data.changed_files == "refuse":
+            raise self.refuse(UNKNOWN, loader, UNKNOWN_REMEDY)
         if changes and then != today and self.config.data.changed_files == "refuse":
             remedy = f"Set tasks.{self.name}.val back to resume, allow the change with --changed-files allow, or choose another --out"
             raise self.refuse(changes, loader, remedy)

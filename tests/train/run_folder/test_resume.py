@@ -8,6 +8,7 @@ import resource
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ from long_forms import mark_long
 from PIL import Image as Pillow
 from safetensors.torch import load_file
 
-from polyvit_fast import cli
+from polyvit_fast import cli, experiments
+from polyvit_fast.data.sources.fingerprint import fingerprint_names
 from polyvit_fast.train.output.log import Log
 from polyvit_fast.train.run_folder import checkpoint
+from polyvit_fast.train.run_folder.resume import list_earlier_lengths
+from polyvit_fast.train.schedule import make_step_plan
 
 EXPERIMENT = """
 from polyvit_fast.config import LogOptions, Model, Optim, Task, Train
@@ -42,6 +46,28 @@ SOURCES = {
     "shards": ('Shards(paths=("data/train-{0..1}.tar",))', "paths", "train-{0..1}.tar"),
 }
 """An experiment's source, the field that says where its files are, and what of `data` it names."""
+
+
+TWIN = """
+        "q": Task(
+            modality=Image(size=32, patch=16),
+            train=Folder(path="data/train"),
+            val=Folder(path="data/val"),
+            num_classes=2,
+            batch=4,
+            steps=10,
+        ),"""
+DARK = """
+from dataclasses import dataclass
+from polyvit_fast.data import Folder, build_decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dark(Folder):
+    def decoder(self, task, *, batch, train, num_threads, device="cpu"):
+        inner = build_decoder(task.modality, batch=batch, train=train, num_threads=num_threads, device=device)
+        return lambda media, rngs: inner(media, rngs) // 8
+"""
 
 
 def write_files(folder: Path) -> None:
@@ -300,6 +326,71 @@ def test_a_lengthened_run_may_stop_early_again(here):
     train(*flags, "--optim.lr", "1e-30", "--tasks.p.steps", "30")
     assert read_state("run")["step"] == 20
     assert "stopped early after step 20 of 30" in Path("run/log.txt").read_text()
+
+
+def test_a_run_that_stopped_early_goes_on_when_it_is_lengthened(here):
+    flags = ("--eval-every-steps", "2", "--early-stop-evaluations", "2", "--optim.lr", "1e-30")
+    train(*flags)
+    assert read_state("run")["step"] == 6
+    train(*flags, "--tasks.p.steps", "40")
+    assert read_state("run")["step"] == 10
+
+
+def test_the_picture_of_a_lengthened_run_s_schedule_is_of_its_own_plan(here):
+    Path("mine.py").write_text(
+        Path("mine.py").read_text().replace("tasks={", "schedule='weighted', tasks={").replace("\n    },", TWIN + "\n    },")
+    )
+    train()
+    train(*LENGTHENED)
+    config = experiments.load("mine.py")
+    longer = replace(config, out="run", tasks=config.tasks | {"p": replace(config.tasks["p"], steps=20)})
+    assert list_earlier_lengths(longer) == [{"p": 10, "q": 10}]
+    assert list_earlier_lengths(replace(longer, out="elsewhere")) == []
+    plan = make_step_plan(longer, list_earlier_lengths(longer))
+    assert plan[:20] == make_step_plan(replace(config, out="run"))
+    assert plan != make_step_plan(longer)
+    assert cli.run(["plot", "schedule", "mine.py", "--out", "run", *LENGTHENED]) == 0
+
+
+def test_a_source_whose_decoder_is_the_user_s_is_not_taken_for_its_files(here, capsys):
+    Path("dark.py").write_text(DARK)
+    train_with = Path("mine.py").read_text()
+    Path("mine.py").write_text(
+        "from dark import Dark\n" + train_with.replace('train=Folder(path="data/train")', 'train=Dark(path="data/train")')
+    )
+    train()
+    Path("mine.py").write_text(train_with)
+    capsys.readouterr()
+    train("--tasks.p.steps", "12", code=2)
+    assert "tasks.p.train: dark:Dark -> Folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["samples", "validation_samples"])
+def test_files_at_another_location_are_not_taken_on_trust_where_a_checkpoint_knows_only_names(here, stop_at, capsys, split):
+    stop_at(5)
+    train(code=75)
+    stop_at(0)
+    names = fingerprint_names(experiments.load("mine.py").tasks["p"].train.samples(experiments.load("mine.py").tasks["p"]))
+    rewrite_state("run", lambda state: state.update({split: {"p": names} if split == "samples" else {}}))
+    os.rename("data", "moved")
+    flags = ("--tasks.p.train.path", "moved/train", "--tasks.p.val.path", "moved/val")
+    train(*flags, code=2)
+    assert "kept no sizes and contents, so nobody can tell whether these files are the same" in capsys.readouterr().err
+    train(*flags, "--changed-files", "allow")
+
+
+def test_an_experiment_s_copy_has_its_bytes(here, capsys):
+    Path("mine.py").write_bytes(b"# -*- coding: latin-1 -*-\r\n# caf\xe9\r\n" + Path("mine.py").read_bytes().replace(b"\n", b"\r\n"))
+    train()
+    assert Path("run/experiment.py").read_bytes() == Path("mine.py").read_bytes()
+
+
+def test_paths_that_are_no_text_do_not_keep_a_run_from_going_on(here):
+    os.rename("data/train", b"data/tr\xe9in")
+    flags = ("--tasks.p.train.path", os.fsdecode(b"data/tr\xe9in"))
+    train(*flags)
+    train(*flags)
+    assert cli.run(["eval", "run"]) == 0
 
 
 def break_files(count: int) -> None:
