@@ -48,7 +48,7 @@ SOURCES = {
 """An experiment's source, the field that says where its files are, and what of `data` it names."""
 
 
-TWIN = """
+SECOND = """
         "q": Task(
             modality=Image(size=32, patch=16),
             train=Folder(path="data/train"),
@@ -338,7 +338,7 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_lengthened(here):
 
 def test_the_picture_of_a_lengthened_run_s_schedule_is_of_its_own_plan(here):
     Path("mine.py").write_text(
-        Path("mine.py").read_text().replace("tasks={", "schedule='weighted', tasks={").replace("\n    },", TWIN + "\n    },")
+        Path("mine.py").read_text().replace("tasks={", "schedule='weighted', tasks={").replace("\n    },", SECOND + "\n    },")
     )
     train()
     train(*LENGTHENED)
