@@ -17,6 +17,7 @@ import tyro
 from polyvit_fast import experiments
 from polyvit_fast.cli.flags import Flag, list_flags
 from polyvit_fast.config import Train
+from polyvit_fast.config.words import find_word
 
 if TYPE_CHECKING:
     from polyvit_fast.train.run_folder.record import RecordedRun
@@ -134,8 +135,8 @@ def _translate(said: str, cause: BaseException | None, flags: list[Flag]) -> str
         return f"{name}: {message}" if name else message
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
         words = [word.strip(" '") for word in choice[3].split(",") if word.strip()]
-        close = difflib.get_close_matches(choice[1], words, 1)
-        return f"{choice[2]} {choice[1]}: it is one of {', '.join(words)}" + (f"; perhaps you meant {close[0]}" if close else "")
+        close = find_word(choice[1], words)
+        return f"{choice[2]} {choice[1]}: it is one of {', '.join(words)}" + (f"; perhaps you meant {close}" if close else "")
     if lacking := re.match(r"Missing value for argument '(.*)'", text):
         return f"{_name_values(lacking[1], flags)}: its value is missing"
     return re.sub(r"^Missing from [^:]*: ", "missing: ", text).replace(" (required)", "") or message

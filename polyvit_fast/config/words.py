@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NewType, TypeVar, Union, get_args, get_origin
@@ -98,8 +98,19 @@ def show(value: object) -> str:
     return text if len(text) <= 2 * SHOWN_CHARACTERS else f"{text[: 2 * SHOWN_CHARACTERS]}…"
 
 
-def suggest_word(value: object, words: tuple[Any, ...]) -> str:
-    """Which of the words was meant, for the end of a message; empty where none is close."""
+SAME = {"gpu": "cuda", "adam": "adamw", "fp16": "bf16"}
+"""What users write for another word."""
+
+
+def find_word(value: object, words: Iterable[Any]) -> str:
+    """Which of the words was meant; empty where none is close."""
     texts = {word.lower(): word for word in words if isinstance(word, str)}
-    close = difflib.get_close_matches(value.strip().lower(), texts, 1, 0.7) if isinstance(value, str) else []
-    return f"; perhaps you meant {show(texts[close[0]])}" if close else ""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    close = [SAME[text]] if SAME.get(text) in texts else difflib.get_close_matches(text, texts, 1, 0.7)
+    return texts[close[0]] if close else ""
+
+
+def suggest_word(value: object, words: Iterable[Any]) -> str:
+    """The same for the end of a message."""
+    found = find_word(value, words)
+    return f"; perhaps you meant {show(found)}" if found else ""

@@ -69,7 +69,7 @@ def test_an_empty_run_folder_is_the_default():
         ("--tasks.clips.steps 3.5", "--tasks.clips.steps INT: '3.5' is no whole number"),
         ("--tasks.clips.steps -3", "tasks.clips: steps = -3 must be at least 1"),
         ("--tasks.clips.batch 6 --tasks.clips.micro-batches 4", "tasks.clips: batch = 6 does not divide into micro_batches = 4"),
-        ("--device gpu", "--device gpu: it is one of auto, cpu, cuda; perhaps you meant cpu"),
+        ("--device gpu", "--device gpu: it is one of auto, cpu, cuda; perhaps you meant cuda"),
         ("--out", "--out TEXT: its value is missing"),
         ("--optim.betas 0.9", "--optim.betas FLOAT FLOAT: its value is missing"),
         ("--decoding gpu --device cpu", "--decoding gpu needs --device cuda; leave it auto"),

@@ -147,7 +147,7 @@ def test_what_fits_already_stays_the_same_object(value, kind):
         (3, Path, " = 3 must be a path"),
         ("adam", Literal["sgd", "adamw"], ' = "adam" must be "sgd" or "adamw"; perhaps you meant "adamw"'),
         ("SGD", Literal["sgd", "adamw"], 'perhaps you meant "sgd"'),
-        ("gpu", Literal["cpu", "cuda"], ' = "gpu" must be "cpu" or "cuda"'),
+        ("gpu", Literal["cpu", "cuda"], ' = "gpu" must be "cpu" or "cuda"; perhaps you meant "cuda"'),
         (["sgd"], Literal["sgd"], ' = ["sgd"] must be "sgd"'),
         (True, Literal[1, 3], " = True must be 1 or 3"),
         (3.0, Literal[1, 3], " = 3.0 must be 1 or 3: write 3"),
