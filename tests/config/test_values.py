@@ -34,6 +34,9 @@ class Closable(Protocol):
 
 
 class OwnPath:
+    def __repr__(self):
+        return "OwnPath()"
+
     def __fspath__(self) -> str:
         return "own/path"
 
