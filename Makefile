@@ -9,7 +9,7 @@ TEST := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -q -n $(WOR
 .PHONY: help demo test test-all test-gpu check lint measure bench aot wheel clean
 help:
 	@echo "make demo      install, make the demo files, co-train images, videos and audio (install 2 min, training 3 min on 2 cores)"
-	@echo "make test      the tests that need no GPU (about 9 minutes on 2 cores)"
+	@echo "make test      the tests that need no GPU (about 13 minutes on 2 cores)"
 	@echo "make test-all  their long forms too: more sizes, files and processes (about 15 minutes)"
 	@echo "make test-gpu  the tests on the NVIDIA GPU of this machine, side by side"
 	@echo "make check     format, lint, types, import contracts, rules of the code (1 minute); all but the last: make lint"
@@ -23,7 +23,7 @@ demo: .venv/installed
 	$(BIN)/polyvit-fast train demo
 
 test: .venv/installed-tests
-	@echo "== tests without a GPU (about 9 minutes on 2 cores)"
+	@echo "== tests without a GPU (about 13 minutes on 2 cores)"
 	$(TEST)
 
 test-all: .venv/installed-tests
