@@ -111,7 +111,8 @@ def _prepare(run: Run, stop: Stop) -> tuple[Step | CapturedStep, Iterator[tuple[
 
 
 def _train_step(run: Run, step: Step | CapturedStep, batches: Iterator[tuple[str, Inputs]], stop: Stop) -> None:
-    names, clock, counters = run.plan[run.done], run.clock, run.step.counters.clone()
+    names, clock = run.plan[run.done], run.clock
+    counters = run.step.counters.clone() if len(names) > 1 else run.step.counters
     step.begin(names, run.rates[run.done], run.done, run.rates.weigh(run.done))
     try:
         for number, _ in enumerate(names, 1):

@@ -1,7 +1,7 @@
 """What a version leaves behind: two runs that it trains, stopped half way, written to run_folders/VERSION next to this file.
 
-    git worktree add --detach /tmp/0.7.0 COMMIT
-    python tests/files/record_run_folders.py /tmp/0.7.0
+    git worktree add --detach ../0.7.0 COMMIT
+    python tests/files/record_run_folders.py ../0.7.0
 
 Every release is recorded once, by its own code, and its runs must then resume, evaluate and plot with all later versions. For each run
 there are: its folder with the newest checkpoint, an evaluation of that, and the metrics of the same run that nobody stopped. records.json
