@@ -80,6 +80,7 @@ def run_probe(arguments: list[str]) -> int:
 
 
 def _choose_folder(source: str) -> Path:
+    source = source.partition(",")[0].rpartition("=")[2]  # of PART=SOURCE,... the first
     path = Path(source.partition("@")[0])
     if path.is_dir():
         return path / "probe"

@@ -23,7 +23,7 @@ from polyvit_fast.probe.intervals import Estimate, bootstrap, wilson
 from polyvit_fast.train.evaluate import use_device
 from polyvit_fast.train.hardware import choose_hardware
 from polyvit_fast.train.metrics import Metrics
-from polyvit_fast.train.run_folder.initial_weights import read_source
+from polyvit_fast.train.run_folder.initial_weights import list_parts, read_source
 
 Head = Literal["linear", "attentive", "few-shot"]
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -51,7 +51,7 @@ class ProbePlan:
     """What to probe, of which weights, by which heads."""
 
     source: str
-    """As for `Train.init`: a run folder, a file of weights, a name on the hub."""
+    """As for `Train.init`: a run folder, a file of weights, a name on the hub; or PART=SOURCE,... What no part names is random."""
     config: Train
     """Of the experiment whose tasks are new to the model. Its `model` is replaced by the source's."""
     tasks: Sequence[str] = ()
@@ -73,19 +73,22 @@ def probe(plan: ProbePlan, report: Callable[[str], None], progress: Progress) ->
     if unknown:
         raise ValueError(f"the experiment has no task {', '.join(unknown)}; it has {', '.join(plan.config.tasks)}")
     names = plan.tasks or tuple(plan.config.tasks)
-    config = replace(choose_hardware(plan.config).config, tasks={name: plan.config.tasks[name] for name in names}, init="")
-    source = read_source(plan.source)
-    config = replace(config, model=source.model)
+    config = replace(choose_hardware(plan.config).config, tasks={name: plan.config.tasks[name] for name in names}, init=plan.source)
+    parts_of = list_parts(config)
+    sources = {source: read_source(source) for source in parts_of}
+    trunk = next(source for source, parts in parts_of.items() if parts is None or "trunk" in parts)
+    config = replace(config, model=sources[trunk].model)
     results: list[ProbeResult] = []
     with use_device(config):
         for weights in [plan.source, *([RANDOM] if plan.compares_random else [])]:
             model = PolyViT.from_config(config)
             if weights != RANDOM:
                 target = Target(polyvit=model, model=config.model, modalities=config.modalities, tasks={}, classes={})
-                loaded = load_into(target, source)
-                report(loaded.summarise())
-                for remark in loaded.remarks:
-                    report(f"warning: {remark}")
+                for source, parts in parts_of.items():
+                    loaded = load_into(target, sources[source], parts)
+                    report(loaded.summarise())
+                    for remark in loaded.remarks:
+                        report(f"warning: {remark}")
             reader = FeatureReader(model.to(config.device), config, plan.folder / "features", report, progress)
             for name in names:
                 results += _probe_task(reader, plan, name, weights)

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import os
 import shutil
 import wave
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int16, UInt8
@@ -29,6 +27,7 @@ from jaxtyping import Bool, Float, Int16, UInt8
 from polyvit_fast.config import Source, Task
 from polyvit_fast.config.record import check_range
 from polyvit_fast.data.sources.manifest import Manifest
+from polyvit_fast.data.video.encode import encode_h264
 from polyvit_fast.extras import require
 from polyvit_fast.files import absolute, write_atomically
 from polyvit_fast.media import Sample
@@ -39,10 +38,7 @@ PICTURE_SIZE = 72
 NUM_FRAMES, FRAMES_PER_SECOND = 12, 12
 SAMPLE_RATE_HZ, SOUND_SECONDS = 8_000, 1.05
 VOICES_HZ = (233.0, 377.0, 610.0, 987.0, 1597.0, 2584.0)  # neighbours in the ratio 1.618: no harmonic of one is another
-VIDEO_ENCODERS = ("libx264", "mpeg4")
-EXACT = {"flags": "+bitexact", "dct": "int", "idct": "simple"}  # FFmpeg's own encoder: the same bytes with all instruction sets
 
-_logger = logging.getLogger(__name__)
 Kind = Literal["shapes", "textures", "motion", "tones", "chords"]
 Rng = np.random.Generator
 Plane = Float[np.ndarray, "rows columns"]
@@ -219,7 +215,7 @@ MOTIONS: dict[str, tuple[float, float, float]] = {  # (to the right, down, clock
 
 
 def _encode_motion(labels: tuple[int, ...], rng: Rng) -> bytes:
-    return _encode_h264(_draw_clip(tuple(MOTIONS)[labels[0]], rng))
+    return encode_h264(_draw_clip(tuple(MOTIONS)[labels[0]], rng), FRAMES_PER_SECOND)
 
 
 def _draw_clip(motion: str, rng: Rng) -> UInt8[np.ndarray, "frames rows columns 3"]:
@@ -246,34 +242,6 @@ def _draw_clip(motion: str, rng: Rng) -> UInt8[np.ndarray, "frames rows columns 
         frames.append(dark + brightness * (light - dark))
     clip = np.stack(frames)
     return (clip + rng.normal(0, 4, clip.shape)).clip(0, 255).astype(np.uint8)
-
-
-def _encode_h264(frames: UInt8[np.ndarray, "frames rows columns 3"]) -> bytes:
-    import av
-    from av.video.reformatter import Interpolation
-
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        # One thread: with more, the result depends on their number. No assembly: that for AVX-512 is not deterministic, and that for
-        # SSSE3 and later differs from that for SSE2.
-        options = {"crf": "20", "preset": "veryfast", "threads": "1", "x264-params": "asm=0"} | EXACT
-        stream: Any = container.add_stream(_video_encoder(), rate=FRAMES_PER_SECOND, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for frame in frames:
-            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(rgb.reformat(format="yuv420p", interpolation=Interpolation.BILINEAR | Interpolation.BITEXACT)))
-        container.mux(stream.encode())
-    return file.getvalue()
-
-
-@cache
-def _video_encoder() -> str:
-    import av
-
-    name = next(name for name in VIDEO_ENCODERS if name in av.codecs_available)
-    if name != VIDEO_ENCODERS[0]:
-        _logger.warning("this build of PyAV has no %s: the demo's clips are %s instead of H.264", VIDEO_ENCODERS[0], name)
-    return name
 
 
 # Sounds: a tone that develops in one of six ways, or up to four of six voices at once.
