@@ -10,15 +10,19 @@ from typing import Literal
 
 import tyro
 from conditions import FORMS, STAGES, Stage, list_runs, load_experiment
+from figures import draw_all
 from results import choose_rates, read_runs
 from runner import Runner
+from tables import Comparison, build_tables, insert_tables
+
+from polyvit_fast.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMITTED = ROOT / "benchmarks" / "results" / "schedules"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RunOptions:
     """Compare the five schedules, and models of one task, over several seeds.
 
     Run it in the folder that holds schedules-data/ (python -m polyvit_fast.experiments.schedules_data makes it). A stopped call goes on:
@@ -40,7 +44,40 @@ class Options:
     """Where the models compute."""
 
 
-def main(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Draw the figures and write the tables of results, without running anything."""
+
+    results: str = str(COMMITTED / "full")
+    """Folder with a folder of results for each stage."""
+    out: str = ""
+    """Folder of the figures and tables.md. Empty: that of the results."""
+    document: str = ""
+    """A Markdown file whose tables are written anew, between <!-- table NAME --> and <!-- end -->; docs/schedules.md is one."""
+
+
+def report(options: ReportOptions) -> int:
+    """Write what there are results for."""
+    folder = Path(options.results)
+    results = Comparison(**{stage: read_runs(folder / stage) for stage in STAGES})
+    if not results.table and not results.sweep:
+        print(f"{folder} holds no results: a folder for each stage, with a JSONL file for each run", file=sys.stderr)
+        return 2
+    out = Path(options.out or folder)
+    out.mkdir(parents=True, exist_ok=True)
+    tables = build_tables(results)
+    text = "".join(f"## {name}\n\n{table}\n" for name, table in tables.items())
+    write_atomically(out / "tables.md", text)
+    print(text)
+    if options.document:
+        document = Path(options.document)
+        write_atomically(document, insert_tables(document.read_text(), tables))
+    for path in draw_all(results, out):
+        print(f"drawn: {path}")
+    return 0
+
+
+def run(options: RunOptions) -> int:
     """Run what is missing. The exit code is 0 when nothing failed."""
     form = FORMS[options.form]
     names = [name for name in load_experiment().tasks if Path(f"schedules-data/{name}/train.csv").is_file()]
@@ -57,5 +94,18 @@ def main(options: Options) -> int:
     return int(failed > 0)
 
 
+def main(arguments: list[str]) -> int:
+    """Run or report."""
+    commands = {"run": run, "report": report}
+    if not arguments or arguments[0] not in (*commands, "-h", "--help"):
+        print(f"python benchmarks/schedules run | report, each with --help{f'; not {arguments[0]}' if arguments else ''}", file=sys.stderr)
+        return 2
+    if arguments[0] not in commands:
+        print(f"{__doc__}\n\npython benchmarks/schedules run --help\npython benchmarks/schedules report --help")
+        return 0
+    kind = {"run": RunOptions, "report": ReportOptions}[arguments[0]]
+    return commands[arguments[0]](tyro.cli(kind, args=arguments[1:], prog=f"python benchmarks/schedules {arguments[0]}"))
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, prog="python benchmarks/schedules")))
+    sys.exit(main(sys.argv[1:]))

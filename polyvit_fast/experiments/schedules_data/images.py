@@ -125,7 +125,8 @@ def _shrink(path: Path) -> Callable[[], bytes]:
                 picture = opened.convert("RGBA")
         except (OSError, ValueError, SyntaxError) as error:
             raise BrokenMediaError(f"not a picture that can be read ({type(error).__name__})") from error
-        square = Image.new("RGBA", (max(picture.size),) * 2, "white")
+        side = max(picture.size)
+        square = Image.new("RGBA", (side, side), "white")
         square.alpha_composite(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
         return _to_png(square.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX, reducing_gap=None))
 
