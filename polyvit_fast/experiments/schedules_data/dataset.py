@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from polyvit_fast.experiments.schedules_data.packages import PackageError
 from polyvit_fast.files import write_atomically
 from polyvit_fast.randomness import permutation
+from polyvit_fast.strict_json import dumps
 
 SPLITS = ("train", "val", "test")
 RECORD = "dataset.json"
@@ -83,14 +86,31 @@ def choose(items: list[str], count: int, *parts: str) -> list[str]:
 def write(dataset: Dataset, packages: Mapping[str, Path], out: Path, advance: Callable[[int], None]) -> Written:
     """Write a dataset into `out`/NAME: a folder and a CSV for each split, and classes.txt. Calls `advance(files so far)`.
 
-    The folder appears when it is complete; a stopped call leaves nothing that looks like a dataset.
+    The folder appears when it is complete; a stopped call leaves nothing behind. Raises PackageError when the packages hold nothing of a
+    class, and OSError when the files cannot be written, or the folder holds something else.
     """
-    folder, making = out / dataset.name, out / f".{dataset.name}.making"
-    shutil.rmtree(making, ignore_errors=True)
+    folder, making, old = out / dataset.name, out / f".{dataset.name}.making", out / f".{dataset.name}.old"
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise OSError(errno.EEXIST, "it holds other files than those of this command", str(folder))
+    for rest in (making, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    try:
+        written = _write_files(dataset, packages, making, advance)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(making, folder)
+    finally:
+        for rest in (making, old):
+            shutil.rmtree(rest, ignore_errors=True)
+    return written
+
+
+def _write_files(dataset: Dataset, packages: Mapping[str, Path], folder: Path, advance: Callable[[int], None]) -> Written:
     for split in SPLITS:
-        (making / split).mkdir(parents=True)
+        (folder / split).mkdir(parents=True)
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     left_out: Counter[str] = Counter()
+    absent = set(dataset.classes)
     digest = hashlib.sha256()
     for index, example in enumerate(dataset.list_examples({name: packages[name] for name in dataset.packages})):
         advance(index)
@@ -100,23 +120,25 @@ def write(dataset: Dataset, packages: Mapping[str, Path], out: Path, advance: Ca
             left_out[str(error)] += 1
             continue
         path = f"{example.split}/{example.name}"
-        (making / path).write_bytes(content)
+        (folder / path).write_bytes(content)
         digest.update(f"{path}\x1f{' '.join(example.labels)}\x1f{hashlib.sha256(content).hexdigest()}\n".encode())
         rows[example.split].append((path, " ".join(example.labels)))
+        absent.difference_update(example.labels)
+    if absent:
+        names = ", ".join(name for name in dataset.classes if name in absent)
+        raise PackageError(f"{', '.join(dataset.packages)}: no file of {names} in it; another version may have them")
     for split, lines in rows.items():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("path", "labels"), *sorted(lines)])
-        write_atomically(making / f"{split}.csv", text.getvalue())
-    write_atomically(making / "classes.txt", "\n".join(dataset.classes) + "\n")
+        write_atomically(folder / f"{split}.csv", text.getvalue())
+    write_atomically(folder / "classes.txt", "\n".join(dataset.classes) + "\n")
     written = Written(
         version=dataset.version,
         counts={split: len(lines) for split, lines in rows.items()},
         digest=digest.hexdigest()[:16],
         left_out=dict(left_out),
     )
-    write_atomically(making / RECORD, json.dumps(asdict(written), indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(making, folder)
+    write_atomically(folder / RECORD, dumps(asdict(written), 1) + "\n")
     return written
 
 

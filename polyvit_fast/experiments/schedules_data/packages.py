@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
+
+from polyvit_fast.files import absolute
 
 DOWNLOAD_SECONDS = 1800
 """After which a client that downloads is stopped."""
@@ -47,11 +50,11 @@ class Package:
         """How to get the package file by hand."""
         if self.client == "pip":
             return f"pip download --no-deps {self.name}"
-        return f"apt-get download {self.name} on Debian, or https://packages.debian.org/{self.name}"
+        return f"apt-get update and apt-get download {self.name} on Debian, or https://packages.debian.org/{self.name}"
 
 
 class PackageError(Exception):
-    """A package cannot be downloaded or unpacked."""
+    """A package cannot be downloaded, unpacked or used."""
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -64,7 +67,9 @@ def fetch(package: Package, folder: Path) -> Path:
         _download(package, folder)
         file = package.find(folder)
         if file is None:
-            raise PackageError(f"{' '.join(package.command)} ended well, but {folder} holds no file of {package.name}")
+            raise PackageError(
+                f"{package.client} download {package.name} ended well, but {absolute(folder)} holds no file of {package.name}"
+            )
     unpacked = folder / "unpacked" / package.name
     stamp = unpacked / ".package"
     if not stamp.is_file() or stamp.read_text() != file.name:
@@ -89,14 +94,23 @@ def _download(package: Package, folder: Path) -> None:
     client = package.command[0]
     if shutil.which(client) is None:
         raise PackageError(f"there is no {client} on this machine")
-    try:
-        done = subprocess.run(package.command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise PackageError(f"{' '.join(package.command)} did not end within {DOWNLOAD_SECONDS} seconds") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        reason = next((line for line in lines if line.startswith(("E:", "ERROR"))), lines[-1])
-        raise PackageError(f"{package.client} download {package.name}: {reason.strip()}")
+    # Apart from the whole files: when apt-get is stopped, it leaves a part of one under the final name.
+    with TemporaryDirectory(prefix=".download-", dir=folder) as apart:
+        try:
+            done = subprocess.run(package.command, cwd=apart, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise PackageError(f"{package.client} download {package.name} did not end within {DOWNLOAD_SECONDS} seconds") from None
+        if done.returncode:
+            raise PackageError(f"{package.client} download {package.name}: {_find_reason(done)}")
+        for file in Path(apart).iterdir():
+            file.replace(folder / file.name)
+
+
+def _find_reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a client failed: its first error, or its last line."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+    reason = next((line for line in lines if line.startswith(("E:", "ERROR"))), lines[-1])
+    return f"{reason}, as no connection was possible" if "NewConnectionError" in done.stderr else reason
 
 
 def _unpack(package: Package, file: Path, folder: Path) -> None:
@@ -104,18 +118,13 @@ def _unpack(package: Package, file: Path, folder: Path) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(folder)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise PackageError(f"{file} cannot be unpacked: {error}; delete it, and it is downloaded again") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise PackageError(f"{absolute(file)} cannot be unpacked: {error}; delete it, and it is downloaded again") from error
         return
     if shutil.which("dpkg-deb") is None:
         raise PackageError(f"there is no dpkg-deb on this machine, which unpacks {file.name}")
-    done = subprocess.run(["dpkg-deb", "--extract", os.fspath(file), os.fspath(folder)], capture_output=True, text=True)
+    command = ["dpkg-deb", "--extract", os.path.abspath(file), os.path.abspath(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise PackageError(f"{file} cannot be unpacked: {reason[0]}; delete it, and it is downloaded again")
-
-
-def describe_licences(packages: Sequence[Package]) -> str:
-    """A table of packages with their versions and licences, as Markdown."""
-    rows = "".join(f"| {package.name} | {package.client} | {package.version} | {package.licence} |\n" for package in packages)
-    return f"| package | from | version | licence |\n|---|---|---|---|\n{rows}"
+        raise PackageError(f"{absolute(file)} cannot be unpacked: {reason[0]}; if it is damaged, delete it, and it is downloaded again")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from polyvit_fast.experiments.schedules_data.dataset import BrokenMediaError, Dataset, Example, list_files, split_groups
+from polyvit_fast.experiments.schedules_data.packages import PackageError
 from polyvit_fast.media import Media, MediaError
 from polyvit_fast.randomness import generator
 
@@ -79,6 +80,8 @@ def list_voices(packages: Mapping[str, Path]) -> Iterator[Example]:
             if splits[stamp] == split:
                 for file in files:
                     by_voice[file.stem.rpartition("_")[2]].append(file)
+        if silent := [voice for voice, files in by_voice.items() if not files]:
+            raise PackageError(f"tuxpaint-stamps-default: no voice of {', '.join(silent)} for {split}; another version may have them")
         for index in range(number):
             rng = generator("schedules_data", "voices", split, index)
             present = sorted(rng.permutation(len(VOICES))[: rng.integers(1, 4)].tolist())
@@ -90,7 +93,7 @@ def list_voices(packages: Mapping[str, Path]) -> Iterator[Example]:
 def list_letters(packages: Mapping[str, Path]) -> Iterator[Example]:
     """Names of the letters from a to z, by the speaker of each language."""
     root = packages["klettres-data"] / "usr" / "share" / "klettres"
-    for language in sorted(path.name for path in root.iterdir() if (path / "alpha").is_dir()):
+    for language in sorted(path.parent.name for path in root.glob("*/alpha")):
         files = list(list_files(root / language / "alpha", ".ogg"))
         numbered = {match[1] for file in files if (match := re.fullmatch(r"a-(\d+)", file.stem))}
         for file in files:

@@ -13,6 +13,8 @@ from jaxtyping import UInt8
 
 from polyvit_fast.data.video.encode import encode_h264
 from polyvit_fast.experiments.schedules_data.dataset import Dataset, Example
+from polyvit_fast.experiments.schedules_data.packages import PackageError
+from polyvit_fast.files import absolute
 from polyvit_fast.randomness import generator, permutation
 
 Frame = UInt8[np.ndarray, "rows columns 3"]
@@ -134,7 +136,9 @@ class Player:
         self.machine = ale.ALEInterface()
         self.machine.setInt("random_seed", int(self.rng.integers(1, 2**31 - 1)))
         self.machine.setFloat("repeat_action_probability", 0.0)
-        self.machine.loadROM(ale.roms.get_rom_path(game))
+        if not (rom := ale.roms.get_rom_path(game)):
+            raise PackageError(f"ale-py has no game {game}; another version may have it")
+        self.machine.loadROM(rom)
         self.actions = [int(action.value) for action in self.machine.getMinimalActionSet()]
         self.action, self.held = 0, 0
         self.play(int(self.rng.integers(60, 240)))
@@ -256,11 +260,14 @@ def _read_video(file: Path) -> list[Frame]:
     """All frames of a video, their shorter side at most 144."""
     import av
 
-    with av.open(str(file)) as container:
-        frames = []
-        for frame in container.decode(video=0):
-            scale = min(1.0, 144 / min(frame.width, frame.height))
-            frames.append(frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=round(frame.height * scale)))
+    frames = []
+    try:
+        with av.open(str(file)) as container:
+            for frame in container.decode(video=0):
+                scale = min(1.0, 144 / min(frame.width, frame.height))
+                frames.append(frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=round(frame.height * scale)))
+    except (av.error.FFmpegError, IndexError) as error:
+        raise PackageError(f"{absolute(file)} cannot be decoded: {error}") from error
     return frames
 
 
@@ -271,6 +278,8 @@ def _import_emulator(wheel: Path) -> Any:
     try:
         import ale_py  # pyright: ignore[reportMissingImports]
         import ale_py.roms  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise PackageError(f"ale-py cannot be imported: {error}") from error
     finally:
         sys.path.remove(str(wheel))
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
