@@ -121,7 +121,7 @@ def _fetch_once(name: str, folder: Path, unpacked: dict[str, Path], failed: dict
 
 def _write_with_progress(dataset: Dataset, unpacked: Mapping[str, Path], out: Path, console: Console) -> Written:
     columns = SpinnerColumn(), TextColumn("{task.description}: {task.completed:,.0f} files"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"making {out / dataset.name}", total=None)
         written = write(dataset, unpacked, out, lambda count: progress.update(bar, completed=count))
     for reason, count in written.left_out.items():
