@@ -234,7 +234,7 @@ def list_speeds(packages: Mapping[str, Path]) -> Iterator[Example]:
 ARROWS = ("forwards", "backwards")
 
 
-def cut(frames: list[Frame], stride: int, rng: np.random.Generator) -> list[Frame]:
+def cut(frames: list[Frame], stride: int, rng: np.random.Generator) -> list[UInt8[np.ndarray, "64 64 3"]]:
     """Eight frames with this stride, from a random time, each the same random square of at least half of its shorter side."""
     first = int(rng.integers(0, len(frames) - stride * (NUM_FRAMES - 1)))
     rows, columns = frames[0].shape[:2]
