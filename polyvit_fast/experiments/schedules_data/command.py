@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,8 +60,7 @@ def main(arguments: list[str]) -> int:
     except MissingExtraError as error:
         return _refuse(str(error))
     except OSError as error:
-        file = absolute(error.filename if isinstance(error.filename, str) else out)
-        return _refuse(f"{file} cannot be written: {error.strerror or error}; choose other folders with --out and --packages")
+        return _refuse(_explain_unwritable(error, out))
 
 
 def _refuse(sentence: str) -> int:
@@ -72,6 +72,12 @@ def _explain_unknown(name: str) -> str:
     close = difflib.get_close_matches(name, DATASETS, 1)
     hint = f"perhaps you meant {close[0]}" if close else f"there are {', '.join(DATASETS)}"
     return f"dataset {name!r} is unknown; {hint}"
+
+
+def _explain_unwritable(error: OSError, out: Path) -> str:
+    file = absolute(error.filename if isinstance(error.filename, str) else out)
+    space = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+    return f"{file} cannot be written: {error.strerror or error}; {space}choose other folders with --out and --packages"
 
 
 def _make_all(out: Path, packages: Path, names: tuple[str, ...]) -> int:
@@ -121,7 +127,7 @@ def _fetch_once(name: str, folder: Path, unpacked: dict[str, Path], failed: dict
 
 def _write_with_progress(dataset: Dataset, unpacked: Mapping[str, Path], out: Path, console: Console) -> Written:
     columns = SpinnerColumn(), TextColumn("{task.description}: {task.completed:,.0f} files"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"making {out / dataset.name}", total=None)
         written = write(dataset, unpacked, out, lambda count: progress.update(bar, completed=count))
     for reason, count in written.left_out.items():

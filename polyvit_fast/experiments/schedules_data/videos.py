@@ -234,7 +234,7 @@ def list_speeds(packages: Mapping[str, Path]) -> Iterator[Example]:
 ARROWS = ("forwards", "backwards")
 
 
-def cut(frames: list[Frame], stride: int, rng: np.random.Generator) -> list[Frame]:
+def cut(frames: list[Frame], stride: int, rng: np.random.Generator) -> list[UInt8[np.ndarray, "64 64 3"]]:
     """Eight frames with this stride, from a random time, each the same random square of at least half of its shorter side."""
     first = int(rng.integers(0, len(frames) - stride * (NUM_FRAMES - 1)))
     rows, columns = frames[0].shape[:2]
@@ -259,6 +259,7 @@ def _encode(clip: UInt8[np.ndarray, "8 64 64 3"]) -> Callable[[], bytes]:
 def _read_video(file: Path) -> list[Frame]:
     """All frames of a video, their shorter side at most 144."""
     import av
+    from av.error import FFmpegError
 
     frames = []
     try:
@@ -266,7 +267,7 @@ def _read_video(file: Path) -> list[Frame]:
             for frame in container.decode(video=0):
                 scale = min(1.0, 144 / min(frame.width, frame.height))
                 frames.append(frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=round(frame.height * scale)))
-    except (av.error.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise PackageError(f"{absolute(file)} cannot be decoded: {error}") from error
     return frames
 

@@ -18,6 +18,7 @@ from polyvit_fast import experiments
 from polyvit_fast.data.sources import demo_files
 from polyvit_fast.data.sources.classes import class_list
 from polyvit_fast.data.sources.demo_files import MOTIONS, RECIPES, SAMPLE_RATE_HZ, SHAPES, TONES, VOICES_HZ, DemoFiles
+from polyvit_fast.data.video import encode
 from polyvit_fast.randomness import generator
 
 KINDS = tuple(RECIPES)
@@ -42,13 +43,13 @@ def test_files_are_equal_everywhere_and_differ_from_each_other(tmp_path, kind):
 
 ELSEWHERE = """
 import ctypes, sys, av
-from tests.data.sources.test_demo_files import KINDS, Path, contents, demo_files
+from tests.data.sources.test_demo_files import KINDS, Path, contents, encode
 (library,) = {line.split()[-1] for line in open("/proc/self/maps") if "/libavutil" in line}
 ctypes.CDLL(library).av_force_cpu_flags(0)
 for kind in KINDS:
     contents(Path(sys.argv[1]), kind)
-demo_files.VIDEO_ENCODERS = ("mpeg4",)
-demo_files._video_encoder.cache_clear()
+encode.VIDEO_ENCODERS = ("mpeg4",)
+encode._video_encoder.cache_clear()
 contents(Path(sys.argv[1]) / "without x264", "motion")
 """
 
@@ -62,7 +63,7 @@ def test_files_do_not_depend_on_the_instructions_of_the_cpu(tmp_path, monkeypatc
     subprocess.run([sys.executable, "-c", ELSEWHERE, str(there)], env=os.environ | without, check=True)
     for kind in KINDS:
         assert contents(here, kind) == contents_as_they_are(there, kind)
-    monkeypatch.setattr(demo_files, "_video_encoder", lambda: "mpeg4")
+    monkeypatch.setattr(encode, "_video_encoder", lambda: "mpeg4")
     assert contents(here / "without x264", "motion") == contents_as_they_are(there / "without x264", "motion")
 
 
