@@ -14,20 +14,18 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "benchmarks" / "schedules"
-sys.path.insert(0, str(FOLDER))
+import conditions
+import intervals
+import results as results_module
+import tables
+from one_run import Assignment
+from runner import Runner
 
-import conditions  # noqa: E402
-import intervals  # noqa: E402
-import results as results_module  # noqa: E402
-import tables  # noqa: E402
-from one_run import Assignment  # noqa: E402
-from runner import Runner  # noqa: E402
-
-from polyvit_fast.data.video.encode import encode_h264  # noqa: E402
-from polyvit_fast.model.polyvit import PolyViT  # noqa: E402
-from polyvit_fast.train.metrics import average_precisions  # noqa: E402
-from polyvit_fast.train.output.cost_report import estimate_cost  # noqa: E402
-from polyvit_fast.train.schedule import make_step_plan  # noqa: E402
+from polyvit_fast.data.video.encode import encode_h264
+from polyvit_fast.model.polyvit import PolyViT
+from polyvit_fast.train.metrics import average_precisions
+from polyvit_fast.train.output.cost_report import estimate_cost
+from polyvit_fast.train.schedule import make_step_plan
 
 NAMES = list(conditions.load_experiment().tasks)
 FULL = conditions.FORMS["full"]
