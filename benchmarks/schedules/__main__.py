@@ -12,8 +12,8 @@ import tyro
 from conditions import FORMS, STAGES, Stage, list_runs, load_experiment
 from figures import draw_all
 from results import choose_rates, read_runs
-from runner import Runner
-from tables import Comparison, build_tables, insert_tables
+from runner import RunPool
+from tables import StageResults, build_tables, insert_tables
 
 from polyvit_fast.files import write_atomically
 
@@ -60,7 +60,7 @@ class ReportOptions:
 def report(options: ReportOptions) -> int:
     """Write what there are results for."""
     folder = Path(options.results)
-    results = Comparison(**{stage: read_runs(folder / stage) for stage in STAGES})
+    results = StageResults(**{stage: read_runs(folder / stage) for stage in STAGES})
     if not results.table and not results.sweep:
         print(f"{folder} holds no results: a folder for each stage, with a JSONL file for each run", file=sys.stderr)
         return 2
@@ -86,7 +86,7 @@ def run(options: RunOptions) -> int:
         print("there is no schedules-data/ here: python -m polyvit_fast.experiments.schedules_data makes it", file=sys.stderr)
         return 2
     workers = options.workers or (4 if options.device == "cuda" else len(os.sched_getaffinity(0)))
-    runner = Runner(options.form, options.device, Path(options.out), Path(options.work), workers)
+    runner = RunPool(options.form, options.device, Path(options.out), Path(options.work), workers)
     failed = 0
     for stage in [stage for stage in STAGES if stage in (options.stages or form.stages)]:
         swept = Path(options.out) / options.form if form.sweeps else COMMITTED / "full"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from conditions import OWN_COSINES
-from tables import BASELINE, MAIN, SINGLE, Comparison, list_phases
+from tables import BASELINE, MAIN, SINGLE, StageResults, list_phases
 
 from polyvit_fast.train.output.colours import task_colour
 
 
-def draw_all(results: Comparison, folder: Path) -> list[Path]:
+def draw_all(results: StageResults, folder: Path) -> list[Path]:
     """Draw what there are results for; returns the files."""
     import matplotlib
 
@@ -25,7 +25,7 @@ def draw_all(results: Comparison, folder: Path) -> list[Path]:
     return drawn
 
 
-def draw_differences(results: Comparison):
+def draw_differences(results: StageResults):
     """For each task, what each condition has more than the weighted schedule, with its interval."""
     from matplotlib.figure import Figure
 
@@ -53,7 +53,7 @@ def draw_differences(results: Comparison):
     return figure
 
 
-def draw_forgetting(results: Comparison):
+def draw_forgetting(results: StageResults):
     """Of the first seed's task-by-task runs, every task's metric on val after the steps of each task."""
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 @dataclass
-class Runner:
+class RunPool:
     """Where runs keep their files, and how many run at once."""
 
     form: str

@@ -24,7 +24,7 @@ KNOBS = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StageResults:
     """The results of a form, by stage."""
 
     sweep: list[RunResult]
@@ -58,9 +58,9 @@ class Comparison:
         return [name for name in (*MAIN, SINGLE) if all(self.select(name, task) for task in self.tasks)]
 
 
-def build_tables(results: Comparison) -> dict[str, str]:
+def build_tables(results: StageResults) -> dict[str, str]:
     """All tables that there are results for, by name."""
-    builders: dict[str, Callable[[Comparison], str]] = {
+    builders: dict[str, Callable[[StageResults], str]] = {
         "data": describe_tasks,
         "rates": describe_rates,
         "main": describe_main,
@@ -74,7 +74,7 @@ def build_tables(results: Comparison) -> dict[str, str]:
     return {name: text for name, build in builders.items() if (text := build(results))}
 
 
-def describe_main(results: Comparison) -> str:
+def describe_main(results: StageResults) -> str:
     """The mean test metric of each condition on each task, in percent, with the standard deviation over seeds."""
     rows = []
     for condition in results.list_conditions():
@@ -84,7 +84,7 @@ def describe_main(results: Comparison) -> str:
     return _table(["test", *results.tasks, "mean"], rows)
 
 
-def describe_differences(results: Comparison) -> str:
+def describe_differences(results: StageResults) -> str:
     """What each condition has more than the weighted schedule, in points, with 95 % intervals; bold where they leave out 0."""
     rows = []
     for condition in results.list_conditions():
@@ -95,7 +95,7 @@ def describe_differences(results: Comparison) -> str:
     return _table([f"minus {BASELINE}", *results.tasks, "mean"], rows)
 
 
-def describe_cost(results: Comparison) -> str:
+def describe_cost(results: StageResults) -> str:
     """What each condition trains and costs."""
     rows = []
     for condition in results.list_conditions():
@@ -110,7 +110,7 @@ def describe_cost(results: Comparison) -> str:
     return _table(["", "parameters", "minibatches", "updates", "TFLOP", "minutes on one core"], rows)
 
 
-def describe_tasks(results: Comparison) -> str:
+def describe_tasks(results: StageResults) -> str:
     """Each task's steps, and the files that were tested."""
     rows = []
     for task in results.tasks:
@@ -121,7 +121,7 @@ def describe_tasks(results: Comparison) -> str:
     return _table(["task", "steps (U_j)", "test files", "digest of the files"], rows)
 
 
-def describe_rates(results: Comparison) -> str:
+def describe_rates(results: StageResults) -> str:
     """The mean metric on val of each peak learning rate; the best is bold."""
     scores: dict[str, dict[float, float]] = defaultdict(dict)
     for result in results.sweep:
@@ -136,7 +136,7 @@ def describe_rates(results: Comparison) -> str:
     return _table(["condition", "peak rate: mean of the tasks' metrics on val, in percent"], rows)
 
 
-def describe_forgetting(results: Comparison) -> str:
+def describe_forgetting(results: StageResults) -> str:
     """How well task-by-task knows a task on val right after its steps, and at the end, by how many tasks came later."""
     rows = []
     for condition in ("task-by-task", OWN_COSINES):
@@ -164,7 +164,7 @@ def list_phases(run: RunResult) -> list[tuple[str, int]]:
     return list(zip(order, map(int, ends), strict=True))
 
 
-def describe_knobs(results: Comparison) -> str:
+def describe_knobs(results: StageResults) -> str:
     """The second setting of each knob minus its first."""
     rows = []
     for name, (first, second, ours, theirs) in KNOBS.items():
@@ -178,13 +178,13 @@ def describe_knobs(results: Comparison) -> str:
     return _table(["", "mean before", "mean after", "difference", *results.tasks], rows)
 
 
-def _grand_mean(results: Comparison, condition: str, seeds: Iterable[int]) -> float:
+def _grand_mean(results: StageResults, condition: str, seeds: Iterable[int]) -> float:
     return float(
         np.mean([np.mean([r.test[task]["metric"] for r in results.select(condition, task, seeds).values()]) for task in results.tasks])
     )
 
 
-def describe_transfer(results: Comparison) -> str:
+def describe_transfer(results: StageResults) -> str:
     """Heads on frozen trunks, on the tasks that are held out: mean over seeds and standard deviation."""
     values: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in (*results.table, *results.transfer):
@@ -204,7 +204,7 @@ def describe_transfer(results: Comparison) -> str:
     return _table(["trunk trained on", *(f"{task}, {head}" for task, head in columns)], rows)
 
 
-def describe_speakers(results: Comparison) -> str:
+def describe_speakers(results: StageResults) -> str:
     """Language of the speakers of training, and of others."""
     rows = []
     for condition in (*MAIN, SINGLE):

@@ -8,18 +8,15 @@ import sys
 import wave
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
-ROOT = Path(__file__).parent.parent.parent
-FOLDER = ROOT / "benchmarks" / "schedules"
 import conditions
 import intervals
+import numpy as np
+import pytest
 import results as results_module
 import tables
+import torch
 from one_run import Assignment
-from runner import Runner
+from runner import RunPool
 
 from polyvit_fast.data.video.encode import encode_h264
 from polyvit_fast.model.polyvit import PolyViT
@@ -27,6 +24,8 @@ from polyvit_fast.train.metrics import average_precisions
 from polyvit_fast.train.output.cost_report import estimate_cost
 from polyvit_fast.train.schedule import make_step_plan
 
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "benchmarks" / "schedules"
 NAMES = list(conditions.load_experiment().tasks)
 FULL = conditions.FORMS["full"]
 
@@ -142,7 +141,7 @@ def test_average_precision_of_draws_is_that_of_the_drawn_files():
     measured = intervals.measure_draws(line, files)
     for counts, value in zip(files, measured, strict=True):
         index = np.repeat(np.arange(40), counts)
-        # Copies of a file have equal logits, which share a precision in one definition and not in the other.
+        # Copies of a file have equal logits, which have one precision in one definition and not in the other.
         jitter = torch.from_numpy(logits[index].astype(np.float64))
         expected = average_precisions(jitter, torch.from_numpy(labels[index].astype(np.float32))).mean()
         assert value == pytest.approx(float(expected), abs=1e-5)
@@ -174,7 +173,7 @@ def compared(tmp_path):
     for rate, value in ((1e-3, 0.4), (2e-3, 0.7), (4e-3, 0.7)):
         write_run(tmp_path, "weighted", 0, {"a": value, "b": value}, rate, stage="sweep")
     stages = {stage: results_module.read_runs(tmp_path / stage) for stage in conditions.STAGES}
-    return tables.Comparison(**stages)
+    return tables.StageResults(**stages)
 
 
 def test_the_sweep_chooses_the_best_rate_and_of_equal_ones_the_lowest(compared):
@@ -211,6 +210,14 @@ def test_tables_are_inserted_between_their_comments_and_nowhere_else():
     assert tables.insert_tables(done, {"main": "| new |\n"}) == done
 
 
+def test_the_document_has_the_tables_of_the_committed_results():
+    folder = ROOT / "benchmarks" / "results" / "schedules" / "full"
+    committed = tables.StageResults(**{stage: results_module.read_runs(folder / stage) for stage in conditions.STAGES})
+    assert committed.sweep
+    document = (ROOT / "docs" / "schedules.md").read_text()
+    assert tables.insert_tables(document, tables.build_tables(committed)) == document
+
+
 def test_phases_of_task_by_task_are_those_of_its_plan(tmp_path):
     spec = specs("table")["task-by-task"]
     config = config_of(spec)
@@ -244,7 +251,7 @@ def test_the_command_says_what_is_missing(tmp_path):
 
 
 def test_runs_that_have_results_are_not_run_again_and_failures_are_named(tmp_path, capsys):
-    runner = Runner("tiny", "cpu", tmp_path / "results", tmp_path / "work", workers=2)
+    runner = RunPool("tiny", "cpu", tmp_path / "results", tmp_path / "work", workers=2)
     done, failing = list(conditions.list_runs(conditions.FORMS["tiny"], "table", NAMES, {}))[:2]
     runner.find_results(done).parent.mkdir(parents=True)
     runner.find_results(done).write_text("{}\n")
