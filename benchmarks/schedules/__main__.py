@@ -29,8 +29,9 @@ class RunOptions:
     runs that have results are not run again.
     """
 
-    form: Literal["small", "full"] = "small"
-    """small: 2 seeds, half the steps, the learning rates that the full form chose. full: 5 seeds, rates by sweeps on val."""
+    form: Literal["tiny", "small", "full"] = "small"
+    """tiny: 1 seed, a fiftieth of the steps, to see that all works. small: 2 seeds, half the steps, the learning rates that the full form
+    chose. full: 5 seeds, rates by sweeps on val."""
     stages: tuple[Stage, ...] = ()
     """Some of the form's stages. None: all. sweep: peak learning rates. table: schedules and single tasks. knobs: SGD and AdamW, mean and
     sum, coast and rest. transfer: trunks of one modality, probed on tasks that are held out."""

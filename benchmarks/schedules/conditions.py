@@ -50,6 +50,7 @@ class Form:
 
 
 FORMS = {
+    "tiny": Form(seeds=1, steps_ratio=0.02, stages=("table",), sweeps=False),
     "small": Form(seeds=2, steps_ratio=0.5, stages=("table", "transfer"), sweeps=False),
     "full": Form(seeds=5, steps_ratio=1.0, stages=STAGES, sweeps=True),
 }
@@ -67,7 +68,9 @@ class RunSpec:
     @property
     def name(self) -> str:
         """Of its file of results, within the folder of its stage."""
-        return f"{self.condition.name.replace(', ', '-').replace(' ', '-')}-lr{self.rate:g}-seed{self.seed}"
+        condition = self.condition.name.replace(", ", "-").replace(" ", "-")
+        some = "" if condition.endswith("alone") or not self.condition.tasks else f"-of-{'-'.join(self.condition.tasks)}"
+        return f"{condition}{some}-lr{self.rate:g}-seed{self.seed}"
 
 
 def load_experiment() -> Train:
@@ -77,19 +80,20 @@ def load_experiment() -> Train:
 
 def list_conditions(stage: Stage, names: Sequence[str]) -> list[Condition]:
     """The conditions of a stage, of the tasks with these names."""
-    schedules = [Condition(schedule, schedule) for schedule in SCHEDULES]
-    main = [*schedules, Condition(OWN_COSINES, "task-by-task", has_own_cosines=True)]
+    tasks = load_experiment().tasks
+    some = tuple(names) if len(names) < len(tasks) else ()  # where the data of some are missing
+    schedules = [Condition(schedule, schedule, some) for schedule in SCHEDULES]
+    main = [*schedules, Condition(OWN_COSINES, "task-by-task", some, has_own_cosines=True)]
     singles = [Condition(f"{name} alone", "weighted", tasks=(name,)) for name in names]
     knobs = [
-        Condition("weighted, adamw, coast", "weighted", absent="coast"),
-        Condition("weighted, sgd, rest", "weighted", optimizer="sgd", absent="rest"),
-        Condition("weighted, sgd, coast", "weighted", optimizer="sgd", absent="coast"),
-        Condition("accumulating, adamw, sum", "accumulating", accumulate="sum"),
-        Condition("accumulating, sgd, mean", "accumulating", optimizer="sgd"),
-        Condition("accumulating, sgd, sum", "accumulating", optimizer="sgd", accumulate="sum"),
+        Condition("weighted, adamw, coast", "weighted", some, absent="coast"),
+        Condition("weighted, sgd, rest", "weighted", some, optimizer="sgd", absent="rest"),
+        Condition("weighted, sgd, coast", "weighted", some, optimizer="sgd", absent="coast"),
+        Condition("accumulating, adamw, sum", "accumulating", some, accumulate="sum"),
+        Condition("accumulating, sgd, mean", "accumulating", some, optimizer="sgd"),
+        Condition("accumulating, sgd, sum", "accumulating", some, optimizer="sgd", accumulate="sum"),
     ]
     modalities = {"images alone": "image", "videos alone": "video", "sounds alone": "audio"}
-    tasks = load_experiment().tasks
     trunks = [
         Condition(label, "weighted", tasks=tuple(name for name in names if tasks[name].modality.name == modality))
         for label, modality in modalities.items()
@@ -99,24 +103,23 @@ def list_conditions(stage: Stage, names: Sequence[str]) -> list[Condition]:
 
 
 def list_runs(form: Form, stage: Stage, names: Sequence[str], best: Mapping[str, float]) -> Iterator[RunSpec]:
-    """The runs of a stage. `best` has the rate of each condition whose sweep is complete; others are left out."""
+    """The runs of a stage. `best` has the rate of each condition that was swept; others have the first that a sweep tries."""
     for condition in list_conditions(stage, names):
         if stage == "sweep":
             yield from (RunSpec(stage, condition, 0, rate) for rate in condition.rates)
             continue
         # A trunk of one modality is trained as the weighted run is.
-        rate = best.get("weighted" if stage == "transfer" else condition.name)
-        if rate is not None:
-            # The sweep's runs have seed 0, and its choice must not favour those that it has seen.
-            for seed in range(1, 1 + (form.knob_seeds if stage == "knobs" else form.seeds)):
-                yield RunSpec(stage, condition, seed, rate)
+        rate = best.get("weighted" if stage == "transfer" else condition.name, condition.rates[0])
+        # The sweep's runs have seed 0, and its choice must not favour those that it has seen.
+        for seed in range(1, 1 + (form.knob_seeds if stage == "knobs" else form.seeds)):
+            yield RunSpec(stage, condition, seed, rate)
 
 
 def build_config(spec: RunSpec, form: Form, device: str) -> Train:
     """The configuration of a run, on one thread of a CPU so that as many run at once as there are cores."""
     config = load_experiment()
     condition = spec.condition
-    tasks = {name: replace(task, steps=round(task.steps * form.steps_ratio)) for name, task in config.tasks.items()}
+    tasks = {name: replace(task, steps=max(1, round(task.steps * form.steps_ratio))) for name, task in config.tasks.items()}
     warmup_ratio = config.optim.warmup_steps / sum(task.steps for task in config.tasks.values())
     if condition.has_own_cosines:
         tasks = {name: replace(task, lr_schedule="cosine", warmup_steps=round(warmup_ratio * task.steps)) for name, task in tasks.items()}

@@ -176,7 +176,8 @@ def _probe(todo: Assignment) -> list[dict[str, Any]]:
         return []
     # Tokenizers of modalities that the trunk has not seen are random.
     trained = build_config(todo.spec, FORMS[todo.form], todo.device).modalities
-    parts = ["trunk", *(name for name in config.modalities if name in trained)]
+    probed = {config.tasks[name].modality.name: True for name in names}
+    parts = ["trunk", *(name for name in probed if name in trained)]
     plan = ProbePlan(
         source=",".join(f"{part}={todo.work}" for part in parts),
         config=config,

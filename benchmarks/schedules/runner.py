@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,22 +42,16 @@ class Runner:
         left = [spec for spec in specs if not self.find_results(spec).is_file()]
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        failed: list[RunSpec] = []
         with Progress(*columns, console=console) as progress, ThreadPoolExecutor(self.workers) as pool:
             bar = progress.add_task(title, total=len(specs), completed=len(specs) - len(left))
-            futures: dict[Future[int], RunSpec] = {pool.submit(self._run, spec): spec for spec in left}
+            futures = {pool.submit(self._run, spec): spec for spec in left}
+            failed: list[RunSpec] = []
             try:
-                pending = set(futures)
-                while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        spec, code = futures[future], future.result()
-                        progress.advance(bar)
-                        if code:
-                            failed.append(spec)
-                            console.print(
-                                f"{spec.name}: exit code {code}; {self.work / self.form / spec.stage / spec.name}.log has the reason"
-                            )
+                for future in as_completed(futures):
+                    progress.advance(bar)
+                    if future.result():
+                        failed.append(futures[future])
+                        console.print(f"{futures[future].name} failed: {self._find_reason(futures[future])}", soft_wrap=True)
             except KeyboardInterrupt:
                 self._stop()
                 for future in futures:
@@ -65,10 +59,19 @@ class Runner:
                 raise
         return failed
 
+    def _find_folder(self, spec: RunSpec) -> Path:
+        """Its run folder, next to which its log lies."""
+        return (self.work / self.form / spec.stage / spec.name).absolute()
+
+    def _find_reason(self, spec: RunSpec) -> str:
+        log = Path(f"{self._find_folder(spec)}.log")
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{lines[-1] if lines else 'it said nothing'} ({log})"
+
     def _run(self, spec: RunSpec) -> int:
-        folder = self.work / self.form / spec.stage / spec.name
+        folder = self._find_folder(spec)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        assignment = Assignment(spec, self.form, self.device, self.find_results(spec).absolute(), folder.absolute(), _keeps_weights(spec))
+        assignment = Assignment(spec, self.form, self.device, self.find_results(spec).absolute(), folder, _keeps_weights(spec))
         todo = folder.with_suffix(folder.suffix + ".json")
         todo.write_text(assignment.to_json())
         # One thread: the other cores have other runs. No thread of a pool spins while it waits.

@@ -94,8 +94,18 @@ def run(argv: list[str]) -> int:
         if code is None:
             traceback.print_exc()
             return 1
-        _print_error(f"polyvit-fast {arguments[0]}: {error}")
+        _print_error(f"polyvit-fast {arguments[0]}: {error}{_suggest_maker(arguments, error)}")
         return code
+
+
+def _suggest_maker(arguments: list[str], error: Exception) -> str:
+    """Which command makes the files of an experiment of ours, where one is missing: the end of a message."""
+    if "No such file" not in str(error):
+        return ""
+    from polyvit_fast import experiments
+
+    makers = {name: experiments.find_maker(name) for name in experiments.names() if name in arguments}
+    return "".join(f". The files of {name} are made by: {maker}" for name, maker in makers.items() if maker)
 
 
 def _has_lost_its_reader() -> bool:

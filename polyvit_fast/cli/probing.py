@@ -21,7 +21,7 @@ class ProbeOptions:
     """Train heads on the features of a frozen model, on tasks that it was not trained on: how much does it know?
 
     SOURCE is a run folder (runs/mine, runs/mine@best), a file or folder of weights of timm, Hugging Face, torchvision or JAX, or a name
-    on Hugging Face's hub. Features are computed once and kept. A penalty is chosen on a fifth of the training files, never on those that
+    on Hugging Face's hub; or PART=SOURCE,..., a part being trunk or a modality: the others are random. Features are computed once and kept. A penalty is chosen on a fifth of the training files, never on those that
     are reported. Intervals are of 95 %.
 
     $ polyvit-fast probe runs/demo --experiment birds.py --random

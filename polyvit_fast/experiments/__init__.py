@@ -23,6 +23,12 @@ def describe(name: str) -> str:
     return (_module(name).__doc__ or "").strip().splitlines()[0]
 
 
+def find_maker(name: str) -> str:
+    """The command that makes an experiment's files, as its docstring says; empty when there is none."""
+    lines = (_module(name).__doc__ or "").splitlines()
+    return next((line.removeprefix("Files: ") for line in lines if line.startswith("Files: python -m ")), "")
+
+
 def load(name: str) -> Train:
     """The `config` of an experiment, given its name or the path of its file; `out` is runs/NAME unless the experiment sets it.
 

@@ -1,8 +1,9 @@
-"""Three tasks that no run of `schedules` trains, to probe what its trunks know: spoken letters, drums, the arrow of time.
+"""Three tasks that `schedules` does not train, to probe what its trunks know: spoken letters, drums, the arrow of time.
 
 Files: python -m polyvit_fast.experiments.schedules_data
-Command: polyvit-fast probe runs/schedules --experiment schedules_transfer --random
-Cost: about a minute on two CPU cores.
+Command: polyvit-fast train schedules_transfer, or on a frozen trunk:
+    polyvit-fast probe runs/schedules --experiment schedules_transfer --random
+Cost: about a minute on two CPU cores for either.
 Result: docs/schedules.md has those of trunks that were trained on one modality, on all, and of random ones.
 """
 
@@ -13,9 +14,9 @@ from polyvit_fast.experiments import schedules
 
 
 def _held_out(name: str, like: str, num_classes: int) -> Task:
-    """A task that is never trained: its heads are chosen on its training files and reported on its test files."""
+    """A task that is evaluated on its test files: a head that is probed is chosen on training files alone."""
     modality = schedules.config.tasks[like].modality
-    task = schedules.task(name, modality, num_classes, steps=1)
+    task = schedules.task(name, modality, num_classes, steps=200)
     assert task.test is not None
     return replace(task, val=task.test, test=None)
 

@@ -35,6 +35,7 @@ def test_help_and_version(capsys):
         ("train", "usage: polyvit-fast train EXPERIMENT"),
         ("train smok", "experiment 'smok' is unknown; perhaps you meant smoke"),
         ("train mine.py", "mine.py does not exist"),
+        ("train schedules", "The files of schedules are made by: python -m polyvit_fast.experiments.schedules_data"),
         ("eval runs/nothing", "runs/nothing"),
         ("train smoke --schedule nonsense", "schedule = 'nonsense' is unknown; there are: task-by-task"),
         ("train smoke --schedule wieghted", "schedule = 'wieghted' is unknown; perhaps you meant weighted"),

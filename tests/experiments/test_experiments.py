@@ -148,3 +148,9 @@ def test_costs_in_the_docstring_are_those_of_the_plan(name):
     assert max(report.peak_bytes(row) for row in report.tasks) <= 0.8 * 24 * 2**30
     # Nobody has the files here: every task says so.
     assert sum("No samples of" in note for note in write_notes(report)) == len(report.tasks)
+
+
+def test_the_command_that_makes_an_experiments_files_is_in_its_docstring():
+    assert experiments.find_maker("schedules") == "python -m polyvit_fast.experiments.schedules_data"
+    assert not experiments.find_maker("demo")
+    assert not experiments.find_maker("vit_b16_imagenet")

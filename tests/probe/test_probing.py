@@ -2,6 +2,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import change, tile_task, tiny_config
 
 from polyvit_fast.config import Optim
@@ -67,6 +69,21 @@ def test_the_trunk_stays_as_it_is_and_the_sizes_are_the_sources(trained, tmp_pat
     results, _ = run(trained, tmp_path, config=wide, tasks=("new",), heads=("linear",))
     same, _ = run(trained, tmp_path, tasks=("new",), heads=("linear",))
     assert results == same
+
+
+def test_parts_of_the_model_come_from_their_sources_and_the_rest_is_random(trained, tmp_path):
+    modality = new_tasks().tasks["new"].modality.name
+    sources = {"whole": str(trained), "named": f"trunk={trained},{modality}={trained}", "trunk": f"trunk={trained}"}
+    features = {}
+    for name, source in sources.items():
+        _, reports = run(source, tmp_path / name, tasks=("new",), heads=("linear",))
+        assert len(reports) == 1
+        (kept,) = (tmp_path / name / "features").glob("new-train-*.safetensors")
+        features[name] = load_file(kept)["pooled"]
+    assert torch.equal(features["named"], features["whole"])
+    assert not torch.allclose(features["trunk"], features["whole"])
+    with pytest.raises(ValueError, match="init names the part 'smell'"):
+        run(f"trunk={trained},smell={trained}", tmp_path / "other", tasks=("new",))
 
 
 def test_what_is_not_there_is_named(trained, tmp_path):

@@ -110,7 +110,7 @@ def _write_files(dataset: Dataset, packages: Mapping[str, Path], folder: Path, a
         (folder / split).mkdir(parents=True)
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     left_out: Counter[str] = Counter()
-    absent = set(dataset.classes)
+    absent, seen = set(dataset.classes), set[str]()
     digest = hashlib.sha256()
     for index, example in enumerate(dataset.list_examples({name: packages[name] for name in dataset.packages})):
         advance(index)
@@ -119,9 +119,14 @@ def _write_files(dataset: Dataset, packages: Mapping[str, Path], folder: Path, a
         except BrokenMediaError as error:
             left_out[str(error)] += 1
             continue
+        own = hashlib.sha256(content).hexdigest()
+        if own in seen:  # packages hold many pictures twice, under other names and topics: they must not be in two splits
+            left_out["equal to another file"] += 1
+            continue
+        seen.add(own)
         path = f"{example.split}/{example.name}"
         (folder / path).write_bytes(content)
-        digest.update(f"{path}\x1f{' '.join(example.labels)}\x1f{hashlib.sha256(content).hexdigest()}\n".encode())
+        digest.update(f"{path}\x1f{' '.join(example.labels)}\x1f{own}\n".encode())
         rows[example.split].append((path, " ".join(example.labels)))
         absent.difference_update(example.labels)
     if absent:

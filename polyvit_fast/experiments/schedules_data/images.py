@@ -48,7 +48,6 @@ TOPICS = {
     "shapes/arrows": "arrows",
     "signs_and_symbols/flags": "flags",
     "signs_and_symbols/map_symbols": "map_symbols",
-    "special/gradients": "gradients",
     "special/patterns": "patterns",
     "tools/weapons": "weapons",
     "transportation/roadsigns": "roadsigns",
