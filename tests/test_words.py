@@ -35,7 +35,7 @@ INSTEAD = {
     "pieces?": "chunk, part",
     "(?<!in )places?": "position, index, file",
     "slots?(?!=True)": "index, buffer, view",
-    r"(?<!usr/)(?<!\"usr\" / \")shares?": "fraction, ratio, part; tasks have a tokenizer in common",
+    "shares?": "fraction, ratio, part; tasks have a tokenizer in common",
     "yardsticks?": "baseline",
     "(?<!data )races?": "data race in the GPU's memory; else benchmark, comparison",
 }
