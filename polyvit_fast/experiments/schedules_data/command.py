@@ -89,20 +89,20 @@ def _make_all(out: Path, packages: Path, names: tuple[str, ...]) -> int:
     failed: dict[str, str] = {}
     for name in names:
         dataset = DATASETS[name]
-        there = read_record(out / name)
-        if there and there.version == dataset.version:
-            made[name] = there
-            continue
-        reasons = [reason for package in dataset.packages if (reason := _fetch_once(package, packages, unpacked, failed, console))]
-        if reasons:
-            missing[name] = "; ".join(reasons)
-            continue
-        try:
-            made[name] = _write_with_progress(dataset, unpacked, out, console)
-        except PackageError as error:
-            missing[name] = str(error)
-    if made:
+        written = read_record(out / name)
+        if written is None or written.version != dataset.version:
+            reasons = [reason for package in dataset.packages if (reason := _fetch_once(package, packages, unpacked, failed, console))]
+            if reasons:
+                missing[name] = "; ".join(reasons)
+                continue
+            try:
+                written = _write_with_progress(dataset, unpacked, out, console)
+            except PackageError as error:
+                missing[name] = str(error)
+                continue
+        made[name] = written
         write_atomically(out / "LICENCES.md", describe_licences())
+    if made:
         _print_datasets(made)
     for name, reason in missing.items():
         console.print(f"missing: {name}: {reason}", style="red")

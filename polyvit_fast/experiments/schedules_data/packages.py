@@ -29,7 +29,7 @@ class Package:
     version: str
     """The one that the published results are made with. Others are taken too; the files may then be others."""
     sha256: str
-    """Of the package file of that version; empty where it differs between Python versions and machines."""
+    """Of the package file of that version; empty where it differs between Python versions and kinds of computers."""
     licence: str
     """Of the media in it."""
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import zipfile
 
+import numpy as np
 import pytest
 
 APT_GET = """#!/bin/sh
@@ -43,7 +44,8 @@ def write_digits(make_wheel):
     """Write a wheel of scikit-learn with a table of so many digits and nothing else."""
 
     def write(folder, count, version="1.9.1"):
-        table = "".join(",".join([f"{(index + pixel) % 17}" for pixel in range(64)] + [f"{index % 10}"]) + "\n" for index in range(count))
+        rows = np.concatenate([np.random.default_rng(0).integers(0, 17, (count, 64)), np.arange(count)[:, None] % 10], 1)
+        table = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
         files = {"sklearn/datasets/data/digits.csv.gz": gzip.compress(table.encode(), 1)}
         return make_wheel(folder, "scikit-learn", version, files)
 

@@ -101,6 +101,15 @@ def test_broken_media_are_left_out_and_counted(tmp_path):
     assert written.digest == write_into(tmp_path / "without", dataset()).digest
 
 
+def test_what_is_there_twice_is_in_one_split_alone(tmp_path):
+    again = [example(split, 9, label, lambda: b"val 1") for split, label in (("train", "dog"), ("test", "cat"))]
+    written = write_into(tmp_path, dataset(*again))
+    assert written.left_out == {"equal to another file": 2}
+    assert written.counts == dict.fromkeys(SPLITS, 4)
+    contents = [path.read_bytes() for path in (tmp_path / "pets").rglob("*.bin")]
+    assert len(set(contents)) == len(contents) == 12
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), PackageError("not there")], ids=repr)
 def test_a_stopped_call_leaves_nothing_behind(tmp_path, error):
     with pytest.raises(type(error)):

@@ -177,13 +177,11 @@ def test_windows_stay_on_small_screens():
             assert film([gradient(210, 160)] * 8, movement, generator("small", seed)).shape == (8, 64, 64, 3)
 
 
-def test_movements_cannot_be_told_from_one_frame():
-    """The middle frames of all movements show windows of one distribution."""
-    means = {}
-    for movement in MOVEMENTS:
-        windows = [measure_window(film([gradient()] * 8, movement, generator("one", seed))).mean(1) for seed in range(8)]
-        means[movement] = np.mean(windows, 0)
-    assert np.ptp(list(means.values()), axis=0).max() < 3
+@pytest.mark.parametrize(("first", "second"), [("left", "right"), ("up", "down"), ("in", "out")])
+def test_opposite_movements_differ_in_the_order_of_time_alone(first, second):
+    clip, reverse = (film([gradient()] * 8, movement, generator("opposite")) for movement in (first, second))
+    assert abs(clip.astype(int) - reverse[::-1]).max() <= 1
+    assert abs(clip.astype(int) - reverse).max() > 5
 
 
 def test_a_frame_or_a_box_of_it_gets_the_size_of_the_files():
@@ -238,7 +236,7 @@ def test_speeds_are_those_of_the_labels_and_splits_have_times_of_their_own(clips
     for number, example in enumerate(list_speeds(clips)):
         clip = example.name.rsplit("-", 1)[0]
         counts[clip, example.split, *example.labels] += 1
-        if number % 20 == 0:
+        if number % 30 == 0:
             brightness = frames_of(example.content()).mean((1, 2, 3))
             slope = np.polyfit(np.arange(8), brightness, 1)[0]  # compressed twice
             assert min(STRIDES, key=lambda name: abs(STRIDES[name] - slope)) == example.labels[0]
