@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXT = "\n".join(PAGES.values())
 FEW_STEPS = ["--tasks.pictures.steps", "2", "--tasks.clips.steps", "2", "--tasks.sounds.steps", "2"]
-LONG = {"wildlife.py", "photos.py", "finetune.py", "demo", "runs/wildlife"}
+LONG = {"wildlife.py", "photos.py", "finetune.py", "demo", "schedules", "runs/wildlife"}
 """What commands name that would take too long, or has no files here; `plan` and `plot schedule` need none."""
 
 

@@ -24,7 +24,7 @@ from conditions import FORMS, Condition, RunSpec, build_config
 from torch import Tensor
 
 import polyvit_fast as pf
-from polyvit_fast import experiments
+from polyvit_fast import experiments, strict_json
 from polyvit_fast.config import Train
 from polyvit_fast.data import Manifest
 from polyvit_fast.data.stream import Loader
@@ -55,7 +55,7 @@ class Assignment:
 
     def to_json(self) -> str:
         """For a file that `read` takes."""
-        return json.dumps(asdict(self), default=str)
+        return json.dumps(asdict(self), default=str, allow_nan=False)
 
     @classmethod
     def read(cls, path: Path) -> Assignment:
@@ -105,7 +105,7 @@ def main(path: str) -> None:
         lines += _probe(todo)
     lines[0]["seconds"] = round(time.monotonic() - started, 1)
     todo.results.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(todo.results, "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(todo.results, "".join(strict_json.dumps(line) + "\n" for line in lines))
     if not todo.keeps_weights:
         shutil.rmtree(todo.work)
 
