@@ -13,21 +13,24 @@ from polyvit_fast.signals import stop_on_signals
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Write one task of a run as a plain Vision Transformer that another library loads, with a model card, and compare the logits.
+    Or write all tasks for this package, without the optimizer.
 
     $ polyvit-fast export runs/demo --task shapes --to timm --out shapes-timm
     $ polyvit-fast export runs/demo --task motion --to onnx --out motion-onnx --checkpoint best
+    $ polyvit-fast export runs/demo --to polyvit --out demo-weights
     """
 
-    to: Literal["timm", "hf", "safetensors", "torch.export", "onnx"]
+    to: Literal["timm", "hf", "safetensors", "torch.export", "onnx", "polyvit"]
     """timm: pictures, for timm.create_model("local-dir:FOLDER", pretrained=True).
     hf: Hugging Face's ViT, DeiT, ViViT, VideoMAE or AST, whichever computes the same, for from_pretrained.
     safetensors: our own names, for --init and polyvit_fast.pretrained.load.
     torch.export: a .pt2 with the graph, for PyTorch alone.
-    onnx: the graph for onnxruntime and others; needs pip install polyvit-fast[onnx]."""
+    onnx: the graph for onnxruntime and others; needs pip install polyvit-fast[onnx].
+    polyvit: all tasks, for load, predict, eval, features, probe and --init: a run folder with nothing but the weights."""
     out: str
     """Folder for the files, which must be empty or not there."""
     task: str = ""
-    """Name of the task. Empty: the run's only one."""
+    """Name of the task. Empty: the run's only one, and with --to polyvit all."""
     checkpoint: str = "newest"
     """newest, best, or the step of a checkpoint."""
     overwrite: bool = False

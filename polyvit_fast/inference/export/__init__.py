@@ -1,1 +1,1 @@
-"""One task of a run as a folder for another library: the weights, a model card, and a comparison of the logits."""
+"""A run's model, or one task of it, as a folder for others: the weights, a model card, and a comparison."""

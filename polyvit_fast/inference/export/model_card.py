@@ -104,7 +104,8 @@ def _describe_differences(subject: Subject, to: str, remarks: Sequence[str], com
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _describe_origin(task: str, recorded: RecordedRun, found: Checkpoint) -> str:
+def describe_run(recorded: RecordedRun) -> str:
+    """Which run it was: its experiment, command lines and versions."""
     versions = ", ".join(f"{name} {value}" for name, value in recorded.versions.items() if value)
     commands = "\n".join(recorded.commands) or "(made in Python)"
     init = recorded.config.init
@@ -112,6 +113,11 @@ def _describe_origin(task: str, recorded: RecordedRun, found: Checkpoint) -> str
     lines += ["", "```", commands, "```", "", f"Versions: {versions}."]
     if init:
         lines.append(f"It began with the weights of {init if isinstance(init, str) else ', '.join(f'{k}={v}' for k, v in init.items())}.")
+    return "\n".join(lines)
+
+
+def _describe_origin(task: str, recorded: RecordedRun, found: Checkpoint) -> str:
+    lines = [describe_run(recorded)]
     for split, key in (("Training", "samples"), ("Validation", "validation_samples")):
         if task in found.state.get(key, {}):
             lines.append(f"{split} files: {_shorten(found.state[key][task])}.")
