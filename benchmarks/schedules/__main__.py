@@ -10,7 +10,6 @@ from typing import Literal
 
 import tyro
 from conditions import FORMS, STAGES, Stage, list_runs, load_experiment
-from figures import draw_all
 from results import choose_rates, read_runs
 from runner import RunPool
 from tables import StageResults, build_tables, insert_tables
@@ -73,6 +72,8 @@ def report(options: ReportOptions) -> int:
     if options.document:
         document = Path(options.document)
         write_atomically(document, insert_tables(document.read_text(), tables))
+    from figures import draw_all
+
     for path in draw_all(results, out):
         print(f"drawn: {path}")
     return 0

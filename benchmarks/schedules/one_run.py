@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import FORMS, Condition, RunSpec, build_config
+from assignment import Assignment
+from conditions import FORMS, build_config
 from torch import Tensor
 
 import polyvit_fast as pf
@@ -37,34 +38,6 @@ from polyvit_fast.train.output.cost_report import estimate_cost
 PROBED = ("weighted", "images alone", "videos alone", "sounds alone")
 """Conditions whose trunks are probed on the tasks that are held out."""
 OTHER_SPEAKERS = "schedules-data/speakers/test.csv"
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a process has to do: a run, and where its files are."""
-
-    spec: RunSpec
-    form: str
-    device: str
-    results: Path
-    """Its file of results."""
-    work: Path
-    """Its run folder while it runs."""
-    keeps_weights: bool
-    """Whether the run folder stays."""
-
-    def to_json(self) -> str:
-        """For a file that `read` takes."""
-        return json.dumps(asdict(self), default=str, allow_nan=False)
-
-    @classmethod
-    def read(cls, path: Path) -> Assignment:
-        """From a file of `to_json`."""
-        values = json.loads(path.read_text())
-        spec = values["spec"]
-        condition = Condition(**(spec["condition"] | {"tasks": tuple(spec["condition"]["tasks"])}))
-        values["spec"] = RunSpec(**(spec | {"condition": condition}))
-        return cls(**(values | {"results": Path(values["results"]), "work": Path(values["work"])}))
 
 
 class AnswerKeeper:

@@ -15,7 +15,7 @@ import pytest
 import results as results_module
 import tables
 import torch
-from one_run import Assignment
+from assignment import Assignment
 from runner import RunPool
 
 from polyvit_fast.data.video.encode import encode_h264
