@@ -33,7 +33,7 @@ class Condition:
     @property
     def rates(self) -> tuple[float, ...]:
         """The peak learning rates that the sweep tries."""
-        return (0.03, 0.1, 0.3) if self.optimizer == "sgd" else (1e-3, 2e-3, 4e-3)
+        return (0.03, 0.1, 0.3) if self.optimizer == "sgd" else (5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True)

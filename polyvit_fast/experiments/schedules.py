@@ -2,7 +2,8 @@
 
 Files: python -m polyvit_fast.experiments.schedules_data
 Command: polyvit-fast train schedules
-Cost: about 4 minutes on two CPU cores. A picture has 37 tokens, a clip and a sound have 33, so that all schedules cost nearly the same.
+Cost: about 5 minutes on one CPU core, next to another run. A picture has 37 tokens, a clip and a sound have 33, so that all schedules cost
+    nearly the same.
 Result: docs/schedules.md has those of all five schedules and of a model for each task, over several seeds.
 """
 
