@@ -76,7 +76,9 @@ def probe(plan: ProbePlan, report: Callable[[str], None], progress: Progress) ->
     config = replace(choose_hardware(plan.config).config, tasks={name: plan.config.tasks[name] for name in names}, init=plan.source)
     parts_of = list_parts(config)
     sources = {source: read_source(source) for source in parts_of}
-    trunk = next(source for source, parts in parts_of.items() if parts is None or "trunk" in parts)
+    trunk = next((source for source, parts in parts_of.items() if parts is None or "trunk" in parts), None)
+    if trunk is None:
+        raise ValueError(f"source = {plan.source!r} names no trunk to probe: give a run folder or file of weights, or trunk=SOURCE,...")
     config = replace(config, model=sources[trunk].model)
     results: list[ProbeResult] = []
     with use_device(config):

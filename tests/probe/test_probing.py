@@ -82,6 +82,9 @@ def test_parts_of_the_model_come_from_their_sources_and_the_rest_is_random(train
         features[name] = load_file(kept)["pooled"]
     assert torch.equal(features["named"], features["whole"])
     assert not torch.allclose(features["trunk"], features["whole"])
+    for source in ("", f"new={trained}"):
+        with pytest.raises(ValueError, match="names no trunk to probe"):
+            run(source, tmp_path / "none", tasks=("new",))
     with pytest.raises(ValueError, match="init names the part 'smell'"):
         run(f"trunk={trained},smell={trained}", tmp_path / "other", tasks=("new",))
 
