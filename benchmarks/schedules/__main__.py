@@ -92,6 +92,13 @@ def run(options: RunOptions) -> int:
     for stage in [stage for stage in STAGES if stage in (options.stages or form.stages)]:
         swept = Path(options.out) / options.form if form.sweeps else COMMITTED / "full"
         best = choose_rates(read_runs(swept / "sweep"))
+        if form.sweeps and stage != "sweep":
+            unknown = [spec.name for spec in list_runs(form, "sweep", names, {}) if not (swept / "sweep" / f"{spec.name}.jsonl").is_file()]
+            if unknown:  # a rate that was never compared would decide what the table says
+                print(
+                    f"stage {stage}: the sweep lacks {len(unknown)} runs, such as {unknown[0]}; run --stages sweep first", file=sys.stderr
+                )
+                return 1
         failed += len(runner.run_all(list(list_runs(form, stage, names, best)), f"{options.form}, {stage}"))
     return int(failed > 0)
 

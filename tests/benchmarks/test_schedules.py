@@ -250,6 +250,15 @@ def test_the_command_says_what_is_missing(tmp_path):
     assert "run | report" in done.stderr
 
 
+def test_no_table_is_made_with_rates_that_were_not_compared(tmp_path):
+    (tmp_path / "schedules-data" / "digits").mkdir(parents=True)
+    (tmp_path / "schedules-data" / "digits" / "train.csv").write_text("path,labels\n")
+    done = command("run", "--form", "full", "--stages", "table", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("stage table: the sweep lacks ")
+    assert not (tmp_path / "schedules-runs").exists()
+
+
 def test_runs_that_have_results_are_not_run_again_and_failures_are_named(tmp_path, capsys):
     runner = RunPool("tiny", "cpu", tmp_path / "results", tmp_path / "work", workers=2)
     done, failing = list(conditions.list_runs(conditions.FORMS["tiny"], "table", NAMES, {}))[:2]
